@@ -1,0 +1,144 @@
+"""Typed configurations: of a target (Llama), of a drafter, of a training run.
+
+All are frozen dataclasses that check themselves; a bad value raises UserError with the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+from fasteagle_jax.errors import UserError
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: `default`, `linear` (positions / factor) or `llama3` (frequency-dependent)."""
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("default", "linear", "llama3"):
+            raise UserError(f"rope type {self.kind!r} is not supported: use default, linear or llama3")
+        if self.theta <= 0 or self.factor <= 0:
+            raise UserError(f"rope theta {self.theta} and factor {self.factor} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and switches of a Llama-architecture target, named after their letters in the code."""
+
+    vocab_size: int  # V
+    hidden_size: int  # H
+    intermediate_size: int
+    num_layers: int  # L
+    num_heads: int
+    num_kv_heads: int  # K
+    head_dim: int  # D
+    rms_norm_eps: float = 1e-5
+    max_positions: int = 2048
+    rope: RopeConfig = RopeConfig()
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or value < 1):
+                raise UserError(f"{field.name} is {value!r}: give a whole number of at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: "
+                "grouped attention shares each K/V head among equally many query heads"
+            )
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
+        """The configuration that a Hugging Face `config.json` (read into a dict) describes.
+
+        Reads both spellings of rotary scaling: `rope_scaling` + `rope_theta` and, of newer files, `rope_parameters`.
+        """
+        architectures = hf.get("architectures") or []
+        if not any(name in SUPPORTED_ARCHITECTURES for name in architectures):
+            raise UserError(
+                f"architecture {', '.join(architectures) or 'unknown'} is not supported: "
+                f"use a target of {', '.join(SUPPORTED_ARCHITECTURES)}"
+            )
+        if hf.get("hidden_act", "silu") != "silu":
+            raise UserError(f"hidden_act {hf['hidden_act']!r} is not supported: Llama targets use silu")
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        absent = [name for name in required if name not in hf]
+        if absent:
+            raise UserError(f"config.json lacks {', '.join(absent)}: take the model's complete configuration")
+        scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        kind = scaling.get("rope_type", scaling.get("type", "default")) or "default"
+        theta = scaling.get("rope_theta", hf.get("rope_theta", 10_000.0))
+        max_positions = hf.get("max_position_embeddings", 2048)
+        rope = RopeConfig(
+            theta=float(theta),
+            kind=kind,
+            factor=float(scaling.get("factor", 1.0)),
+            low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
+            high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
+            original_max_positions=int(scaling.get("original_max_position_embeddings", max_positions)),
+        )
+        num_heads = hf["num_attention_heads"]
+        return cls(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_layers=hf["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=hf.get("num_key_value_heads") or num_heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
+            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            max_positions=max_positions,
+            rope=rope,
+            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            attention_bias=bool(hf.get("attention_bias", False)),
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+    """Sizes and switches of a drafter; `hidden_size` and `vocab_size` are its target's."""
+
+    hidden_size: int  # H
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int  # rows of the head it guesses among; vocab_size for all
+    feature_layers: tuple[int, ...]  # the target's layers whose inputs it reads
+    kind: str = "fasteagle"
+    num_levels: int = 7  # N
+    rms_norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    reinject: bool = False  # add the fused input again before every level
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "num_levels")
+        for name in sizes:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise UserError(f"drafter {name} is {getattr(self, name)!r}: give a whole number of at least 1")
+        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise UserError(
+                f"draft_vocab_size is {self.draft_vocab_size}: it must be 1 to the target's {self.vocab_size}"
+            )
+        if not self.feature_layers:
+            raise UserError("feature_layers is empty: name at least one of the target's layers")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"drafter num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )

@@ -1,0 +1,222 @@
+"""FastEagle (arXiv 2509.20416): a cascade of N decoder layers that guesses N tokens in one forward pass.
+
+B rows · T stream positions · A newly accepted tokens · N levels · F feature layers · H hidden width · V draft vocabulary.
+At stream position t it reads the target's features g[t] and the embedding of the next, already chosen token x[t+1]; the
+output of level i there is the guess for token x[t+1+i]. No draft token is ever an input, so training is one causal pass
+and the cache of verified positions needs no rollback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fasteagle_jax.cache import Cache, commit, empty_cache
+from fasteagle_jax.config import DrafterConfig
+from fasteagle_jax.interfaces import Accepted, Ranking, Tied
+from fasteagle_jax.layers import DecoderLayer, LayerConfig, matmul, rms_norm, rotation, run_layers, unstack
+from fasteagle_jax.sampling import gumbel_noise
+from fasteagle_jax.targets.llama import head_logits
+from fasteagle_jax.tree import Draft, Tree, build
+
+
+class Constant(nnx.Variable):
+    """An array of a drafter that is saved with it and never trained."""
+
+
+class Level(nnx.Module):
+    """One level of the cascade: a decoder layer, the norm before the head, and optionally the input added again."""
+
+    def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any):
+        sizes = LayerConfig(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.rms_norm_eps,
+        )
+        hidden = config.hidden_size
+        self.layer = DecoderLayer(sizes, key, dtype)
+        self.norm = nnx.Param(jnp.ones((hidden,), dtype))
+        # Starts at zero, so that training starts from the plain cascade.
+        self.reinject = nnx.Param(jnp.zeros((hidden, hidden), dtype)) if config.reinject else None
+
+
+class FastEagle(nnx.Module):
+    """The drafter. `levels` is one stacked Level (leading axis N) or, unstacked, a list of N of them."""
+
+    def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
+        c = config
+        key_fc, key_input, key_levels = jax.random.split(key, 3)
+        num_features = len(c.feature_layers) * c.hidden_size
+        self.config = c
+        self.fc = nnx.Param(jax.random.normal(key_fc, (num_features, c.hidden_size), dtype) * num_features**-0.5)
+        self.fuse = nnx.Param(
+            jax.random.normal(key_input, (2 * c.hidden_size, c.hidden_size), dtype) * (2 * c.hidden_size) ** -0.5
+        )
+        levels = jax.vmap(lambda k: Level(c, k, dtype))(jax.random.split(key_levels, c.num_levels))
+        self.levels = levels if stacked else nnx.List(unstack(levels, c.num_levels))
+        self.feature_scale = Constant(jnp.ones((num_features,), jnp.float32))
+        self.token_ids = (
+            None
+            if c.draft_vocab_size == c.vocab_size
+            else Constant(jnp.arange(c.draft_vocab_size, dtype=jnp.int32))
+        )
+
+    @property
+    def num_levels(self) -> int:
+        """N."""
+        return self.config.num_levels
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The target's layers whose inputs are the features."""
+        return self.config.feature_layers
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the levels are one scanned stack rather than a list."""
+        return not isinstance(self.levels, nnx.List)
+
+    def tie(self, target: Any) -> Tied:
+        """The target's embedding, and its head's rows for the draft vocabulary."""
+        head = target.head_rows()
+        ids = None if self.token_ids is None else self.token_ids[...]
+        return Tied(target.embedding[...], head if ids is None else head[ids], ids)
+
+    def empty_cache(self, batch: int, num_slots: int) -> Cache:
+        """A cache for `batch` rows of `num_slots` stream positions, in the form the levels are in."""
+        c = self.config
+        return empty_cache(
+            c.num_levels,
+            batch,
+            c.num_kv_heads,
+            num_slots,
+            c.head_dim,
+            self.fc[...].dtype,
+            stacked=self.stacked,
+        )
+
+    def hidden_states(
+        self,
+        embedding: jax.Array,
+        features: jax.Array,
+        next_tokens: jax.Array,
+        positions: jax.Array,
+        visible: jax.Array,
+        cache: Cache | None = None,
+    ) -> tuple[Any, Any]:
+        """The head's input at every level and position, and the fresh keys and values.
+
+        Args:
+          embedding: the target's embedding [V, H].
+          features: target features g[t] [B, T, F*H].
+          next_tokens: x[t+1] int32 [B, T].
+          positions: t int32 [B, T].
+          visible: bool [B, T, T], True where position i may see fresh position j.
+          cache: committed stream positions, all of them seen; None for none.
+
+        Returns:
+          A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and (k, v) for `commit`.
+        """
+        c = self.config
+        dtype = self.fc[...].dtype
+        g = matmul((features.astype(jnp.float32) * self.feature_scale[...]).astype(dtype), self.fc[...])
+        e = embedding[next_tokens].astype(dtype)
+        fused = matmul(jnp.concatenate([g, e], axis=-1), self.fuse[...])  # h_1 = L_1(FC([g_t, e_t+1]))
+        ones = jnp.ones((c.hidden_size,), dtype)
+        again = rms_norm(fused, ones, c.rms_norm_eps) if c.reinject else None
+        turn = rotation(positions, c.rope, c.head_dim)
+        past = cache.past() if cache is not None else (None if self.stacked else [None] * c.num_levels)
+
+        def level_step(h: jax.Array, level_and_past: Any) -> tuple[jax.Array, Any]:
+            level, level_past = level_and_past
+            if again is not None:
+                h = h + matmul(again, level.reinject[...])
+            h, kv = level.layer(h, turn, visible, level_past)  # h_i = L_i(h_i-1)
+            return h, (rms_norm(h, level.norm[...], c.rms_norm_eps), kv)
+
+        _, results = run_layers(level_step, fused, (self.levels, past))
+        if self.stacked:
+            return results
+        return [hidden for hidden, _ in results], ([kv[0] for _, kv in results], [kv[1] for _, kv in results])
+
+    def extend(self, tied: Tied, new: Accepted, cache: Cache) -> Cache:
+        """The cache with the accepted tokens' stream positions in it."""
+        return self._advance(tied, new, cache)[1]
+
+    def draft(
+        self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking
+    ) -> tuple[Draft, Cache]:
+        """A tree rooted at the pending token (see interfaces.Drafter)."""
+        hidden, cache = self._advance(tied, new, cache)  # [B, N, H]
+        num_levels = tree.num_levels(self.num_levels)
+        logits = head_logits(hidden[:, :num_levels], tied.head)  # float32 [B, N, V]
+        # The pending token is at cache.length, so level i guesses the token at cache.length + i.
+        positions = cache.length[:, None] + 1 + jnp.arange(num_levels)
+        last = jnp.maximum(new.count - 1, 0)
+        root = jnp.take_along_axis(new.tokens, last[:, None], axis=1)[:, 0]
+        ids = jnp.arange(tied.head.shape[0]) if tied.token_ids is None else tied.token_ids
+        return build(tree, root, rank(logits, positions, ids, ranking), tied.token_ids), cache
+
+    def _advance(self, tied: Tied, new: Accepted, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Every level's hidden state [B, N, H] at the last accepted position, and the cache with all of them."""
+        batch, num_tokens = new.tokens.shape
+        positions = cache.length[:, None] + jnp.arange(num_tokens)
+        causal = jnp.broadcast_to(jnp.tril(jnp.ones((num_tokens, num_tokens), bool)), (batch, num_tokens, num_tokens))
+        hidden, fresh = self.hidden_states(tied.embedding, new.features, new.tokens, positions, causal, cache)
+        last = jnp.maximum(new.count - 1, 0)[:, None, None]
+        at_last = [jnp.take_along_axis(h, last, axis=1)[:, 0] for h in hidden]
+        return jnp.stack(at_last, axis=1), commit(cache, fresh, new.count)
+
+    def unstacked(self) -> FastEagle:
+        """The same drafter with its levels as a list, which XLA's CPU compiler runs faster."""
+        if not self.stacked:
+            return self
+        other = nnx.merge(*nnx.split(self))
+        other.levels = nnx.List(unstack(self.levels, self.num_levels))
+        return other
+
+
+def rank(logits: jax.Array, positions: jax.Array, ids: jax.Array, ranking: Ranking) -> jax.Array:
+    """Log-probabilities float32 [B, N, V] by which a draft tree ranks its guesses.
+
+    At temperature 0 the drafter's own. Above it, those of logits / temperature, and with shared noise, of these plus the
+    noise the target will add at `positions` [B, N], so that guesses agree with its draw far more often. Ranking never
+    influences which token the target chooses.
+    """
+    temperature = ranking.sampling.temperature
+    sampled = temperature > 0
+
+    def perturbed() -> jax.Array:
+        scaled = logits / jnp.where(sampled, temperature, 1.0)[:, None, None]
+        if not ranking.shared_noise:
+            return scaled
+        noise = gumbel_noise(ranking.sampling.seed[:, None], positions, ids)
+        return jnp.where(sampled[:, None, None], scaled + noise, scaled)
+
+    return jax.nn.log_softmax(jax.lax.cond(sampled.any(), perturbed, lambda: logits), axis=-1)
+
+
+def default_config(target_config: Any, **changes: Any) -> DrafterConfig:
+    """The DrafterConfig whose sizes are the target's, with `changes`."""
+    c = target_config
+    last = c.num_layers - 1
+    sizes = dict(
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_heads=c.num_heads,
+        num_kv_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        rms_norm_eps=c.rms_norm_eps,
+        rope=c.rope,
+        vocab_size=c.vocab_size,
+        draft_vocab_size=c.vocab_size,
+        feature_layers=tuple(min(max(f, 0), last) for f in (2, c.num_layers // 2, c.num_layers - 3)),
+    )
+    return dataclasses.replace(DrafterConfig(**sizes), **changes)

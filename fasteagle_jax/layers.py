@@ -1,0 +1,293 @@
+"""The parts of a Llama decoder layer, shared by targets and drafters.
+
+B rows · Q query tokens · S cache slots · H hidden width · K heads of K/V · G query heads per K/V head · D head width.
+Precision: norms, rotary angles and softmax are float32; a matrix product runs in its weight's dtype, accumulates in
+float32 and returns in the activation's dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fasteagle_jax.config import RopeConfig
+
+MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that max() stays finite too
+
+
+# --- products ---------------------------------------------------------------------------------------------------
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,io->...o", x, w, preferred_element_type=jnp.float32)
+
+
+def _product_of_a_row(x: jax.Array, w: jax.Array) -> jax.Array:
+    # XLA's CPU compiler has no fast path for one bfloat16 row, and one eight times faster for two.
+    twice = jnp.concatenate([x.reshape(1, -1)] * 2)  # [2, in]
+    return _product(twice, w)[:1].reshape(*x.shape[:-1], w.shape[1])
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., in] times w [in, out], in x's dtype.
+
+    Also backwards: cotangents are rounded to w's dtype first, so that all three products take the fast path.
+    """
+    rows = math.prod(x.shape[:-1])
+    x_w = x.astype(w.dtype)
+    if rows == 1 and w.dtype == jnp.bfloat16:
+        y = jax.lax.platform_dependent(x_w, w, cpu=_product_of_a_row, default=_product)
+    else:
+        y = _product(x_w, w)
+    return y.astype(x.dtype)
+
+
+def _matmul_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return matmul(x, w), (x.astype(w.dtype), w, jnp.zeros((0,), x.dtype))
+
+
+def _matmul_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w, like_x = saved
+    dy = dy.astype(w.dtype)
+    dx = jnp.einsum("...o,io->...i", dy, w, preferred_element_type=jnp.float32)
+    dw = jnp.einsum("...i,...o->io", x, dy, preferred_element_type=jnp.float32)
+    return dx.astype(like_x.dtype), dw.astype(w.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x divided by its root mean square over the last dimension, times `scale`; computed in float32, in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+# --- rotary position embedding ----------------------------------------------------------------------------------
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> jax.Array:
+    """Angle per position of each pair of channels, float32 [D/2].
+
+    `llama3` keeps short wavelengths, divides long ones by `factor` and blends in between (Llama 3.1 model card).
+    """
+    freqs = rope.theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if rope.kind == "linear":
+        return freqs / rope.factor
+    if rope.kind == "llama3":
+        turns = rope.original_max_positions * freqs / (2 * math.pi)  # full turns within the original context
+        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        keep = jnp.clip(keep, 0.0, 1.0)
+        return keep * freqs + (1 - keep) * freqs / rope.factor
+    return freqs
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of each token's rotary angles, float32 [B, Q, 1, D/2] (one for all heads)."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotation(positions: jax.Array, rope: RopeConfig, head_dim: int) -> Rotation:
+    """The Rotation of tokens at `positions` int32 [B, Q]."""
+    angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: jax.Array, by: Rotation) -> jax.Array:
+    """x [B, Q, heads, D] with channel d and d + D/2 turned as a pair (Hugging Face's order), in x's dtype."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * by.cos - b * by.sin, b * by.cos + a * by.sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+# --- attention --------------------------------------------------------------------------------------------------
+
+
+class Past(NamedTuple):
+    """One layer's committed keys and values [B, K, S, D]; slots at or past `length` int32 [B] hold nothing yet."""
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past: Past | None = None
+) -> jax.Array:
+    """Softmax attention of fresh queries over the committed past and the fresh keys, under one softmax.
+
+    Args:
+      q: [B, K, G*Q, D], query head g of a K/V head and query token i in row g*Q + i.
+      k, v: fresh keys and values [B, K, Q, D].
+      visible: bool [B, Q, Q], True where query i may see fresh key j; every query must see itself.
+      past: committed slots, all visible below `length`; None for none.
+
+    Returns:
+      [B, K, G*Q, D] in v's dtype. Scores and softmax are float32.
+    """
+    num_tokens = k.shape[2]
+    groups = q.shape[2] // num_tokens
+    q = q * q.shape[-1] ** -0.5
+    mask = jnp.tile(visible, (1, groups, 1))[:, None]  # [B, 1, G*Q, Q]
+    fresh = jnp.einsum("bkmd,bktd->bkmt", q, k, preferred_element_type=jnp.float32)
+    fresh = jnp.where(mask, fresh, MASKED)
+    top = fresh.max(axis=-1, keepdims=True)  # [B, K, G*Q, 1]
+    if past is None:
+        p = jnp.exp(fresh - top)
+        total = p.sum(axis=-1, keepdims=True)
+        out = jnp.einsum("bkmt,bktd->bkmd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (out / total).astype(v.dtype)
+    written = jnp.arange(past.k.shape[2]) < past.length[:, None]  # [B, S]
+    old = jnp.einsum("bkmd,bksd->bkms", q.astype(past.k.dtype), past.k, preferred_element_type=jnp.float32)
+    old = jnp.where(written[:, None, None], old, MASKED)
+    top = jnp.maximum(top, old.max(axis=-1, keepdims=True))
+    p_fresh, p_old = jnp.exp(fresh - top), jnp.exp(old - top)
+    total = p_fresh.sum(axis=-1, keepdims=True) + p_old.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("bkmt,bktd->bkmd", p_fresh.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out += jnp.einsum(
+        "bkms,bksd->bkmd", p_old.astype(past.v.dtype), past.v, preferred_element_type=jnp.float32
+    )
+    return (out / total).astype(v.dtype)
+
+
+# --- a decoder layer --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """Sizes of one decoder layer."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+
+class DecoderLayer(nnx.Module):
+    """A Llama decoder layer: RMSNorm, grouped-query attention, RMSNorm, SwiGLU, each added to its input.
+
+    Weights are [in, out]. A stack of layers is this module with a leading axis on every leaf (see `run_layers`).
+    """
+
+    def __init__(self, config: LayerConfig, key: jax.Array, dtype: Any = jnp.float32):
+        c = config
+        heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        keys = iter(jax.random.split(key, 7))
+
+        def weight(num_in: int, num_out: int) -> nnx.Param:
+            return nnx.Param(jax.random.normal(next(keys), (num_in, num_out), dtype) * num_in**-0.5)
+
+        def bias(size: int, present: bool) -> nnx.Param | None:
+            return nnx.Param(jnp.zeros((size,), dtype)) if present else None
+
+        self.config = config
+        self.input_norm = nnx.Param(jnp.ones((c.hidden_size,), dtype))
+        self.q = weight(c.hidden_size, heads)
+        self.k = weight(c.hidden_size, kv_heads)
+        self.v = weight(c.hidden_size, kv_heads)
+        self.o = weight(heads, c.hidden_size)
+        self.mlp_norm = nnx.Param(jnp.ones((c.hidden_size,), dtype))
+        self.gate = weight(c.hidden_size, c.intermediate_size)
+        self.up = weight(c.hidden_size, c.intermediate_size)
+        self.down = weight(c.intermediate_size, c.hidden_size)
+        self.q_bias = bias(heads, c.attention_bias)
+        self.k_bias = bias(kv_heads, c.attention_bias)
+        self.v_bias = bias(kv_heads, c.attention_bias)
+        self.o_bias = bias(c.hidden_size, c.attention_bias)
+        self.gate_bias = bias(c.intermediate_size, c.mlp_bias)
+        self.up_bias = bias(c.intermediate_size, c.mlp_bias)
+        self.down_bias = bias(c.hidden_size, c.mlp_bias)
+
+    def __call__(
+        self, x: jax.Array, turn: Rotation, visible: jax.Array, past: Past | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The layer's output [B, Q, H] and its fresh keys and values, each [B, K, Q, D]."""
+        c = self.config
+        batch, num_tokens, _ = x.shape
+        groups = c.num_heads // c.num_kv_heads
+
+        h = rms_norm(x, self.input_norm[...], c.rms_norm_eps)
+        q = _affine(h, self.q, self.q_bias).reshape(batch, num_tokens, c.num_heads, c.head_dim)
+        k = _affine(h, self.k, self.k_bias).reshape(batch, num_tokens, c.num_kv_heads, c.head_dim)
+        v = _affine(h, self.v, self.v_bias).reshape(batch, num_tokens, c.num_kv_heads, c.head_dim)
+        q, k = rotate(q, turn), rotate(k, turn)
+        q = q.reshape(batch, num_tokens, c.num_kv_heads, groups, c.head_dim).transpose(0, 2, 3, 1, 4)
+        q = q.reshape(batch, c.num_kv_heads, groups * num_tokens, c.head_dim)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, Q, D]
+        out = attention(q, k, v, visible, past)
+        out = out.reshape(batch, c.num_kv_heads, groups, num_tokens, c.head_dim).transpose(0, 3, 1, 2, 4)
+        x = x + _affine(out.reshape(batch, num_tokens, -1), self.o, self.o_bias)
+
+        h = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
+        gate, up = _affine(h, self.gate, self.gate_bias), _affine(h, self.up, self.up_bias)
+        return x + _affine(jax.nn.silu(gate) * up, self.down, self.down_bias), (k, v)
+
+
+def _affine(x: jax.Array, w: nnx.Param, b: nnx.Param | None) -> jax.Array:
+    y = matmul(x, w[...])
+    return y if b is None else y + b[...].astype(y.dtype)
+
+
+# --- stacks -----------------------------------------------------------------------------------------------------
+# A stack is either one pytree whose leaves have a leading layer axis, run by a scan (one compiled body: TPU, GPU), or a
+# list of per-layer pytrees, run by a Python loop (XLA's CPU compiler copies slices of stacked weights: 8x slower).
+
+
+def run_layers(
+    body: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    stacks: tuple[Any, ...],
+    span: tuple[int, int] | None = None,
+) -> tuple[Any, Any]:
+    """Runs `body(carry, one layer of each stack)` over the layers in turn, like `lax.scan`.
+
+    Args:
+      body: returns the new carry and this layer's result.
+      carry: goes into the first layer.
+      stacks: all stacked or all lists.
+      span: the first and one past the last layer; None for all.
+
+    Returns:
+      The last carry, and the results stacked, or as a list where the stacks are lists.
+    """
+    if isinstance(stacks[0], (list, nnx.List)):
+        results = []
+        for layer in list(zip(*stacks, strict=True))[slice(*(span or (None,)))]:
+            carry, result = body(carry, layer)
+            results.append(result)
+        return carry, results
+    if span is None:
+        return jax.lax.scan(body, carry, stacks)
+
+    def indexed(carry: Any, i: jax.Array) -> tuple[Any, Any]:
+        # Slicing the stacks to the span beforehand would copy the weights.
+        layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacks)
+        return body(carry, layer)
+
+    return jax.lax.scan(indexed, carry, jnp.arange(*span))
+
+
+def unstack(stacked: Any, num_layers: int) -> list[Any]:
+    """A stacked pytree as a list of `num_layers` pytrees."""
+    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers)]
+
+
+def stack(layers: Any) -> Any:
+    """A list of pytrees of one structure as one pytree with a leading layer axis."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *layers)

@@ -1,0 +1,177 @@
+"""Choosing the next token: one rule for greedy, sampled and mixed batches.
+
+B rows · M nodes · V vocabulary.
+The token at absolute position p of a request is argmax(filtered(logits / temperature) + G[p]) with Gumbel noise G[p] that
+is a function of (seed, p, token id) alone, which draws from the filtered softmax (the Gumbel-max trick); at temperature 0
+it is argmax(logits). The choice depends on nothing but the verified prefix and the seed, so speculation cannot change it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fasteagle_jax.errors import UserError
+
+MAX_SEED = 2**32 - 1
+
+
+class Sampling(NamedTuple):
+    """How each row picks tokens; all arrays [B]. `make_sampling` checks values and fills in defaults."""
+
+    temperature: jax.Array  # float32, 0 = greedy
+    top_k: jax.Array  # int32, keep the k largest (and those equal to the k-th), 0 = all
+    top_p: jax.Array  # float32, then keep the smallest set of largest ones with this much of the mass, 1 = all
+    seed: jax.Array  # uint32
+
+
+def make_sampling(
+    batch: int,
+    temperature: float | list[float] = 0.0,
+    top_k: int | list[int] = 0,
+    top_p: float | list[float] = 1.0,
+    seed: int | list[int] = 0,
+) -> Sampling:
+    """A Sampling for `batch` rows from one value for all or a list of one a row; UserError for a bad value."""
+
+    def rows(name: str, value: float | list[float]) -> list[float]:
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * batch
+        if len(values) != batch:
+            raise UserError(f"{name} has {len(values)} values for {batch} rows: give one, or one a row")
+        return values
+
+    checks = {
+        "temperature": (rows("temperature", temperature), lambda t: 0 <= t < float("inf"), "0 or more"),
+        "top_k": (rows("top_k", top_k), lambda k: k == int(k) and 0 <= k < 2**31, "a whole number, 0 for all"),
+        "top_p": (rows("top_p", top_p), lambda p: 0 < p <= 1, "above 0 and at most 1"),
+        "seed": (rows("seed", seed), lambda s: s == int(s) and 0 <= s <= MAX_SEED, f"0 to {MAX_SEED}"),
+    }
+    for name, (values, good, remedy) in checks.items():
+        for value in values:
+            if not good(value):
+                raise UserError(f"{name} is {value}: it must be {remedy}")
+    return Sampling(
+        jnp.asarray(checks["temperature"][0], jnp.float32),
+        jnp.asarray([int(k) for k in checks["top_k"][0]], jnp.int32),
+        jnp.asarray(checks["top_p"][0], jnp.float32),
+        jnp.asarray([int(s) for s in checks["seed"][0]], jnp.uint32),
+    )
+
+
+# --- noise ------------------------------------------------------------------------------------------------------
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 that flips about half of the bits for any change of one (C. Wellons' lowbias32)."""
+    x = x ^ (x >> 16)
+    x = x * jnp.uint32(0x7FEB352D)
+    x = x ^ (x >> 15)
+    x = x * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def gumbel_noise(seed: jax.Array, position: jax.Array, token_ids: jax.Array) -> jax.Array:
+    """Standard Gumbel noise float32 [..., V] for `seed` uint32 [...] and `position` int32 [...] at token_ids int32 [V].
+
+    Counter-based: a token's noise is a few integer operations on (seed, position, id), the same in any batch, order or
+    subset of the vocabulary. The integers are exact everywhere; two logarithms may differ in the last bit between devices.
+    """
+    position = position.astype(jnp.uint32)
+    seed = seed.astype(jnp.uint32)
+    key_a = _mix(seed + _mix(position + jnp.uint32(0x9E3779B9)))[..., None]
+    key_b = _mix(_mix(seed ^ jnp.uint32(0x85EBCA6B)) + position * jnp.uint32(0xC2B2AE35))[..., None]
+    bits = _mix(_mix(token_ids.astype(jnp.uint32) + key_a) ^ key_b)
+    # v in (0, 1) is exact near 0, where -log1p(-v) is small and the noise large: the tail that decides an argmax.
+    v = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-v))
+
+
+# --- choice -----------------------------------------------------------------------------------------------------
+
+
+def choose(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
+    """The token int32 [B, M] that goes to `positions` int32 [B, M], given the logits float32 [B, M, V] before it."""
+    greedy = _first_argmax(logits)
+
+    def draw() -> jax.Array:
+        scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None, None]
+        noise = gumbel_noise(sampling.seed[:, None], positions, jnp.arange(logits.shape[-1]))
+        filtering = ((sampling.top_k > 0) | (sampling.top_p < 1)) & (sampling.temperature > 0)
+        drawn = jax.lax.cond(
+            filtering.any(),
+            lambda: _draw_filtered(scaled, noise, sampling, filtering),
+            lambda: _first_argmax(scaled + noise),
+        )
+        return jnp.where(sampling.temperature[:, None] > 0, drawn, greedy)
+
+    return jax.lax.cond((sampling.temperature > 0).any(), draw, lambda: greedy)
+
+
+def _first_argmax(x: jax.Array) -> jax.Array:
+    """argmax over the last dimension, int32: a maximum and a minimum, which compile to faster code than jnp.argmax."""
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return jnp.where(x == x.max(axis=-1, keepdims=True), index, x.shape[-1] - 1).min(axis=-1)
+
+
+def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling, filtering: jax.Array) -> jax.Array:
+    """argmax of scaled + noise [B, M, V] over the tokens that top-k and then top-p leave, without a sort.
+
+    Both filters keep a set that is closed upwards: with a token, all of at least its logit. So the unfiltered argmax is
+    tried first; if it is outside, nothing of its logit or less is inside, and the best of the rest is tried. A few rounds
+    settle every node. A token is inside top-k when fewer than k tokens are larger, inside top-p when those larger hold
+    less than p of the mass that top-k left.
+    """
+    vocab = scaled.shape[-1]
+    k = jnp.where(sampling.top_k > 0, sampling.top_k, vocab)[:, None]  # [B, 1]
+    p = sampling.top_p[:, None]
+    mass = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
+
+    both = (k < vocab) & (p < 1)
+    total = jax.lax.cond(
+        both.any(),
+        lambda: jnp.where(scaled >= _kth_largest(scaled, k)[..., None], mass, 0).sum(axis=-1),
+        lambda: mass.sum(axis=-1),
+    )  # [B, M]
+
+    def undecided(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return ~state[2].all()
+
+    def attempt(
+        state: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        floor, drawn, decided = state  # only logits above the floor are still candidates
+        candidate = _first_argmax(jnp.where(scaled > floor[..., None], scaled + noise, -jnp.inf))
+        logit = jnp.take_along_axis(scaled, candidate[..., None], axis=-1)
+        larger = scaled > logit
+        in_top_k = larger.sum(axis=-1) < k
+        in_top_p = (jnp.where(larger, mass, 0).sum(axis=-1) < p * total) | (p >= 1)
+        inside = in_top_k & in_top_p
+        drawn = jnp.where(decided, drawn, candidate)
+        return jnp.where(inside, floor, logit[..., 0]), drawn, decided | inside
+
+    shape = scaled.shape[:-1]
+    start = (
+        jnp.full(shape, -jnp.inf, scaled.dtype),
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, bool),
+    )
+    start = attempt(start)  # rows without a filter are settled here
+    return jax.lax.while_loop(undecided, attempt, start)[1]
+
+
+def _kth_largest(x: jax.Array, k: jax.Array) -> jax.Array:
+    """The k-th largest value [B, M] of x float32 [B, M, V], k int32 [B, 1]: bit by bit, 32 counting passes."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    sign = jnp.uint32(0x80000000)
+    ordered = jnp.where(bits & sign, ~bits, bits | sign)  # uint32 in the order of the floats
+
+    def add_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        trial = found | (sign >> i.astype(jnp.uint32))
+        enough = (ordered >= trial[..., None]).sum(axis=-1) >= k
+        return jnp.where(enough, trial, found)
+
+    found = jax.lax.fori_loop(0, 32, add_bit, jnp.zeros(x.shape[:-1], jnp.uint32))
+    bits = jnp.where(found & sign, found ^ sign, ~found)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -1,0 +1,145 @@
+"""The Llama target: one forward pass for prefill, plain decoding, verification and training.
+
+B rows · Q query tokens · L layers · H hidden width · V vocabulary · F feature layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fasteagle_jax.cache import Cache, empty_cache
+from fasteagle_jax.config import LlamaConfig
+from fasteagle_jax.layers import DecoderLayer, LayerConfig, rms_norm, rotation, run_layers, unstack
+
+
+class TargetOutput(NamedTuple):
+    """What a target's forward pass returns."""
+
+    hidden: jax.Array  # [B, Q, H] after the final norm: the head's input
+    features: jax.Array | None  # [B, Q, F*H] inputs of the feature layers, concatenated low to high; None for F = 0
+    fresh: Any  # keys and values of the Q tokens, for `commit`
+
+
+def layer_config(c: LlamaConfig) -> LayerConfig:
+    """The sizes of one of the target's decoder layers."""
+    return LayerConfig(
+        c.hidden_size,
+        c.intermediate_size,
+        c.num_heads,
+        c.num_kv_heads,
+        c.head_dim,
+        c.rms_norm_eps,
+        c.attention_bias,
+        c.mlp_bias,
+    )
+
+
+class Llama(nnx.Module):
+    """A frozen Llama. `layers` is one stacked DecoderLayer (leading axis L) or, unstacked, a list of L of them."""
+
+    def __init__(self, config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
+        c = config
+        key_embed, key_layers, key_head = jax.random.split(key, 3)
+        self.config = c
+        self.embedding = nnx.Param(jax.random.normal(key_embed, (c.vocab_size, c.hidden_size), dtype))
+        layers = jax.vmap(lambda k: DecoderLayer(layer_config(c), k, dtype))(
+            jax.random.split(key_layers, c.num_layers)
+        )
+        self.layers = layers if stacked else nnx.List(unstack(layers, c.num_layers))
+        self.norm = nnx.Param(jnp.ones((c.hidden_size,), dtype))
+        head = jax.random.normal(key_head, (c.vocab_size, c.hidden_size), dtype) * c.hidden_size**-0.5
+        self.head = None if c.tie_embeddings else nnx.Param(head)  # [V, H]; None where tied to the embedding
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the layers are one scanned stack rather than a list."""
+        return not isinstance(self.layers, nnx.List)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of weights, activations and cache."""
+        return self.embedding[...].dtype
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        visible: jax.Array,
+        cache: Cache | None = None,
+        feature_layers: Sequence[int] = (),
+    ) -> TargetOutput:
+        """The final hidden states, features and fresh keys and values of Q tokens.
+
+        Args:
+          tokens, positions: int32 [B, Q].
+          visible: bool [B, Q, Q], True where query i may see fresh token j; the committed slots are always seen.
+          cache: committed tokens, only read; None for none.
+          feature_layers: indices of the layers whose inputs are the features, e.g. (2, L // 2, L - 3) of EAGLE-3.
+        """
+        c = self.config
+        x = self.embedding[...][tokens]  # [B, Q, H]
+        turn = rotation(positions, c.rope, c.head_dim)
+        past = cache.past() if cache is not None else (None if self.stacked else [None] * c.num_layers)
+
+        def layer_step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+            weights, layer_past = layer
+            return weights(x, turn, visible, layer_past)
+
+        # The stack is cut where a feature is read, so that nothing is kept of the other layers.
+        cuts = [0, *sorted({f for f in feature_layers if f > 0}), c.num_layers]
+        at: dict[int, jax.Array] = {0: x}
+        fresh = []
+        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+            x, kv = run_layers(layer_step, x, (self.layers, past), (start, stop))
+            fresh.append(kv)
+            at[stop] = x
+        hidden = rms_norm(x, self.norm[...], c.rms_norm_eps)
+        features = jnp.concatenate([at[f] for f in feature_layers], axis=-1) if feature_layers else None
+        return TargetOutput(hidden, features, _join(fresh, stacked=self.stacked))
+
+    def head_rows(self) -> jax.Array:
+        """The LM head [V, H], one row a token."""
+        return (self.embedding if self.head is None else self.head)[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Next-token logits float32 [..., V] of final hidden states [..., H]."""
+        return head_logits(hidden, self.head_rows())
+
+    def empty_cache(self, batch: int, num_slots: int) -> Cache:
+        """A cache for `batch` rows of `num_slots` tokens, in the form the layers are in."""
+        c = self.config
+        return empty_cache(
+            c.num_layers, batch, c.num_kv_heads, num_slots, c.head_dim, self.dtype, stacked=self.stacked
+        )
+
+    def unstacked(self) -> Llama:
+        """The same target with its layers as a list, which XLA's CPU compiler runs faster."""
+        if not self.stacked:
+            return self
+        graph, state = nnx.split(self)
+        other = nnx.merge(graph, state)
+        other.layers = nnx.List(unstack(self.layers, self.config.num_layers))
+        return other
+
+
+def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """float32 logits [..., V] of hidden states [..., H] under a head of rows [V, H]."""
+    flat = hidden.reshape(-1, hidden.shape[-1]).astype(head.dtype)
+    num_rows = flat.shape[0]
+    if num_rows == 1 and head.dtype == jnp.bfloat16:  # one bfloat16 row is slow on a CPU, see layers.matmul
+        flat = jnp.concatenate([flat] * 2)
+    logits = jnp.einsum("nh,vh->nv", flat, head, preferred_element_type=jnp.float32)
+    return logits[:num_rows].reshape(*hidden.shape[:-1], head.shape[0])
+
+
+def _join(fresh: list[Any], *, stacked: bool) -> Any:
+    """Segments' fresh (k, v) as one pair of stacks over all layers."""
+    if stacked:
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs), *fresh)
+    layers = [kv for segment in fresh for kv in segment]
+    return [k for k, _ in layers], [v for _, v in layers]

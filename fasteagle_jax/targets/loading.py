@@ -1,0 +1,154 @@
+"""A target from its weights: one strict table between Hugging Face names and ours.
+
+L layers. Ours are [in, out] and, where stacked, have a leading L; Hugging Face's (torch's) are [out, in].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fasteagle_jax.config import LlamaConfig
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.layers import unstack
+from fasteagle_jax.targets.llama import Llama
+from fasteagle_jax.targets.readers import Checkpoint, fingerprint, open_checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    name: str  # Hugging Face's; {} is the layer
+    path: str  # ours: an attribute of Llama, or of a layer
+    transposed: bool = False
+
+
+_TOP = (
+    _Entry("model.embed_tokens.weight", "embedding"),
+    _Entry("model.norm.weight", "norm"),
+    _Entry("lm_head.weight", "head"),
+)
+_LAYER = (
+    _Entry("model.layers.{}.input_layernorm.weight", "input_norm"),
+    _Entry("model.layers.{}.self_attn.q_proj.weight", "q", transposed=True),
+    _Entry("model.layers.{}.self_attn.k_proj.weight", "k", transposed=True),
+    _Entry("model.layers.{}.self_attn.v_proj.weight", "v", transposed=True),
+    _Entry("model.layers.{}.self_attn.o_proj.weight", "o", transposed=True),
+    _Entry("model.layers.{}.self_attn.q_proj.bias", "q_bias"),
+    _Entry("model.layers.{}.self_attn.k_proj.bias", "k_bias"),
+    _Entry("model.layers.{}.self_attn.v_proj.bias", "v_bias"),
+    _Entry("model.layers.{}.self_attn.o_proj.bias", "o_bias"),
+    _Entry("model.layers.{}.post_attention_layernorm.weight", "mlp_norm"),
+    _Entry("model.layers.{}.mlp.gate_proj.weight", "gate", transposed=True),
+    _Entry("model.layers.{}.mlp.up_proj.weight", "up", transposed=True),
+    _Entry("model.layers.{}.mlp.down_proj.weight", "down", transposed=True),
+    _Entry("model.layers.{}.mlp.gate_proj.bias", "gate_bias"),
+    _Entry("model.layers.{}.mlp.up_proj.bias", "up_bias"),
+    _Entry("model.layers.{}.mlp.down_proj.bias", "down_bias"),
+)
+_IGNORED = "rotary_emb.inv_freq"  # a buffer of older files; ours is computed
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedTarget:
+    """A target with what is known of where it came from."""
+
+    model: Llama
+    fingerprint: str
+    checkpoint: Checkpoint
+
+
+def load_target(name_or_path: str, dtype: Any = jnp.float32, *, stacked: bool | None = None) -> LoadedTarget:
+    """The Llama in a Hugging Face folder, hub repository or GGUF file, its weights in `dtype`.
+
+    `stacked` defaults to what the backend runs faster: a list of layers on a CPU, one scanned stack elsewhere.
+    Raises UserError for a source that cannot be read or does not fit its own configuration.
+    """
+    checkpoint = open_checkpoint(name_or_path)
+    if stacked is None:
+        stacked = jax.default_backend() != "cpu"
+    return LoadedTarget(
+        load_weights(checkpoint, dtype, stacked=stacked), fingerprint(checkpoint), checkpoint
+    )
+
+
+def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool) -> Llama:
+    """The Llama that a checkpoint holds; all missing, surplus and mis-shaped tensors in one UserError."""
+    config = checkpoint.config
+    # Shapes first, values after: nothing is created that is then replaced.
+    model = jax.eval_shape(lambda: Llama(config, jax.random.key(0), dtype, stacked=True))
+    expected = _expected_shapes(config, model)
+    _check(checkpoint, expected)
+
+    def read(name: str, entry: _Entry) -> np.ndarray:
+        value = checkpoint.read(name)
+        return value.T if entry.transposed else value
+
+    for entry in _TOP:
+        if entry.name in expected:
+            setattr(model, entry.path, nnx.Param(_to_device(read(entry.name, entry), dtype)))
+    layers = model.layers if stacked else nnx.List(unstack_shapes(model.layers, config.num_layers))
+    for entry in _LAYER:
+        names = [entry.name.format(i) for i in range(config.num_layers)]
+        if names[0] not in expected:
+            continue
+        if stacked:
+            value = np.stack([read(name, entry).astype(dtype) for name in names])
+            setattr(layers, entry.path, nnx.Param(_to_device(value, dtype)))
+        else:
+            for layer, name in zip(layers, names, strict=True):
+                setattr(layer, entry.path, nnx.Param(_to_device(read(name, entry), dtype)))
+    model.layers = layers
+    return model
+
+
+def unstack_shapes(stacked: Any, num_layers: int) -> list[Any]:
+    """`layers.unstack` of a tree of jax.ShapeDtypeStruct."""
+    return jax.eval_shape(lambda tree: unstack(tree, num_layers), stacked)
+
+
+def _to_device(value: np.ndarray, dtype: Any) -> jax.Array:
+    return jnp.asarray(np.ascontiguousarray(value.astype(dtype)))
+
+
+def _expected_shapes(config: LlamaConfig, model: Llama) -> dict[str, tuple[int, ...]]:
+    """Hugging Face's name of every tensor the target needs, with its shape there."""
+    expected = {}
+    for entry in _TOP:
+        if (param := getattr(model, entry.path)) is not None:
+            expected[entry.name] = param.shape
+    for entry in _LAYER:
+        if (param := getattr(model.layers, entry.path)) is not None:
+            shape = param.shape[1:]
+            for i in range(config.num_layers):
+                expected[entry.name.format(i)] = shape[::-1] if entry.transposed else shape
+    return expected
+
+
+def _check(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
+    present = {name for name in checkpoint.names() if not name.endswith(_IGNORED)}
+    if checkpoint.config.tie_embeddings:
+        present.discard("lm_head.weight")  # some tied checkpoints store the shared matrix twice
+    missing = sorted(set(expected) - present)
+    surplus = sorted(present - set(expected))
+    misshaped = [
+        f"{name} is {tuple(checkpoint.shape(name))} instead of {shape}"
+        for name, shape in expected.items()
+        if name in present and tuple(checkpoint.shape(name)) != tuple(shape)
+    ]
+    problems = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (("missing", missing), ("surplus", surplus), ("mis-shaped", misshaped))
+        if names
+    ]
+    if problems:
+        raise UserError(
+            f"the tensors in {checkpoint.path} do not fit its configuration ({'; '.join(problems)}): "
+            "take the complete, unmodified checkpoint"
+        )
+
+
