@@ -84,27 +84,35 @@ def assistant_spans(
     The conversation begins with the user's (or system's) message. A span holds what the target would have had
     to generate: not the header before the answer, nor what the template writes after the end of the turn.
     """
-    ids = encode_chat(tokenizer, messages, add_generation_prompt=False)
+    text = _render(tokenizer, messages, add_generation_prompt=False)
+    ids = tokenizer.encode(text, add_special_tokens=False)
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = encode_chat(tokenizer, messages[:i])
-        answered = encode_chat(tokenizer, messages[: i + 1], add_generation_prompt=False)
-        if ids[: len(prompt)] != prompt or ids[: len(answered)] != answered:
+        prompt = _render(tokenizer, messages[:i], add_generation_prompt=True)
+        answered = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+        answered_ids = tokenizer.encode(answered, add_special_tokens=False)
+        start, end = len(prompt_ids), len(answered_ids)
+        if not answered.startswith(prompt) or ids[:start] != prompt_ids or ids[:end] != answered_ids:
             raise UserError(
                 f"chat template without stable prefixes (message {i} changes what stands before it): "
                 "use a template that only appends"
             )
-        end = len(answered)
-        while end > len(prompt) and ids[end - 1] not in special:
+        if not answered[len(prompt) :].lstrip().startswith(message["content"].strip()):
+            raise UserError(
+                f"chat template without a generation prompt that ends where message {i} begins: "
+                "use a template that knows add_generation_prompt"
+            )
+        while end > start and ids[end - 1] not in special:
             end -= 1
-        if end == len(prompt):
+        if end == start:
             raise UserError(
                 f"chat template without an end-of-turn token after message {i}: use one that closes answers"
             )
-        spans.append((len(prompt), end))
+        spans.append((start, end))
     return ids, spans
 
 

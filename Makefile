@@ -1,0 +1,38 @@
+# make venv | demo | test | lint | clean.   Needs python3 (3.11 or newer), pip and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Test processes. Two suit two cores and 8 GB; 0 runs all in one process.
+WORKERS ?= 2
+
+.PHONY: venv demo test lint clean
+
+venv: $(VENV)/.installed-test
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python -m infer.demo
+
+test: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .venv-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each extra: installed once, and again when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+# Debian has python3 without its venv module; virtualenv out of a folder of its own then does the same and leaves the
+# system's Python as it is.
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV) || { \
+	    $(PYTHON) -m pip install --quiet --target .venv-maker virtualenv && \
+	    PYTHONPATH=.venv-maker $(PYTHON) -m virtualenv --clear $(VENV); }
+	@touch $@
