@@ -123,8 +123,8 @@ def prefill(
     start = (
         target.empty_cache(batch, num_slots),
         None if drafter is None else drafter.empty_cache(batch, num_slots),
-        jnp.zeros((batch, width), target.dtype),
-        jnp.zeros((batch, len(feature_layers) * width), target.dtype),
+        jnp.zeros((batch, width), target.activation_dtype),
+        jnp.zeros((batch, len(feature_layers) * width), target.activation_dtype),
     )
     target_cache, drafter_cache, hidden, features = jax.lax.fori_loop(0, prompt_slots // chunk, take_chunk, start)
 
@@ -195,7 +195,7 @@ def decode_round(
         num_emitted = state.num_emitted + count
         done = state.done | (until_stop <= count) | (num_emitted >= stop.max_new)
 
-        new = Accepted(jnp.zeros((batch, num_levels + 1, 0)), picked, count)
+        new = Accepted(state.new.features, picked, count)
         if drafter is not None:
             new = new._replace(features=out.features[row, path.nodes])
         statistics = Statistics(

@@ -66,6 +66,33 @@ def _matmul_backward(
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@jax.custom_vjp
+def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """float32 logits [..., V] of hidden states [..., H] under a frozen head, one row [H] a token: [V, H].
+
+    The head gets no gradient. It is not `matmul` with head.T: XLA's CPU compiler has no fast path for that in bfloat16.
+    """
+    num_rows = math.prod(hidden.shape[:-1])
+    x = hidden.reshape(num_rows, -1).astype(head.dtype)
+    if num_rows == 1 and head.dtype == jnp.bfloat16:
+        x = jnp.concatenate([x] * 2)  # as in _product_of_a_row
+    logits = jnp.einsum("nh,vh->nv", x, head, preferred_element_type=jnp.float32)
+    return logits[:num_rows].reshape(*hidden.shape[:-1], head.shape[0])
+
+
+def _head_forward(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return head_logits(hidden, head), (head, jnp.zeros((0,), hidden.dtype))
+
+
+def _head_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None]:
+    head, like_hidden = saved
+    dx = jnp.einsum("...v,vh->...h", dy.astype(head.dtype), head, preferred_element_type=jnp.float32)
+    return dx.astype(like_hidden.dtype), None
+
+
+head_logits.defvjp(_head_forward, _head_backward)
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x divided by its root mean square over the last dimension, times `scale`; computed in float32, in x's dtype."""
     x32 = x.astype(jnp.float32)
@@ -143,7 +170,7 @@ def attention(
     mask = jnp.tile(visible, (1, groups, 1))[:, None]  # [B, 1, G*Q, Q]
     fresh = jnp.einsum("bkmd,bktd->bkmt", q, k, preferred_element_type=jnp.float32)
     fresh = jnp.where(mask, fresh, MASKED)
-    top = fresh.max(axis=-1, keepdims=True)  # [B, K, G*Q, 1]
+    top = jax.lax.stop_gradient(fresh.max(axis=-1, keepdims=True))  # [B, K, G*Q, 1]
     if past is None:
         p = jnp.exp(fresh - top)
         total = p.sum(axis=-1, keepdims=True)
@@ -226,13 +253,16 @@ class DecoderLayer(nnx.Module):
         q = _affine(h, self.q, self.q_bias).reshape(batch, num_tokens, c.num_heads, c.head_dim)
         k = _affine(h, self.k, self.k_bias).reshape(batch, num_tokens, c.num_kv_heads, c.head_dim)
         v = _affine(h, self.v, self.v_bias).reshape(batch, num_tokens, c.num_kv_heads, c.head_dim)
-        q, k = rotate(q, turn), rotate(k, turn)
+        # Attention runs in the weights' (and so the cache's) dtype, whether a key is fresh or read back.
+        dtype = self.k[...].dtype
+        q, k, v = rotate(q, turn).astype(dtype), rotate(k, turn).astype(dtype), v.astype(dtype)
         q = q.reshape(batch, num_tokens, c.num_kv_heads, groups, c.head_dim).transpose(0, 2, 3, 1, 4)
         q = q.reshape(batch, c.num_kv_heads, groups * num_tokens, c.head_dim)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, Q, D]
         out = attention(q, k, v, visible, past)
         out = out.reshape(batch, c.num_kv_heads, groups, num_tokens, c.head_dim).transpose(0, 3, 1, 2, 4)
-        x = x + _affine(out.reshape(batch, num_tokens, -1), self.o, self.o_bias)
+        out = out.reshape(batch, num_tokens, -1).astype(x.dtype)
+        x = x + _affine(out, self.o, self.o_bias)
 
         h = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
         gate, up = _affine(h, self.gate, self.gate_bias), _affine(h, self.up, self.up_bias)

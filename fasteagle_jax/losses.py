@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.layers import matmul
+from fasteagle_jax.layers import head_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,8 @@ def level_loss(
     valid = valid.reshape(num_levels, num_chunks, -1).swapaxes(0, 1)  # [chunks, N, C]
     at_target = at_target.reshape(num_chunks, -1, width)  # [chunks, C, H]
 
-    loss, sums = _chunked(chosen, valid, at_target, weights, head, draft_head, config)
+    unrolled = isinstance(hidden, list)  # as the levels are, see layers.run_layers
+    loss, sums = _chunked(chosen, valid, at_target, weights, head, draft_head, config, unrolled)
     return loss, LevelMetrics(*(sums / count), count)
 
 
@@ -119,7 +120,7 @@ def _level_weight(i: int, num_levels: int, config: LossConfig) -> float:
 # --- the scan over chunks, with its gradient --------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _chunked(
     chosen: jax.Array,
     valid: jax.Array,
@@ -128,9 +129,10 @@ def _chunked(
     head: jax.Array,
     draft_head: jax.Array,
     config: LossConfig,
+    unrolled: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted loss, and sums float32 [3, N] of each level's loss, hits and acceptance."""
-    return _scan(chosen, valid, at_target, weights, head, draft_head, config, with_gradient=False)[0]
+    return _scan(chosen, valid, at_target, weights, head, draft_head, config, unrolled, with_gradient=False)[0]
 
 
 def _chunked_forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
@@ -138,7 +140,9 @@ def _chunked_forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[jax
     return result, (gradient, *args[1:6])
 
 
-def _chunked_backward(_: LossConfig, saved: tuple[jax.Array, ...], cotangents: Any) -> tuple[Any, ...]:
+def _chunked_backward(
+    config: LossConfig, unrolled: bool, saved: tuple[jax.Array, ...], cotangents: Any
+) -> tuple[Any, ...]:
     gradient, *_others = saved
     return (gradient * cotangents[0].astype(gradient.dtype), None, None, None, None, None)
 
@@ -154,6 +158,7 @@ def _scan(
     head: jax.Array,
     draft_head: jax.Array,
     config: LossConfig,
+    unrolled: bool,
     *,
     with_gradient: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -162,9 +167,9 @@ def _scan(
 
     def one_chunk(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
         chosen_NCH, valid_NC, target_CH = chunk
-        full = matmul(target_CH, head.T).astype(jnp.float32)  # [C, target vocabulary]
+        full = head_logits(target_CH, head)  # [C, target vocabulary]
         log_z = jax.nn.logsumexp(full, axis=-1, keepdims=True)
-        kept = full if whole_vocabulary else matmul(target_CH, draft_head.T).astype(jnp.float32)
+        kept = full if whole_vocabulary else head_logits(target_CH, draft_head)
         p = jnp.exp(kept - log_z)  # [C, V]; sums to the draft vocabulary's share of the mass
         # The draft vocabulary holds the target's first choice when its best logit is the best of all.
         best = jnp.where(kept.max(axis=-1) >= full.max(axis=-1), jnp.argmax(kept, axis=-1), -1)
@@ -183,19 +188,20 @@ def _scan(
                 (loss, sums), gradient = loss_of(hidden_CH), jnp.zeros(())
             return None, (loss, sums, gradient)
 
-        _, (loss_N, sums_N3, gradient) = jax.lax.scan(one_level, None, (chosen_NCH, valid_NC, weights))
+        xs = (chosen_NCH, valid_NC, weights)
+        _, (loss_N, sums_N3, gradient) = jax.lax.scan(one_level, None, xs, unroll=unrolled)
         loss, sums = carry
         return (loss + loss_N.sum(), sums + sums_N3.T), gradient
 
     start = (jnp.zeros(()), jnp.zeros((3, chosen.shape[1])))
-    return jax.lax.scan(one_chunk, start, (chosen, valid, at_target))
+    return jax.lax.scan(one_chunk, start, (chosen, valid, at_target), unroll=unrolled)
 
 
 def _terms(
     hidden: jax.Array, target: jax.Array, p: jax.Array, best: jax.Array, draft_head: jax.Array, config: LossConfig
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Each position's loss float32 [C], and (hit, acceptance) float32 [C] each, of one level's hidden states [C, H]."""
-    logits = matmul(hidden, draft_head.T).astype(jnp.float32)  # [C, V]
+    logits = head_logits(hidden, draft_head)  # [C, V]
     log_q = jax.nn.log_softmax(logits, axis=-1)
     overlap = jnp.minimum(p, jnp.exp(log_q)).sum(axis=-1)
     loss = jnp.zeros(hidden.shape[0])

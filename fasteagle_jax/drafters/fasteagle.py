@@ -18,9 +18,8 @@ from flax import nnx
 from fasteagle_jax.cache import Cache, commit, empty_cache
 from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
-from fasteagle_jax.layers import DecoderLayer, LayerConfig, matmul, rms_norm, rotation, run_layers, unstack
+from fasteagle_jax.layers import DecoderLayer, LayerConfig, head_logits, matmul, rms_norm, rotation, run_layers, unstack
 from fasteagle_jax.sampling import gumbel_noise
-from fasteagle_jax.targets.llama import head_logits
 from fasteagle_jax.tree import Draft, Tree, build
 
 
@@ -125,11 +124,11 @@ class FastEagle(nnx.Module):
           A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and (k, v) for `commit`.
         """
         c = self.config
-        dtype = self.fc[...].dtype
+        dtype = features.dtype  # of all activations
         g = matmul((features.astype(jnp.float32) * self.feature_scale[...]).astype(dtype), self.fc[...])
         e = embedding[next_tokens].astype(dtype)
         fused = matmul(jnp.concatenate([g, e], axis=-1), self.fuse[...])  # h_1 = L_1(FC([g_t, e_t+1]))
-        ones = jnp.ones((c.hidden_size,), dtype)
+        ones = jnp.ones((c.hidden_size,), jnp.float32)
         again = rms_norm(fused, ones, c.rms_norm_eps) if c.reinject else None
         turn = rotation(positions, c.rope, c.head_dim)
         past = cache.past() if cache is not None else (None if self.stacked else [None] * c.num_levels)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from fasteagle_jax.cache import Cache, empty_cache
 from fasteagle_jax.config import LlamaConfig
-from fasteagle_jax.layers import DecoderLayer, LayerConfig, rms_norm, rotation, run_layers, unstack
+from fasteagle_jax.layers import DecoderLayer, LayerConfig, head_logits, rms_norm, rotation, run_layers, unstack
 
 
 class TargetOutput(NamedTuple):
@@ -40,10 +40,22 @@ def layer_config(c: LlamaConfig) -> LayerConfig:
 
 
 class Llama(nnx.Module):
-    """A frozen Llama. `layers` is one stacked DecoderLayer (leading axis L) or, unstacked, a list of L of them."""
+    """A frozen Llama. `layers` is one stacked DecoderLayer (leading axis L) or, unstacked, a list of L of them.
 
-    def __init__(self, config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
+    Activations between matrix products are in `activation_dtype`, by default the weights' dtype.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        key: jax.Array,
+        dtype: Any = jnp.float32,
+        *,
+        stacked: bool = True,
+        activation_dtype: Any = None,
+    ):
         c = config
+        self.activation_dtype = jnp.dtype(activation_dtype or dtype)
         key_embed, key_layers, key_head = jax.random.split(key, 3)
         self.config = c
         self.embedding = nnx.Param(jax.random.normal(key_embed, (c.vocab_size, c.hidden_size), dtype))
@@ -62,7 +74,7 @@ class Llama(nnx.Module):
 
     @property
     def dtype(self) -> Any:
-        """The dtype of weights, activations and cache."""
+        """The dtype of weights and cache."""
         return self.embedding[...].dtype
 
     def __call__(
@@ -82,7 +94,7 @@ class Llama(nnx.Module):
           feature_layers: indices of the layers whose inputs are the features, e.g. (2, L // 2, L - 3) of EAGLE-3.
         """
         c = self.config
-        x = self.embedding[...][tokens]  # [B, Q, H]
+        x = self.embedding[...][tokens].astype(self.activation_dtype)  # [B, Q, H]
         turn = rotation(positions, c.rope, c.head_dim)
         past = cache.past() if cache is not None else (None if self.stacked else [None] * c.num_layers)
 
@@ -125,16 +137,6 @@ class Llama(nnx.Module):
         other = nnx.merge(graph, state)
         other.layers = nnx.List(unstack(self.layers, self.config.num_layers))
         return other
-
-
-def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """float32 logits [..., V] of hidden states [..., H] under a head of rows [V, H]."""
-    flat = hidden.reshape(-1, hidden.shape[-1]).astype(head.dtype)
-    num_rows = flat.shape[0]
-    if num_rows == 1 and head.dtype == jnp.bfloat16:  # one bfloat16 row is slow on a CPU, see layers.matmul
-        flat = jnp.concatenate([flat] * 2)
-    logits = jnp.einsum("nh,vh->nv", flat, head, preferred_element_type=jnp.float32)
-    return logits[:num_rows].reshape(*hidden.shape[:-1], head.shape[0])
 
 
 def _join(fresh: list[Any], *, stacked: bool) -> Any:
