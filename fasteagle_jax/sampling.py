@@ -44,9 +44,9 @@ def make_sampling(
 
     checks = {
         "temperature": (rows("temperature", temperature), lambda t: 0 <= t < float("inf"), "0 or more"),
-        "top_k": (rows("top_k", top_k), lambda k: k == int(k) and 0 <= k < 2**31, "a whole number, 0 for all"),
+        "top_k": (rows("top_k", top_k), lambda k: 0 <= k < 2**31 and k == int(k), "a whole number, 0 for all"),
         "top_p": (rows("top_p", top_p), lambda p: 0 < p <= 1, "above 0 and at most 1"),
-        "seed": (rows("seed", seed), lambda s: s == int(s) and 0 <= s <= MAX_SEED, f"0 to {MAX_SEED}"),
+        "seed": (rows("seed", seed), lambda s: 0 <= s <= MAX_SEED and s == int(s), f"0 to {MAX_SEED}"),
     }
     for name, (values, good, remedy) in checks.items():
         for value in values:
@@ -124,7 +124,7 @@ def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling, filt
     less than p of the mass that top-k left.
     """
     vocab = scaled.shape[-1]
-    k = jnp.where(sampling.top_k > 0, sampling.top_k, vocab)[:, None]  # [B, 1]
+    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)[:, None]  # [B, 1]
     p = sampling.top_p[:, None]
     mass = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
 
@@ -145,9 +145,10 @@ def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling, filt
         candidate = _first_argmax(jnp.where(scaled > floor[..., None], scaled + noise, -jnp.inf))
         logit = jnp.take_along_axis(scaled, candidate[..., None], axis=-1)
         larger = scaled > logit
-        in_top_k = larger.sum(axis=-1) < k
+        num_larger = larger.sum(axis=-1)
         in_top_p = (jnp.where(larger, mass, 0).sum(axis=-1) < p * total) | (p >= 1)
-        inside = in_top_k & in_top_p
+        # The largest is always inside, also where p * total underflows or logits are NaN: the loop must end.
+        inside = ((num_larger < k) & in_top_p) | (num_larger == 0)
         drawn = jnp.where(decided, drawn, candidate)
         return jnp.where(inside, floor, logit[..., 0]), drawn, decided | inside
 

@@ -23,13 +23,20 @@ from fasteagle_jax.layers import stack
 from fasteagle_jax.losses import LevelMetrics, LossConfig, level_loss, select_positions
 
 
+EMBEDDING_SHARE = 0.5
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, cosine decay to `final_share` of the peak, and clipping by global norm."""
+    """AdamW with clipping by global norm; the rate warms up, stays, and falls linearly over the last steps.
+
+    A rate that stays constant in between lets a run be made longer: its steps before the fall do not change.
+    """
 
     learning_rate: float = 1e-3
     warmup_steps: int = 100
-    final_share: float = 0.1
+    decay_share: float = 0.2  # of all steps, at the end
+    final_share: float = 0.05  # of the peak, at the last step
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip_norm: float = 0.5
@@ -37,6 +44,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise UserError(f"learning_rate {self.learning_rate} and clip_norm {self.clip_norm} must be positive")
+        if not 0 <= self.decay_share <= 1:
+            raise UserError(f"decay_share is {self.decay_share}: it must be 0 to 1")
 
 
 class TrainState(NamedTuple):
@@ -49,12 +58,14 @@ class TrainState(NamedTuple):
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """The optax transformation of a run of `num_steps`."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0,
-        config.learning_rate,
-        min(config.warmup_steps, max(num_steps - 1, 1)),
-        max(num_steps, 2),
-        config.learning_rate * config.final_share,
+    peak, decay_steps = config.learning_rate, round(config.decay_share * num_steps)
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, config.warmup_steps),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, peak * config.final_share, max(decay_steps, 1)),
+        ],
+        [config.warmup_steps, max(config.warmup_steps, num_steps - decay_steps)],
     )
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -106,7 +117,7 @@ def init_drafter(
         drafter.fc[...] = drafter.fc[...] * 0.0
         drafter.fc[...] = drafter.fc[...].at[-hidden:].set(jnp.eye(hidden) * rms[-1])
         embedding = target.embedding[...].astype(jnp.float32)
-        gain = 0.5 * rms[-1] / jnp.sqrt(jnp.mean(embedding**2))
+        gain = EMBEDDING_SHARE * rms[-1] / jnp.sqrt(jnp.mean(embedding**2))
         drafter.fuse[...] = jnp.concatenate([jnp.eye(hidden), jnp.eye(hidden) * gain])
     norm = target.norm[...].astype(jnp.float32)
     for level in [drafter.levels] if target.stacked else drafter.levels:
@@ -125,13 +136,16 @@ def _copy(into: Any, source: Any) -> None:
 
 
 def feature_rms(target: Any, batch: Batch, feature_layers: tuple[int, ...]) -> jax.Array:
-    """Root mean square of each feature over a batch's tokens, float32 [F]."""
+    """The size of each feature on a batch, float32 [F]: the median over tokens of a token's root mean square.
+
+    Not the mean: the first token of a text can be a hundred times the size of the others.
+    """
     out = target_outputs(target, batch, feature_layers)
-    real = (batch.segments > 0)[..., None, None]
     features = out.features.astype(jnp.float32)
     features = features.reshape(*features.shape[:2], len(feature_layers), -1)
-    total = jnp.where(real, features**2, 0).sum(axis=(0, 1, 3))
-    return jnp.sqrt(total / (real.sum() * features.shape[-1]))
+    rms = jnp.sqrt(jnp.mean(features**2, axis=-1))  # [B, T, F]
+    rms = jnp.where((batch.segments > 0)[..., None], rms, jnp.nan)
+    return jnp.nanmedian(rms.reshape(-1, len(feature_layers)), axis=0)
 
 
 # --- the step ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from flax import nnx
 from fasteagle_jax.cache import Cache, commit, empty_cache
 from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
-from fasteagle_jax.layers import DecoderLayer, LayerConfig, head_logits, matmul, rms_norm, rotation, run_layers, unstack
+from fasteagle_jax.layers import DecoderLayer, LayerConfig, head_logits, matmul, rms_norm, rotation, run_layers, stack, unstack
 from fasteagle_jax.sampling import gumbel_noise
 from fasteagle_jax.tree import Draft, Tree, build
 
@@ -179,6 +179,14 @@ class FastEagle(nnx.Module):
             return self
         other = nnx.merge(*nnx.split(self))
         other.levels = nnx.List(unstack(self.levels, self.num_levels))
+        return other
+
+    def stacked_form(self) -> FastEagle:
+        """The same drafter with its levels as one scanned stack."""
+        if self.stacked:
+            return self
+        other = nnx.merge(*nnx.split(self))
+        other.levels = stack(list(self.levels))
         return other
 
 

@@ -1,0 +1,24 @@
+"""A FastEagle drafter for SmolLM2-135M-Instruct, small enough to train on a CPU.
+
+    python -m train.prepare_data --dialogues sharegpt --max-length 1024 --output runs/data/sharegpt.jsonl
+    python -m train.drafter --config configs/smollm2_135m.py --run runs/smollm2_135m
+
+Any machine; about 400 training tokens a second on two CPU cores.
+"""
+
+from fasteagle_jax.losses import LossConfig
+from fasteagle_jax.run import DrafterChoice, RunConfig
+from fasteagle_jax.training import OptimizerConfig
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        target="smollm2-135m",
+        data=("runs/data/sharegpt.jsonl",),
+        steps=20_000,
+        batch_size=4,
+        length=512,
+        drafter=DrafterChoice(num_levels=7, draft_vocab_size=8192, reinject=True, from_target=True),
+        loss=LossConfig(share=0.25),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
+    )

@@ -1,0 +1,45 @@
+"""The `fasteagle` command: `fasteagle VERB ...`, each verb a module of fasteagle_jax.commands."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fasteagle_jax.commands.terminal import USER_ERROR
+
+VERBS = {  # verb: module, and what it does
+    "prepare-data": ("prepare_data", "sample the target's answers to prompts: training data"),
+    "train": ("train_drafter", "train a drafter for a target"),
+    "generate": ("generate", "answer prompts, sped up by a drafter"),
+    "bench": ("bench", "measure plain against speculative decoding"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the verb; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in VERBS:
+        return importlib.import_module(f"fasteagle_jax.commands.{VERBS[words[0]][0]}").main(words[1:])
+    if words and words[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    what = f"no verb {words[0]!r}" if words else "no verb"
+    print(f"error: {what}: give one of {', '.join(VERBS)} (see fasteagle --help)", file=sys.stderr)
+    return USER_ERROR
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:{width}}  {what}" for verb, (_, what) in VERBS.items())
+    return (
+        "usage: fasteagle VERB ...\n\n"
+        "FastEagle in JAX: train drafters and decode with them, exactly as the target alone would.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "fasteagle VERB --help explains a verb, with an example:\n"
+        '  fasteagle generate --prompt "Why is the sky blue?" --stream'
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

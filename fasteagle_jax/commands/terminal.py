@@ -1,0 +1,152 @@
+"""What all programs share at the terminal: options with one-line errors, exit codes, a dtype by its name.
+
+Exit codes: 0 done, 2 something the user can mend (one line on stderr says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fasteagle_jax.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and whose help keeps the lines of its texts."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)  # what an abbreviation means would change with new options
+        super().__init__(**kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError, which `program` prints."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def program(main: Callable[[Sequence[str] | None], int | None]) -> Main:
+    """`main` as a program: errors that a user can mend become one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def guarded(argv: Sequence[str] | None = None) -> int:
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        try:
+            return main(argv) or 0
+        except SystemExit as stop:  # argparse's --help
+            return stop.code if isinstance(stop.code, int) else 0
+        except KeyboardInterrupt:
+            return _fail("interrupted", INTERRUPTED)
+        except UserError as error:
+            return _fail(str(error))
+        except BrokenPipeError:  # the reader of our output went away, `| head` for one
+            sys.stdout = None  # type: ignore[assignment]  # nothing more to flush
+            return 0
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            return _fail(f"{place}{error.strerror or error}")
+        except MemoryError as error:
+            return _fail(_OUT_OF_MEMORY + f" ({error})" * bool(str(error)))
+        except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):  # how XLA says that memory has run out
+                raise
+            return _fail(_OUT_OF_MEMORY)
+
+    return guarded
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names the file in errors of the system that do not, a full disk for one."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or path}: {error.strerror or error}") from error
+
+
+def check_new(path: Path | None) -> None:
+    """Raises UserError where an output file exists already; None is no file."""
+    if path is not None and path.exists():
+        raise UserError(f"{path} exists: name another output, or remove it")
+
+
+def write_new(path: Path, text: str) -> None:
+    """Writes a new file, whole or not at all."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with aside.open("x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            check_new(path)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+_OUT_OF_MEMORY = "out of memory: use a smaller batch, shorter lengths or --dtype bfloat16"
+
+
+def _fail(message: str, code: int = USER_ERROR) -> int:
+    print("error:" if code == USER_ERROR else "", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+# --- types of options -------------------------------------------------------------------------------------------
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return parse
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) -> None:
+    """Adds --temperature, --top-k, --top-p and --seed, whose values `sampling.make_sampling` checks."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--temperature", type=float, default=temperature, metavar="X", help=f"0 is greedy (default {temperature:g})"
+    )
+    add_filter_options(group)
+
+
+def add_filter_options(group: Any) -> None:
+    """Adds --top-k, --top-p and --seed."""
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens; 0 for all")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="then keep P of the mass; 1 for all")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other samples (default 0)")
+
+
+def add_dtype_option(parser: argparse.ArgumentParser, note: str) -> None:
+    """Adds --dtype, to be read with `dtype_named`."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=f"of the weights; {note}")
+
+
+def dtype_named(name: str | None, on_cpu: str = "float32") -> Any:
+    """The jnp dtype of --dtype; where it was not given, `on_cpu` on a CPU and bfloat16 on an accelerator."""
+    import jax
+    import jax.numpy as jnp
+
+    name = name or (on_cpu if jax.default_backend() == "cpu" else "bfloat16")
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]

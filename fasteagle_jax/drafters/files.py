@@ -1,0 +1,166 @@
+"""A finished drafter on disk: model.safetensors and config.json in one folder.
+
+Tensors are torch's way around, [out, in]; levels are numbered from 0. The target's frozen head and embedding are not stored.
+`config.json` names the target by a fingerprint of its weights, so that a drafter is never used with another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
+from fasteagle_jax.drafters.fasteagle import FastEagle
+from fasteagle_jax.errors import UserError
+
+ARCHITECTURE = "FastEagleDrafter"
+
+_LEVEL = {  # name in the file: attribute path of a Level, transposed
+    "input_layernorm.weight": (("layer", "input_norm"), False),
+    "self_attn.q_proj.weight": (("layer", "q"), True),
+    "self_attn.k_proj.weight": (("layer", "k"), True),
+    "self_attn.v_proj.weight": (("layer", "v"), True),
+    "self_attn.o_proj.weight": (("layer", "o"), True),
+    "post_attention_layernorm.weight": (("layer", "mlp_norm"), False),
+    "mlp.gate_proj.weight": (("layer", "gate"), True),
+    "mlp.up_proj.weight": (("layer", "up"), True),
+    "mlp.down_proj.weight": (("layer", "down"), True),
+    "norm.weight": (("norm",), False),
+    "reinject.weight": (("reinject",), True),
+}
+
+
+def save_drafter(drafter: FastEagle, folder: str | os.PathLike[str], fingerprint: str, info: dict[str, Any]) -> None:
+    """Writes a drafter to a new folder, whole or not at all.
+
+    The scale of the features is folded into fc. `info` goes into config.json beside the sizes (data, steps, command, ...).
+    Raises UserError where the folder exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists: name another output folder, or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save_file(_tensors(drafter), aside / "model.safetensors")
+        config = dataclasses.asdict(drafter.config)
+        text = json.dumps(
+            {"architectures": [ARCHITECTURE], **config, "target_fingerprint": fingerprint, **info}, indent=2
+        )
+        (aside / "config.json").write_text(text + "\n")
+        for file in aside.iterdir():
+            _sync(file)
+        os.rename(aside, folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def load_drafter(
+    folder: str | os.PathLike[str],
+    target_config: LlamaConfig,
+    fingerprint: str,
+    dtype: Any = jnp.float32,
+    *,
+    stacked: bool | None = None,
+) -> FastEagle:
+    """The drafter in `folder`, for the target of this configuration and fingerprint.
+
+    `stacked` is as of targets.loading.load_target. Raises UserError, in one line, for a folder that is not a drafter, a damaged
+    file, or a drafter for another target.
+    """
+    folder = Path(folder)
+    config, made_for = _read_config(folder)
+    for name in ("hidden_size", "vocab_size"):
+        if getattr(config, name) != getattr(target_config, name):
+            raise UserError(
+                f"the drafter in {folder} has {name} {getattr(config, name)}, the target {getattr(target_config, name)}: "
+                "use the target that it was trained for"
+            )
+    if made_for != fingerprint:
+        raise UserError(
+            f"the drafter in {folder} was trained for target {made_for}, this one's weights are {fingerprint}: "
+            "use that target, or train a drafter for this one"
+        )
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / 'model.safetensors'} cannot be read ({error}): copy the drafter again") from None
+
+    if stacked is None:
+        stacked = jax.default_backend() != "cpu"
+    drafter = FastEagle(config, jax.random.key(0), dtype, stacked=False)
+    expected = {name: value.shape for name, value in _tensors(drafter).items()}
+    found = {name: value.shape for name, value in tensors.items()}
+    if expected != found:
+        wrong = sorted(set(expected.items()) ^ set(found.items()))
+        raise UserError(
+            f"{folder / 'model.safetensors'} does not fit its config.json: {', '.join(f'{n} {s}' for n, s in wrong)}"
+        )
+    for name, param, transposed in _places(drafter):
+        value = tensors[name].T if transposed else tensors[name]
+        param[...] = jnp.asarray(value, param[...].dtype)
+    return drafter if not stacked else drafter.stacked_form()
+
+
+def _read_config(folder: Path) -> tuple[DrafterConfig, str]:
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no config.json: name a drafter's folder") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): copy the drafter again") from None
+    if not isinstance(raw, dict) or ARCHITECTURE not in raw.get("architectures", ()):
+        raise UserError(f"{path} is not of a {ARCHITECTURE}: name a drafter's folder")
+    fields = {field.name for field in dataclasses.fields(DrafterConfig)}
+    known = {name: value for name, value in raw.items() if name in fields}
+    known["rope"] = RopeConfig(**known["rope"])
+    known["feature_layers"] = tuple(known["feature_layers"])
+    return DrafterConfig(**known), str(raw.get("target_fingerprint"))
+
+
+def _places(drafter: FastEagle) -> list[tuple[str, Any, bool]]:
+    """(name in the file, parameter, transposed) of every stored tensor of an unstacked drafter."""
+    places: list[tuple[str, Any, bool]] = [("fc.weight", drafter.fc, True), ("fuse.weight", drafter.fuse, True)]
+    if drafter.token_ids is not None:
+        places.append(("token_ids", drafter.token_ids, False))
+    for i, level in enumerate(drafter.levels):
+        for name, (path, transposed) in _LEVEL.items():
+            param = level
+            for attribute in path:
+                param = getattr(param, attribute)
+            if param is not None:
+                places.append((f"levels.{i}.{name}", param, transposed))
+    return places
+
+
+def _tensors(drafter: FastEagle) -> dict[str, np.ndarray]:
+    drafter = drafter.unstacked()
+    tensors = {}
+    for name, param, transposed in _places(drafter):
+        value = np.asarray(param[...])
+        if name == "fc.weight":
+            value = (value.astype(np.float32) * np.asarray(drafter.feature_scale[...])[:, None]).astype(value.dtype)
+        tensors[name] = np.ascontiguousarray(value.T if transposed else value)
+    return tensors
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

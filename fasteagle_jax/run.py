@@ -1,0 +1,151 @@
+"""A training run: its configuration, how a config file and `key=value` changes make one, and its folder's names."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fasteagle_jax.config import LlamaConfig
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.losses import LossConfig
+from fasteagle_jax.training import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterChoice:
+    """What drafter to train; sizes that are None are the target's."""
+
+    num_levels: int = 7
+    draft_vocab_size: int | None = None  # rows of the head, the most frequent tokens of the data; None for all
+    intermediate_size: int | None = None
+    feature_layers: tuple[int, ...] | None = None  # None: 2, L // 2, L - 3
+    reinject: bool = False
+    from_target: bool = False  # start the levels from the target's last layers
+    scale_features: bool = True  # divide each feature by its root mean square, measured on the first batch
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalChoice:
+    """The real decode on held-out prompts during training."""
+
+    prompts: str = ""  # a source of data.read_prompts; empty for no evaluation
+    limit: int = 16
+    max_new: int = 64
+    trees: tuple[str, ...] = ("chain", "best_first:16")
+    every: int = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a training run's result."""
+
+    target: str  # a name or path for targets.readers.open_checkpoint
+    data: tuple[str, ...]  # files of conversations, from prepare_data
+    steps: int
+    batch_size: int = 4  # B, rows
+    length: int = 512  # T, tokens a row
+    seed: int = 0
+    dtype: str = "bfloat16"  # of the products
+    drafter: DrafterChoice = DrafterChoice()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvalChoice = EvalChoice()
+    save_every: int = 200
+    keep: int = 2  # checkpoints
+    target_config: LlamaConfig | None = None  # the target's sizes, for use without its weights
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "length", "save_every", "keep"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} is {value!r}: give a whole number of at least 1")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"dtype is {self.dtype!r}: use float32 or bfloat16")
+
+
+def load_config(path: str) -> RunConfig:
+    """What `get_config()` of the Python file at `path` returns."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} is not a file: name a config, e.g. configs/smollm2_135m.py")
+    spec = importlib.util.spec_from_file_location("run_config", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except (SyntaxError, AttributeError, TypeError, ImportError) as error:
+        raise UserError(f"{path} gives no configuration ({error}): define get_config() -> RunConfig") from None
+    if not isinstance(config, RunConfig):
+        raise UserError(f"get_config() of {path} returns a {type(config).__name__}: it must return a RunConfig")
+    return config
+
+
+def apply_changes(config: RunConfig, changes: Sequence[str]) -> RunConfig:
+    """The config with changes like `steps=100`, `loss.share=0.5` or `data=a.jsonl,b.jsonl`; UserError for an unknown key."""
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise UserError(f"{change!r} is not a change: write key=value, e.g. steps=100")
+        config = _changed(config, key.split("."), text, key)
+    return config
+
+
+def _changed(config: Any, path: list[str], text: str, whole_key: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    if path[0] not in fields:
+        raise UserError(f"{whole_key} is not a key: there {'are' if len(fields) > 1 else 'is'} {', '.join(fields)}")
+    old = getattr(config, path[0])
+    if dataclasses.is_dataclass(old):
+        if len(path) == 1:
+            keys = ", ".join(f"{whole_key}.{field.name}" for field in dataclasses.fields(old))
+            raise UserError(f"{whole_key} is a group: change one of {keys}")
+        return dataclasses.replace(config, **{path[0]: _changed(old, path[1:], text, whole_key)})
+    if len(path) > 1:
+        raise UserError(f"{whole_key} is not a key: {path[0]} holds a single value")
+    return dataclasses.replace(config, **{path[0]: _value(text, str(fields[path[0]].type), whole_key)})
+
+
+def _value(text: str, kind: str, key: str) -> Any:
+    """`text` as a value of the annotated type `kind`."""
+    if kind == "str":
+        return text
+    if kind == "tuple[str, ...]":
+        return tuple(part for part in text.split(",") if part)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    kinds: dict[str, tuple[type, ...]] = {
+        "int": (int,),
+        "float": (int, float),
+        "bool": (bool,),
+        "int | None": (int, type(None)),
+        "tuple[int, ...] | None": (tuple, type(None)),
+        "tuple[float, float]": (tuple,),
+    }
+    good = isinstance(value, kinds.get(kind, ()))
+    if not good or (isinstance(value, bool) and "bool" not in kind):
+        raise UserError(f"{key}={text} is not of type {kind}")
+    return float(value) if kind == "float" else value
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The configuration as what a JSON file gives back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` of every value in which two `to_json` configurations differ."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from fasteagle_jax.cli import VERBS, main
+
+
+def test_help_lists_every_verb(capsys):
+    assert main(["--help"]) == 0
+    help_text = capsys.readouterr().out
+    assert all(f"  {verb} " in help_text for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_an_example(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    help_text = capsys.readouterr().out
+    assert help_text.startswith(f"usage: fasteagle {verb}")
+
+
+@pytest.mark.parametrize("verb", ["prepare-data", "generate", "bench"])
+def test_the_examples_of_the_help_are_understood(verb, capsys):
+    import importlib
+    import shlex
+
+    module = importlib.import_module(f"fasteagle_jax.commands.{VERBS[verb][0]}")
+    _, _, examples = module.__doc__.partition("example")
+    lines = [line for line in examples.replace("\\\n", " ").splitlines() if line.strip().startswith("fasteagle ")]
+    assert lines
+    for line in lines:
+        assert shlex.split(line)[1] == verb
+        module._parser().parse_args(shlex.split(line)[2:])
+
+
+def test_an_unknown_verb_is_one_line(complaint):
+    assert "no verb 'fly'" in complaint(main, "fly")
+    assert "no verb: give one of" in complaint(main)
+
+
+def test_an_unknown_option_is_one_line(complaint):
+    assert "--wings" in complaint(main, "generate", "--prompt", "a", "--wings")
+
+
+def test_help_needs_no_jax():
+    """`fasteagle --help` answers at once: nothing heavy is imported for it."""
+    code = "import sys; from fasteagle_jax.cli import main; main(['--help']); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("program", ["train.prepare_data", "train.drafter", "infer.generate", "infer.bench"])
+def test_a_program_beside_the_package_is_its_command(program):
+    import importlib
+
+    module = importlib.import_module(program)
+    assert module.main.__module__.startswith("fasteagle_jax.commands.")

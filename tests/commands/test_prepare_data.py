@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fasteagle_jax.commands import prepare_data
+from fasteagle_jax.commands.prepare_data import answer_seed, main
+from fasteagle_jax.data import read_conversations
+from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, user_header_ids
+from tests.tiny_folder import make_target
+
+
+@pytest.fixture
+def prepare(target_folder, prompts_file, tmp_path):
+    """Runs prepare-data into a file of this name, with more options; returns the file."""
+
+    def run(name, *options, prompts=prompts_file):
+        path = tmp_path / name
+        argv = ["--target", target_folder, "--output", path, "--max-length", 192, "--max-new", 24, "--batch-size", 4]
+        if prompts is not None:
+            argv += ["--prompts", prompts]
+        assert main([str(word) for word in [*argv, *options]]) == 0
+        return path
+
+    return run
+
+
+def counts(path):
+    return json.loads(path.with_name(path.name + ".manifest.json").read_text())["counts"]
+
+
+def test_conversations_are_the_prompts_and_whole_answers(prepare, target_folder, prompts_file):
+    path = prepare("a.jsonl")
+    conversations = read_conversations(path)
+    tokenizer = load_tokenizer(target_folder)
+    end = tokenizer.eos_token_id
+    records = [json.loads(line) for line in prompts_file.read_text().splitlines()]
+    questions = {f"questions/{r['question_id']}": r["turns"] for r in records}
+    assert len(conversations) >= 10
+    assert [c.id for c in conversations] == [id for id in questions if id in {c.id for c in conversations}]
+    for c in conversations:
+        start, stop = c.assistant[0]
+        assert c.tokens[:start].tolist() == encode_chat(tokenizer, [{"role": "user", "content": questions[c.id][0]}])
+        assert stop == len(c.tokens) or len(c.assistant) > 1
+        for start, stop in c.assistant:
+            assert c.tokens[stop - 1] == end
+            assert end not in c.tokens[start : stop - 1]
+    assert counts(path)["samples"] == 14
+    assert counts(path)["conversations"] + sum(counts(path)["dropped"].values()) == 14
+
+
+def test_later_turns_follow_the_answers_as_they_were_sampled(prepare, target_folder):
+    """Text is not tokenised again: what was sampled stays, and the template's words stand between."""
+    c = next(c for c in read_conversations(prepare("a.jsonl")) if c.id == "questions/3")
+    assert len(c.assistant) == 3
+    tokenizer = load_tokenizer(target_folder)
+    between = tokenizer.decode(c.tokens[c.assistant[0][1] : c.assistant[1][0]])
+    assert between == "\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_answers_do_not_depend_on_the_batch_they_are_made_in(prepare):
+    by_size = [prepare(f"{size}.jsonl", "--batch-size", size) for size in (4, 7)]
+    assert by_size[0].read_bytes() == by_size[1].read_bytes()
+
+
+@pytest.mark.parametrize("lost", [1, 40, 700])
+def test_a_run_resumed_after_a_torn_tail_gives_the_same_file(prepare, lost):
+    path = prepare("a.jsonl")
+    whole, of_all = path.read_bytes(), counts(path)
+    path.write_bytes(whole[:-lost])
+    prepare("a.jsonl")
+    assert path.read_bytes() == whole
+    again = counts(path)
+    assert again["samples"] == of_all["samples"]
+    assert sum(again["dropped"].values()) == sum(of_all["dropped"].values())
+
+
+def test_a_run_killed_between_two_writes_gives_the_same_file(prepare, monkeypatch, capsys):
+    whole = prepare("whole.jsonl").read_bytes()
+    save = prepare_data.Manifest.save
+    calls = []
+
+    def save_then_stop(self, written):
+        calls.append(written)
+        if len(calls) == 3:  # a batch is written, the manifest does not know of it
+            raise KeyboardInterrupt
+        save(self, written)
+
+    monkeypatch.setattr(prepare_data.Manifest, "save", save_then_stop)
+    with pytest.raises(AssertionError):
+        prepare("a.jsonl")
+    assert "interrupted" in capsys.readouterr().err
+    monkeypatch.undo()
+    path = prepare("a.jsonl")
+    assert path.read_bytes() == whole
+    assert counts(path)["conversations"] + sum(counts(path)["dropped"].values()) == counts(path)["samples"] == 14
+
+
+def test_a_finished_run_has_nothing_left_to_do(prepare, monkeypatch):
+    path = prepare("a.jsonl", "--keep-truncated")
+    before = path.read_bytes(), counts(path)
+    monkeypatch.setattr(prepare_data, "_generate", None)  # nothing is generated
+    prepare("a.jsonl", "--keep-truncated")
+    assert (path.read_bytes(), counts(path)) == before
+
+
+def test_a_longer_limit_continues_a_shorter_one(prepare):
+    short = prepare("a.jsonl", "--limit", 6, "--prompts", "self").read_bytes()
+    longer = prepare("a.jsonl", "--limit", 12, "--prompts", "self").read_bytes()
+    assert longer.startswith(short)
+    assert longer == prepare("b.jsonl", "--limit", 12, "--prompts", "self").read_bytes()
+
+
+def test_other_settings_are_refused(prepare, complaint, target_folder, prompts_file, tmp_path):
+    path = prepare("a.jsonl", "--limit", 4)
+    options = ["--target", target_folder, "--output", path, "--max-length", 192, "--prompts", prompts_file]
+    said = complaint(main, *options, "--limit", 4, "--max-new", 30, "--seed", 5)
+    assert "max_new 24, not 30" in said and "seed 0, not 5" in said
+    assert "not asked for" in complaint(main, *options, "--limit", 1, "--max-new", 24)
+    prompts_file.write_text(prompts_file.read_text().replace("Why", "How"))
+    assert "sources" in complaint(main, *options, "--limit", 4, "--max-new", 24)
+    path.with_name("a.jsonl.manifest.json").unlink()
+    assert "exists without a.jsonl.manifest.json" in complaint(main, *options)
+
+
+def test_self_made_questions_open_with_the_templates_header(prepare, target_folder):
+    path = prepare("a.jsonl", "--prompts", "self", "--limit", 16, prompts=None)
+    header = user_header_ids(load_tokenizer(target_folder))
+    conversations = read_conversations(path)
+    assert conversations
+    for c in conversations:
+        assert c.tokens[: len(header)].tolist() == header
+        assert len(c.assistant) == 1
+    assert set(counts(path)["dropped"]) <= {"poor self-made questions", "truncated answers", "prompts too long"}
+
+
+def test_truncated_answers_are_dropped_unless_kept(prepare):
+    dropped = prepare("dropped.jsonl", "--max-new", 3)
+    kept = prepare("kept.jsonl", "--max-new", 3, "--keep-truncated")
+    assert counts(dropped)["dropped"]["truncated answers"] > 0
+    assert counts(kept)["dropped"] == {}
+    assert len(read_conversations(kept)) == 14
+
+
+def test_long_prompts_are_dropped_and_counted(prepare, tmp_path):
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "word " * 60}) + "\n" + json.dumps({"prompt": "Hi"}) + "\n")
+    path = prepare("a.jsonl", "--keep-truncated", prompts=long)
+    assert counts(path)["dropped"] == {"prompts too long": 1}
+    assert [c.id for c in read_conversations(path)] == ["long/1"]
+
+
+def test_dialogues_are_taken_as_they_are(prepare, target_folder, tmp_path):
+    def said(*words):
+        return json.dumps({"conversations": [{"from": who, "value": text} for who, text in words]}) + "\n"
+
+    path = tmp_path / "ready.jsonl"
+    path.write_text(
+        said(("human", "Hi"), ("gpt", "Hello."), ("human", "Bye"), ("gpt", "Bye."))
+        + said(("gpt", "cut beginning"), ("human", "Hi"), ("gpt", "Hello."))
+        + said(("human", "Hi"), ("tool", "7"), ("gpt", "Hello."))
+        + said(("human", "Hi"), ("gpt", "Hello " * 60))
+        + said(("gpt", "only an answer"))
+    )
+    output = prepare("a.jsonl", "--dialogues", path, prompts=None)
+    conversations = read_conversations(output)
+    tokenizer = load_tokenizer(target_folder)
+    assert [c.id for c in conversations] == ["ready.jsonl/dialogue-0", "ready.jsonl/dialogue-1"]
+    answers = [tokenizer.decode(conversations[0].tokens[start:end]) for start, end in conversations[0].assistant]
+    assert answers == ["Hello.<|im_end|>", "Bye.<|im_end|>"]
+    assert "cut beginning" not in tokenizer.decode(conversations[1].tokens)
+    assert counts(output)["dropped"] == {
+        "dialogues that the chat template refuses": 1,
+        "dialogues too long": 1,
+        "dialogues without an answer": 1,
+    }
+
+
+def test_seeds_are_the_same_everywhere():
+    assert answer_seed(0, "questions/1", "assistant 0") == 4101092063
+    seeds = {answer_seed(s, f"q/{i}", f"assistant {t}") for s in range(9) for i in range(9) for t in range(9)}
+    assert len(seeds) == 729
+
+
+def test_bad_values_are_one_line(complaint, target_folder, prompts_file, tmp_path):
+    output = tmp_path / "out" / "a.jsonl"
+    given = ["--target", target_folder, "--prompts", prompts_file, "--output", output]
+    assert "temperature is -1" in complaint(main, *given, "--temperature", "-1")
+    assert "top_p is 0.0" in complaint(main, *given, "--top-p", 0)
+    assert "top_p is 1.5" in complaint(main, *given, "--top-p", 1.5)
+    assert "'none'" in complaint(main, *given, "--limit", "none")
+    assert "--max-length is 4096, but the target has 1024" in complaint(main, *given, "--max-length", 4096)
+    assert "no source" in complaint(main, "--target", target_folder, "--output", output)
+    assert "give --limit" in complaint(main, *given, "--prompts", "self")
+    assert "hold a sample" in complaint(main, *given, "--prompts", prompts_file)
+    assert "no folder or file" in complaint(main, *given[2:], "--target", tmp_path / "nowhere")
+    assert "cannot read" in complaint(main, *given, "--prompts", tmp_path / "nowhere.jsonl")
+    assert "required: --output" in complaint(main, "--prompts", prompts_file)
+    assert not output.parent.exists()
+
+
+def test_a_corrupt_prompt_is_named_by_file_and_line(complaint, target_folder, prompts_file, tmp_path):
+    prompts_file.write_text(prompts_file.read_text() + '{"turns": ["cut')
+    given = ["--target", target_folder, "--prompts", prompts_file, "--output", tmp_path / "a.jsonl"]
+    assert f"{prompts_file}:15: not JSON" in complaint(main, *given)
+
+
+def test_a_target_without_a_chat_template_is_refused(complaint, prompts_file, tmp_path):
+    folder = make_target(tmp_path / "plain", chat_template=None)
+    given = ["--target", folder, "--prompts", prompts_file, "--output", tmp_path / "a.jsonl"]
+    assert "no chat template" in complaint(main, *given)
+
+
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(prepare, monkeypatch, capsys, tmp_path):
+    whole = prepare("whole.jsonl").read_bytes()
+
+    def full(self, conversations):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_data.ConversationWriter, "append", full)
+    with pytest.raises(AssertionError):
+        prepare("a.jsonl")
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"error: cannot write {tmp_path / 'a.jsonl'}: No space left on device"
+    monkeypatch.undo()
+    assert prepare("a.jsonl").read_bytes() == whole
+
+
+def test_samples_come_from_the_sources_in_turn(prepare, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": f"And {i}?"}) + "\n" for i in range(3)))
+    conversations = read_conversations(prepare("a.jsonl", "--prompts", other, "--keep-truncated"))
+    order = [c.id.split("/")[0] for c in conversations]
+    assert order[:6] == ["questions", "other"] * 3
+    assert order[6:] == ["questions"] * 11
+    assert all(np.all(c.tokens >= 0) for c in conversations)

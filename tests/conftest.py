@@ -1,0 +1,16 @@
+"""What every test runs under: a CPU that looks like eight devices, exact float32 products, nothing cached on disk."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+# A configuration counts only before the backend starts, which importing fasteagle_jax does not do.
+if "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+# Tests compare a pass over many rows with one over few: both must round alike, on accelerators too.
+jax.config.update("jax_default_matmul_precision", "highest")
+# A program compiled by another jaxlib or for another CPU must not decide a test.
+jax.config.update("jax_enable_compilation_cache", False)

@@ -1,0 +1,166 @@
+"""The decoder layer's parts against slow versions that are written with loops or with ready-made functions."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fasteagle_jax.config import RopeConfig
+from fasteagle_jax.layers import (
+    DecoderLayer,
+    LayerConfig,
+    Past,
+    attention,
+    head_logits,
+    matmul,
+    rms_norm,
+    rotate,
+    rotation,
+    run_layers,
+    stack,
+    unstack,
+)
+
+CLOSE = dict(rtol=1e-5, atol=1e-5)  # float32 sums of some tens of terms of size 1, in another order
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def slow_angle(pair: int, position: int, rope: RopeConfig, head_dim: int) -> float:
+    freq = rope.theta ** (-2 * pair / head_dim)
+    wavelength = 2 * math.pi / freq
+    if rope.kind == "linear":
+        freq /= rope.factor
+    if rope.kind == "llama3":
+        low = rope.original_max_positions / rope.low_freq_factor
+        high = rope.original_max_positions / rope.high_freq_factor
+        if wavelength > low:
+            freq /= rope.factor
+        elif wavelength > high:
+            smooth = rope.original_max_positions / wavelength - rope.low_freq_factor
+            smooth /= rope.high_freq_factor - rope.low_freq_factor
+            freq = (1 - smooth) * freq / rope.factor + smooth * freq
+    return position * freq
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(500.0),
+        RopeConfig(500.0, "linear", 4.0),
+        RopeConfig(500.0, "llama3", 8.0, 1.0, 4.0, original_max_positions=64),
+    ],
+    ids=lambda rope: rope.kind,
+)
+def test_rotation_turns_each_pair_of_channels_by_its_own_angle(rope):
+    x, positions = normal(0, 2, 3, 2, 16), np.array([[0, 1, 40], [7, 2, 99]])
+    expected = np.empty_like(x)
+    for b, t, head, d in np.ndindex(2, 3, 2, 8):
+        angle = slow_angle(d, positions[b, t], rope, 16)
+        turned = complex(x[b, t, head, d], x[b, t, head, d + 8]) * complex(math.cos(angle), math.sin(angle))
+        expected[b, t, head, d], expected[b, t, head, d + 8] = turned.real, turned.imag
+    actual = rotate(jnp.asarray(x), rotation(jnp.asarray(positions), rope, 16))
+    # An angle of 99 radians in float32 is off by up to 4e-6.
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("with_past", [False, True])
+def test_attention_is_one_softmax_over_the_committed_past_and_the_visible_fresh_keys(groups, with_past):
+    B, K, Q, S, D = 3, 2, 4, 6, 8
+    q, k, v = normal(0, B, K, groups * Q, D), normal(1, B, K, Q, D), normal(2, B, K, Q, D)
+    past_k, past_v = normal(3, B, K, S, D), normal(4, B, K, S, D)
+    lengths = np.array([0, 4, 6]) if with_past else np.zeros(3, int)
+    visible = np.random.default_rng(5).random((B, Q, Q)) < 0.5
+    visible |= np.eye(Q, dtype=bool)
+    expected = np.empty_like(q)
+    for b, head, row in np.ndindex(B, K, groups * Q):
+        seen = visible[b, row % Q]
+        keys = np.concatenate([past_k[b, head, : lengths[b]], k[b, head, seen]])
+        values = np.concatenate([past_v[b, head, : lengths[b]], v[b, head, seen]])
+        p = np.exp(keys @ q[b, head, row] / math.sqrt(D))
+        expected[b, head, row] = p @ values / p.sum()
+    past = Past(jnp.asarray(past_k), jnp.asarray(past_v), jnp.asarray(lengths)) if with_past else None
+    actual = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(visible), past)
+    np.testing.assert_allclose(actual, expected, **CLOSE)
+
+
+def test_attention_never_reads_slots_past_the_length():
+    q = jnp.asarray(normal(0, 1, 1, 1, 8))
+    visible, zeros = jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1, 4, 8))
+    full = Past(zeros.at[:, :, 2:].set(1e4), zeros.at[:, :, 2:].set(1e4), jnp.array([2]))
+    empty = Past(zeros, zeros, jnp.array([2]))
+    np.testing.assert_array_equal(attention(q, q, q, visible, full), attention(q, q, q, visible, empty))
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (2, 3, 6)])
+def test_matmul_and_its_gradients_are_those_of_a_plain_product(shape):
+    x, w, dy = (jnp.asarray(normal(i, *s)) for i, s in enumerate([shape, (6, 5), (*shape[:-1], 5)]))
+    y, gradient = jax.vjp(matmul, x, w)
+    expected_y, expected_gradient = jax.vjp(lambda x, w: x @ w, x, w)
+    np.testing.assert_allclose(y, expected_y, **CLOSE)
+    for actual, expected in zip(gradient(dy), expected_gradient(dy), strict=True):
+        np.testing.assert_allclose(actual, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_matmul_in_bfloat16_accumulates_in_float32_and_returns_the_activations_dtype(rows):
+    x, w = jnp.asarray(normal(0, rows, 512)), jnp.asarray(normal(1, 512, 16), jnp.bfloat16)
+    expected = np.asarray(x.astype(jnp.bfloat16), np.float64) @ np.asarray(w, np.float64)
+    actual = matmul(x, w)
+    assert actual.dtype == jnp.float32
+    # bfloat16 sums of 512 terms of size 1 would be off by about 0.1.
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-3)
+
+
+def test_head_logits_pass_gradients_to_the_hidden_states_and_none_to_the_frozen_head():
+    hidden, head, dy = (jnp.asarray(normal(i, *s)) for i, s in enumerate([(2, 3, 8), (5, 8), (2, 3, 5)]))
+    logits, gradient = jax.vjp(head_logits, hidden, head)
+    np.testing.assert_allclose(logits, hidden @ head.T, **CLOSE)
+    to_hidden, to_head = gradient(dy)
+    np.testing.assert_allclose(to_hidden, dy @ head, **CLOSE)
+    np.testing.assert_array_equal(to_head, np.zeros_like(head))
+
+
+def test_rms_norm_divides_by_the_root_mean_square():
+    x, scale = normal(0, 3, 8) * 10, normal(1, 8)
+    expected = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * scale
+    np.testing.assert_allclose(rms_norm(jnp.asarray(x), jnp.asarray(scale), 1e-5), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("span", [None, (0, 2), (1, 4), (3, 4)])
+def test_a_stack_and_a_list_of_layers_give_the_same_results(span):
+    config = LayerConfig(8, 12, 2, 1, 4, 1e-5)
+    layers = jax.vmap(lambda key: DecoderLayer(config, key))(jax.random.split(jax.random.key(0), 4))
+    x, positions = jnp.asarray(normal(0, 2, 3, 8)), jnp.broadcast_to(jnp.arange(3), (2, 3))
+    visible = jnp.broadcast_to(jnp.tril(jnp.ones((3, 3), bool)), (2, 3, 3))
+    turn = rotation(positions, RopeConfig(), 4)
+    past = Past(*(jnp.asarray(normal(i, 4, 2, 1, 5, 4)) for i in (1, 2)), jnp.full((4, 2), 3))
+
+    def body(x, layer_and_past):
+        layer, past = layer_and_past
+        return layer(x, turn, visible, past)
+
+    def run(stacks):
+        return run_layers(body, x, stacks, span)
+
+    out, (k, v) = jax.jit(run)((layers, past))
+    listed = (nnx.List(unstack(layers, 4)), unstack(past, 4))
+    listed_out, results = jax.jit(run)(listed)
+    assert len(results) == (4 if span is None else span[1] - span[0])
+    np.testing.assert_allclose(out, listed_out, **CLOSE)
+    for stacked_part, parts in zip((k, v), zip(*results, strict=True), strict=True):
+        np.testing.assert_allclose(stacked_part, jnp.stack(parts), **CLOSE)
+    assert not np.allclose(out, x)
+
+
+def test_stack_undoes_unstack():
+    tree = {"a": jnp.asarray(normal(0, 3, 2)), "b": jnp.asarray(normal(1, 3))}
+    jax.tree.map(np.testing.assert_array_equal, stack(unstack(tree, 3)), tree)
