@@ -16,9 +16,9 @@ def get_config() -> RunConfig:
         target="smollm2-135m",
         data=("runs/data/sharegpt.jsonl",),
         steps=20_000,
-        batch_size=4,
+        batch_size=2,
         length=512,
         drafter=DrafterChoice(num_levels=7, draft_vocab_size=8192, reinject=True, from_target=True),
         loss=LossConfig(share=0.25),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=50),
     )

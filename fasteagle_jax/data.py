@@ -15,6 +15,7 @@ set on the Hugging Face hub with an optional split, `name:split`. Its records, t
 from __future__ import annotations
 
 import codecs
+import bisect
 import dataclasses
 import json
 import logging
@@ -38,6 +39,7 @@ _BETWEEN_RECORDS = re.compile(r"[\s,]*")
 _CUT_END = re.compile(r"[\w\\.+-]{0,12}\s*")  # nothing, or the start of a literal, a number or an escape
 
 MIN_WINDOW = 16  # tokens: a shorter rest of a cut sample has too little context to be worth a segment
+PACKING_WINDOW = 512  # segments packed together
 
 log = logging.getLogger(__name__)
 
@@ -395,8 +397,8 @@ class PackedData:
     """Batches of samples packed into rows, by (seed, step) alone: to resume takes no more than the step.
 
     An epoch is every sample once, in an order of its own. A sample longer than T is cut into windows of T,
-    each its own segment and shuffled like a sample; a last window below MIN_WINDOW tokens is dropped. Rows
-    are filled in order while the next segment fits; an epoch's last batch may have empty rows.
+    each its own segment and shuffled like a sample; a last window below MIN_WINDOW tokens is dropped. Each
+    PACKING_WINDOW shuffled segments are packed by best fit; an epoch's last batch may have empty rows.
     """
 
     def __init__(self, conversations: Sequence[Conversation], T: int, B: int, seed: int) -> None:
@@ -458,15 +460,35 @@ class PackedData:
             # Sorted raw bits of Philox: unlike Generator.permutation, the same in every version of NumPy.
             bits = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(len(self._starts))
             order = np.argsort(bits, kind="stable")
-            ends = np.cumsum(self._lengths[order])
-            rows, filled = [0], 0
-            while rows[-1] < len(order):  # next-fit: as many pieces as end within T of the row's start
-                rows.append(int(np.searchsorted(ends, filled + self.T, side="right")))
-                filled = ends[rows[-1] - 1]
+            windows = [order[i : i + PACKING_WINDOW] for i in range(0, len(order), PACKING_WINDOW)]
+            packed = [row for window in windows for row in _best_fit(window, self._lengths, self.T)]
+            rows = np.cumsum([0, *map(len, packed)])
+            order = np.concatenate(packed)
             for old in sorted(self._plans)[:-1]:  # keep two, for a reader at the turn of an epoch
                 del self._plans[old]
-            self._plans[epoch] = order, np.array(rows)
+            self._plans[epoch] = order, rows
         return self._plans[epoch]
+
+
+def _best_fit(pieces: np.ndarray, lengths: np.ndarray, T: int) -> list[list[int]]:
+    """The shuffled `pieces` in rows of at most T tokens: the longest first, each into the fullest row that has room.
+
+    Rows come in the shuffled order of their earliest pieces, so that long ones do not stand together.
+    """
+    rank = {int(piece): i for i, piece in enumerate(pieces)}
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for piece in sorted(rank, key=lambda piece: (-lengths[piece], rank[piece])):
+        length = int(lengths[piece])
+        at = bisect.bisect_left(rooms, (length, -1))
+        if at < len(rooms):
+            room, row = rooms.pop(at)
+        else:
+            room, row = T, len(rows)
+            rows.append([])
+        rows[row].append(piece)
+        bisect.insort(rooms, (room - length, row))
+    return sorted(rows, key=lambda row: min(rank[piece] for piece in row))
 
 
 def pack(conversations: Sequence[Conversation], T: int, B: int, seed: int, step: int) -> Batch:

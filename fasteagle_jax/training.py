@@ -23,7 +23,7 @@ from fasteagle_jax.layers import stack
 from fasteagle_jax.losses import LevelMetrics, LossConfig, level_loss, select_positions
 
 
-EMBEDDING_SHARE = 0.5
+EMBEDDING_SHARE = 0.1  # of the stream's size that the embedding starts with, beside levels that never saw one there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ def make_train_step(
             return drafter_loss(drafter, target, batch, key, config)
 
         (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, optimizer_state, state.step + 1), (loss, norm, metrics)

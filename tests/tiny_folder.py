@@ -1,4 +1,4 @@
-"""A whole target in a folder, as Hugging Face keeps them: a tiny random Llama and a byte tokenizer with a chat template."""
+"""A whole target in a folder, as Hugging Face keeps them: a tiny random Llama and a byte tokenizer that can chat."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, WIDE, POSITIONS = 16, 4, 4, 2, 8, 32,
 
 
 def make_target(
-    folder: Path, *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, stop_rate: float = 4.0
+    folder: Path, *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, stop_rate: float = 5.5
 ) -> Path:
     """The folder with config.json, model.safetensors and the tokenizer's files in it.
 
-    An answer sampled at temperature 1 ends about every 259 / exp(stop_rate) tokens.
+    At temperature 1 an answer has very roughly 1500 / exp(stop_rate) tokens.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -75,12 +75,13 @@ def _weights(rng: np.random.Generator, vocab: int, stop_rate: float) -> dict[str
 
     ones = np.ones(HIDDEN, np.float32)
     weights: dict[str, Any] = {"model.embed_tokens.weight": normal(vocab, HIDDEN) * 4, "model.norm.weight": ones}
-    head = normal(vocab, HIDDEN) * 3
-    # Every token's embedding is large in the first place; so is what is left of it before the head.
-    weights["model.embed_tokens.weight"][:, 0] = 10
+    head = normal(vocab, HIDDEN) * 8
+    # All embeddings are large in the first place, where the final norm therefore leaves about sqrt(H): a constant that
+    # gives the last token, the end of a turn, a logit of about `stop_rate`.
+    weights["model.embed_tokens.weight"][:, 0] = 30
     head[:, 0] = 0
     head[vocab - 1] = 0
-    head[vocab - 1, 0] = stop_rate / 3
+    head[vocab - 1, 0] = stop_rate / HIDDEN**0.5
     weights["lm_head.weight"] = head
     for i in range(LAYERS):
         layer = f"model.layers.{i}."

@@ -37,7 +37,7 @@ class Models(NamedTuple):
     dtype: str  # of the weights
 
 
-def add_target_options(parser: argparse.ArgumentParser) -> None:
+def add_target_options(parser: Any) -> None:
     """Adds --target and --dtype."""
     parser.add_argument("--target", default=DEFAULT_TARGET, help="folder, .gguf file or hub name (default %(default)s)")
     add_dtype_option(parser, "default float32 on a CPU, else bfloat16")

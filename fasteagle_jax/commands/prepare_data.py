@@ -182,7 +182,7 @@ def _read_sources(prompts: Sequence[str], dialogues: Sequence[str], limit: int |
         samples = [Sample(f"{named['name']}/dialogue-{i}", None, messages) for i, messages in dialogues_of]
         sources.append(Source(named, samples))
     ids = Counter(sample.id for source in sources for sample in source.samples or ())
-    ids[f"{SELF}/0"] = prompts.count(SELF)
+    ids.update([f"{SELF}/0"] * prompts.count(SELF))
     for id, times in ids.most_common(1):
         if times > 1:
             raise UserError(f"{times} sources hold a sample {id!r}: name a source once, rename one of two files")
@@ -435,9 +435,9 @@ class Manifest:
                 break
             missing.discard(sample.id)
             done += 1
-        if missing:
+        if missing or done < self.tried:
             raise UserError(
-                f"the output holds {len(missing)} samples that are not asked for, {min(missing)!r} for one: "
+                f"the output was made of {max(self.tried, len(writer))} samples, more than are asked for: "
                 "raise --limit, or name another --output"
             )
         if self.tried != done:  # killed between writing and counting

@@ -122,7 +122,7 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) -> None:
+def add_sampling_options(parser: Any, temperature: float) -> None:
     """Adds --temperature, --top-k, --top-p and --seed, whose values `sampling.make_sampling` checks."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
@@ -138,7 +138,7 @@ def add_filter_options(group: Any) -> None:
     group.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other samples (default 0)")
 
 
-def add_dtype_option(parser: argparse.ArgumentParser, note: str) -> None:
+def add_dtype_option(parser: Any, note: str) -> None:
     """Adds --dtype, to be read with `dtype_named`."""
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=f"of the weights; {note}")
 

@@ -16,9 +16,9 @@ class Compilations:
         self.number = 0
         self.seconds = 0.0
 
-    def _hear(self, event: str, seconds: float, **_: Any) -> None:
+    def _hear(self, event: str, duration_secs: float, **_: Any) -> None:
         self.number += event == _COMPILE
-        self.seconds += seconds * event.startswith("/jax/core/compile/")
+        self.seconds += duration_secs * event.startswith("/jax/core/compile/")
 
     def __enter__(self) -> Self:
         jax.monitoring.register_event_duration_secs_listener(self._hear)

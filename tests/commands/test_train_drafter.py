@@ -1,0 +1,129 @@
+"""The trainer as a program: it learns, resumes bitwise after any kill, and refuses what cannot go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fasteagle_jax.commands.train_drafter import main
+from fasteagle_jax.data import Conversation, ConversationWriter
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIG = ROOT / "configs" / "tiny.py"
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    """Forty conversations in which a token is followed by the next one."""
+    path = tmp_path / "data.jsonl"
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in range(40):
+        tokens = [int(t) for t in (rng.integers(256) + np.arange(rng.integers(20, 60))) % 256]
+        samples.append(Conversation.of(f"sample-{i}", tokens, [[4, len(tokens)]]))
+    with ConversationWriter(path) as writer:
+        writer.append(samples)
+    return path
+
+
+def command(target: Path, data: Path, run: Path, *changes: str) -> list[str]:
+    """The program's arguments."""
+    return ["--config", str(CONFIG), "--run", str(run), f"target={target}", f"data={data}", *changes]
+
+
+def losses(run: Path) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm by step, as written."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return {record["step"]: (record["loss"], record["gradient_norm"]) for record in records}
+
+
+def test_training_lowers_the_loss_and_leaves_a_drafter_metrics_and_a_plot(
+    target_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    evaluation = tmp_path / "questions.jsonl"
+    evaluation.write_text('{"prompt": "Hi?"}\n{"prompt": "Who are you?"}\n')
+    changes = ["steps=30", f"evaluation.prompts={evaluation}", "evaluation.every=15", "evaluation.max_new=8"]
+    assert main(command(target_folder, data_file, run, *changes)) == 0
+    loss = [value for value, _ in losses(run).values()]
+    assert np.mean(loss[-3:]) < 0.8 * np.mean(loss[:3])
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "drafter" / "config.json").read_text())["trained"]["steps"] == 30
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["tau chain"] >= 1 and len(last["by depth best_first:16"]) == 3
+
+
+def test_a_killed_run_goes_on_bitwise(target_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(command(target_folder, data_file, whole)) == 0
+    script = "import sys; from fasteagle_jax.commands.train_drafter import main; sys.exit(main(sys.argv[1:]))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    environment["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+    for kill_after in (2, 7):  # before the first checkpoint (step 4), and between the first two
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, *command(target_folder, data_file, killed)],
+            env=environment,
+            stderr=subprocess.PIPE,
+        )
+        metrics = killed / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if metrics.exists() and metrics.read_text().count("\n") >= kill_after:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert main(command(target_folder, data_file, killed)) == 0
+    assert losses(killed) == losses(whole)
+    first, second = (load_file(run / "drafter" / "model.safetensors") for run in (whole, killed))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+
+
+def test_a_changed_configuration_is_shown_and_needs_a_flag(
+    target_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(command(target_folder, data_file, run, "steps=4")) == 0
+    capsys.readouterr()
+    assert main(command(target_folder, data_file, run, "steps=6")) == 2
+    said = capsys.readouterr().err
+    assert "steps: 4 -> 6" in said and "--allow-change" in said and said.count("\n") == 1
+    (run / "drafter").rename(tmp_path / "drafter-4")
+    assert main([*command(target_folder, data_file, run, "steps=6"), "--allow-change"]) == 0
+    assert len(losses(run)) == 6
+
+
+def test_a_finished_run_is_not_overwritten(
+    target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(command(target_folder, data_file, run, "steps=4")) == 0
+    assert "is finished" in complaint(main, *command(target_folder, data_file, run, "steps=4"))
+
+
+def test_mistakes_end_in_one_line_before_anything_is_written(
+    target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    run = tmp_path / "run"
+    assert "no such file" in complaint(main, *command(target_folder, tmp_path / "absent.jsonl", run)).lower()
+    assert "absent" in complaint(main, *command(tmp_path / "absent", data_file, run))
+    assert "lerning_rate is not a key" in complaint(
+        main, *command(target_folder, data_file, run, "optimizer.lerning_rate=1")
+    ).replace("optimizer.", "")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(data_file.read_text().splitlines()[0] + '\n{"id": "x", "tokens": [1, "a"], "assistant": []}\n')
+    assert "bad.jsonl:2" in complaint(main, *command(target_folder, bad, run))
+    assert "300" in complaint(main, *command(target_folder, data_file, run, "drafter.draft_vocab_size=300"))

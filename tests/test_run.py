@@ -1,0 +1,81 @@
+"""Configurations of runs: files, changes from the command line, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.run import RunConfig, apply_changes, differences, load_config, to_json
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_gives_a_run(path: Path) -> None:
+    config = load_config(str(path))
+    assert isinstance(config, RunConfig)
+    assert path.name in (path.read_text().split('"""')[1])  # its docstring says how to run it
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama31_8b", 8.03), ("deepseek_r1_distill_llama_8b", 8.03), ("llama33_70b", 70.55), ("vicuna_13b", 13.02)],
+)
+def test_published_sizes_give_the_published_number_of_parameters(name: str, parameters: float) -> None:
+    import jax
+
+    from fasteagle_jax.targets.llama import Llama
+
+    target = load_config(f"{CONFIGS[0].parent}/{name}.py").target_config
+    assert target is not None
+    shapes = jax.eval_shape(lambda: Llama(target, jax.random.key(0)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert count / 1e9 == pytest.approx(parameters, abs=0.01)
+
+
+def test_changes_reach_nested_keys_with_their_types() -> None:
+    config = apply_changes(
+        RunConfig(target="t", data=("a",), steps=3),
+        ["steps=7", "loss.share=0.5", "data=b,c", "drafter.reinject=True", "drafter.draft_vocab_size=None"],
+    )
+    assert (config.steps, config.loss.share, config.data) == (7, 0.5, ("b", "c"))
+    assert config.drafter.reinject and config.drafter.draft_vocab_size is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("stepz=3", "stepz is not a key"),
+        ("loss.shares=1", "loss.shares is not a key"),
+        ("loss=1", "loss is a group"),
+        ("steps", "write key=value"),
+        ("steps=many", "not of type int"),
+        ("steps=True", "not of type int"),
+        ("steps=0", "at least 1"),
+        ("loss.share=0", "above 0"),
+        ("dtype=float16", "float32 or bfloat16"),
+        ("steps.x=1", "holds a single value"),
+    ],
+)
+def test_a_bad_change_is_named_with_its_remedy(change: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        apply_changes(RunConfig(target="t", data=("a",), steps=3), [change])
+
+
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a file"):
+        load_config(str(tmp_path / "absent.py"))
+    for text, said in (("x = 1", "get_config"), ("def get_config(): return 3", "returns a int"), ("a b", "no config")):
+        path = tmp_path / "config.py"
+        path.write_text(text)
+        with pytest.raises(UserError, match=said):
+            load_config(str(path))
+
+
+def test_differences_name_key_and_both_values() -> None:
+    old = RunConfig(target="t", data=("a",), steps=3)
+    new = apply_changes(old, ["steps=4", "loss.share=0.5"])
+    assert differences(to_json(old), to_json(new)) == ["loss.share: 1.0 -> 0.5", "steps: 3 -> 4"]
+    assert differences(to_json(old), to_json(old)) == []
