@@ -22,7 +22,9 @@ class Checkpoints:
     def __init__(self, folder: str | Path, keep: int):
         logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every file
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+        self._manager = ocp.CheckpointManager(
+            Path(folder).absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint; None where there is none."""
@@ -35,17 +37,21 @@ class Checkpoints:
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of `step` in the structure, dtypes and shardings of `like`; UserError where it does not fit."""
-        structure = jax.tree.structure(like)
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))
-        try:
-            found = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
-        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            reason = str(error).splitlines()[0]
+        metadata = self._manager.item_metadata(step)
+        if metadata is None:
+            raise UserError(f"there is no whole checkpoint {step} in {self._manager.directory}")
+        there = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in metadata.tree.items()}
+        here = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in wanted.items()}
+        if there != here:
+            name = min(set(there.items()) ^ set(here.items()))[0]
             raise UserError(
-                f"checkpoint {step} in {self._manager.directory} does not fit this configuration ({reason}): "
+                f"checkpoint {step} in {self._manager.directory} does not fit this configuration "
+                f"({name} is {there.get(name, 'absent')} instead of {here.get(name, 'absent')}): "
                 "use the configuration it was made with, or another run folder"
-            ) from None
-        return jax.tree.unflatten(structure, [found[name] for name in _flat(like)])
+            )
+        found = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in _flat(like)])
 
     def wait(self) -> None:
         """Returns when all is written; raises what a write raised."""

@@ -37,9 +37,15 @@ def tiny_target(
     seed: int = 0, *, dtype: Any = jnp.float32, stacked: bool = True, sharpness: float = 1.0, **changes: Any
 ) -> Llama:
     """A random Llama of `tiny_config(**changes)`; its logits have a standard deviation of about `sharpness`."""
-    target = Llama(tiny_config(**changes), jax.random.key(seed), dtype, stacked=stacked)
-    target.norm[...] = target.norm[...] * sharpness
-    return target
+    config = tiny_config(**changes)
+
+    def make() -> Llama:
+        target = Llama(config, jax.random.key(seed), dtype)
+        target.norm[...] = target.norm[...] * sharpness
+        return target
+
+    target = jax.jit(make)()  # one program instead of one an operation
+    return target if stacked else target.unstacked()
 
 
 @jax.tree_util.register_dataclass
@@ -81,21 +87,14 @@ class OracleDrafter:
         at = cache.length[:, None] + 1 + jnp.arange(self.num_levels)  # [B, N]
         at = jnp.minimum(at, self.sequences.shape[1] - 1)
         true = jax.nn.one_hot(jnp.take_along_axis(self.sequences, at, axis=1), self.vocab_size)  # [B, N, V]
-        wrong = self._mistaken(at)[..., None]
+        wrong = jnp.zeros(at.shape, bool)
+        if self.mistakes is not None:
+            wrong = jnp.take_along_axis(self.mistakes, at, axis=1)
         # With the true token last of all no branch holds it, however wide the tree (V must be wider).
-        logits = jnp.where(wrong, 20 * jnp.roll(true, 1, axis=-1) - 40 * true, 20 * true)
+        logits = jnp.where(wrong[..., None], 20 * jnp.roll(true, 1, axis=-1) - 40 * true, 20 * true)
         return build(tree, root, jax.nn.log_softmax(logits, axis=-1)), cache
 
-    def _mistaken(self, at: jax.Array) -> jax.Array:
-        if self.mistakes is None:
-            return jnp.zeros(at.shape, bool)
-        return jnp.take_along_axis(self.mistakes, at, axis=1)
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WrongDrafter(OracleDrafter):
+def wrong_drafter(sequences: jax.Array, vocab_size: int, num_levels: int) -> OracleDrafter:
     """A Drafter that knows what the target will say and never guesses it: its best guess is the true token plus 1."""
-
-    def _mistaken(self, at: jax.Array) -> jax.Array:
-        return jnp.ones(at.shape, bool)
+    return OracleDrafter(sequences, vocab_size, num_levels, jnp.ones(sequences.shape, bool))

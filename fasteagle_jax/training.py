@@ -96,7 +96,7 @@ def init_drafter(
       from_target: start level i from the target's layer L - N + i, the norms from its final norm, and let the input be
         the highest feature with the embedding added; sizes must be the target's. Otherwise all but the norms is random.
     """
-    drafter = FastEagle(config, key, stacked=target.stacked)
+    drafter = jax.jit(lambda key: FastEagle(config, key, stacked=target.stacked))(key)
     if token_ids is not None:
         drafter.token_ids[...] = jnp.asarray(token_ids, jnp.int32)
     hidden, num_features = config.hidden_size, len(config.feature_layers)

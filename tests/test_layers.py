@@ -138,7 +138,8 @@ def test_rms_norm_divides_by_the_root_mean_square():
 @pytest.mark.parametrize("span", [None, (0, 2), (1, 4), (3, 4)])
 def test_a_stack_and_a_list_of_layers_give_the_same_results(span):
     config = LayerConfig(8, 12, 2, 1, 4, 1e-5)
-    layers = jax.vmap(lambda key: DecoderLayer(config, key))(jax.random.split(jax.random.key(0), 4))
+    make = jax.jit(jax.vmap(lambda key: DecoderLayer(config, key)))  # one program instead of one an operation
+    layers = make(jax.random.split(jax.random.key(0), 4))
     x, positions = jnp.asarray(normal(0, 2, 3, 8)), jnp.broadcast_to(jnp.arange(3), (2, 3))
     visible = jnp.broadcast_to(jnp.tril(jnp.ones((3, 3), bool)), (2, 3, 3))
     turn = rotation(positions, RopeConfig(), 4)

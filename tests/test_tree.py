@@ -9,8 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fasteagle_jax import tree as library
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.tree import NO_PARENT, Draft, Tree, build, visible_nodes, walk
+from fasteagle_jax.tree import NO_PARENT, Draft, Tree
+
+# One program each instead of one an operation.
+build = jax.jit(library.build, static_argnums=0)
+visible_nodes = jax.jit(library.visible_nodes)
+walk = jax.jit(library.walk, static_argnums=2)
 
 
 def random_draft(seed: int, batch: int, nodes: int, vocab: int) -> Draft:
@@ -68,7 +74,8 @@ def test_the_walk_goes_down_while_a_child_holds_the_chosen_token(seed):
 
 def random_scores(seed: int, batch: int, levels: int, vocab: int, step: float = 0.0) -> np.ndarray:
     """Log-probabilities; with a step, rounded to multiples of it: ties everywhere, within and between levels."""
-    scores = np.asarray(jax.nn.log_softmax(2 * jax.random.normal(jax.random.key(seed), (batch, levels, vocab))))
+    scores = np.asarray(2 * np.random.default_rng(seed).standard_normal((batch, levels, vocab)), np.float32)
+    scores = (scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))).astype(np.float32
     return scores if not step else -np.round(-scores / step).astype(np.float32) * np.float32(step)
 
 

@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, WIDE, POSITIONS = 16, 4, 4, 2, 8, 32, 1024
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, WIDE, POSITIONS = 16, 2, 4, 2, 8, 32, 1024
 
 
 def make_target(
@@ -100,8 +100,8 @@ def _weights(rng: np.random.Generator, vocab: int, stop_rate: float) -> dict[str
 
 
 def make_drafter(folder: Path, target_folder: Path) -> Path:
-    """The folder with a random drafter of three levels for a target by `make_target`."""
+    """The folder with a random drafter of two levels for a target by `make_target`."""
     target = load_target(str(target_folder))
-    config = default_config(target.checkpoint.config, num_levels=3)
+    config = default_config(target.checkpoint.config, num_levels=2)
     save_drafter(FastEagle(config, jax.random.key(1)), folder, target.fingerprint, {})
     return folder

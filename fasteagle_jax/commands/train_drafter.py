@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: RunConfig, run: Path, *, allow_change: bool = False, quiet: bool = False) -> None:
     """Trains to the last step, from the run folder's last checkpoint if it has one, and writes the drafter."""
     # --- what was asked for -----------------------------------------------------------------------------------
+    _check_config(config, run, allow_change=allow_change)
     if (run / "drafter").exists():
         raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
-    _check_config(config, run, allow_change=allow_change)
     dtype = jnp.dtype(config.dtype)
     loaded = load_target(config.target, dtype)
     target = loaded.model

@@ -29,6 +29,7 @@ def generate(target_folder, capsys):
 )
 def test_a_drafter_changes_no_answer(generate, drafter_folder, options):
     questions = ["--prompt", "Why?", "--prompt", "When?"]
+    options = ("--tree", "chain", *options)
     plain, _ = generate(*questions, *options)
     fast, said = generate(*questions, *options, "--drafter", drafter_folder)
     assert fast == plain
