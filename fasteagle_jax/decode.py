@@ -126,6 +126,9 @@ def prefill(
         jnp.zeros((batch, width), target.activation_dtype),
         jnp.zeros((batch, len(feature_layers) * width), target.activation_dtype),
     )
+    # Without the barrier XLA knows that the caches are zeros and, where the loop has one turn, folds attention over them
+    # at compile time, which took minutes.
+    start = jax.lax.optimization_barrier(start)
     target_cache, drafter_cache, hidden, features = jax.lax.fori_loop(0, prompt_slots // chunk, take_chunk, start)
 
     pending = choose(target.logits(hidden[:, None]), lengths[:, None], sampling)  # [B, 1]

@@ -135,15 +135,15 @@ def test_rms_norm_divides_by_the_root_mean_square():
     np.testing.assert_allclose(rms_norm(jnp.asarray(x), jnp.asarray(scale), 1e-5), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("span", [None, (0, 2), (1, 4), (3, 4)])
+@pytest.mark.parametrize("span", [None, (1, 3)])
 def test_a_stack_and_a_list_of_layers_give_the_same_results(span):
     config = LayerConfig(8, 12, 2, 1, 4, 1e-5)
     make = jax.jit(jax.vmap(lambda key: DecoderLayer(config, key)))  # one program instead of one an operation
-    layers = make(jax.random.split(jax.random.key(0), 4))
+    layers = make(jax.random.split(jax.random.key(0), 3))
     x, positions = jnp.asarray(normal(0, 2, 3, 8)), jnp.broadcast_to(jnp.arange(3), (2, 3))
     visible = jnp.broadcast_to(jnp.tril(jnp.ones((3, 3), bool)), (2, 3, 3))
     turn = rotation(positions, RopeConfig(), 4)
-    past = Past(*(jnp.asarray(normal(i, 4, 2, 1, 5, 4)) for i in (1, 2)), jnp.full((4, 2), 3))
+    past = Past(*(jnp.asarray(normal(i, 3, 2, 1, 5, 4)) for i in (1, 2)), jnp.full((3, 2), 3))
 
     def body(x, layer_and_past):
         layer, past = layer_and_past
@@ -153,9 +153,9 @@ def test_a_stack_and_a_list_of_layers_give_the_same_results(span):
         return run_layers(body, x, stacks, span)
 
     out, (k, v) = jax.jit(run)((layers, past))
-    listed = (nnx.List(unstack(layers, 4)), unstack(past, 4))
+    listed = (nnx.List(unstack(layers, 3)), unstack(past, 3))
     listed_out, results = jax.jit(run)(listed)
-    assert len(results) == (4 if span is None else span[1] - span[0])
+    assert len(results) == (3 if span is None else span[1] - span[0])
     np.testing.assert_allclose(out, listed_out, **CLOSE)
     for stacked_part, parts in zip((k, v), zip(*results, strict=True), strict=True):
         np.testing.assert_allclose(stacked_part, jnp.stack(parts), **CLOSE)

@@ -180,7 +180,7 @@ def test_a_draw_has_the_law_of_the_filtered_softmax(temperature, top_k, top_p):
     num_draws = 20_000
     logits = np.random.default_rng(1).standard_normal(9).astype(np.float32)
     kept = sorted(slow_kept(logits / temperature, top_k, top_p))
-    law = np.exp(logits[kept] / temperature)
+    law = np.exp(logits[kept].astype(np.float64) / temperature)
     law /= law.sum()
     shape = (8, num_draws // 8)  # eight seeds, many positions
     positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)

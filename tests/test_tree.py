@@ -74,8 +74,8 @@ def test_the_walk_goes_down_while_a_child_holds_the_chosen_token(seed):
 
 def random_scores(seed: int, batch: int, levels: int, vocab: int, step: float = 0.0) -> np.ndarray:
     """Log-probabilities; with a step, rounded to multiples of it: ties everywhere, within and between levels."""
-    scores = np.asarray(2 * np.random.default_rng(seed).standard_normal((batch, levels, vocab)), np.float32)
-    scores = (scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))).astype(np.float32
+    logits = 2 * np.random.default_rng(seed).standard_normal((batch, levels, vocab))
+    scores = (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))).astype(np.float32)
     return scores if not step else -np.round(-scores / step).astype(np.float32) * np.float32(step)
 
 

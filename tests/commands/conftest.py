@@ -23,6 +23,13 @@ def drafter_folder(tmp_path_factory: pytest.TempPathFactory, target_folder: Path
     return make_drafter(tmp_path_factory.mktemp("models") / "drafter", target_folder)
 
 
+@pytest.fixture(scope="session")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A target that hardly ever ends an answer, not even greedily, and a drafter for it."""
+    target = make_target(tmp_path_factory.mktemp("models") / "target", stop_rate=-4)
+    return target, make_drafter(tmp_path_factory.mktemp("models") / "drafter", target)
+
+
 @pytest.fixture
 def prompts_file(tmp_path: Path) -> Path:
     """Fourteen prompts of different lengths, two of them of several turns."""

@@ -9,9 +9,9 @@ from fasteagle_jax.metrics import Acceptance
 from fasteagle_jax.tree import Tree
 
 
-def test_a_bench_reports_each_tree_at_each_temperature(target_folder, drafter_folder, prompts_file, tmp_path, capsys):
+def test_a_bench_reports_each_tree_at_each_temperature(talkative, prompts_file, tmp_path, capsys):
     path = tmp_path / "bench.json"
-    argv = ["--target", target_folder, "--drafter", drafter_folder, "--prompts", prompts_file, "--limit", 3]
+    argv = ["--target", talkative[0], "--drafter", talkative[1], "--prompts", prompts_file, "--limit", 3]
     argv += ["--tree", "chain", "--tree", "best_first:4", "--temperature", 0, "--temperature", 1]
     argv += ["--max-new", 12, "--repeats", 2, "--json", path]
     assert main([str(word) for word in argv]) == 0
@@ -34,7 +34,7 @@ def test_a_bench_reports_each_tree_at_each_temperature(target_folder, drafter_fo
         assert 0 < r["ratio"]["min"] <= r["ratio"]["median"] <= r["ratio"]["max"]
         assert 1 <= r["acceptance_length"] <= 3
         assert len(r["acceptance_by_depth"]) == 2
-        assert r["new_tokens"] == sum(r["new_tokens_by_prompt"])
+        assert r["new_tokens"] == sum(r["new_tokens_by_prompt"]) == 36
         # One token a prompt comes from prefill.
         assert r["new_tokens"] - 3 == pytest.approx(r["acceptance_length"] * r["target_passes"])
 

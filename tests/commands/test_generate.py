@@ -24,22 +24,21 @@ def generate(target_folder, capsys):
     return run
 
 
-@pytest.mark.parametrize(
-    "options", [("--tree", "chain"), ("--tree", "best_first:6", "--seed", 3), ("--temperature", 0)]
-)
-def test_a_drafter_changes_no_answer(generate, drafter_folder, options):
-    questions = ["--prompt", "Why?", "--prompt", "When?"]
-    options = ("--tree", "chain", *options)
-    plain, _ = generate(*questions, *options)
-    fast, said = generate(*questions, *options, "--drafter", drafter_folder)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_drafter_changes_no_answer(generate, talkative, temperature):
+    target, drafter = talkative
+    asked = ["--prompt", "Why?", "--prompt", "When?", "--target", target, "--temperature", temperature]
+    plain, _ = generate(*asked)
+    fast, said = generate(*asked, "--tree", "best_first:6", "--drafter", drafter)
     assert fast == plain
     assert plain.startswith("> Why?\n< ")
-    assert "acceptance length" in said
+    assert "24 new tokens" in said
+    assert "for 22 tokens, the 2 made by prefill not counted" in said
 
 
 def test_streaming_prints_the_same_answer_in_pieces(generate, drafter_folder):
     plain, _ = generate("--prompt", "Why?")
-    for options in ((), ("--drafter", drafter_folder)):
+    for options in ((), ("--drafter", drafter_folder, "--tree", "best_first:6")):
         streamed, said = generate("--prompt", "Why?", "--stream", *options)
         assert plain == "> Why?\n< " + streamed
         assert "tokens/s" in said
