@@ -1,10 +1,12 @@
 """A FastEagle drafter for DeepSeek-R1-Distill-Llama-8B.
 
-    python -m train.prepare_data --target deepseek-ai/DeepSeek-R1-Distill-Llama-8B --prompts PROMPTS --output runs/data/deepseek_r1_distill_llama_8b.jsonl
+    python -m train.prepare_data --target deepseek-ai/DeepSeek-R1-Distill-Llama-8B --prompts PROMPTS \
+        --output runs/data/deepseek_r1_distill_llama_8b.jsonl
     python -m train.drafter --config configs/deepseek_r1_distill_llama_8b.py --run runs/deepseek_r1_distill_llama_8b
 
 Needs an accelerator that holds the target in bfloat16 (16 GB), the drafter and its optimiser in float32.
-Sizes: the published config.json of deepseek-ai/DeepSeek-R1-Distill-Llama-8B. Optimiser, draft vocabulary and length: EAGLE-3's (arXiv 2503.01840).
+Sizes: the published config.json of deepseek-ai/DeepSeek-R1-Distill-Llama-8B. Optimiser, draft vocabulary and length:
+EAGLE-3's (arXiv 2503.01840).
 """
 
 from fasteagle_jax.config import LlamaConfig, RopeConfig

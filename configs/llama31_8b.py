@@ -1,10 +1,12 @@
 """A FastEagle drafter for Llama-3.1-8B-Instruct.
 
-    python -m train.prepare_data --target meta-llama/Llama-3.1-8B-Instruct --prompts PROMPTS --output runs/data/llama31_8b.jsonl
+    python -m train.prepare_data --target meta-llama/Llama-3.1-8B-Instruct --prompts PROMPTS \
+        --output runs/data/llama31_8b.jsonl
     python -m train.drafter --config configs/llama31_8b.py --run runs/llama31_8b
 
 Needs an accelerator that holds the target in bfloat16 (16 GB), the drafter and its optimiser in float32.
-Sizes: the published config.json of meta-llama/Llama-3.1-8B-Instruct. Optimiser, draft vocabulary and length: EAGLE-3's (arXiv 2503.01840).
+Sizes: the published config.json of meta-llama/Llama-3.1-8B-Instruct. Optimiser, draft vocabulary and length:
+EAGLE-3's (arXiv 2503.01840).
 """
 
 from fasteagle_jax.config import LlamaConfig, RopeConfig

@@ -1,10 +1,12 @@
 """A FastEagle drafter for Llama-3.3-70B-Instruct.
 
-    python -m train.prepare_data --target meta-llama/Llama-3.3-70B-Instruct --prompts PROMPTS --output runs/data/llama33_70b.jsonl
+    python -m train.prepare_data --target meta-llama/Llama-3.3-70B-Instruct --prompts PROMPTS \
+        --output runs/data/llama33_70b.jsonl
     python -m train.drafter --config configs/llama33_70b.py --run runs/llama33_70b
 
 Needs accelerators that hold the target in bfloat16 (141 GB), the drafter and its optimiser in float32.
-Sizes: the published config.json of meta-llama/Llama-3.3-70B-Instruct. Optimiser, draft vocabulary and length: EAGLE-3's (arXiv 2503.01840).
+Sizes: the published config.json of meta-llama/Llama-3.3-70B-Instruct. Optimiser, draft vocabulary and length:
+EAGLE-3's (arXiv 2503.01840).
 """
 
 from fasteagle_jax.config import LlamaConfig, RopeConfig

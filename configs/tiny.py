@@ -1,6 +1,6 @@
 """A run of seconds, for the tests: a few levels on whatever small target and data are named.
 
-    python -m train.drafter --config configs/tiny.py --run runs/tiny target=FOLDER data=FILE
+python -m train.drafter --config configs/tiny.py --run runs/tiny target=FOLDER data=FILE
 """
 
 from fasteagle_jax.losses import LossConfig

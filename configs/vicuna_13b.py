@@ -4,7 +4,8 @@
     python -m train.drafter --config configs/vicuna_13b.py --run runs/vicuna_13b
 
 Needs an accelerator that holds the target in bfloat16 (26 GB), the drafter and its optimiser in float32.
-Sizes: the published config.json of lmsys/vicuna-13b-v1.3. Optimiser, draft vocabulary and length: EAGLE-3's (arXiv 2503.01840).
+Sizes: the published config.json of lmsys/vicuna-13b-v1.3. Optimiser, draft vocabulary and length: EAGLE-3's (arXiv
+2503.01840).
 """
 
 from fasteagle_jax.config import LlamaConfig

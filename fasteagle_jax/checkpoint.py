@@ -1,7 +1,7 @@
 """Train state on disk, with Orbax: whole or not at all, the last few kept.
 
-A checkpoint holds the drafter's parameters and constants, the optimiser's state and the step; the step alone gives the data
-position and the random numbers. Beside the checkpoints a run keeps its configuration.
+A checkpoint holds the drafter's parameters and constants, the optimiser's state and the step; the step alone gives
+the data position and the random numbers. Beside the checkpoints a run keeps its configuration.
 """
 
 from __future__ import annotations

@@ -139,6 +139,4 @@ class DrafterConfig:
         if not self.feature_layers:
             raise UserError("feature_layers is empty: name at least one of the target's layers")
         if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"drafter num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
-            )
+            raise UserError(f"drafter num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")

@@ -14,8 +14,8 @@ set on the Hugging Face hub with an optional split, `name:split`. Its records, t
 
 from __future__ import annotations
 
-import codecs
 import bisect
+import codecs
 import dataclasses
 import json
 import logging
@@ -218,9 +218,7 @@ def _messages(record: Any, where: str) -> list[Message]:
             answers = ("response", "completion", "output", "answer")
             answer = next((name for name in answers if record.get(name) is not None), None)
             return messages + ([_message("assistant", record[answer], where, answer)] if answer else [])
-        raise UserError(
-            f"{where}: {key!r} is a {type(value).__name__}: see fasteagle_jax/data.py for the formats"
-        )
+        raise UserError(f"{where}: {key!r} is a {type(value).__name__}: see fasteagle_jax/data.py for the formats")
     raise UserError(
         f"{where}: keys {', '.join(map(str, record)) or '(none)'} hold no conversation: "
         "give messages, conversations, turns, prompt or instruction"
@@ -234,9 +232,7 @@ def _spoken(item: Any, where: str, what: str) -> Message:
     role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
     role = ROLES.get(str(item.get(role_key)).lower())
     if role is None:
-        raise UserError(
-            f"{where}: {what} has {role_key} {item.get(role_key)!r}: give one of {', '.join(ROLES)}"
-        )
+        raise UserError(f"{where}: {what} has {role_key} {item.get(role_key)!r}: give one of {', '.join(ROLES)}")
     text = item.get(text_key)
     if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
         text = "".join(str(part.get("text")) for part in text)  # OpenAI's content in parts
@@ -270,8 +266,7 @@ class Conversation:
         if not 0 <= min(tokens) <= max(tokens) < 2**31:
             raise UserError(f"tokens from {min(tokens)} to {max(tokens)}: give numbers from 0 to 2**31 - 1")
         if not isinstance(assistant, list) or any(
-            not isinstance(span, list) or len(span) != 2 or set(map(type, span)) != {int}
-            for span in assistant
+            not isinstance(span, list) or len(span) != 2 or set(map(type, span)) != {int} for span in assistant
         ):
             raise UserError("assistant: give a list of [start, end] pairs of whole numbers")
         end = 0
@@ -504,9 +499,7 @@ def token_counts(conversations: Iterable[Conversation], V: int, assistant_only: 
     counts = np.zeros(V, np.int64)
     for c in conversations:
         if c.tokens.max() >= V:
-            raise UserError(
-                f"conversation {c.id!r} has token {c.tokens.max()} of {V}: use the target's own tokenizer"
-            )
+            raise UserError(f"conversation {c.id!r} has token {c.tokens.max()} of {V}: use the target's own tokenizer")
         parts = [c.tokens[start:end] for start, end in c.assistant] if assistant_only else [c.tokens]
         for part in parts:
             np.add.at(counts, part, 1)
@@ -516,9 +509,7 @@ def token_counts(conversations: Iterable[Conversation], V: int, assistant_only: 
 def draft_vocabulary(counts: np.ndarray, size: int) -> np.ndarray:
     """The `size` most frequent tokens as sorted ids, int32 [size]; of equally frequent ones the lower ids."""
     if not 1 <= size <= len(counts):
-        raise UserError(
-            f"draft vocabulary of {size} tokens: give 1 to {len(counts)}, the target's vocabulary"
-        )
+        raise UserError(f"draft vocabulary of {size} tokens: give 1 to {len(counts)}, the target's vocabulary")
     order = np.argsort(-np.asarray(counts, np.int64), kind="stable")
     return np.sort(order[:size]).astype(np.int32)
 

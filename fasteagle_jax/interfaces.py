@@ -55,8 +55,6 @@ class Drafter(Protocol):
         """The cache with the accepted tokens in it and no draft made (prefill)."""
         ...
 
-    def draft(
-        self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking
-    ) -> tuple[Draft, Cache]:
+    def draft(self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking) -> tuple[Draft, Cache]:
         """A Draft rooted at each row's pending token, and the cache with the accepted tokens in it."""
         ...

@@ -53,9 +53,7 @@ def _matmul_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Ar
     return matmul(x, w), (x.astype(w.dtype), w, jnp.zeros((0,), x.dtype))
 
 
-def _matmul_backward(
-    saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _matmul_backward(saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w, like_x = saved
     dy = dy.astype(w.dtype)
     dx = jnp.einsum("...o,io->...i", dy, w, preferred_element_type=jnp.float32)
@@ -150,9 +148,7 @@ class Past(NamedTuple):
     length: jax.Array
 
 
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past: Past | None = None
-) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past: Past | None = None) -> jax.Array:
     """Softmax attention of fresh queries over the committed past and the fresh keys, under one softmax.
 
     Args:
@@ -183,9 +179,7 @@ def attention(
     p_fresh, p_old = jnp.exp(fresh - top), jnp.exp(old - top)
     total = p_fresh.sum(axis=-1, keepdims=True) + p_old.sum(axis=-1, keepdims=True)
     out = jnp.einsum("bkmt,bktd->bkmd", p_fresh.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out += jnp.einsum(
-        "bkms,bksd->bkmd", p_old.astype(past.v.dtype), past.v, preferred_element_type=jnp.float32
-    )
+    out += jnp.einsum("bkms,bksd->bkmd", p_old.astype(past.v.dtype), past.v, preferred_element_type=jnp.float32)
     return (out / total).astype(v.dtype)
 
 

@@ -2,7 +2,8 @@
 
 N levels · B rows · T tokens · S selected target positions · C positions a chunk · H hidden width · V draft vocabulary.
 At target position s the target's distribution for token x[s+1] is known; level i guessed that token at stream position
-s - i. [B, T, V] never exists: a scan takes C positions at a time, computes the target's distribution once and then, level
+s - i. [B, T, V] never exists: a scan takes C positions at a time, computes the target's distribution once and then,
+level
 by level, the drafter's logits, the loss and its gradient. The head is frozen, so only hidden states get gradients, and
 they are computed in the forward scan: no logits are kept, none are computed twice.
 """
@@ -22,7 +23,8 @@ from fasteagle_jax.layers import head_logits
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the loss's terms; each level's loss is their sum, then levels are weighted by level_decay ** (i - 1)."""
+    """Weights of the loss's terms; each level's loss is their sum, then levels are weighted by level_decay ** (i -
+    1)."""
 
     cross_entropy: float = 1.0  # -sum p log q over the draft vocabulary, p the target's probabilities (EAGLE-3)
     total_variation: float = 0.0  # 1 - sum min(p, q): the chance that a sampled guess is rejected
@@ -54,8 +56,8 @@ def select_positions(
 ) -> tuple[jax.Array, jax.Array]:
     """Target positions that the loss looks at, flat int32 [S] into [B * T], and which are real, bool [S].
 
-    A position s counts when x[s+1] is supervised and level 1 can guess it (positions[s] >= 1). `share` of all B * T slots is
-    the size S; a random subset is taken when more count.
+    A position s counts when x[s+1] is supervised and level 1 can guess it (positions[s] >= 1). `share` of all B * T
+    slots is the size S; a random subset is taken when more count.
     """
     counts = jnp.roll(supervised, -1, axis=1).at[:, -1].set(False) & (positions >= 1)  # [B, T]
     flat = counts.reshape(-1)

@@ -77,5 +77,3 @@ def measure_acceptance(
         total = counts if total is None else total + counts
     assert total is not None
     return total
-
-

@@ -86,7 +86,8 @@ def load_config(path: str) -> RunConfig:
 
 
 def apply_changes(config: RunConfig, changes: Sequence[str]) -> RunConfig:
-    """The config with changes like `steps=100`, `loss.share=0.5` or `data=a.jsonl,b.jsonl`; UserError for an unknown key."""
+    """The config with changes like `steps=100`, `loss.share=0.5` or `data=a.jsonl,b.jsonl`; UserError for an unknown
+    key."""
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:

@@ -1,9 +1,12 @@
 """Choosing the next token: one rule for greedy, sampled and mixed batches.
 
 B rows · M nodes · V vocabulary.
-The token at absolute position p of a request is argmax(filtered(logits / temperature) + G[p]) with Gumbel noise G[p] that
-is a function of (seed, p, token id) alone, which draws from the filtered softmax (the Gumbel-max trick); at temperature 0
-it is argmax(logits). The choice depends on nothing but the verified prefix and the seed, so speculation cannot change it.
+The token at absolute position p of a request is argmax(filtered(logits / temperature) + G[p]) with Gumbel noise G[p]
+that
+is a function of (seed, p, token id) alone, which draws from the filtered softmax (the Gumbel-max trick); at
+temperature 0
+it is argmax(logits). The choice depends on nothing but the verified prefix and the seed, so speculation cannot
+change it.
 """
 
 from __future__ import annotations
@@ -76,7 +79,8 @@ def gumbel_noise(seed: jax.Array, position: jax.Array, token_ids: jax.Array) -> 
     """Standard Gumbel noise float32 [..., V] for `seed` uint32 [...] and `position` int32 [...] at token_ids int32 [V].
 
     Counter-based: a token's noise is a few integer operations on (seed, position, id), the same in any batch, order or
-    subset of the vocabulary. The integers are exact everywhere; two logarithms may differ in the last bit between devices.
+    subset of the vocabulary. The integers are exact everywhere; two logarithms may differ in the last bit between
+    devices.
     """
     position = position.astype(jnp.uint32)
     seed = seed.astype(jnp.uint32)
@@ -119,7 +123,8 @@ def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling, filt
     """argmax of scaled + noise [B, M, V] over the tokens that top-k and then top-p leave, without a sort.
 
     Both filters keep a set that is closed upwards: with a token, all of at least its logit. So the unfiltered argmax is
-    tried first; if it is outside, nothing of its logit or less is inside, and the best of the rest is tried. A few rounds
+    tried first; if it is outside, nothing of its logit or less is inside, and the best of the rest is tried. A few
+    rounds
     settle every node. A token is inside top-k when fewer than k tokens are larger, inside top-p when those larger hold
     less than p of the mass that top-k left.
     """

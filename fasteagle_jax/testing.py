@@ -76,9 +76,7 @@ class OracleDrafter:
         """The position after the accepted tokens."""
         return cache._replace(length=cache.length + new.count)
 
-    def draft(
-        self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking
-    ) -> tuple[Draft, Cache]:
+    def draft(self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking) -> tuple[Draft, Cache]:
         """A tree whose best guesses are the sequence's next tokens, or at a mistake the tokens after them."""
         cache = self.extend(tied, new, cache)
         last = jnp.maximum(new.count - 1, 0)[:, None]

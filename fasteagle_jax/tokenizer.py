@@ -54,9 +54,7 @@ def stop_token_ids(tokenizer: Tokenizer, checkpoint_path: str | os.PathLike[str]
     return tuple(sorted({token_id for token_id in named if token_id is not None}))
 
 
-def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True
-) -> list[int]:
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
     """Token ids of a conversation under the chat template, up to where the assistant begins to answer."""
     return tokenizer.encode(_render(tokenizer, messages, add_generation_prompt), add_special_tokens=False)
 
@@ -69,16 +67,12 @@ def user_header_ids(tokenizer: Tokenizer) -> list[int]:
     text = _render(tokenizer, [{"role": "user", "content": _USER_TEXT}], add_generation_prompt=False)
     header, found, _ = text.partition(_USER_TEXT)
     if not found:
-        raise UserError(
-            "chat template without the user's text: use a template that keeps messages as they are"
-        )
+        raise UserError("chat template without the user's text: use a template that keeps messages as they are")
     # A space at the end ("USER: ") belongs to the first token of the word to come.
     return tokenizer.encode(header.rstrip(" "), add_special_tokens=False)
 
 
-def assistant_spans(
-    tokenizer: Tokenizer, messages: Sequence[Message]
-) -> tuple[list[int], list[tuple[int, int]]]:
+def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of a whole conversation, and the [start, end) of each answer in it, its end-of-turn token included.
 
     The conversation begins with the user's (or system's) message. A span holds what the target would have had
@@ -128,9 +122,7 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pr
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template: use an instruct model or add chat_template.jinja"
-        )
+        raise UserError("the tokenizer has no chat template: use an instruct model or add chat_template.jinja")
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],

@@ -19,9 +19,7 @@ from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.data import Batch
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.layers import stack
 from fasteagle_jax.losses import LevelMetrics, LossConfig, level_loss, select_positions
-
 
 EMBEDDING_SHARE = 0.1  # of the stream's size that the embedding starts with, beside levels that never saw one there
 
@@ -179,9 +177,7 @@ def drafter_loss(
         tied.embedding, out.features, next_tokens, batch.positions, packed_visible(batch.segments)
     )
     picked, real = select_positions(batch.supervised, batch.positions, config.share, key)
-    return level_loss(
-        hidden, out.hidden, batch.positions, picked, real, target.head_rows(), tied.head, config
-    )
+    return level_loss(hidden, out.hidden, batch.positions, picked, real, target.head_rows(), tied.head, config)
 
 
 def make_train_step(

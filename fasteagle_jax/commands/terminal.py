@@ -13,13 +13,19 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from fasteagle_jax.errors import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
 
-Main = Callable[[Sequence[str] | None], int]
+
+class Main(Protocol):
+    """A program: takes the words after its name (None: those of the command line), returns its exit code."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """Runs it."""
+        ...
 
 
 class Parser(argparse.ArgumentParser):

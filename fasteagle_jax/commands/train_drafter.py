@@ -1,7 +1,9 @@
-"""Train a FastEagle drafter: `python -m train.drafter --config configs/smollm2_135m.py --run runs/smollm2 [key=value ...]`.
+"""Train a FastEagle drafter: `python -m train.drafter --config configs/smollm2_135m.py --run runs/smollm2 [key=value
+...]`.
 
 The run folder holds config.json, checkpoints/, metrics.jsonl, curve.png and, at the end, drafter/ (safetensors and
-config.json). The same command after an interruption goes on from the last checkpoint, bitwise as if nothing had happened.
+config.json). The same command after an interruption goes on from the last checkpoint, bitwise as if nothing had
+happened.
 """
 
 from __future__ import annotations

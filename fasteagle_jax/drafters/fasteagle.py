@@ -1,6 +1,7 @@
 """FastEagle (arXiv 2509.20416): a cascade of N decoder layers that guesses N tokens in one forward pass.
 
-B rows · T stream positions · A newly accepted tokens · N levels · F feature layers · H hidden width · V draft vocabulary.
+B rows · T stream positions · A newly accepted tokens · N levels · F feature layers · H hidden width · V draft
+vocabulary.
 At stream position t it reads the target's features g[t] and the embedding of the next, already chosen token x[t+1]; the
 output of level i there is the guess for token x[t+1+i]. No draft token is ever an input, so training is one causal pass
 and the cache of verified positions needs no rollback.
@@ -18,7 +19,17 @@ from flax import nnx
 from fasteagle_jax.cache import Cache, commit, empty_cache
 from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
-from fasteagle_jax.layers import DecoderLayer, LayerConfig, head_logits, matmul, rms_norm, rotation, run_layers, stack, unstack
+from fasteagle_jax.layers import (
+    DecoderLayer,
+    LayerConfig,
+    head_logits,
+    matmul,
+    rms_norm,
+    rotation,
+    run_layers,
+    stack,
+    unstack,
+)
 from fasteagle_jax.sampling import gumbel_noise
 from fasteagle_jax.tree import Draft, Tree, build
 
@@ -62,9 +73,7 @@ class FastEagle(nnx.Module):
         self.levels = levels if stacked else nnx.List(unstack(levels, c.num_levels))
         self.feature_scale = Constant(jnp.ones((num_features,), jnp.float32))
         self.token_ids = (
-            None
-            if c.draft_vocab_size == c.vocab_size
-            else Constant(jnp.arange(c.draft_vocab_size, dtype=jnp.int32))
+            None if c.draft_vocab_size == c.vocab_size else Constant(jnp.arange(c.draft_vocab_size, dtype=jnp.int32))
         )
 
     @property
@@ -149,9 +158,7 @@ class FastEagle(nnx.Module):
         """The cache with the accepted tokens' stream positions in it."""
         return self._advance(tied, new, cache)[1]
 
-    def draft(
-        self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking
-    ) -> tuple[Draft, Cache]:
+    def draft(self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking) -> tuple[Draft, Cache]:
         """A tree rooted at the pending token (see interfaces.Drafter)."""
         hidden, cache = self._advance(tied, new, cache)  # [B, N, H]
         num_levels = tree.num_levels(self.num_levels)
@@ -193,7 +200,8 @@ class FastEagle(nnx.Module):
 def rank(logits: jax.Array, positions: jax.Array, ids: jax.Array, ranking: Ranking) -> jax.Array:
     """Log-probabilities float32 [B, N, V] by which a draft tree ranks its guesses.
 
-    At temperature 0 the drafter's own. Above it, those of logits / temperature, and with shared noise, of these plus the
+    At temperature 0 the drafter's own. Above it, those of logits / temperature, and with shared noise, of these plus
+    the
     noise the target will add at `positions` [B, N], so that guesses agree with its draw far more often. Ranking never
     influences which token the target chooses.
     """

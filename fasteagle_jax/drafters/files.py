@@ -1,7 +1,7 @@
 """A finished drafter on disk: model.safetensors and config.json in one folder.
 
-Tensors are torch's way around, [out, in]; levels are numbered from 0. The target's frozen head and embedding are not stored.
-`config.json` names the target by a fingerprint of its weights, so that a drafter is never used with another.
+Tensors are torch's way around, [out, in]; levels are numbered from 0. The target's frozen head and embedding are not
+stored. `config.json` names the target by a fingerprint of its weights, so that a drafter is never used with another.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ _LEVEL = {  # name in the file: attribute path of a Level, transposed
 def save_drafter(drafter: FastEagle, folder: str | os.PathLike[str], fingerprint: str, info: dict[str, Any]) -> None:
     """Writes a drafter to a new folder, whole or not at all.
 
-    The scale of the features is folded into fc. `info` goes into config.json beside the sizes (data, steps, command, ...).
+    The scale of the features is folded into fc. `info` goes into config.json beside the sizes (data, steps, command,
+    ...).
     Raises UserError where the folder exists.
     """
     folder = Path(folder)
@@ -78,15 +79,17 @@ def load_drafter(
 ) -> FastEagle:
     """The drafter in `folder`, for the target of this configuration and fingerprint.
 
-    `stacked` is as of targets.loading.load_target. Raises UserError, in one line, for a folder that is not a drafter, a damaged
+    `stacked` is as of targets.loading.load_target. Raises UserError, in one line, for a folder that is not a
+    drafter, a damaged
     file, or a drafter for another target.
     """
     folder = Path(folder)
     config, made_for = _read_config(folder)
     for name in ("hidden_size", "vocab_size"):
         if getattr(config, name) != getattr(target_config, name):
+            theirs = getattr(target_config, name)
             raise UserError(
-                f"the drafter in {folder} has {name} {getattr(config, name)}, the target {getattr(target_config, name)}: "
+                f"the drafter in {folder} has {name} {getattr(config, name)}, the target {theirs}: "
                 "use the target that it was trained for"
             )
     if made_for != fingerprint:

@@ -59,9 +59,7 @@ class Llama(nnx.Module):
         key_embed, key_layers, key_head = jax.random.split(key, 3)
         self.config = c
         self.embedding = nnx.Param(jax.random.normal(key_embed, (c.vocab_size, c.hidden_size), dtype))
-        layers = jax.vmap(lambda k: DecoderLayer(layer_config(c), k, dtype))(
-            jax.random.split(key_layers, c.num_layers)
-        )
+        layers = jax.vmap(lambda k: DecoderLayer(layer_config(c), k, dtype))(jax.random.split(key_layers, c.num_layers))
         self.layers = layers if stacked else nnx.List(unstack(layers, c.num_layers))
         self.norm = nnx.Param(jnp.ones((c.hidden_size,), dtype))
         head = jax.random.normal(key_head, (c.vocab_size, c.hidden_size), dtype) * c.hidden_size**-0.5
@@ -125,9 +123,7 @@ class Llama(nnx.Module):
     def empty_cache(self, batch: int, num_slots: int) -> Cache:
         """A cache for `batch` rows of `num_slots` tokens, in the form the layers are in."""
         c = self.config
-        return empty_cache(
-            c.num_layers, batch, c.num_kv_heads, num_slots, c.head_dim, self.dtype, stacked=self.stacked
-        )
+        return empty_cache(c.num_layers, batch, c.num_kv_heads, num_slots, c.head_dim, self.dtype, stacked=self.stacked)
 
     def unstacked(self) -> Llama:
         """The same target with its layers as a list, which XLA's CPU compiler runs faster."""

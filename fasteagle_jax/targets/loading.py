@@ -71,9 +71,7 @@ def load_target(name_or_path: str, dtype: Any = jnp.float32, *, stacked: bool | 
     checkpoint = open_checkpoint(name_or_path)
     if stacked is None:
         stacked = jax.default_backend() != "cpu"
-    return LoadedTarget(
-        load_weights(checkpoint, dtype, stacked=stacked), fingerprint(checkpoint), checkpoint
-    )
+    return LoadedTarget(load_weights(checkpoint, dtype, stacked=stacked), fingerprint(checkpoint), checkpoint)
 
 
 def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool) -> Llama:
@@ -82,9 +80,7 @@ def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool) -> Llama:
     # Shapes first, values after: nothing is created that is then replaced.
     # On a CPU, element-wise float32 is faster than bfloat16 and nothing else is gained by rounding.
     activations = jnp.float32 if jax.default_backend() == "cpu" else dtype
-    model = jax.eval_shape(
-        lambda: Llama(config, jax.random.key(0), dtype, stacked=True, activation_dtype=activations)
-    )
+    model = jax.eval_shape(lambda: Llama(config, jax.random.key(0), dtype, stacked=True, activation_dtype=activations))
     expected = _expected_shapes(config, model)
     _check(checkpoint, expected)
 
@@ -154,5 +150,3 @@ def _check(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None
             f"the tensors in {checkpoint.path} do not fit its configuration ({'; '.join(problems)}): "
             "take the complete, unmodified checkpoint"
         )
-
-

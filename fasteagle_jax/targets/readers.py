@@ -277,9 +277,7 @@ class GgufTensor:
         try:
             return dequantize(data, self.kind)
         except NotImplementedError as error:
-            raise UserError(
-                f"GGUF type {self.kind.name} is not supported: use a Q4_K or Q8_0 file"
-            ) from error
+            raise UserError(f"GGUF type {self.kind.name} is not supported: use a Q4_K or Q8_0 file") from error
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
@@ -291,9 +289,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     try:
         return _parse_gguf(np.memmap(path, dtype=np.uint8, mode="r"))
     except (OSError, ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(
-            f"{path} is truncated or no GGUF file ({_first_line(error)}): download it again"
-        ) from error
+        raise UserError(f"{path} is truncated or no GGUF file ({_first_line(error)}): download it again") from error
 
 
 def _parse_gguf(file: np.ndarray) -> tuple[dict[str, Any], dict[str, GgufTensor]]:

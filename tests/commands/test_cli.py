@@ -27,7 +27,7 @@ def test_the_examples_of_the_help_are_understood(verb, capsys):
     import shlex
 
     module = importlib.import_module(f"fasteagle_jax.commands.{VERBS[verb][0]}")
-    _, _, examples = module.__doc__.partition("example")
+    _, _, examples = (module.__doc__ or "").partition("example")
     lines = [line for line in examples.replace("\\\n", " ").splitlines() if line.strip().startswith("fasteagle ")]
     assert lines
     for line in lines:

@@ -95,9 +95,7 @@ def to_gguf(name: str, values: np.ndarray) -> tuple[str, np.ndarray]:
         for head in range(len(values) // HEAD_DIM):
             for half in range(2):
                 for i in range(HEAD_DIM // 2):
-                    permuted[head * HEAD_DIM + 2 * i + half] = values[
-                        head * HEAD_DIM + half * HEAD_DIM // 2 + i
-                    ]
+                    permuted[head * HEAD_DIM + 2 * i + half] = values[head * HEAD_DIM + half * HEAD_DIM // 2 + i]
         values = permuted
     return f"blk.{layer}.{GGUF_NAMES[part]}.{kind}", values
 
@@ -214,9 +212,7 @@ def test_a_folder_that_is_no_llama_checkpoint_says_what_is_wrong(tmp_path):
     config.unlink()
     assert "has no config.json" in complain(readers.open_checkpoint, folder)
     (folder / "weights.gguf").touch()
-    assert (
-        "name" in (message := complain(readers.open_checkpoint, folder)) and "weights.gguf itself" in message
-    )
+    assert "name" in (message := complain(readers.open_checkpoint, folder)) and "weights.gguf itself" in message
     (folder / "model.safetensors").unlink()
     config.write_text(json.dumps(CONFIG))
     assert "no *.safetensors" in complain(readers.open_checkpoint, folder)
@@ -269,9 +265,7 @@ def test_every_type_reads_as_gguf_dequantises_it(tmp_path, kind):
     np.testing.assert_array_equal(read.astype(np.float32), expected)
     np.testing.assert_array_equal(checkpoint.read("model.layers.0.mlp.up_proj.weight", 5), read[:5])
     q = checkpoint.read("model.layers.0.self_attn.q_proj.weight")
-    np.testing.assert_array_equal(
-        to_gguf("model.layers.0.self_attn.q_proj.weight", q)[1].astype(np.float32), expected
-    )
+    np.testing.assert_array_equal(to_gguf("model.layers.0.self_attn.q_proj.weight", q)[1].astype(np.float32), expected)
 
 
 def test_the_header_reads_as_gguf_reads_it(tmp_path):
@@ -393,9 +387,7 @@ def test_the_fingerprint_is_of_the_values_and_not_of_the_file(tmp_path):
     (value,) = prints
     assert len(value) == 16 and int(value, 16) >= 0
     for i, change in enumerate(({"rope_theta": 1e4}, {"rms_norm_eps": 1e-6})):
-        prints.add(
-            readers.fingerprint(readers.open_checkpoint(write_folder(tmp_path / f"c{i}", wide, **change)))
-        )
+        prints.add(readers.fingerprint(readers.open_checkpoint(write_folder(tmp_path / f"c{i}", wide, **change))))
     for name in ("model.norm.weight", "model.embed_tokens.weight"):
         changed = wide | {name: wide[name] + 1}
         prints.add(readers.fingerprint(readers.open_checkpoint(write_folder(tmp_path / name, changed))))

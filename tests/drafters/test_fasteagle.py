@@ -1,0 +1,240 @@
+"""FastEagle: one causal pass and step-by-step drafting agree, and a drafter survives its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
+from fasteagle_jax.drafters.files import load_drafter, save_drafter
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.interfaces import Accepted, Ranking
+from fasteagle_jax.layers import head_logits
+from fasteagle_jax.sampling import make_sampling
+from fasteagle_jax.testing import tiny_config, tiny_target
+from fasteagle_jax.tree import Tree
+
+B, T, N, V = 2, 12, 3, 40
+IDS = np.sort(np.random.default_rng(0).permutation(V)[:15]).astype(np.int32)
+CLOSE = dict(rtol=1e-4, atol=1e-5)  # float32 through three layers, over past and fresh keys in another order
+
+
+def make_drafter(seed: int = 0, **changes) -> FastEagle:
+    """A random drafter with nothing at its neutral value: features are scaled, the draft vocabulary is no prefix."""
+    config = default_config(tiny_config(), num_levels=N, feature_layers=(1, 3), **changes)
+
+    def make() -> FastEagle:
+        key = jax.random.key(seed)
+        drafter = FastEagle(config, key)
+        drafter.feature_scale[...] = jnp.linspace(0.5, 2.0, drafter.feature_scale[...].size)
+        if config.reinject:
+            reinject = drafter.levels.reinject
+            reinject[...] = 0.3 * jax.random.normal(key, reinject[...].shape)
+        return drafter
+
+    drafter = jax.jit(make)()
+    if drafter.token_ids is not None:
+        drafter.token_ids[...] = jnp.asarray(IDS)
+    return drafter
+
+
+VARIANTS = {
+    "plain": {},
+    "reduced vocabulary and reinjection": dict(draft_vocab_size=len(IDS), reinject=True),
+}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def stream(target):
+    """A random text x[0..T], and the target's features of x[0..T-1]."""
+    tokens = jax.random.randint(jax.random.key(5), (B, T + 1), 0, V)
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    return tokens, jax.jit(lambda: target(tokens[:, :-1], positions, causal(T), None, (1, 3)).features)()
+
+
+def causal(num: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.tril(jnp.ones((num, num), bool)), (B, num, num))
+
+
+@jax.jit
+def one_pass(drafter, tied, tokens, features):
+    """What training computes: hidden states [N, B, T, H] and the fresh keys and values [N, B, K, T, D]."""
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    hidden, fresh = drafter.hidden_states(tied.embedding, features, tokens[:, 1:], positions, causal(T))
+    return jnp.stack(list(hidden)), [jnp.stack(list(part)) for part in fresh]
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(target, stream, variant, stacked):
+    tokens, features = stream
+    drafter = make_drafter(**variant)
+    drafter = drafter if stacked else drafter.unstacked()
+    tied = drafter.tie(target)
+    hidden, fresh = one_pass(drafter, tied, tokens, features)
+    best = jnp.argmax(head_logits(hidden, tied.head), axis=-1)  # [N, B, T]
+    best = best if tied.token_ids is None else tied.token_ids[best]
+
+    chain, ranking = Tree("chain"), Ranking(make_sampling(B), True)
+    draft = jax.jit(lambda drafter, new, cache: drafter.draft(tied, new, cache, chain, ranking))
+    cache = drafter.empty_cache(B, T + 4)
+    # Rows go at different paces, one to four tokens a time; the first ones come without a draft, as in prefill.
+    at = np.zeros(B, int)
+    for step, counts in enumerate([[4, 2], [1, 3], [3, 1], [2, 4], [2, 2]]):
+        index = jnp.asarray(np.minimum(at[:, None] + np.arange(4), T - 1))
+        new = Accepted(
+            jnp.take_along_axis(features, index[..., None], axis=1),
+            jnp.take_along_axis(tokens, index + 1, axis=1),
+            jnp.asarray(counts),
+        )
+        at += counts
+        if step == 0:
+            cache = jax.jit(lambda drafter, new, cache: drafter.extend(tied, new, cache))(drafter, new, cache)
+            continue
+        made, cache = draft(drafter, new, cache)
+        for b in range(B):
+            # Guessed at stream position at - 1, after the pending token x[at].
+            assert made.tokens[b].tolist() == [int(tokens[b, at[b]]), *best[:, b, at[b] - 1].tolist()]
+    assert cache.length.tolist() == at.tolist() == [T, T]
+    for part, expected in zip((cache.k, cache.v), fresh, strict=True):
+        np.testing.assert_allclose(jnp.stack(list(part))[:, :, :, :T], expected, **CLOSE)
+
+
+def test_a_level_reads_positions_up_to_its_own_alone(target, stream):
+    tokens, features = stream
+    drafter = make_drafter(reinject=True)
+    tied = drafter.tie(target)
+    hidden = one_pass(drafter, tied, tokens, features)[0]
+    later = jnp.arange(T) >= 7
+    for changed in (
+        one_pass(drafter, tied, tokens, jnp.where(later[:, None], features + 1, features))[0],
+        one_pass(drafter, tied, tokens.at[:, 8:].add(1) % V, features)[0],
+    ):
+        np.testing.assert_array_equal(changed[:, :, :7], hidden[:, :, :7])
+        assert (np.abs(changed[:, :, 7:] - hidden[:, :, 7:]).max(axis=(1, 3)) > 1e-3).all()  # of every level
+
+
+def test_levels_beyond_the_trees_are_not_guessed(target, stream):
+    tokens, features = stream
+    drafter = make_drafter()
+    tied = drafter.tie(target)
+    new = Accepted(features[:, :1], tokens[:, 1:2], jnp.ones(B, jnp.int32))
+    cache, ranking = drafter.empty_cache(B, 4), Ranking(make_sampling(B), True)
+
+    @jax.jit
+    def both(drafter):
+        trees = (Tree("chain"), Tree("chain", levels=2))
+        return [drafter.draft(tied, new, cache, tree, ranking)[0].tokens for tree in trees]
+
+    whole, cut = both(drafter)
+    np.testing.assert_array_equal(whole[:, :3], cut)
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_a_drafter_is_the_same_after_its_files_with_the_features_scale_folded_in(
+    target, stream, variant, stacked, tmp_path
+):
+    tokens, features = stream
+    drafter = make_drafter(**variant)
+    save_drafter(drafter, tmp_path / "drafter", "0123", {"steps": 7})
+    loaded = load_drafter(tmp_path / "drafter", tiny_config(), "0123", stacked=stacked)
+    assert loaded.config == drafter.config and loaded.stacked == stacked
+    np.testing.assert_array_equal(loaded.feature_scale[...], 1)
+    np.testing.assert_allclose(
+        loaded.fc[...], drafter.fc[...] * drafter.feature_scale[...][:, None], rtol=1e-6, atol=0
+    )
+    if variant:
+        np.testing.assert_array_equal(loaded.token_ids[...], IDS)
+    expected = one_pass(drafter, drafter.tie(target), tokens, features)[0]
+    np.testing.assert_allclose(one_pass(loaded, loaded.tie(target), tokens, features)[0], expected, **CLOSE)
+
+
+def test_a_loaded_drafter_saved_again_gives_the_same_tensors(tmp_path):
+    save_drafter(make_drafter(**VARIANTS["plain"]), tmp_path / "a", "0123", {})
+    save_drafter(load_drafter(tmp_path / "a", tiny_config(), "0123"), tmp_path / "b", "0123", {})
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_file(tmp_path / "a/model.safetensors"),
+        load_file(tmp_path / "b/model.safetensors"),
+    )
+
+
+def test_a_drafters_folder_says_what_it_was_made_of_and_has_torchs_shapes(tmp_path):
+    save_drafter(make_drafter(), tmp_path / "drafter", "0123", {"steps": 7})
+    config = json.loads((tmp_path / "drafter/config.json").read_text())
+    assert config["steps"] == 7 and config["target_fingerprint"] == "0123" and config["num_levels"] == N
+    shapes = {name: value.shape for name, value in load_file(tmp_path / "drafter/model.safetensors").items()}
+    assert shapes["fc.weight"] == (16, 32) and shapes["levels.2.mlp.down_proj.weight"] == (16, 32)
+    assert len(shapes) == 2 + N * 10 and list(tmp_path.iterdir()) == [tmp_path / "drafter"]
+
+
+def refused(folder, match: str, config=None, fingerprint: str = "0123") -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        load_drafter(folder, config or tiny_config(), fingerprint)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_drafter(make_drafter(), tmp_path / "drafter", "0123", {})
+    return tmp_path / "drafter"
+
+
+def test_a_drafter_of_another_target_is_refused(saved):
+    refused(saved, "was trained for target 0123, this one's weights are 4567", fingerprint="4567")
+    refused(saved, "hidden_size 16, the target 24", dataclasses.replace(tiny_config(), hidden_size=24))
+    refused(saved, "vocab_size 40, the target 41", dataclasses.replace(tiny_config(), vocab_size=41))
+
+
+def test_damaged_files_are_refused(saved):
+    file = saved / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    refused(saved, "model.safetensors cannot be read")
+    file.unlink()
+    refused(saved, "model.safetensors cannot be read")
+    file.write_bytes(whole)
+    (saved / "config.json").write_text('{"architectures": ["Fa')
+    refused(saved, "config.json cannot be read")
+
+
+def test_tensors_that_do_not_fit_the_configuration_are_named(saved):
+    file = saved / "model.safetensors"
+    tensors = load_file(file)
+    tensors["levels.0.norm.weight"] = np.ones(9, np.float32)
+    del tensors["levels.1.self_attn.q_proj.weight"]
+    tensors["levels.7.norm.weight"] = np.ones(16, np.float32)
+    save_file(tensors, file)
+    with pytest.raises(UserError) as caught:
+        load_drafter(saved, tiny_config(), "0123")
+    for name in ("levels.0.norm.weight (9,)", "levels.1.self_attn.q_proj.weight", "levels.7.norm.weight"):
+        assert name in str(caught.value)
+
+
+def test_a_folder_that_is_no_drafter_is_refused(saved, tmp_path):
+    refused(tmp_path / "nowhere", "holds no config.json")
+    (saved / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    refused(saved, "is not of a FastEagleDrafter")
+
+
+def test_an_existing_folder_is_never_overwritten(saved):
+    before = (saved / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="exists: name another output folder"):
+        save_drafter(make_drafter(seed=1), saved, "0123", {})
+    assert (saved / "model.safetensors").read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == ["drafter"]
