@@ -374,7 +374,9 @@ class ConversationWriter:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed rows, all [B, T]; a pytree. Two samples of 3 and 2 tokens, the assistant's being a, and T = 6:
+    """Packed rows, all [B, T]: a pytree of NumPy or JAX arrays.
+
+    Two samples of 3 and 2 tokens, the assistant's being a, and T = 6:
 
     tokens      x a a y a 0
     positions   0 1 2 0 1 0     from 0 in each segment
@@ -382,10 +384,10 @@ class Batch:
     supervised  0 1 1 0 1 0     True where t is the assistant's and predicted at t-1, in the same segment
     """
 
-    tokens: np.ndarray  # int32
-    positions: np.ndarray  # int32
-    segments: np.ndarray  # int32
-    supervised: np.ndarray  # bool
+    tokens: Any  # int32
+    positions: Any  # int32
+    segments: Any  # int32
+    supervised: Any  # bool
 
 
 class PackedData:

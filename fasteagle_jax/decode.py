@@ -1,7 +1,7 @@
 """Decoding: prefill, rounds of draft - verify - commit, and `generate`, which is all of it as one jitted function.
 
-B rows · P prompt slots · C tokens of a prefill chunk · M nodes · N levels · A = N + 1 tokens a round can accept · H
-hidden. Between rounds, per row, with n committed tokens x[0..n-1] and the pending token x[n]:
+B rows · P prompt slots · C tokens of a prefill chunk · M nodes · N levels · A = N + 1 tokens a round can accept.
+Between rounds, per row, with n committed tokens x[0..n-1] and the pending token x[n]:
 the target cache holds positions 0..n-1, the drafter cache stream positions up to the first not yet drafted from, and
 `new` the features and tokens since. Caches hold verified tokens only. Plain decoding is the same code with no drafter.
 """

@@ -27,7 +27,7 @@ class Accepted(NamedTuple):
 
     features: jax.Array  # [B, A, F*H], of the tokens one before
     tokens: jax.Array  # int32 [B, A]; the last counted one is the pending token
-    count: jax.Array  # int32 [B], how many of the A are real
+    count: jax.Array  # type: ignore[assignment]  # int32 [B], how many of the A are real
 
 
 class Ranking(NamedTuple):

@@ -48,7 +48,7 @@ class LevelMetrics(NamedTuple):
     loss: jax.Array
     accuracy: jax.Array  # the guess of highest probability is the target's
     acceptance: jax.Array  # sum min(p, q): the chance that a sampled guess is accepted
-    count: jax.Array  # positions
+    count: jax.Array  # type: ignore[assignment]  # positions
 
 
 def select_positions(
@@ -109,7 +109,7 @@ def level_loss(
 
     unrolled = isinstance(hidden, list)  # as the levels are, see layers.run_layers
     loss, sums = _chunked(chosen, valid, at_target, weights, head, draft_head, config, unrolled)
-    return loss, LevelMetrics(*(sums / count), count)
+    return loss, LevelMetrics(sums[0] / count, sums[1] / count, sums[2] / count, count)
 
 
 def _level_weight(i: int, num_levels: int, config: LossConfig) -> float:

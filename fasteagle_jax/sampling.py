@@ -11,7 +11,7 @@ change it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def make_sampling(
 ) -> Sampling:
     """A Sampling for `batch` rows from one value for all or a list of one a row; UserError for a bad value."""
 
-    def rows(name: str, value: float | list[float]) -> list[float]:
+    def rows(name: str, value: Any) -> list[Any]:
         values = list(value) if isinstance(value, (list, tuple)) else [value] * batch
         if len(values) != batch:
             raise UserError(f"{name} has {len(values)} values for {batch} rows: give one, or one a row")
@@ -105,7 +105,7 @@ def choose(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.A
         filtering = ((sampling.top_k > 0) | (sampling.top_p < 1)) & (sampling.temperature > 0)
         drawn = jax.lax.cond(
             filtering.any(),
-            lambda: _draw_filtered(scaled, noise, sampling, filtering),
+            lambda: _draw_filtered(scaled, noise, sampling),
             lambda: _first_argmax(scaled + noise),
         )
         return jnp.where(sampling.temperature[:, None] > 0, drawn, greedy)
@@ -119,14 +119,13 @@ def _first_argmax(x: jax.Array) -> jax.Array:
     return jnp.where(x == x.max(axis=-1, keepdims=True), index, x.shape[-1] - 1).min(axis=-1)
 
 
-def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling, filtering: jax.Array) -> jax.Array:
+def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling) -> jax.Array:
     """argmax of scaled + noise [B, M, V] over the tokens that top-k and then top-p leave, without a sort.
 
     Both filters keep a set that is closed upwards: with a token, all of at least its logit. So the unfiltered argmax is
     tried first; if it is outside, nothing of its logit or less is inside, and the best of the rest is tried. A few
-    rounds
-    settle every node. A token is inside top-k when fewer than k tokens are larger, inside top-p when those larger hold
-    less than p of the mass that top-k left.
+    rounds settle every node. A token is inside top-k when fewer than k tokens are larger, inside top-p when those
+    larger hold less than p of the mass that top-k left.
     """
     vocab = scaled.shape[-1]
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)[:, None]  # [B, 1]
@@ -134,11 +133,13 @@ def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling, filt
     mass = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
 
     both = (k < vocab) & (p < 1)
-    total = jax.lax.cond(
-        both.any(),
-        lambda: jnp.where(scaled >= _kth_largest(scaled, k)[..., None], mass, 0).sum(axis=-1),
-        lambda: mass.sum(axis=-1),
-    )  # [B, M]
+
+    def left_by_top_k() -> jax.Array:
+        left = jnp.where(scaled >= _kth_largest(scaled, k)[..., None], mass, 0).sum(axis=-1)
+        return jnp.where(both, left, whole)  # a row's total does not depend on what other rows ask for
+
+    whole = mass.sum(axis=-1)
+    total = jax.lax.cond(both.any(), left_by_top_k, lambda: whole)  # [B, M]
 
     def undecided(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return ~state[2].all()

@@ -79,7 +79,7 @@ def init_drafter(
     target: Any,
     key: jax.Array,
     *,
-    token_ids: jax.Array | None = None,
+    token_ids: Any | None = None,
     feature_rms: jax.Array | None = None,
     from_target: bool = True,
 ) -> FastEagle:

@@ -161,14 +161,14 @@ def _best_first(nodes: int, root: jax.Array, scores: jax.Array, token_ids: jax.A
     parent_candidate = jnp.asarray(table.parent)[picked]  # [B, M-1]
     is_parent = parent_candidate[:, :, None] == picked[:, None, :]  # [B, child, node]
     parents = jnp.where(parent_candidate == NO_PARENT, 0, 1 + jnp.argmax(is_parent, axis=-1))
-    level = jnp.asarray(table.level)[picked]
+    levels = jnp.asarray(table.level)[picked]
     row = jnp.arange(batch)[:, None]
-    tokens = guesses[row, level, jnp.asarray(table.rank)[picked]]
+    tokens = guesses[row, levels, jnp.asarray(table.rank)[picked]]
     zero = jnp.zeros((batch, 1), jnp.int32)
     return Draft(
         jnp.concatenate([root[:, None], tokens], axis=1),
         jnp.concatenate([zero + NO_PARENT, parents.astype(jnp.int32)], axis=1),
-        jnp.concatenate([zero, level + 1], axis=1),
+        jnp.concatenate([zero, levels + 1], axis=1),
     )
 
 

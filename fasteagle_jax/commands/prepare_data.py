@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -36,6 +35,7 @@ from fasteagle_jax.commands.models import add_target_options, decode, load_model
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, program, whole, writing
 from fasteagle_jax.data import Conversation, ConversationWriter, Message, read_dialogues, read_prompts
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.files import write_text
 from fasteagle_jax.sampling import make_sampling
 from fasteagle_jax.tokenizer import assistant_spans, encode_chat, user_header_ids
 from fasteagle_jax.tree import Tree
@@ -452,21 +452,7 @@ class Manifest:
         self.written = written
         counts = {"samples": self.tried, "conversations": written, "dropped": dict(sorted(self.dropped.items()))}
         text = json.dumps({"settings": self.settings, "counts": counts}, indent=2) + "\n"
-        aside = self.path.with_name(f".{self.path.name}.tmp")
-        try:
-            with aside.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, self.path)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_text(self.path, text)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -9,13 +9,13 @@ import argparse
 import contextlib
 import functools
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.files import write_text
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -89,17 +89,8 @@ def check_new(path: Path | None) -> None:
 def write_new(path: Path, text: str) -> None:
     """Writes a new file, whole or not at all."""
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with aside.open("x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            check_new(path)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        check_new(path)
+        write_text(path, text)
 
 
 _OUT_OF_MEMORY = "out of memory: use a smaller batch, shorter lengths or --dtype bfloat16"

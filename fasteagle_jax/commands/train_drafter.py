@@ -1,5 +1,4 @@
-"""Train a FastEagle drafter: `python -m train.drafter --config configs/smollm2_135m.py --run runs/smollm2 [key=value
-...]`.
+"""Train a FastEagle drafter on conversations from prepare-data.
 
 The run folder holds config.json, checkpoints/, metrics.jsonl, curve.png and, at the end, drafter/ (safetensors and
 config.json). The same command after an interruption goes on from the last checkpoint, bitwise as if nothing had
@@ -64,7 +63,7 @@ def train(config: RunConfig, run: Path, *, allow_change: bool = False, quiet: bo
 
     # --- the drafter and its optimiser ------------------------------------------------------------------------
     drafter = _new_drafter(config, loaded, conversations, data, quiet=quiet)
-    graph, params, constants = nnx.split(drafter, nnx.Param, ...)
+    graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     num_params = sum(p.size for p in jax.tree.leaves(params))
@@ -93,7 +92,7 @@ def train(config: RunConfig, run: Path, *, allow_change: bool = False, quiet: bo
                 batch = data.batch(index)
                 num_tokens = int((batch.segments > 0).sum())
                 state, (loss, norm, metrics) = step(state, target, jax.tree.map(jnp.asarray, batch))
-                record = {
+                record: dict[str, Any] = {
                     "step": index + 1,
                     "loss": float(loss),
                     "gradient_norm": float(norm),

@@ -70,7 +70,7 @@ class FastEagle(nnx.Module):
             jax.random.normal(key_input, (2 * c.hidden_size, c.hidden_size), dtype) * (2 * c.hidden_size) ** -0.5
         )
         levels = jax.vmap(lambda k: Level(c, k, dtype))(jax.random.split(key_levels, c.num_levels))
-        self.levels = levels if stacked else nnx.List(unstack(levels, c.num_levels))
+        self.levels: Any = levels if stacked else nnx.List(unstack(levels, c.num_levels))
         self.feature_scale = Constant(jnp.ones((num_features,), jnp.float32))
         self.token_ids = (
             None if c.draft_vocab_size == c.vocab_size else Constant(jnp.arange(c.draft_vocab_size, dtype=jnp.int32))
@@ -201,9 +201,8 @@ def rank(logits: jax.Array, positions: jax.Array, ids: jax.Array, ranking: Ranki
     """Log-probabilities float32 [B, N, V] by which a draft tree ranks its guesses.
 
     At temperature 0 the drafter's own. Above it, those of logits / temperature, and with shared noise, of these plus
-    the
-    noise the target will add at `positions` [B, N], so that guesses agree with its draw far more often. Ranking never
-    influences which token the target chooses.
+    the noise the target will add at `positions` [B, N], so that guesses agree with its draw far more often. Ranking
+    never influences which token the target chooses.
     """
     temperature = ranking.sampling.temperature
     sampled = temperature > 0

@@ -44,8 +44,7 @@ _LEVEL = {  # name in the file: attribute path of a Level, transposed
 def save_drafter(drafter: FastEagle, folder: str | os.PathLike[str], fingerprint: str, info: dict[str, Any]) -> None:
     """Writes a drafter to a new folder, whole or not at all.
 
-    The scale of the features is folded into fc. `info` goes into config.json beside the sizes (data, steps, command,
-    ...).
+    The scale of the features is folded into fc. `info` goes into config.json beside the sizes.
     Raises UserError where the folder exists.
     """
     folder = Path(folder)
@@ -79,9 +78,8 @@ def load_drafter(
 ) -> FastEagle:
     """The drafter in `folder`, for the target of this configuration and fingerprint.
 
-    `stacked` is as of targets.loading.load_target. Raises UserError, in one line, for a folder that is not a
-    drafter, a damaged
-    file, or a drafter for another target.
+    `stacked` is as of targets.loading.load_target. Raises UserError for a folder that is not a drafter, a
+    damaged file, or a drafter for another target.
     """
     folder = Path(folder)
     config, made_for = _read_config(folder)
