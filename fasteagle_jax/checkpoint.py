@@ -6,7 +6,10 @@ the data position and the random numbers. Beside the checkpoints a run keeps its
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,18 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Starts to write the state of `step`; one that is there already is left."""
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(_flat(state)))
+            self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            with self._failing_as_user_error():
+                self._manager.save(step, args=ocp.args.StandardSave(_flat(state)))
+
+    def _check_room(self, size: int) -> None:
+        """Raises UserError before a write that cannot end well: Orbax's own words for that are many lines long."""
+        free = shutil.disk_usage(self._manager.directory).free
+        if free < size:
+            raise UserError(
+                f"no room for a checkpoint of {size / 1e6:.0f} MB in {self._manager.directory} ({free / 1e6:.0f} MB "
+                f"free): make some and give the same command again; it goes on from step {self.latest_step() or 0}"
+            )
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of `step` in the structure, dtypes and shardings of `like`; UserError where it does not fit."""
@@ -54,14 +68,34 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in _flat(like)])
 
     def wait(self) -> None:
-        """Returns when all is written; raises what a write raised."""
-        self._manager.wait_until_finished()
+        """Returns when all is written; UserError where it could not be."""
+        with self._failing_as_user_error():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _failing_as_user_error(self) -> Iterator[None]:
+        """Whatever stops Orbax from writing (a full disk, no permission), in one line."""
+        try:
+            yield
+        except Exception as error:  # tensorstore, asyncio and the system raise many kinds, some wrapped
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
+            raise UserError(
+                f"cannot write a checkpoint to {self._manager.directory} ({reason}): make room there and give the same "
+                f"command again; it goes on from step {self._manager.latest_step() or 0}"
+            ) from error
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            self._manager.close()
+        except Exception:
+            if error is None:  # else it is the failed write that is being reported
+                raise
 
 
 def _flat(tree: Any) -> dict[str, Any]:

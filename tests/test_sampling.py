@@ -55,7 +55,18 @@ def test_noise_follows_gumbels_distribution_in_the_tail_that_decides_an_argmax()
 
 
 # Neighbours in one coordinate, and where two change against or with each other.
-SHIFTS = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, -1, 0), (0, 1, -1), (1, 0, -1), (0, 2, 0), (16, 0, 0), (0, 0, 32)]
+SHIFTS = [
+    (1, 0, 0),
+    (0, 1, 0),
+    (0, 0, 1),
+    (1, 1, 0),
+    (1, -1, 0),
+    (0, 1, -1),
+    (1, 0, -1),
+    (0, 2, 0),
+    (16, 0, 0),
+    (0, 0, 32),
+]
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
@@ -161,8 +172,8 @@ def test_a_row_of_a_mixed_batch_is_chosen_as_if_it_were_alone():
 
 @pytest.mark.parametrize("changes", [dict(top_k=[2, 9]), dict(top_p=1e-50), dict(top_p=1e-40), dict(top_k=2**31 - 1)])
 def test_extreme_filters_end_and_leave_at_least_the_best_token(changes):
-    """These looped for ever: a top-k above the vocabulary beside a smaller one had NaN for its k-th largest logit, and a
-    top-p that float32 flushes to zero left no token inside."""
+    """These looped for ever, no token being inside: a top-k above the vocabulary, beside a smaller one, had NaN for its
+    k-th largest logit, and a top-p below the smallest float32 was no mass at all."""
     logits = jax.random.normal(jax.random.key(0), (2, 1, 8))
     sampling = make_sampling(2, 1.0, **({"top_p": 0.01} | changes))
     chosen = choose(logits, jnp.zeros((2, 1), jnp.int32), sampling)
@@ -175,7 +186,9 @@ def test_logits_that_are_not_numbers_do_not_hang_the_choice():
     assert ((chosen >= 0) & (chosen < 8)).all()
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 5, 1.0), (1.5, 6, 0.8)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 5, 1.0), (1.5, 6, 0.8)]
+)
 def test_a_draw_has_the_law_of_the_filtered_softmax(temperature, top_k, top_p):
     num_draws = 20_000
     logits = np.random.default_rng(1).standard_normal(9).astype(np.float32)

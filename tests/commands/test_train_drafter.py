@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,6 +42,23 @@ def command(target: Path, data: Path, run: Path, *changes: str) -> list[str]:
     return ["--config", str(CONFIG), "--run", str(run), f"target={target}", f"data={data}", *changes]
 
 
+def start(arguments: list[str], largest_file: int | None = None) -> subprocess.Popen[str]:
+    """The program in a process of its own, in the arithmetic of this one; files may have `largest_file` bytes."""
+    script = "import sys; from fasteagle_jax.commands.train_drafter import main; sys.exit(main(sys.argv[1:]))"
+    if largest_file is not None:  # a write past the limit then fails as on a full disk
+        limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest_file}, {largest_file}))"
+        script = f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {limit}; {script}"
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
 def losses(run: Path) -> dict[int, tuple[float, float]]:
     """Loss and gradient norm by step, as written."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -67,15 +85,8 @@ def test_training_lowers_the_loss_and_leaves_a_drafter_metrics_and_a_plot(
 def test_a_killed_run_goes_on_bitwise(target_folder: Path, data_file: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(command(target_folder, data_file, whole)) == 0
-    script = "import sys; from fasteagle_jax.commands.train_drafter import main; sys.exit(main(sys.argv[1:]))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
-    environment["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
     for kill_after in (2, 7):  # before the first checkpoint (step 4), and between the first two
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, *command(target_folder, data_file, killed)],
-            env=environment,
-            stderr=subprocess.PIPE,
-        )
+        process = start(command(target_folder, data_file, killed))
         metrics = killed / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
@@ -104,6 +115,29 @@ def test_a_changed_configuration_is_shown_and_needs_a_flag(
     (run / "drafter").rename(tmp_path / "drafter-4")
     assert main([*command(target_folder, data_file, run, "steps=6"), "--allow-change"]) == 0
     assert len(losses(run)) == 6
+
+
+def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
+    target_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    assert main(command(target_folder, data_file, whole)) == 0
+    process = start(command(target_folder, data_file, full), largest_file=30_000)
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 2 and "cannot write a checkpoint" in said
+    assert not (full / "drafter").exists()
+    # The same where the system tells beforehand that there is no room.
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    capsys.readouterr()
+    assert main(command(target_folder, data_file, full)) == 2
+    assert "no room for a checkpoint" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.undo()
+    assert main(command(target_folder, data_file, full)) == 0
+    assert losses(full) == losses(whole)
 
 
 def test_a_finished_run_is_not_overwritten(

@@ -44,9 +44,9 @@ def make_drafter(seed: int = 0, **changes) -> FastEagle:
     return drafter
 
 
-VARIANTS = {
-    "plain": {},
-    "reduced vocabulary and reinjection": dict(draft_vocab_size=len(IDS), reinject=True),
+FORMS = {  # changes of the configuration, stacked
+    "plain, stacked": ({}, True),
+    "reduced vocabulary and reinjection, list": (dict(draft_vocab_size=len(IDS), reinject=True), False),
 }
 
 
@@ -75,8 +75,7 @@ def one_pass(drafter, tied, tokens, features):
     return jnp.stack(list(hidden)), [jnp.stack(list(part)) for part in fresh]
 
 
-@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize(("variant", "stacked"), FORMS.values(), ids=FORMS.keys())
 def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(target, stream, variant, stacked):
     tokens, features = stream
     drafter = make_drafter(**variant)
@@ -144,8 +143,7 @@ def test_levels_beyond_the_trees_are_not_guessed(target, stream):
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize(("variant", "stacked"), FORMS.values(), ids=FORMS.keys())
 def test_a_drafter_is_the_same_after_its_files_with_the_features_scale_folded_in(
     target, stream, variant, stacked, tmp_path
 ):
@@ -155,9 +153,7 @@ def test_a_drafter_is_the_same_after_its_files_with_the_features_scale_folded_in
     loaded = load_drafter(tmp_path / "drafter", tiny_config(), "0123", stacked=stacked)
     assert loaded.config == drafter.config and loaded.stacked == stacked
     np.testing.assert_array_equal(loaded.feature_scale[...], 1)
-    np.testing.assert_allclose(
-        loaded.fc[...], drafter.fc[...] * drafter.feature_scale[...][:, None], rtol=1e-6, atol=0
-    )
+    np.testing.assert_allclose(loaded.fc[...], drafter.fc[...] * drafter.feature_scale[...][:, None], rtol=1e-6, atol=0)
     if variant:
         np.testing.assert_array_equal(loaded.token_ids[...], IDS)
     expected = one_pass(drafter, drafter.tie(target), tokens, features)[0]
@@ -165,7 +161,7 @@ def test_a_drafter_is_the_same_after_its_files_with_the_features_scale_folded_in
 
 
 def test_a_loaded_drafter_saved_again_gives_the_same_tensors(tmp_path):
-    save_drafter(make_drafter(**VARIANTS["plain"]), tmp_path / "a", "0123", {})
+    save_drafter(make_drafter(), tmp_path / "a", "0123", {})
     save_drafter(load_drafter(tmp_path / "a", tiny_config(), "0123"), tmp_path / "b", "0123", {})
     jax.tree.map(
         np.testing.assert_array_equal,
