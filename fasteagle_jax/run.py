@@ -21,7 +21,8 @@ class DrafterChoice:
     """What drafter to train; sizes that are None are the target's."""
 
     num_levels: int = 7
-    draft_vocab_size: int | None = None  # rows of the head, the most frequent tokens of the data; None for all
+    draft_vocab_size: int | None = None  # rows of the head, the most frequent tokens of answers; None for all
+    vocabulary_data: tuple[str, ...] = ()  # files of conversations whose answers are counted; empty: the run's data
     intermediate_size: int | None = None
     feature_layers: tuple[int, ...] | None = None  # None: 2, L // 2, L - 3
     reinject: bool = False

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# Nearly all the time goes into LLVM, for programs that run for milliseconds: unoptimised, the tests take half as long.
+# XLA's own passes, fusions among them, stay. `XLA_FLAGS= pytest` runs what users run; everything passes there too.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import jax
 
 # A configuration counts only before the backend starts, which importing fasteagle_jax does not do.

@@ -162,7 +162,11 @@ def _new_drafter(
     token_ids = None
     if drafter_config.draft_vocab_size < target.config.vocab_size:
         counts = token_counts(conversations, target.config.vocab_size, assistant_only=True)
-        token_ids = draft_vocabulary(counts, drafter_config.draft_vocab_size)
+        counted = counts
+        if choice.vocabulary_data:
+            corpus = [sample for path in choice.vocabulary_data for sample in read_conversations(path)]
+            counted = token_counts(corpus, target.config.vocab_size, assistant_only=True)
+        token_ids = draft_vocabulary(counted, drafter_config.draft_vocab_size)
         print(
             f"vocabulary {len(token_ids)} rows cover {coverage(token_ids, counts):.1%} of the answers", file=sys.stderr
         )

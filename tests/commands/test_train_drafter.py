@@ -103,6 +103,19 @@ def test_a_killed_run_goes_on_bitwise(target_folder: Path, data_file: Path, tmp_
         np.testing.assert_array_equal(value, second[name], err_msg=name)
 
 
+def test_the_draft_vocabulary_is_of_the_most_frequent_tokens_of_the_corpus_named(
+    target_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    with ConversationWriter(corpus) as writer:
+        writer.append([Conversation.of("a", [1, 7, 7, 9, 9, 9, 200], [[1, 7]])])
+    changes = ["steps=1", "drafter.draft_vocab_size=3", f"drafter.vocabulary_data={corpus}"]
+    assert main(command(target_folder, data_file, tmp_path / "run", *changes)) == 0
+    saved = load_file(tmp_path / "run" / "drafter" / "model.safetensors")["token_ids"]
+    np.testing.assert_array_equal(saved, [7, 9, 200])
+    assert "3 rows cover" in capsys.readouterr().err
+
+
 def test_a_changed_configuration_is_shown_and_needs_a_flag(
     target_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

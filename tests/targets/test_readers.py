@@ -17,8 +17,8 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import save_file
 
-from fasteagle_jax.errors import UserError
 from fasteagle_jax import fetch
+from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets import readers
 from fasteagle_jax.tokenizer import load_tokenizer
 
