@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
+from rich.table import Table
 
 from fasteagle_jax import decode as decoding
 from fasteagle_jax.commands import prepare_data, train_drafter
@@ -207,5 +207,16 @@ def race(
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while running := [runner for runner in runners if not runner.done]:
             min(running, key=lambda runner: runner.seconds).step(sampling, stop)
-            live.update(Columns([runner.panel() for runner in runners], expand=True, equal=True), refresh=True)
+            live.update(side_by_side(runners), refresh=True)
+    if not console.is_terminal:
+        console.print()
     return runners[0].tokens == runners[1].tokens
+
+
+def side_by_side(runners: tuple[Runner, Runner]) -> Table:
+    """Both answers so far, in two columns of one width."""
+    table = Table.grid(expand=True)
+    for _ in runners:
+        table.add_column(ratio=1)
+    table.add_row(*(runner.panel() for runner in runners))
+    return table
