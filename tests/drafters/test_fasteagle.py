@@ -15,7 +15,7 @@ from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.interfaces import Accepted, Ranking
-from fasteagle_jax.layers import head_logits
+from fasteagle_jax.layers import head_logits, rotation
 from fasteagle_jax.sampling import make_sampling
 from fasteagle_jax.testing import tiny_config, tiny_target
 from fasteagle_jax.tree import Tree
@@ -33,6 +33,8 @@ def make_drafter(seed: int = 0, **changes) -> FastEagle:
         key = jax.random.key(seed)
         drafter = FastEagle(config, key)
         drafter.feature_scale[...] = jnp.linspace(0.5, 2.0, drafter.feature_scale[...].size)
+        norm = drafter.levels.norm
+        norm[...] = norm[...] + 0.2 * jax.random.normal(key, norm[...].shape)
         if config.reinject:
             reinject = drafter.levels.reinject
             reinject[...] = 0.3 * jax.random.normal(key, reinject[...].shape)
@@ -108,6 +110,34 @@ def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(t
     assert cache.length.tolist() == at.tolist() == [T, T]
     for part, expected in zip((cache.k, cache.v), fresh, strict=True):
         np.testing.assert_allclose(jnp.stack(list(part))[:, :, :, :T], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("reinject", [False, True], ids=["plain", "reinjection"])
+def test_hidden_states_are_the_cascade_of_the_paper(target, stream, reinject):
+    """h_1 = L_1(FC([g, e])), h_i = L_i(h_i-1), where with reinjection each level's input gets FC([g, e]) once more."""
+    tokens, features = stream
+    drafter = make_drafter(reinject=reinject)
+    turn = rotation(jnp.broadcast_to(jnp.arange(T), (B, T)), drafter.config.rope, drafter.config.head_dim)
+    visible = causal(T)
+
+    def normed(x):
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + drafter.config.rms_norm_eps)
+
+    @jax.jit
+    def slow(drafter, tokens, features):
+        g = features @ (drafter.feature_scale[...][:, None] * drafter.fc[...])
+        e = target.embedding[...][tokens[:, 1:]]
+        h = fused = g @ drafter.fuse[...][:16] + e @ drafter.fuse[...][16:]
+        out = []
+        for level in drafter.unstacked().levels:
+            if reinject:
+                h = h + normed(fused) @ level.reinject[...]
+            h, _ = level.layer(h, turn, visible, None)
+            out.append(normed(h) * level.norm[...])
+        return jnp.stack(out)
+
+    actual = one_pass(drafter, drafter.tie(target), tokens, features)[0]
+    np.testing.assert_allclose(actual, slow(drafter, tokens, features), **CLOSE)
 
 
 def test_a_level_reads_positions_up_to_its_own_alone(target, stream):
