@@ -28,7 +28,9 @@ class Statistics(NamedTuple):
     """What a row's rounds did."""
 
     rounds: jax.Array  # int32 [B], target passes after prefill
-    accepted_at: jax.Array  # int32 [B, N], rounds in which the guess of each depth was accepted and emitted
+    # int32 [B, N], rounds in which the guess of each depth was accepted and kept; where a row ends inside an accepted
+    # path, its last token counts as the target's own, so that tokens = 1 + rounds + sum(accepted_at)
+    accepted_at: jax.Array
 
 
 class State(NamedTuple):
@@ -390,17 +392,20 @@ def generate(
     """
     limits = max_new if isinstance(max_new, (list, tuple)) else [max_new]
     config = target.config
+    if not prompts or chunk < 1:
+        raise UserError(f"{len(prompts)} prompts in chunks of {chunk}: give at least one prompt, and 1")
+    stop = make_stop(len(prompts), max_new, stop_tokens)
     for i, prompt in enumerate(prompts):
-        if len(prompt) + max(limits) > config.max_positions:
+        limit = limits[i] if len(limits) > 1 else limits[0]
+        if len(prompt) + limit > config.max_positions:
             raise UserError(
-                f"prompt {i} has {len(prompt)} tokens, which with {max(limits)} new ones exceed the target's "
+                f"prompt {i} has {len(prompt)} tokens, which with {limit} new ones exceed the target's "
                 f"{config.max_positions} positions: shorten it or lower max_new"
             )
         bad = [t for t in prompt if not 0 <= t < config.vocab_size]
         if bad:
             raise UserError(f"prompt {i} holds token {bad[0]}, outside the vocabulary of {config.vocab_size}")
     tokens, lengths = pad_prompts(prompts, chunk)
-    stop = make_stop(len(prompts), max_new, stop_tokens)
     return generate_jit(
         target,
         drafter,
