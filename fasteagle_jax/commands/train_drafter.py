@@ -11,6 +11,7 @@ example:
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -243,8 +244,9 @@ class _Evaluation:
                 max_new=self._choice.max_new,
                 stop_tokens=self._stop,
             )
-            result[f"tau {name}"] = round(counts.length, 4)
-            result[f"by depth {name}"] = [round(x, 4) for x in counts.by_depth]
+            if counts.rounds:  # else every answer ended with its first token, and there was nothing to draft
+                result[f"tau {name}"] = round(counts.length, 4)
+                result[f"by depth {name}"] = [None if math.isnan(x) else round(x, 4) for x in counts.by_depth]
         return result
 
 

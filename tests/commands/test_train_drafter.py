@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from fasteagle_jax.commands.train_drafter import main
 from fasteagle_jax.data import Conversation, ConversationWriter
+from tests.tiny_folder import make_target
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = ROOT / "configs" / "tiny.py"
@@ -66,18 +67,18 @@ def losses(run: Path) -> dict[int, tuple[float, float]]:
     return {record["step"]: (record["loss"], record["gradient_norm"]) for record in records}
 
 
-def test_training_lowers_the_loss_and_leaves_a_drafter_metrics_and_a_plot(
-    target_folder: Path, data_file: Path, tmp_path: Path
-) -> None:
+def test_training_lowers_the_loss_and_leaves_a_drafter_metrics_and_a_plot(data_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    talker = make_target(tmp_path / "talker", stop_rate=-9.0)  # its greedy answers do not end with their first token
     evaluation = tmp_path / "questions.jsonl"
-    evaluation.write_text('{"prompt": "Hi?"}\n{"prompt": "Who are you?"}\n')
+    evaluation.write_text("".join(json.dumps({"prompt": "Why " + "so " * i + "long?"}) + "\n" for i in range(8)))
     changes = ["steps=30", f"evaluation.prompts={evaluation}", "evaluation.every=15", "evaluation.max_new=8"]
-    assert main(command(target_folder, data_file, run, *changes)) == 0
+    assert main(command(talker, data_file, run, *changes)) == 0
     loss = [value for value, _ in losses(run).values()]
     assert np.mean(loss[-3:]) < 0.8 * np.mean(loss[:3])
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((run / "drafter" / "config.json").read_text())["trained"]["steps"] == 30
+    assert "NaN" not in (run / "metrics.jsonl").read_text()
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["tau chain"] >= 1 and len(last["by depth best_first:16"]) == 3
 
