@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.files import sync
 
 ARCHITECTURE = "FastEagleDrafter"
 
@@ -60,9 +61,9 @@ def save_drafter(drafter: FastEagle, folder: str | os.PathLike[str], fingerprint
         )
         (aside / "config.json").write_text(text + "\n")
         for file in aside.iterdir():
-            _sync(file)
+            sync(file)
         os.rename(aside, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -157,11 +158,3 @@ def _tensors(drafter: FastEagle) -> dict[str, np.ndarray]:
             value = (value.astype(np.float32) * np.asarray(drafter.feature_scale[...])[:, None]).astype(value.dtype)
         tensors[name] = np.ascontiguousarray(value.T if transposed else value)
     return tensors
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
