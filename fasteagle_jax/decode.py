@@ -267,20 +267,7 @@ def generate_jit(
     shared_noise: bool = True,
 ) -> Generation:
     """Prefill and all rounds in one compiled program; arguments as of `prefill` and `decode_round`."""
-    tied = None if drafter is None else drafter.tie(target)
-    num_levels = 0 if drafter is None else tree.num_levels(drafter.num_levels)
-    state = prefill(
-        target,
-        drafter,
-        tied,
-        prompts,
-        lengths,
-        sampling,
-        stop,
-        max_new=max_new,
-        num_levels=num_levels,
-        chunk=chunk,
-    )
+    state, tied = start(target, drafter, prompts, lengths, sampling, stop, max_new=max_new, tree=tree, chunk=chunk)
     state = decode_rounds(target, drafter, tied, state, sampling, stop, tree=tree, shared_noise=shared_noise)
     tokens = state.emitted[:, :max_new]
     last = jnp.take_along_axis(tokens, state.num_emitted[:, None] - 1, axis=1)[:, 0]
