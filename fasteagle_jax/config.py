@@ -126,6 +126,7 @@ class DrafterConfig:
     rms_norm_eps: float = 1e-5
     rope: RopeConfig = RopeConfig()
     reinject: bool = False  # add the fused input again before every level
+    window: int | None = None  # W: a position sees itself and the W - 1 before it; None for all
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "num_levels")
@@ -135,6 +136,10 @@ class DrafterConfig:
         if not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise UserError(
                 f"draft_vocab_size is {self.draft_vocab_size}: it must be 1 to the target's {self.vocab_size}"
+            )
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise UserError(
+                f"drafter window is {self.window!r}: give a whole number of at least 1, or None for no limit"
             )
         if not self.feature_layers:
             raise UserError("feature_layers is empty: name at least one of the target's layers")

@@ -22,6 +22,7 @@ from fasteagle_jax.sampling import Sampling, choose
 from fasteagle_jax.tree import NO_PARENT, Draft, Tree, visible_nodes, walk
 
 NO_TOKEN = -1
+NO_STOP = -2  # fills a row's stop tokens up: no token has this id
 
 
 class Statistics(NamedTuple):
@@ -37,19 +38,31 @@ class State(NamedTuple):
     """Everything that changes while decoding."""
 
     target_cache: Cache
-    drafter_cache: Cache | None
+    drafter_cache: Any | None
     new: Accepted  # newly accepted tokens, the pending one last
     emitted: jax.Array  # int32 [B, slots], NO_TOKEN past `num_emitted`
+    depths: jax.Array  # int32 [B, slots], the depth at which each was accepted, 0 for the target's own token
+    logprobs: jax.Array | None  # float32 [B, slots] of the emitted tokens, where `scored`; None: never computed
+    scored: jax.Array  # bool [B]
     num_emitted: jax.Array  # int32 [B]
     done: jax.Array  # bool [B]
-    statistics: Statistics
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the rounds did: each ends with one token of the target's own, as does prefill."""
+        num_levels = self.new.tokens.shape[1] - 1
+        real = jnp.arange(self.depths.shape[1]) < self.num_emitted[:, None]
+        at = jnp.arange(1, num_levels + 1)
+        accepted_at = ((self.depths[..., None] == at) & real[..., None]).sum(axis=1)
+        own = ((self.depths == 0) & real).sum(axis=1)
+        return Statistics(jnp.maximum(own - 1, 0), accepted_at)
 
 
 class Stop(NamedTuple):
-    """When a row ends: at its limit, or with the first of these tokens (kept)."""
+    """When a row ends: at its limit, or with the first of its tokens (kept)."""
 
     max_new: jax.Array  # int32 [B]
-    tokens: jax.Array  # int32 [number of stop tokens], NO_TOKEN for none
+    tokens: jax.Array  # int32 [B, number of stop tokens], NO_STOP for none
 
 
 class Generation(NamedTuple):
@@ -69,83 +82,135 @@ def slots_needed(prompt_slots: int, chunk: int, max_new: int, num_levels: int) -
 # --- prefill ----------------------------------------------------------------------------------------------------
 
 
+class Prefilled(NamedTuple):
+    """Prompts, or their beginnings of a whole number of chunks, in the caches."""
+
+    target_cache: Cache
+    drafter_cache: Any | None
+    hidden: jax.Array  # [B, H], the target's final hidden state of the last token
+    features: jax.Array  # [B, F*H], the target's features of the last token
+
+
+def nothing_prefilled(
+    target: Any,
+    drafter: Any | None,
+    batch: int,
+    num_slots: int,
+    most_written: int,
+    drafter_slots: int | None = None,
+) -> Prefilled:
+    """Where prefill begins: empty caches.
+
+    `num_slots` is for the target, `drafter_slots` for the drafter (None: the same), `most_written` how many tokens a
+    row is written at a time.
+    """
+    width, dtype = target.config.hidden_size, target.activation_dtype
+    num_features = 0 if drafter is None else len(drafter.feature_layers)
+    return Prefilled(
+        target.empty_cache(batch, num_slots),
+        None if drafter is None else drafter.empty_cache(batch, drafter_slots or num_slots, most_written),
+        jnp.zeros((batch, width), dtype),
+        jnp.zeros((batch, num_features * width), dtype),
+    )
+
+
 def prefill(
     target: Any,
     drafter: Any | None,
     tied: Tied | None,
+    begun: Prefilled,
     prompts: jax.Array,
+    lengths: jax.Array,
+    first: jax.Array | int = 0,
+    *,
+    chunk: int,
+) -> Prefilled:
+    """The prompts in the caches, a chunk a forward pass.
+
+    Args:
+      target, drafter, tied: the models; drafter and tied are None for plain decoding.
+      begun: the prompts' first `first` chunks, in caches that have slots for all.
+      prompts: int32 [B, P], right-padded, P a multiple of `chunk`.
+      lengths: int32 [B], at least 1, and more than the chunks begun.
+      first: the chunk to go on with.
+      chunk: C, tokens a forward pass takes. A prompt's chunks are the same wherever it goes on, so its numbers are.
+    """
+    batch = prompts.shape[0]
+    feature_layers = drafter.feature_layers if drafter is not None else ()
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((chunk, chunk), bool)), (batch, chunk, chunk))
+
+    def take_chunk(i: jax.Array, carry: Prefilled) -> Prefilled:
+        start = i * chunk
+        tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)  # [B, C]
+        positions = jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape)
+        out = target(tokens, positions, causal, carry.target_cache, feature_layers)
+        here = jnp.clip(lengths - start, 0, chunk)  # tokens of each row in this chunk
+        target_cache = commit(carry.target_cache, out.fresh, here)
+
+        at_last = jnp.maximum(here - 1, 0)[:, None, None]
+        any_here = (here > 0)[:, None]
+        hidden = jnp.where(any_here, jnp.take_along_axis(out.hidden, at_last, axis=1)[:, 0], carry.hidden)
+        if drafter is None:
+            return Prefilled(target_cache, None, hidden, carry.features)
+        features = jnp.where(any_here, jnp.take_along_axis(out.features, at_last, axis=1)[:, 0], carry.features)
+        # Stream position t of the drafter reads the token after it, x[t+1], and the features of t: from the second
+        # chunk on, those begin with the last of the chunk before, and nothing but the chunk's own tokens is read.
+        shifted = jnp.concatenate([carry.features[:, None], out.features[:, :-1]], axis=1)
+        known = Accepted(
+            jnp.where(i == 0, out.features, shifted),
+            jnp.where(i == 0, jnp.roll(tokens, -1, axis=1), tokens),
+            jnp.where(i == 0, jnp.maximum(here - 1, 0), here),
+        )
+        return Prefilled(target_cache, drafter.extend(tied, known, carry.drafter_cache), hidden, features)
+
+    # Without the barrier XLA knows that the caches are zeros and, where the loop has one turn, folds attention over
+    # them at compile time, which took minutes.
+    begun = jax.lax.optimization_barrier(begun)
+    num_chunks = (lengths.max() + chunk - 1) // chunk
+    return jax.lax.fori_loop(first, num_chunks, take_chunk, begun)
+
+
+def first_state(
+    target: Any,
+    prefilled: Prefilled,
     lengths: jax.Array,
     sampling: Sampling,
     stop: Stop,
     *,
-    max_new: int,
+    num_slots: int,
     num_levels: int,
-    chunk: int,
+    scored: jax.Array | None = None,
 ) -> State:
-    """The State after the prompts and the first token chosen from them.
+    """The State after prefill, with the first token chosen.
 
     Args:
-      target, drafter, tied: the models; drafter and tied are None for plain decoding.
-      prompts: int32 [B, P], right-padded, P a multiple of `chunk`.
-      lengths: int32 [B], at least 1.
-      sampling, stop: per row.
-      max_new: the most tokens any row will emit.
-      num_levels: N of the draft tree, 0 for plain decoding.
-      chunk: C, prompt tokens a forward pass takes.
+      target, prefilled, lengths, sampling, stop: per row.
+      num_slots: of `emitted`; a round writes up to N past a row's last token.
+      num_levels: N of the drafter, 0 for plain decoding.
+      scored: bool [B], rows whose log-probabilities are wanted; None where they are never computed.
     """
-    batch, prompt_slots = prompts.shape
-    num_slots = slots_needed(prompt_slots, chunk, max_new, num_levels)
-    feature_layers = drafter.feature_layers if drafter is not None else ()
-    width = target.config.hidden_size
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((chunk, chunk), bool)), (batch, chunk, chunk))
-    # Stream position t of the drafter reads the token after it, x[t+1].
-    following = jnp.pad(prompts[:, 1:], ((0, 0), (0, 1)))
-
-    def take_chunk(i: jax.Array, carry: Any) -> Any:
-        target_cache, drafter_cache, last_hidden, last_features = carry
-        start = i * chunk
-        tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)  # [B, C]
-        positions = jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape)
-        out = target(tokens, positions, causal, target_cache, feature_layers)
-        target_cache = commit(target_cache, out.fresh, jnp.clip(lengths - start, 0, chunk))
-
-        last = lengths - 1 - start  # [B], where the prompt's last token is in this chunk
-        here = ((last >= 0) & (last < chunk))[:, None]
-        at = jnp.clip(last, 0, chunk - 1)[:, None, None]
-        last_hidden = jnp.where(here, jnp.take_along_axis(out.hidden, at, axis=1)[:, 0], last_hidden)
-        if drafter is not None:
-            last_features = jnp.where(here, jnp.take_along_axis(out.features, at, axis=1)[:, 0], last_features)
-            next_tokens = jax.lax.dynamic_slice_in_dim(following, start, chunk, axis=1)
-            known = Accepted(out.features, next_tokens, jnp.clip(lengths - 1 - start, 0, chunk))
-            drafter_cache = drafter.extend(tied, known, drafter_cache)
-        return target_cache, drafter_cache, last_hidden, last_features
-
-    start = (
-        target.empty_cache(batch, num_slots),
-        None if drafter is None else drafter.empty_cache(batch, num_slots),
-        jnp.zeros((batch, width), target.activation_dtype),
-        jnp.zeros((batch, len(feature_layers) * width), target.activation_dtype),
-    )
-    # Without the barrier XLA knows that the caches are zeros and, where the loop has one turn, folds attention over
-    # them at compile time, which took minutes.
-    start = jax.lax.optimization_barrier(start)
-    target_cache, drafter_cache, hidden, features = jax.lax.fori_loop(0, prompt_slots // chunk, take_chunk, start)
-
-    pending = choose(target.logits(hidden[:, None]), lengths[:, None], sampling)  # [B, 1]
-    emitted = jnp.full((batch, max_new + num_levels + 1), NO_TOKEN, jnp.int32)
+    batch = lengths.shape[0]
+    logits = target.logits(prefilled.hidden[:, None])  # [B, 1, V]
+    pending = choose(logits, lengths[:, None], sampling)  # [B, 1]
     slack = ((0, 0), (0, num_levels))
+    nothing = jnp.full((batch, num_slots), NO_TOKEN, jnp.int32)
+    logprobs = None
+    if scored is not None:
+        logprobs = jnp.zeros((batch, num_slots)).at[:, :1].set(_logprobs(logits, pending, scored))
     return State(
-        target_cache,
-        drafter_cache,
+        prefilled.target_cache,
+        prefilled.drafter_cache,
         Accepted(
-            jnp.pad(features[:, None], (*slack, (0, 0))),
+            jnp.pad(prefilled.features[:, None], (*slack, (0, 0))),
             jnp.pad(pending, slack),
             jnp.ones((batch,), jnp.int32),
         ),
-        emitted.at[:, :1].set(pending),
+        nothing.at[:, :1].set(pending),
+        nothing.at[:, :1].set(0),
+        logprobs,
+        jnp.zeros((batch,), bool) if scored is None else scored,
         jnp.ones((batch,), jnp.int32),
-        _is_stop(pending[:, 0], stop.tokens) | (stop.max_new <= 1),
-        Statistics(jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, num_levels), jnp.int32)),
+        _is_stop(pending, stop)[:, 0] | (stop.max_new <= 1),
     )
 
 
@@ -160,52 +225,69 @@ def decode_round(
     sampling: Sampling,
     stop: Stop,
     *,
-    tree: Tree,
+    tree: Tree | None,
     shared_noise: bool = True,
 ) -> State:
-    """The State after one draft and one target pass; rows that are done do not change."""
-    batch = state.done.shape[0]
-    num_levels = state.statistics.accepted_at.shape[1]
+    """The State after one draft and one target pass; rows that are done do not change.
+
+    Without a tree the round is plain: one token, and the drafter, if there is one, skips it.
+    """
+    batch, num_accepted = state.new.tokens.shape  # A of the state: a tree may bring fewer
+    drafts = drafter is not None and tree is not None
+    num_levels = tree.num_levels(drafter.num_levels) if drafts else 0  # type: ignore[union-attr]
     row = jnp.arange(batch)[:, None]
 
     with jax.named_scope("draft"):
-        if drafter is None:
-            draft, drafter_cache = _root_only(state.new), None
+        if drafts:
+            ranking = Ranking(sampling, shared_noise)
+            draft, drafter_cache = drafter.draft(tied, state.new, state.drafter_cache, tree, ranking)  # type: ignore[union-attr]
         else:
-            draft, drafter_cache = drafter.draft(
-                tied, state.new, state.drafter_cache, tree, Ranking(sampling, shared_noise)
-            )
+            draft = _root_only(state.new)
+            drafter_cache = None if drafter is None else drafter.skip(state.new, state.drafter_cache)
 
     with jax.named_scope("verify"):
         positions = state.target_cache.length[:, None] + draft.depths  # [B, M]
         feature_layers = () if drafter is None else drafter.feature_layers
         out = target(draft.tokens, positions, visible_nodes(draft), state.target_cache, feature_layers)
-        chosen = choose(target.logits(out.hidden), positions + 1, sampling)  # [B, M]
+        logits = target.logits(out.hidden)
+        chosen = choose(logits, positions + 1, sampling)  # [B, M]
         path = walk(draft, chosen, num_levels)
-        picked = chosen[row, path.nodes]  # [B, A], the tokens of this round, valid up to `accepted`
+        picked = chosen[row, path.nodes]  # [B, N+1], the tokens of this round, valid up to `accepted`
 
     with jax.named_scope("commit"):
         index = jnp.arange(num_levels + 1)
-        stops = _is_stop(picked, stop.tokens) & (index <= path.accepted[:, None])
+        stops = _is_stop(picked, stop) & (index <= path.accepted[:, None])
         until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1), num_levels + 1) + 1
         count = jnp.minimum(path.accepted + 1, jnp.minimum(until_stop, stop.max_new - state.num_emitted))
         count = jnp.where(state.done, 0, count).astype(jnp.int32)
         target_cache = commit(state.target_cache, out.fresh, count, path.nodes)
 
         slot = state.num_emitted[:, None] + index
-        kept = jnp.where(index < count[:, None], picked, NO_TOKEN)
-        emitted = state.emitted.at[row, slot].set(kept)
+        real = index < count[:, None]
+        depths = jnp.where(index == count[:, None] - 1, 0, index + 1)
+        emitted = state.emitted.at[row, slot].set(jnp.where(real, picked, NO_TOKEN))
+        logprobs = state.logprobs
+        if logprobs is not None:
+            logprobs = logprobs.at[row, slot].set(_logprobs(logits[row, path.nodes], picked, state.scored))
         num_emitted = state.num_emitted + count
         done = state.done | (until_stop <= count) | (num_emitted >= stop.max_new)
 
-        new = Accepted(state.new.features, picked, count)
+        unused = ((0, 0), (0, num_accepted - num_levels - 1))
+        features = state.new.features
         if drafter is not None:
-            new = new._replace(features=out.features[row, path.nodes])
-        statistics = Statistics(
-            state.statistics.rounds + ~state.done,
-            state.statistics.accepted_at + (index[1:] < count[:, None]),
-        )
-    return State(target_cache, drafter_cache, new, emitted, num_emitted, done, statistics)
+            features = jnp.pad(out.features[row, path.nodes], (*unused, (0, 0)))
+        new = Accepted(features, jnp.pad(picked, unused), count)
+    return State(
+        target_cache,
+        drafter_cache,
+        new,
+        emitted,
+        state.depths.at[row, slot].set(jnp.where(real, depths, NO_TOKEN)),
+        logprobs,
+        state.scored,
+        num_emitted,
+        done,
+    )
 
 
 def _root_only(new: Accepted) -> Draft:
@@ -215,8 +297,19 @@ def _root_only(new: Accepted) -> Draft:
     return Draft(root, jnp.full_like(root, NO_PARENT), jnp.zeros_like(root))
 
 
-def _is_stop(tokens: jax.Array, stop_tokens: jax.Array) -> jax.Array:
-    return (tokens[..., None] == stop_tokens).any(axis=-1)
+def _is_stop(tokens: jax.Array, stop: Stop) -> jax.Array:
+    """bool [B, T] for tokens int32 [B, T]."""
+    return (tokens[..., None] == stop.tokens[:, None]).any(axis=-1)
+
+
+def _logprobs(logits: jax.Array, tokens: jax.Array, scored: jax.Array) -> jax.Array:
+    """float32 [B, T], log-probability of tokens int32 [B, T] under the target's own softmax; 0 if nobody asks."""
+
+    def compute() -> jax.Array:
+        own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return own - jax.nn.logsumexp(logits, axis=-1)
+
+    return jax.lax.cond(scored.any(), compute, lambda: jnp.zeros(tokens.shape))
 
 
 # --- whole programs ---------------------------------------------------------------------------------------------
@@ -230,23 +323,27 @@ def decode_rounds(
     sampling: Sampling,
     stop: Stop,
     rounds: jax.Array | None = None,
+    until_one_is_done: jax.Array | bool = False,
     *,
-    tree: Tree,
+    tree: Tree | None,
     shared_noise: bool = True,
-) -> State:
-    """The State after rounds until every row is done, or `rounds` (int32) more of them."""
+) -> tuple[State, jax.Array]:
+    """The State after rounds until every row is done or `rounds` (int32) more of them, and how many there were.
+
+    Where `until_one_is_done`, the first row that becomes done is the end, too.
+    """
 
     def unfinished(carry: tuple[State, jax.Array]) -> jax.Array:
-        state, ran = carry
-        more = ~state.done.all()
+        now, ran = carry
+        more = ~now.done.all() & ~(until_one_is_done & (now.done & ~state.done).any())
         return more if rounds is None else more & (ran < rounds)
 
     def one(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
-        state, ran = carry
-        state = decode_round(target, drafter, tied, state, sampling, stop, tree=tree, shared_noise=shared_noise)
-        return state, ran + 1
+        now, ran = carry
+        now = decode_round(target, drafter, tied, now, sampling, stop, tree=tree, shared_noise=shared_noise)
+        return now, ran + 1
 
-    return jax.lax.while_loop(unfinished, one, (state, jnp.zeros((), jnp.int32)))[0]
+    return jax.lax.while_loop(unfinished, one, (state, jnp.zeros((), jnp.int32)))
 
 
 _STATIC = ("max_new", "tree", "chunk", "shared_noise")
@@ -268,10 +365,10 @@ def generate_jit(
 ) -> Generation:
     """Prefill and all rounds in one compiled program; arguments as of `prefill` and `decode_round`."""
     state, tied = start(target, drafter, prompts, lengths, sampling, stop, max_new=max_new, tree=tree, chunk=chunk)
-    state = decode_rounds(target, drafter, tied, state, sampling, stop, tree=tree, shared_noise=shared_noise)
+    state, _ = decode_rounds(target, drafter, tied, state, sampling, stop, tree=tree, shared_noise=shared_noise)
     tokens = state.emitted[:, :max_new]
-    last = jnp.take_along_axis(tokens, state.num_emitted[:, None] - 1, axis=1)[:, 0]
-    return Generation(tokens, state.num_emitted, _is_stop(last, stop.tokens), state.statistics)
+    last = jnp.take_along_axis(tokens, state.num_emitted[:, None] - 1, axis=1)
+    return Generation(tokens, state.num_emitted, _is_stop(last, stop)[:, 0], state.statistics)
 
 
 @functools.partial(jax.jit, static_argnames=("max_new", "tree", "chunk"))
@@ -290,18 +387,12 @@ def start(
     """The first State and the drafter's rows of the target, for a caller that looks on between rounds (`advance`)."""
     tied = None if drafter is None else drafter.tie(target)
     num_levels = 0 if drafter is None else tree.num_levels(drafter.num_levels)
-    state = prefill(
-        target,
-        drafter,
-        tied,
-        prompts,
-        lengths,
-        sampling,
-        stop,
-        max_new=max_new,
-        num_levels=num_levels,
-        chunk=chunk,
-    )
+    batch, prompt_slots = prompts.shape
+    num_slots = slots_needed(prompt_slots, chunk, max_new, num_levels)
+    begun = nothing_prefilled(target, drafter, batch, num_slots, max(chunk, num_levels + 1))
+    prefilled = prefill(target, drafter, tied, begun, prompts, lengths, chunk=chunk)
+    num_emitted = max_new + num_levels + 1
+    state = first_state(target, prefilled, lengths, sampling, stop, num_slots=num_emitted, num_levels=num_levels)
     return state, tied
 
 
@@ -319,7 +410,7 @@ def advance(
     shared_noise: bool = True,
 ) -> State:
     """The State after up to `rounds` more rounds; the one given is consumed."""
-    return decode_rounds(target, drafter, tied, state, sampling, stop, rounds, tree=tree, shared_noise=shared_noise)
+    return decode_rounds(target, drafter, tied, state, sampling, stop, rounds, tree=tree, shared_noise=shared_noise)[0]
 
 
 # --- the host's side --------------------------------------------------------------------------------------------
@@ -343,7 +434,8 @@ def make_stop(batch: int, max_new: int | list[int], stop_tokens: tuple[int, ...]
     limits = list(max_new) if isinstance(max_new, (list, tuple)) else [max_new] * batch
     if len(limits) != batch or min(limits) < 1:
         raise UserError(f"max_new is {max_new}: give a whole number of at least 1, for all rows or one a row")
-    return Stop(jnp.asarray(limits, jnp.int32), jnp.asarray(stop_tokens or (NO_TOKEN - 1,), jnp.int32))
+    tokens = jnp.asarray([stop_tokens or (NO_STOP,)] * batch, jnp.int32)
+    return Stop(jnp.asarray(limits, jnp.int32), tokens)
 
 
 def generate(

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from fasteagle_jax.cache import Cache
 from fasteagle_jax.sampling import Sampling
 from fasteagle_jax.tree import Draft, Tree
 
@@ -47,14 +46,18 @@ class Drafter(Protocol):
         """The target's rows that it needs, gathered once."""
         ...
 
-    def empty_cache(self, batch: int, num_slots: int) -> Cache:
-        """Its own cache, holding nothing."""
+    def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Any:
+        """Its own cache for rows of up to `num_slots` positions, holding nothing; one write brings `most_written`."""
         ...
 
-    def extend(self, tied: Tied, new: Accepted, cache: Cache) -> Cache:
+    def extend(self, tied: Tied, new: Accepted, cache: Any) -> Any:
         """The cache with the accepted tokens in it and no draft made (prefill)."""
         ...
 
-    def draft(self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking) -> tuple[Draft, Cache]:
+    def skip(self, new: Accepted, cache: Any) -> Any:
+        """The cache after the accepted tokens, without them: cheap, and drafts will be the poorer for it."""
+        ...
+
+    def draft(self, tied: Tied, new: Accepted, cache: Any, tree: Tree, ranking: Ranking) -> tuple[Draft, Any]:
         """A Draft rooted at each row's pending token, and the cache with the accepted tokens in it."""
         ...

@@ -141,11 +141,11 @@ def rotate(x: jax.Array, by: Rotation) -> jax.Array:
 
 
 class Past(NamedTuple):
-    """One layer's committed keys and values [B, K, S, D]; slots at or past `length` int32 [B] hold nothing yet."""
+    """One layer's committed keys and values, and who may see them."""
 
-    k: jax.Array
+    k: jax.Array  # [B, K, S, D]
     v: jax.Array
-    length: jax.Array
+    seen: jax.Array  # bool [B, Q, S] or, where all queries see the same slots, [B, 1, S]
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past: Past | None = None) -> jax.Array:
@@ -155,7 +155,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
       q: [B, K, G*Q, D], query head g of a K/V head and query token i in row g*Q + i.
       k, v: fresh keys and values [B, K, Q, D].
       visible: bool [B, Q, Q], True where query i may see fresh key j; every query must see itself.
-      past: committed slots, all visible below `length`; None for none.
+      past: committed slots; None for none.
 
     Returns:
       [B, K, G*Q, D] in v's dtype. Scores and softmax are float32.
@@ -172,9 +172,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
         total = p.sum(axis=-1, keepdims=True)
         out = jnp.einsum("bkmt,bktd->bkmd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (out / total).astype(v.dtype)
-    written = jnp.arange(past.k.shape[2]) < past.length[:, None]  # [B, S]
+    seen = jnp.tile(past.seen, (1, groups if past.seen.shape[1] > 1 else 1, 1))  # [B, G*Q or 1, S]
     old = jnp.einsum("bkmd,bksd->bkms", q.astype(past.k.dtype), past.k, preferred_element_type=jnp.float32)
-    old = jnp.where(written[:, None, None], old, MASKED)
+    old = jnp.where(seen[:, None], old, MASKED)
     top = jnp.maximum(top, old.max(axis=-1, keepdims=True))
     p_fresh, p_old = jnp.exp(fresh - top), jnp.exp(old - top)
     total = p_fresh.sum(axis=-1, keepdims=True) + p_old.sum(axis=-1, keepdims=True)

@@ -26,6 +26,7 @@ class DrafterChoice:
     intermediate_size: int | None = None
     feature_layers: tuple[int, ...] | None = None  # None: 2, L // 2, L - 3
     reinject: bool = False
+    window: int | None = None  # positions that a level attends to; None for all
     from_target: bool = False  # start the levels from the target's last layers
     scale_features: bool = True  # divide each feature by its root mean square, measured on the first batch
 

@@ -27,6 +27,7 @@ class Sampling(NamedTuple):
     temperature: jax.Array  # float32, 0 = greedy
     top_k: jax.Array  # int32, keep the k largest (and those equal to the k-th), 0 = all
     top_p: jax.Array  # float32, then keep the smallest set of largest ones with this much of the mass, 1 = all
+    min_p: jax.Array  # float32, of these keep the ones at least this much of the largest's probability, 0 = all
     seed: jax.Array  # uint32
 
 
@@ -36,6 +37,7 @@ def make_sampling(
     top_k: int | list[int] = 0,
     top_p: float | list[float] = 1.0,
     seed: int | list[int] = 0,
+    min_p: float | list[float] = 0.0,
 ) -> Sampling:
     """A Sampling for `batch` rows from one value for all or a list of one a row; UserError for a bad value."""
 
@@ -49,6 +51,7 @@ def make_sampling(
         "temperature": (rows("temperature", temperature), lambda t: 0 <= t < float("inf"), "0 or more"),
         "top_k": (rows("top_k", top_k), lambda k: 0 <= k < 2**31 and k == int(k), "a whole number, 0 for all"),
         "top_p": (rows("top_p", top_p), lambda p: 0 < p <= 1, "above 0 and at most 1"),
+        "min_p": (rows("min_p", min_p), lambda p: 0 <= p <= 1, "0 to 1"),
         "seed": (rows("seed", seed), lambda s: 0 <= s <= MAX_SEED and s == int(s), f"0 to {MAX_SEED}"),
     }
     for name, (values, good, remedy) in checks.items():
@@ -59,6 +62,7 @@ def make_sampling(
         jnp.asarray(checks["temperature"][0], jnp.float32),
         jnp.asarray([int(k) for k in checks["top_k"][0]], jnp.int32),
         jnp.asarray(checks["top_p"][0], jnp.float32),
+        jnp.asarray(checks["min_p"][0], jnp.float32),
         jnp.asarray([int(s) for s in checks["seed"][0]], jnp.uint32),
     )
 
@@ -102,7 +106,8 @@ def choose(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.A
     def draw() -> jax.Array:
         scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None, None]
         noise = gumbel_noise(sampling.seed[:, None], positions, jnp.arange(logits.shape[-1]))
-        filtering = ((sampling.top_k > 0) | (sampling.top_p < 1)) & (sampling.temperature > 0)
+        filtering = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+        filtering &= sampling.temperature > 0
         drawn = jax.lax.cond(
             filtering.any(),
             lambda: _draw_filtered(scaled, noise, sampling),
@@ -120,17 +125,19 @@ def _first_argmax(x: jax.Array) -> jax.Array:
 
 
 def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling) -> jax.Array:
-    """argmax of scaled + noise [B, M, V] over the tokens that top-k and then top-p leave, without a sort.
+    """argmax of scaled + noise [B, M, V] over the tokens that top-k, then top-p, then min-p leave, without a sort.
 
-    Both filters keep a set that is closed upwards: with a token, all of at least its logit. So the unfiltered argmax is
+    All filters keep a set that is closed upwards: with a token, all of at least its logit. So the unfiltered argmax is
     tried first; if it is outside, nothing of its logit or less is inside, and the best of the rest is tried. A few
     rounds settle every node. A token is inside top-k when fewer than k tokens are larger, inside top-p when those
-    larger hold less than p of the mass that top-k left.
+    larger hold less than p of the mass that top-k left, inside min-p by its own mass.
     """
     vocab = scaled.shape[-1]
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)[:, None]  # [B, 1]
     p = sampling.top_p[:, None]
-    mass = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    largest = scaled.max(axis=-1)
+    least = largest + jnp.log(sampling.min_p)[:, None]  # [B, M], the smallest logit inside min-p
+    mass = jnp.exp(scaled - largest[..., None])
 
     both = (k < vocab) & (p < 1)
 
@@ -154,7 +161,7 @@ def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling) -> j
         num_larger = larger.sum(axis=-1)
         in_top_p = (jnp.where(larger, mass, 0).sum(axis=-1) < p * total) | (p >= 1)
         # The largest is always inside, also where p * total underflows or logits are NaN: the loop must end.
-        inside = ((num_larger < k) & in_top_p) | (num_larger == 0)
+        inside = ((num_larger < k) & in_top_p & (logit[..., 0] >= least)) | (num_larger == 0)
         drawn = jnp.where(decided, drawn, candidate)
         return jnp.where(inside, floor, logit[..., 0]), drawn, decided | inside
 

@@ -68,11 +68,15 @@ class OracleDrafter:
         """Rows of the target, of which it uses none."""
         return Tied(target.embedding[...], target.head_rows(), None)
 
-    def empty_cache(self, batch: int, num_slots: int) -> Cache:
+    def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Cache:
         """A Cache that is a position and nothing else."""
         return Cache([], [], jnp.zeros((batch,), jnp.int32))
 
     def extend(self, tied: Tied, new: Accepted, cache: Cache) -> Cache:
+        """The position after the accepted tokens."""
+        return cache._replace(length=cache.length + new.count)
+
+    def skip(self, new: Accepted, cache: Cache) -> Cache:
         """The position after the accepted tokens."""
         return cache._replace(length=cache.length + new.count)
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.data import Batch
-from fasteagle_jax.drafters.fasteagle import FastEagle
+from fasteagle_jax.drafters.fasteagle import FastEagle, causal
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.losses import LevelMetrics, LossConfig, level_loss, select_positions
 
@@ -149,10 +149,11 @@ def feature_rms(target: Any, batch: Batch, feature_layers: tuple[int, ...]) -> j
 # --- the step ---------------------------------------------------------------------------------------------------
 
 
-def packed_visible(segments: jax.Array) -> jax.Array:
-    """bool [B, T, T]: causal within a segment; padding sees only padding."""
+def packed_visible(segments: jax.Array, window: int | None = None) -> jax.Array:
+    """bool [B, T, T]: causal within a segment, no further back than the window; padding sees only padding."""
     same = segments[:, :, None] == segments[:, None, :]
-    return same & jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))
+    index = jnp.arange(segments.shape[1])
+    return same & causal(index[:, None], index, window)
 
 
 def target_outputs(target: Any, batch: Batch, feature_layers: tuple[int, ...]) -> Any:
@@ -173,9 +174,8 @@ def drafter_loss(
     out = target_outputs(target, batch, drafter.feature_layers)
     tied = drafter.tie(target)
     next_tokens = jnp.roll(batch.tokens, -1, axis=1)  # at a segment's end it is wrong, and no loss looks there
-    hidden, _ = drafter.hidden_states(
-        tied.embedding, out.features, next_tokens, batch.positions, packed_visible(batch.segments)
-    )
+    visible = packed_visible(batch.segments, drafter.config.window)
+    hidden, _ = drafter.hidden_states(tied.embedding, out.features, next_tokens, batch.positions, visible)
     picked, real = select_positions(batch.supervised, batch.positions, config.share, key)
     return level_loss(hidden, out.hidden, batch.positions, picked, real, target.head_rows(), tied.head, config)
 

@@ -70,6 +70,11 @@ class Tree:
         """N as used: the drafter's levels, cut to `levels`."""
         return min(self.levels or drafter_levels, drafter_levels)
 
+    def num_nodes(self, drafter_levels: int) -> int:
+        """M, or for a best-first tree of few levels the most it can be."""
+        levels = self.num_levels(drafter_levels)
+        return {"chain": levels + 1, "backbone": levels * self.width + 1, "best_first": self.nodes}[self.kind]
+
 
 def build(tree: Tree, root: jax.Array, scores: jax.Array, token_ids: jax.Array | None = None) -> Draft:
     """The Draft that `tree` makes of N levels of guesses.

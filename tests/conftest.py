@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
+import pytest
 
 # A configuration counts only before the backend starts, which importing fasteagle_jax does not do.
 if "JAX_PLATFORMS" not in os.environ:
@@ -18,3 +19,17 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 # A program compiled by another jaxlib or for another CPU must not decide a test.
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows by one with every program compiled."""
+    seen: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fasteagle_jax.cache import Cache, commit, empty_cache
+from fasteagle_jax.cache import NOTHING, Cache, commit, commit_ring, empty_cache, empty_ring, ring_slots, seen_in_ring
 
 L, B, K, S, D = 2, 3, 2, 12, 4
 
@@ -95,3 +95,53 @@ def test_a_donated_cache_is_written_in_place():
     one_copy = cache.k.nbytes
     assert compiled.memory_analysis().alias_size_in_bytes >= 2 * one_copy  # k and v are their own outputs
     assert compiled.memory_analysis().temp_size_in_bytes < one_copy
+
+
+# --- the ring ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+def test_a_ring_always_holds_the_window_whatever_the_pace_and_what_is_left_out(stacked):
+    """Against a dictionary of what was written; a write of the first layer alone leaves the others as they are."""
+    window, most = 4, 3
+    ring = empty_ring(L, B, K, ring_slots(100, window, most), D, jnp.float32, stacked=stacked)
+    assert ring.num_slots == window + 2 * most
+    rng = np.random.default_rng(3)
+    written: dict[tuple[int, int, int], np.ndarray] = {}  # layer, row, position: k
+    length = np.zeros(B, int)
+    write = jax.jit(commit_ring)
+    for step in range(40):
+        counts = rng.integers(0, most + 1, B)
+        if step % 7 == 6:  # left out
+            ring = ring._replace(length=ring.length + jnp.asarray(counts))
+            length += counts
+            continue
+        num_layers = 1 if step % 5 == 4 else L
+        fresh = random_parts(step, most)
+        ring = write(ring, in_form([part[:num_layers] for part in fresh], stacked), jnp.asarray(counts))
+        for layer, b in np.ndindex(num_layers, B):
+            for i in range(counts[b]):
+                written[layer, b, length[b] + i] = fresh[0][layer, b, :, i]
+        length += counts
+        np.testing.assert_array_equal(ring.length, length)
+        for layer, b in np.ndindex(L, B):
+            positions = np.asarray(ring.positions[layer][b])
+            held = positions[positions != NOTHING].tolist()
+            assert len(set(held)) == len(held)
+            expected = {p for (at, row, p) in written if (at, row) == (layer, b) and length[b] - window <= p}
+            assert expected <= set(held)
+            for slot in np.flatnonzero(positions != NOTHING):
+                np.testing.assert_array_equal(ring.k[layer][b, :, slot], written[layer, b, positions[slot]])
+
+
+def test_a_query_sees_the_positions_of_its_window_that_the_ring_holds():
+    positions = jnp.array([[3, 4, NOTHING, 1]])
+    queries = jnp.array([[5, 6]])
+    assert seen_in_ring(positions, queries, 3).tolist() == [[[True, True, False, False], [False, True, False, False]]]
+    assert seen_in_ring(positions, queries, None).tolist() == [[[True, True, False, True]]]
+
+
+def test_without_a_window_a_ring_has_a_slot_for_every_position():
+    assert ring_slots(100, None, 8) == 100
+    assert ring_slots(100, 512, 8) == 100
+    assert ring_slots(2000, 512, 8) == ring_slots(90_000, 512, 8) == 528

@@ -284,6 +284,75 @@ def test_a_tree_of_fewer_levels_guesses_no_deeper(target, plain):
     assert statistics.accepted_at.tolist() == [[8, 7]] * B  # 7 rounds of 3 tokens, one of 2
 
 
+def test_plain_rounds_in_between_leave_a_drafter_able_to_go_on(target, plain, trained_fasteagle):
+    """And trees of different depths in turn: none of it shows in the tokens."""
+    stop, sampling = stop_at(), SAMPLINGS["mixed"]
+    lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
+    models, sizes = (target, trained_fasteagle), dict(max_new=MAX_NEW, tree=Tree(), chunk=CHUNK)
+    state, tied = decode.start(*models, sequences(plain["mixed"])[:, :32], lengths, sampling, stop, **sizes)
+    drafted = []
+    for tree, rounds in [
+        ("chain", 2),
+        (None, 3),
+        (Tree("chain", levels=1), 2),
+        ("best_first:12", 2),
+        (None, 1),
+        ("chain", 99),
+    ]:
+        shape = Tree.parse(tree) if isinstance(tree, str) else tree
+        before = np.asarray(state.statistics.accepted_at).sum()
+        state = decode.advance(*models, tied, state, sampling, stop, jnp.asarray(rounds, jnp.int32), tree=shape)
+        drafted.append(np.asarray(state.statistics.accepted_at).sum() - before)
+    emitted, counts = np.asarray(state.emitted), np.asarray(state.num_emitted)
+    assert [row[:count].tolist() for row, count in zip(emitted, counts, strict=True)] == plain["mixed"]
+    assert [n > 0 for n in drafted] == [True, False, True, True, False, True]
+
+
+def test_a_prompt_prefilled_from_a_shared_beginning_is_bitwise_the_prompt_prefilled_alone(target, trained_fasteagle):
+    beginning, rest = list(range(32)), [[5, 6, 7], [8] * 16, [9] * 17]
+    tied = trained_fasteagle.tie(target)
+
+    @jax.jit
+    def run(begun, tokens, lengths, first):
+        return decode.prefill(target, trained_fasteagle, tied, begun, tokens, lengths, first, chunk=CHUNK)
+
+    nothing = decode.nothing_prefilled(target, trained_fasteagle, 1, 64, CHUNK)
+    shared = run(nothing, jnp.asarray([beginning + [0] * 32]), jnp.asarray([32]), 0)
+    for own in rest:
+        tokens = jnp.asarray([beginning + own + [0] * (32 - len(own))])
+        lengths = jnp.asarray([32 + len(own)])
+        alone, begun = run(nothing, tokens, lengths, 0), run(shared, tokens, lengths, 2)
+        jax.tree.map(np.testing.assert_array_equal, alone, begun)
+
+
+def test_log_probabilities_are_those_of_the_targets_softmax_where_asked_for(target, plain, trained_fasteagle):
+    lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
+    prompts, sampling, stop = sequences(plain["mixed"])[:, :32], SAMPLINGS["mixed"], stop_at()
+    tree, scored = Tree.parse("best_first:12"), jnp.arange(B) % 2 == 0
+
+    @jax.jit
+    def run(target, drafter):
+        tied = drafter.tie(target)
+        begun = decode.nothing_prefilled(target, drafter, B, 32 + MAX_NEW + N + 1, CHUNK)
+        begun = decode.prefill(target, drafter, tied, begun, prompts, lengths, chunk=CHUNK)
+        sizes = dict(num_slots=MAX_NEW + N + 1, num_levels=N)
+        state = decode.first_state(target, begun, lengths, sampling, stop, scored=scored, **sizes)
+        return decode.decode_rounds(target, drafter, tied, state, sampling, stop, tree=tree)[0]
+
+    @jax.jit
+    def logits_of(tokens):
+        num = tokens.shape[1]
+        causal = jnp.broadcast_to(jnp.tril(jnp.ones((num, num), bool)), (B, num, num))
+        return target.logits(target(tokens, jnp.broadcast_to(jnp.arange(num), tokens.shape), causal).hidden)
+
+    state = run(target, trained_fasteagle)
+    law = jax.nn.log_softmax(logits_of(sequences(plain["mixed"])), axis=-1)
+    for b in np.flatnonzero(scored):
+        answer, start = plain["mixed"][b], len(PROMPTS[b])
+        expected = [float(law[b, start + i - 1, token]) for i, token in enumerate(answer)]
+        np.testing.assert_allclose(state.logprobs[b, : len(answer)], expected, **CLOSE)
+
+
 def test_between_rounds_the_caches_hold_what_one_pass_over_the_text_gives(target, plain, trained_fasteagle):
     """Wrong features or keys in the drafter's cache would make guesses worse and nothing else would tell."""
     lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
@@ -309,7 +378,7 @@ def test_between_rounds_the_caches_hold_what_one_pass_over_the_text_gives(target
     assert (state.drafter_cache.length + state.new.count).tolist() == committed.tolist()
     for cache, fresh in ((state.target_cache, of_target), (state.drafter_cache, of_drafter)):
         for b, (slots, expected) in itertools.product(range(B), zip((cache.k, cache.v), fresh, strict=True)):
-            held = int(cache.length[b])
+            held = int(cache.length[b])  # the drafter has no window: position p is in slot p
             np.testing.assert_allclose(slots[:, b, :, :held], expected[:, b, :, :held], **CLOSE)
     for b in range(B):
         end, count = int(committed[b]), int(state.new.count[b])
@@ -351,20 +420,6 @@ def test_a_stop_token_ends_a_row_where_it_ends_plain_decoding(target, plain, pla
 
 
 # --- generate ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def compilations():
-    """A list that grows by one with every program compiled."""
-    seen: list[str] = []
-
-    def listen(event: str, duration: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_generate_is_start_and_advance_and_compiles_once_for_a_shape(target, plain, compilations):

@@ -87,16 +87,33 @@ def test_attention_is_one_softmax_over_the_committed_past_and_the_visible_fresh_
         values = np.concatenate([past_v[b, head, : lengths[b]], v[b, head, seen]])
         p = np.exp(keys @ q[b, head, row] / math.sqrt(D))
         expected[b, head, row] = p @ values / p.sum()
-    past = Past(jnp.asarray(past_k), jnp.asarray(past_v), jnp.asarray(lengths)) if with_past else None
+    filled = jnp.asarray(np.arange(past_k.shape[2]) < lengths[:, None])[:, None]
+    past = Past(jnp.asarray(past_k), jnp.asarray(past_v), filled) if with_past else None
     actual = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(visible), past)
     np.testing.assert_allclose(actual, expected, **CLOSE)
+
+
+def test_queries_may_see_different_slots_of_the_past():
+    """Every query over the past that it sees is the query alone over nothing but that."""
+    q, k, v = (jnp.asarray(normal(i, 2, 1, 3, 8)) for i in range(3))
+    past_k, past_v = (jnp.asarray(normal(i, 2, 1, 4, 8)) for i in (3, 4))
+    visible = jnp.broadcast_to(jnp.tril(jnp.ones((3, 3), bool)), (2, 3, 3))
+    seen = jnp.asarray(np.random.default_rng(1).random((2, 3, 4)) < 0.5)
+    out = attention(q, k, v, visible, Past(past_k, past_v, seen))
+    for b, i in np.ndindex(2, 3):
+        slots = np.flatnonzero(seen[b, i])
+        keys = jnp.concatenate([past_k[b, 0, slots], k[b, 0, : i + 1]])
+        values = jnp.concatenate([past_v[b, 0, slots], v[b, 0, : i + 1]])
+        p = jax.nn.softmax(keys @ q[b, 0, i] / math.sqrt(8))
+        np.testing.assert_allclose(out[b, 0, i], p @ values, **CLOSE)
 
 
 def test_attention_never_reads_slots_past_the_length():
     q = jnp.asarray(normal(0, 1, 1, 1, 8))
     visible, zeros = jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1, 4, 8))
-    full = Past(zeros.at[:, :, 2:].set(1e4), zeros.at[:, :, 2:].set(1e4), jnp.array([2]))
-    empty = Past(zeros, zeros, jnp.array([2]))
+    seen = jnp.array([[[True, True, False, False]]])
+    full = Past(zeros.at[:, :, 2:].set(1e4), zeros.at[:, :, 2:].set(1e4), seen)
+    empty = Past(zeros, zeros, seen)
     np.testing.assert_array_equal(attention(q, q, q, visible, full), attention(q, q, q, visible, empty))
 
 
@@ -143,7 +160,7 @@ def test_a_stack_and_a_list_of_layers_give_the_same_results(span):
     x, positions = jnp.asarray(normal(0, 2, 3, 8)), jnp.broadcast_to(jnp.arange(3), (2, 3))
     visible = jnp.broadcast_to(jnp.tril(jnp.ones((3, 3), bool)), (2, 3, 3))
     turn = rotation(positions, RopeConfig(), 4)
-    past = Past(*(jnp.asarray(normal(i, 3, 2, 1, 5, 4)) for i in (1, 2)), jnp.full((3, 2), 3))
+    past = Past(*(jnp.asarray(normal(i, 3, 2, 1, 5, 4)) for i in (1, 2)), jnp.tile(jnp.arange(5) < 3, (3, 2, 1, 1)))
 
     def body(x, layer_and_past):
         layer, past = layer_and_past

@@ -104,8 +104,8 @@ def test_noise_of_a_token_is_the_same_in_any_subset_of_the_vocabulary_and_any_ba
 # --- filters ----------------------------------------------------------------------------------------------------
 
 
-def slow_kept(scaled: np.ndarray, top_k: int, top_p: float) -> set[int]:
-    """Tokens that top-k and then top-p leave, by sorting; equals of the last one kept stay with it."""
+def slow_kept(scaled: np.ndarray, top_k: int, top_p: float, min_p: float = 0.0) -> set[int]:
+    """Tokens that top-k, then top-p, then min-p leave, by sorting; equals of the last one kept stay with it."""
     order = sorted(range(len(scaled)), key=lambda t: -scaled[t])
     if top_k:
         order = [t for t in order if scaled[t] >= scaled[order[min(top_k, len(order)) - 1]]]
@@ -115,19 +115,19 @@ def slow_kept(scaled: np.ndarray, top_k: int, top_p: float) -> set[int]:
         larger = sum(mass[other] for other in order if scaled[other] > scaled[t])
         if top_p == 1 or larger < top_p * total:
             kept.add(t)
-    return kept
+    return {t for t in kept if mass[t] >= min_p}
 
 
 def slow_choose(logits: np.ndarray, positions: np.ndarray, sampling: Sampling) -> np.ndarray:
     chosen = np.empty(logits.shape[:2], np.int32)
     for b, m in np.ndindex(*chosen.shape):
-        temperature, top_k, top_p, seed = (np.asarray(part)[b] for part in sampling)
+        temperature, top_k, top_p, min_p, seed = (np.asarray(part)[b] for part in sampling)
         if temperature == 0:
             chosen[b, m] = logits[b, m].argmax()
             continue
         scaled = logits[b, m] / temperature
         noisy = scaled + np.asarray(gumbel_noise(seed, positions[b, m], jnp.arange(len(scaled))))
-        kept = slow_kept(scaled.astype(np.float64), int(top_k), float(top_p))
+        kept = slow_kept(scaled.astype(np.float64), int(top_k), float(top_p), float(min_p))
         chosen[b, m] = max(sorted(kept), key=lambda t: noisy[t])
     return chosen
 
@@ -137,6 +137,7 @@ MIXED = dict(
     temperature=[0.0, 0.5, 1.0, 1.7] * 6,
     top_k=[0, 0, 1, 3, 0, 20, 7, 0, 31, 0, 2, 5] * 2,
     top_p=[1.0, 0.9, 0.3, 0.05, 1.0, 0.7] * 4,
+    min_p=[0.0] * 12 + [0.0, 0.2, 0.01, 1.0] * 3,
     seed=list(range(BATCH)),
 )
 
@@ -189,17 +190,18 @@ def test_logits_that_are_not_numbers_do_not_hang_the_choice():
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 5, 1.0), (1.5, 6, 0.8)]
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(1.0, 0, 1.0, 0.0), (0.6, 0, 1.0, 0.0), (1.0, 5, 1.0, 0.0), (1.5, 6, 0.8, 0.0), (1.2, 7, 0.95, 0.15)],
 )
-def test_a_draw_has_the_law_of_the_filtered_softmax(temperature, top_k, top_p):
+def test_a_draw_has_the_law_of_the_filtered_softmax(temperature, top_k, top_p, min_p):
     num_draws = 20_000
     logits = np.random.default_rng(1).standard_normal(9).astype(np.float32)
-    kept = sorted(slow_kept(logits / temperature, top_k, top_p))
+    kept = sorted(slow_kept(logits / temperature, top_k, top_p, min_p))
     law = np.exp(logits[kept].astype(np.float64) / temperature)
     law /= law.sum()
     shape = (8, num_draws // 8)  # eight seeds, many positions
     positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-    sampling = make_sampling(8, temperature, top_k, top_p, list(range(8)))
+    sampling = make_sampling(8, temperature, top_k, top_p, list(range(8)), min_p)
     drawn = np.asarray(choose(jnp.broadcast_to(jnp.asarray(logits), (*shape, 9)), positions, sampling)).ravel()
     counts = np.bincount(drawn, minlength=9)
     assert counts[kept].sum() == num_draws  # none from outside
@@ -219,6 +221,8 @@ def test_a_draw_has_the_law_of_the_filtered_softmax(temperature, top_k, top_p):
         dict(top_p=0.0),
         dict(top_p=1.1),
         dict(top_p=math.nan),
+        dict(min_p=-0.1),
+        dict(min_p=1.5),
         dict(seed=-1),
         dict(seed=2**32),
         dict(seed=math.nan),
@@ -234,9 +238,9 @@ def test_a_bad_value_is_a_user_error_that_names_it(bad):
 
 
 def test_one_value_serves_all_rows_and_a_list_each_its_own():
-    sampling = make_sampling(2, 0.5, [0, 3], 0.9, [1, MAX_SEED])
-    expected = ([0.5, 0.5], [0, 3], [0.9, 0.9], [1, MAX_SEED])
-    dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.uint32)
+    sampling = make_sampling(2, 0.5, [0, 3], 0.9, [1, MAX_SEED], min_p=0.25)
+    expected = ([0.5, 0.5], [0, 3], [0.9, 0.9], [0.25, 0.25], [1, MAX_SEED])
+    dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.uint32)
     for array, values, dtype in zip(sampling, expected, dtypes, strict=True):
         assert array.dtype == dtype
         np.testing.assert_array_equal(array, np.asarray(values, dtype))

@@ -158,7 +158,7 @@ def _new_drafter(
 ) -> FastEagle:
     """The drafter that the configuration describes, with its first weights."""
     target, choice = loaded.model, config.drafter
-    changes: dict[str, Any] = {"num_levels": choice.num_levels, "reinject": choice.reinject}
+    changes: dict[str, Any] = {"num_levels": choice.num_levels, "reinject": choice.reinject, "window": choice.window}
     for name in ("draft_vocab_size", "intermediate_size", "feature_layers"):
         if getattr(choice, name) is not None:
             changes[name] = getattr(choice, name)

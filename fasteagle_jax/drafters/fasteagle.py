@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.cache import Cache, commit, empty_cache
+from fasteagle_jax.cache import Ring, commit_ring, empty_ring, ring_slots, seen_in_ring
 from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
 from fasteagle_jax.layers import (
     DecoderLayer,
     LayerConfig,
+    Past,
     head_logits,
     matmul,
     rms_norm,
@@ -97,14 +98,17 @@ class FastEagle(nnx.Module):
         ids = None if self.token_ids is None else self.token_ids[...]
         return Tied(target.embedding[...], head if ids is None else head[ids], ids)
 
-    def empty_cache(self, batch: int, num_slots: int) -> Cache:
-        """A cache for `batch` rows of `num_slots` stream positions, in the form the levels are in."""
+    def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Ring:
+        """A cache for `batch` rows of `num_slots` stream positions, in the form the levels are in.
+
+        With a window it does not grow with `num_slots`, but with `most_written`, the tokens that one write brings.
+        """
         c = self.config
-        return empty_cache(
+        return empty_ring(
             c.num_levels,
             batch,
             c.num_kv_heads,
-            num_slots,
+            ring_slots(num_slots, c.window, most_written),
             c.head_dim,
             self.fc[...].dtype,
             stacked=self.stacked,
@@ -117,7 +121,8 @@ class FastEagle(nnx.Module):
         next_tokens: jax.Array,
         positions: jax.Array,
         visible: jax.Array,
-        cache: Cache | None = None,
+        cache: Ring | None = None,
+        num_levels: int | None = None,
     ) -> tuple[Any, Any]:
         """The head's input at every level and position, and the fresh keys and values.
 
@@ -126,8 +131,9 @@ class FastEagle(nnx.Module):
           features: target features g[t] [B, T, F*H].
           next_tokens: x[t+1] int32 [B, T].
           positions: t int32 [B, T].
-          visible: bool [B, T, T], True where position i may see fresh position j.
-          cache: committed stream positions, all of them seen; None for none.
+          visible: bool [B, T, T], True where position i may see fresh position j (inside the window, too).
+          cache: committed stream positions; None for none.
+          num_levels: N, the first levels that are run; None for all.
 
         Returns:
           A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and (k, v) for `commit`.
@@ -140,29 +146,43 @@ class FastEagle(nnx.Module):
         ones = jnp.ones((c.hidden_size,), jnp.float32)
         again = rms_norm(fused, ones, c.rms_norm_eps) if c.reinject else None
         turn = rotation(positions, c.rope, c.head_dim)
-        past = cache.past() if cache is not None else (None if self.stacked else [None] * c.num_levels)
+        past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_levels)
 
         def level_step(h: jax.Array, level_and_past: Any) -> tuple[jax.Array, Any]:
-            level, level_past = level_and_past
+            level, held = level_and_past
+            level_past = None
+            if held is not None:
+                k, v, held_positions = held
+                level_past = Past(k, v, seen_in_ring(held_positions, positions, c.window))
             if again is not None:
                 h = h + matmul(again, level.reinject[...])
             h, kv = level.layer(h, turn, visible, level_past)  # h_i = L_i(h_i-1)
             return h, (rms_norm(h, level.norm[...], c.rms_norm_eps), kv)
 
-        _, results = run_layers(level_step, fused, (self.levels, past))
+        span = None if num_levels in (None, c.num_levels) else (0, num_levels)
+        _, results = run_layers(level_step, fused, (self.levels, past), span)
         if self.stacked:
             return results
         return [hidden for hidden, _ in results], ([kv[0] for _, kv in results], [kv[1] for _, kv in results])
 
-    def extend(self, tied: Tied, new: Accepted, cache: Cache) -> Cache:
+    def extend(self, tied: Tied, new: Accepted, cache: Ring) -> Ring:
         """The cache with the accepted tokens' stream positions in it."""
-        return self._advance(tied, new, cache)[1]
+        return self._advance(tied, new, cache, self.num_levels)[1]
 
-    def draft(self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking) -> tuple[Draft, Cache]:
-        """A tree rooted at the pending token (see interfaces.Drafter)."""
-        hidden, cache = self._advance(tied, new, cache)  # [B, N, H]
+    def skip(self, new: Accepted, cache: Ring) -> Ring:
+        """The cache after the accepted tokens, whose stream positions it will never hold."""
+        return cache._replace(length=cache.length + new.count)
+
+    def draft(self, tied: Tied, new: Accepted, cache: Ring, tree: Tree, ranking: Ranking) -> tuple[Draft, Ring]:
+        """A tree rooted at the pending token (see interfaces.Drafter).
+
+        A tree of fewer levels runs the first levels alone, on no more newly accepted tokens than it can bring itself.
+        """
         num_levels = tree.num_levels(self.num_levels)
-        logits = head_logits(hidden[:, :num_levels], tied.head)  # float32 [B, N, V]
+        new, skipped = newest(new, num_levels + 1)
+        cache = cache._replace(length=cache.length + skipped)
+        hidden, cache = self._advance(tied, new, cache, num_levels)  # [B, N, H]
+        logits = head_logits(hidden, tied.head)  # float32 [B, N, V]
         # The pending token is at cache.length, so level i guesses the token at cache.length + i.
         positions = cache.length[:, None] + 1 + jnp.arange(num_levels)
         last = jnp.maximum(new.count - 1, 0)
@@ -170,15 +190,18 @@ class FastEagle(nnx.Module):
         ids = jnp.arange(tied.head.shape[0]) if tied.token_ids is None else tied.token_ids
         return build(tree, root, rank(logits, positions, ids, ranking), tied.token_ids), cache
 
-    def _advance(self, tied: Tied, new: Accepted, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Every level's hidden state [B, N, H] at the last accepted position, and the cache with all of them."""
+    def _advance(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
+        """The first levels' hidden states [B, N, H] at the last accepted position, and the cache with all positions."""
         batch, num_tokens = new.tokens.shape
-        positions = cache.length[:, None] + jnp.arange(num_tokens)
-        causal = jnp.broadcast_to(jnp.tril(jnp.ones((num_tokens, num_tokens), bool)), (batch, num_tokens, num_tokens))
-        hidden, fresh = self.hidden_states(tied.embedding, new.features, new.tokens, positions, causal, cache)
+        index = jnp.arange(num_tokens)
+        positions = cache.length[:, None] + index
+        visible = causal(index[:, None], index, self.config.window)
+        visible = jnp.broadcast_to(visible, (batch, num_tokens, num_tokens))
+        embedding = tied.embedding
+        hidden, fresh = self.hidden_states(embedding, new.features, new.tokens, positions, visible, cache, num_levels)
         last = jnp.maximum(new.count - 1, 0)[:, None, None]
         at_last = [jnp.take_along_axis(h, last, axis=1)[:, 0] for h in hidden]
-        return jnp.stack(at_last, axis=1), commit(cache, fresh, new.count)
+        return jnp.stack(at_last, axis=1), commit_ring(cache, fresh, new.count)
 
     def unstacked(self) -> FastEagle:
         """The same drafter with its levels as a list, which XLA's CPU compiler runs faster."""
@@ -195,6 +218,22 @@ class FastEagle(nnx.Module):
         other = nnx.merge(*nnx.split(self))
         other.levels = stack(list(self.levels))
         return other
+
+
+def causal(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
+    """bool, True where a query at one position sees a key at another: itself and the `window` - 1 before it."""
+    visible = key <= query
+    return visible if window is None else visible & (query - key < window)
+
+
+def newest(new: Accepted, most: int) -> tuple[Accepted, jax.Array]:
+    """The last `most` of each row's newly accepted tokens, and int32 [B] how many went before them."""
+    if most >= new.tokens.shape[1]:
+        return new, jnp.zeros_like(new.count)
+    skipped = jnp.maximum(new.count - most, 0)
+    index = skipped[:, None] + jnp.arange(most)  # [B, most]
+    features = jnp.take_along_axis(new.features, index[..., None], axis=1)
+    return Accepted(features, jnp.take_along_axis(new.tokens, index, axis=1), new.count - skipped), skipped
 
 
 def rank(logits: jax.Array, positions: jax.Array, ids: jax.Array, ranking: Ranking) -> jax.Array:

@@ -83,7 +83,7 @@ def load_drafter(
     damaged file, or a drafter for another target.
     """
     folder = Path(folder)
-    config, made_for = _read_config(folder)
+    config, made_for = read_config(folder)
     for name in ("hidden_size", "vocab_size"):
         if getattr(config, name) != getattr(target_config, name):
             theirs = getattr(target_config, name)
@@ -117,7 +117,8 @@ def load_drafter(
     return drafter if not stacked else drafter.stacked_form()
 
 
-def _read_config(folder: Path) -> tuple[DrafterConfig, str]:
+def read_config(folder: Path) -> tuple[DrafterConfig, str]:
+    """The sizes of the drafter in a folder, and the fingerprint of its target; UserError where it is none."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text())

@@ -14,7 +14,7 @@ from flax import nnx
 
 from fasteagle_jax.cache import Cache, empty_cache
 from fasteagle_jax.config import LlamaConfig
-from fasteagle_jax.layers import DecoderLayer, LayerConfig, head_logits, rms_norm, rotation, run_layers, unstack
+from fasteagle_jax.layers import DecoderLayer, LayerConfig, Past, head_logits, rms_norm, rotation, run_layers, unstack
 
 
 class TargetOutput(NamedTuple):
@@ -94,11 +94,12 @@ class Llama(nnx.Module):
         c = self.config
         x = self.embedding[...][tokens].astype(self.activation_dtype)  # [B, Q, H]
         turn = rotation(positions, c.rope, c.head_dim)
-        past = cache.past() if cache is not None else (None if self.stacked else [None] * c.num_layers)
+        past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_layers)
+        seen = cache.seen() if cache is not None else jnp.zeros(())  # not read without a cache
 
         def layer_step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            weights, layer_past = layer
-            return weights(x, turn, visible, layer_past)
+            weights, kv = layer
+            return weights(x, turn, visible, None if kv is None else Past(kv[0], kv[1], seen))
 
         # The stack is cut where a feature is read, so that nothing is kept of the other layers.
         cuts = [0, *sorted({f for f in feature_layers if f > 0}), c.num_layers]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fasteagle_jax.cache import NOTHING
 from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
@@ -18,6 +19,7 @@ from fasteagle_jax.interfaces import Accepted, Ranking
 from fasteagle_jax.layers import head_logits, rotation
 from fasteagle_jax.sampling import make_sampling
 from fasteagle_jax.testing import tiny_config, tiny_target
+from fasteagle_jax.training import packed_visible
 from fasteagle_jax.tree import Tree
 
 B, T, N, V = 2, 12, 3, 40
@@ -49,6 +51,8 @@ def make_drafter(seed: int = 0, **changes) -> FastEagle:
 FORMS = {  # changes of the configuration, stacked
     "plain, stacked": ({}, True),
     "reduced vocabulary and reinjection, list": (dict(draft_vocab_size=len(IDS), reinject=True), False),
+    "a window, stacked": (dict(window=3), True),
+    "a window of one, list": (dict(window=1), False),
 }
 
 
@@ -73,7 +77,8 @@ def causal(num: int) -> jax.Array:
 def one_pass(drafter, tied, tokens, features):
     """What training computes: hidden states [N, B, T, H] and the fresh keys and values [N, B, K, T, D]."""
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    hidden, fresh = drafter.hidden_states(tied.embedding, features, tokens[:, 1:], positions, causal(T))
+    visible = packed_visible(jnp.ones((B, T), jnp.int32), drafter.config.window)
+    hidden, fresh = drafter.hidden_states(tied.embedding, features, tokens[:, 1:], positions, visible)
     return jnp.stack(list(hidden)), [jnp.stack(list(part)) for part in fresh]
 
 
@@ -89,7 +94,9 @@ def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(t
 
     chain, ranking = Tree("chain"), Ranking(make_sampling(B), True)
     draft = jax.jit(lambda drafter, new, cache: drafter.draft(tied, new, cache, chain, ranking))
-    cache = drafter.empty_cache(B, T + 4)
+    cache = drafter.empty_cache(B, T + 4, 4)
+    window = drafter.config.window
+    assert cache.num_slots == (T + 4 if window is None else window + 8)  # turns over
     # Rows go at different paces, one to four tokens a time; the first ones come without a draft, as in prefill.
     at = np.zeros(B, int)
     for step, counts in enumerate([[4, 2], [1, 3], [3, 1], [2, 4], [2, 2]]):
@@ -108,8 +115,13 @@ def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(t
             # Guessed at stream position at - 1, after the pending token x[at].
             assert made.tokens[b].tolist() == [int(tokens[b, at[b]]), *best[:, b, at[b] - 1].tolist()]
     assert cache.length.tolist() == at.tolist() == [T, T]
-    for part, expected in zip((cache.k, cache.v), fresh, strict=True):
-        np.testing.assert_allclose(jnp.stack(list(part))[:, :, :, :T], expected, **CLOSE)
+    # Every slot holds what the one pass has at its position; of these, the ones a next query would see are all there.
+    for level, b in np.ndindex(N, B):
+        positions = np.asarray(cache.positions[level][b])
+        held = np.flatnonzero(positions != NOTHING)
+        assert set(range(T - (window or T), T)) <= set(positions[held])
+        for part, expected in zip((cache.k, cache.v), fresh, strict=True):
+            np.testing.assert_allclose(part[level][b][:, held], expected[level, b][:, positions[held]], **CLOSE)
 
 
 @pytest.mark.parametrize("reinject", [False, True], ids=["plain", "reinjection"])
@@ -159,7 +171,7 @@ def test_levels_beyond_the_trees_are_not_guessed(target, stream):
     drafter = make_drafter()
     tied = drafter.tie(target)
     new = Accepted(features[:, :1], tokens[:, 1:2], jnp.ones(B, jnp.int32))
-    cache, ranking = drafter.empty_cache(B, 4), Ranking(make_sampling(B), True)
+    cache, ranking = drafter.empty_cache(B, 4, 4), Ranking(make_sampling(B), True)
 
     @jax.jit
     def both(drafter):
@@ -184,7 +196,7 @@ def test_a_drafter_is_the_same_after_its_files_with_the_features_scale_folded_in
     assert loaded.config == drafter.config and loaded.stacked == stacked
     np.testing.assert_array_equal(loaded.feature_scale[...], 1)
     np.testing.assert_allclose(loaded.fc[...], drafter.fc[...] * drafter.feature_scale[...][:, None], rtol=1e-6, atol=0)
-    if variant:
+    if "draft_vocab_size" in variant:
         np.testing.assert_array_equal(loaded.token_ids[...], IDS)
     expected = one_pass(drafter, drafter.tie(target), tokens, features)[0]
     np.testing.assert_allclose(one_pass(loaded, loaded.tie(target), tokens, features)[0], expected, **CLOSE)
