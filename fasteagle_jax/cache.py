@@ -36,6 +36,10 @@ class Cache(NamedTuple):
         """bool [B, 1, S], True for the filled slots, which every query sees."""
         return (jnp.arange(self.num_slots) < self.length[:, None])[:, None]
 
+    def filled(self) -> jax.Array | None:
+        """int32 [], for `Past.filled`; None for a stack, which a scan reads in one go."""
+        return self.length.max() if isinstance(self.k, list) else None
+
 
 def empty_cache(
     num_layers: int,
@@ -94,6 +98,10 @@ class Ring(NamedTuple):
         """One (k, v, positions) a layer, in the ring's own form (stacked or list), for `run_layers`."""
         parts = (self.k, self.v, self.positions)
         return list(zip(*parts, strict=True)) if isinstance(self.k, list) else parts
+
+    def filled(self) -> jax.Array | None:
+        """int32 [], for `Past.filled`; None for a stack, which a scan reads in one go."""
+        return jnp.minimum(self.length.max(), self.num_slots) if isinstance(self.k, list) else None
 
 
 def ring_slots(num_slots: int, window: int | None, most_written: int) -> int:

@@ -80,7 +80,8 @@ class _Request:
     depths: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     pieces: list[Piece] = dataclasses.field(default_factory=list)
-    num_emitted: int = 0  # `tokens` may lag behind where nobody looks
+    num_emitted: int = 1  # after prefill; `tokens` may lag behind where nobody looks
+    rounds: int = 0
     started: float = 0.0
 
     def take(self, emitted: _Emitted, row: int) -> bool:
@@ -400,6 +401,9 @@ class Engine:
             tree = self._choose(batch.rows) if fixed is None else fixed[1]
             text_is_read = any(request is not None and request.text is not None for request in batch.active)
             called = time.perf_counter()
+            jax.block_until_ready(batch.slots)  # prefill is not to count as a tree's time
+            self.device_seconds += time.perf_counter() - called
+            called = time.perf_counter()
             batch.slots, ran = device.advance(
                 self.target,
                 self.drafter,
@@ -415,13 +419,12 @@ class Engine:
             now = time.perf_counter()
             compiled = (batch.rows, tree) in self._ran
             self._ran.add((batch.rows, tree))
-            before = batch.num_active
-            new_tokens, finished = self._read(batch, now)
+            new_tokens, row_rounds, finished = self._read(batch, num_rounds, now)
             self._pace.record(
                 batch.rows,
                 tree,
                 rounds=num_rounds,
-                row_rounds=num_rounds * before,
+                row_rounds=row_rounds,
                 tokens=new_tokens,
                 seconds=now - called if compiled else None,
             )
@@ -429,25 +432,29 @@ class Engine:
             self.seconds += time.perf_counter() - started
             yield finished
 
-    def _read(self, batch: _Batch, now: float) -> tuple[int, list[Completion]]:
-        """Takes the new tokens off the device: how many there are, and the answers that they finish."""
+    def _read(self, batch: _Batch, rounds: int, now: float) -> tuple[int, int, list[Completion]]:
+        """After a call of so many rounds: the new tokens, the rounds they took (rows added up), finished answers."""
         state = batch.slots.state
         num_emitted, done = jax.device_get((state.num_emitted, state.done))
         arrays: _Emitted | None = None
-        new_tokens, finished = 0, []
+        new_tokens, row_rounds, finished = 0, 0, []
         for row, request in enumerate(batch.active):
             if request is None:
                 continue
-            new_tokens += int(num_emitted[row]) - request.num_emitted
-            request.num_emitted = int(num_emitted[row])
-            if request.text is None and not done[row]:
-                continue
-            arrays = arrays or _Emitted(state)
-            ended = request.take(arrays, row)
+            before = request.num_emitted, request.rounds
+            request.num_emitted, request.rounds = int(num_emitted[row]), request.rounds + rounds
+            ended = False
+            if request.text is not None or done[row]:
+                arrays = arrays or _Emitted(state)
+                ended = request.take(arrays, row)
+            if done[row]:
+                request.rounds = request.depths.count(0) - 1  # it may have ended before the last round
+            new_tokens += request.num_emitted - before[0]
+            row_rounds += request.rounds - before[1]
             if done[row] or ended:
                 finished.append(request.completion(self.tokenizer, self.eos_token_ids, self._num_levels, now))
                 batch.active[row], batch.ended[row] = None, True
-        return new_tokens, finished
+        return new_tokens, row_rounds, finished
 
     # --- trees --------------------------------------------------------------------------------------------------
 

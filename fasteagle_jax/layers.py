@@ -18,6 +18,7 @@ from flax import nnx
 
 from fasteagle_jax.config import RopeConfig
 
+BLOCK = 128  # slots of a cache that attention reads at a time where it can stop early
 MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that max() stays finite too
 
 
@@ -146,6 +147,8 @@ class Past(NamedTuple):
     k: jax.Array  # [B, K, S, D]
     v: jax.Array
     seen: jax.Array  # bool [B, Q, S] or, where all queries see the same slots, [B, 1, S]
+    # int32 [], no slot from here on is seen: the others are read block by block. None: all are read in one go.
+    filled: jax.Array | None = None
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past: Past | None = None) -> jax.Array:
@@ -167,20 +170,48 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
     fresh = jnp.einsum("bkmd,bktd->bkmt", q, k, preferred_element_type=jnp.float32)
     fresh = jnp.where(mask, fresh, MASKED)
     top = jax.lax.stop_gradient(fresh.max(axis=-1, keepdims=True))  # [B, K, G*Q, 1]
+    in_blocks = past is not None and past.filled is not None and past.k.shape[2] > BLOCK
+    old = _past_scores(q, past, groups) if past is not None and not in_blocks else None
+    if old is not None:
+        top = jnp.maximum(top, old.max(axis=-1, keepdims=True))
+    p = jnp.exp(fresh - top)
+    total = p.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("bkmt,bktd->bkmd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
     if past is None:
-        p = jnp.exp(fresh - top)
-        total = p.sum(axis=-1, keepdims=True)
-        out = jnp.einsum("bkmt,bktd->bkmd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (out / total).astype(v.dtype)
+    if old is not None:
+        p = jnp.exp(old - top)
+        total += p.sum(axis=-1, keepdims=True)
+        out += jnp.einsum("bkms,bksd->bkmd", p.astype(past.v.dtype), past.v, preferred_element_type=jnp.float32)
+        return (out / total).astype(v.dtype)
+
+    def add_block(i: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        top, total, out = sums
+        block = _block(past, i)
+        old = _past_scores(q, block, groups)
+        new_top = jnp.maximum(top, old.max(axis=-1, keepdims=True))
+        p, shrink = jnp.exp(old - new_top), jnp.exp(top - new_top)
+        own = jnp.einsum("bkms,bksd->bkmd", p.astype(block.v.dtype), block.v, preferred_element_type=jnp.float32)
+        return new_top, total * shrink + p.sum(axis=-1, keepdims=True), out * shrink + own
+
+    num_blocks = (past.filled + BLOCK - 1) // BLOCK  # type: ignore[operator]
+    _, total, out = jax.lax.fori_loop(0, num_blocks, add_block, (top, total, out))
+    return (out / total).astype(v.dtype)
+
+
+def _past_scores(q: jax.Array, past: Past, groups: int) -> jax.Array:
+    """Scores float32 [B, K, G*Q, S] of scaled queries over committed slots, MASKED where they are not seen."""
     seen = jnp.tile(past.seen, (1, groups if past.seen.shape[1] > 1 else 1, 1))  # [B, G*Q or 1, S]
     old = jnp.einsum("bkmd,bksd->bkms", q.astype(past.k.dtype), past.k, preferred_element_type=jnp.float32)
-    old = jnp.where(seen[:, None], old, MASKED)
-    top = jnp.maximum(top, old.max(axis=-1, keepdims=True))
-    p_fresh, p_old = jnp.exp(fresh - top), jnp.exp(old - top)
-    total = p_fresh.sum(axis=-1, keepdims=True) + p_old.sum(axis=-1, keepdims=True)
-    out = jnp.einsum("bkmt,bktd->bkmd", p_fresh.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out += jnp.einsum("bkms,bksd->bkmd", p_old.astype(past.v.dtype), past.v, preferred_element_type=jnp.float32)
-    return (out / total).astype(v.dtype)
+    return jnp.where(seen[:, None], old, MASKED)
+
+
+def _block(past: Past, i: jax.Array) -> Past:
+    """The BLOCK slots from i * BLOCK on; the last ones, those of earlier blocks unseen, where fewer are left."""
+    start = jnp.minimum(i * BLOCK, past.k.shape[2] - BLOCK)
+    k, v = (jax.lax.dynamic_slice_in_dim(part, start, BLOCK, axis=2) for part in (past.k, past.v))
+    seen = jax.lax.dynamic_slice_in_dim(past.seen, start, BLOCK, axis=2)
+    return Past(k, v, seen & (start + jnp.arange(BLOCK) >= i * BLOCK))
 
 
 # --- a decoder layer --------------------------------------------------------------------------------------------

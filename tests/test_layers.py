@@ -108,6 +108,20 @@ def test_queries_may_see_different_slots_of_the_past():
         np.testing.assert_allclose(out[b, 0, i], p @ values, **CLOSE)
 
 
+@pytest.mark.parametrize("filled", [0, 1, 128, 200, 256, 300])
+def test_reading_the_past_block_by_block_is_reading_it_in_one_go(filled):
+    """300 slots are two whole blocks and one that overlaps the second."""
+    q, k, v = (jnp.asarray(normal(i, 2, 1, 6, 8)) for i in range(3))
+    past_k, past_v = (jnp.asarray(normal(i, 2, 1, 300, 8)) for i in (3, 4))
+    visible = jnp.broadcast_to(jnp.tril(jnp.ones((6, 6), bool)), (2, 6, 6))
+    seen = (jnp.arange(300) < filled) & jnp.asarray(np.random.default_rng(1).random((2, 6, 300)) < 0.5)
+    expected = attention(q, k, v, visible, Past(past_k, past_v, seen))
+    behind = jnp.where((jnp.arange(300) < -(-filled // 128) * 128)[:, None], past_k, jnp.nan)
+    for read in (past_k, behind if filled <= 256 else past_k):  # what is not filled is not even read
+        out = attention(q, k, v, visible, Past(read, past_v, seen, jnp.int32(filled)))
+        np.testing.assert_allclose(out, expected, **CLOSE)
+
+
 def test_attention_never_reads_slots_past_the_length():
     q = jnp.asarray(normal(0, 1, 1, 1, 8))
     visible, zeros = jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1, 4, 8))

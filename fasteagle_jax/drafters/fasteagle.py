@@ -147,13 +147,14 @@ class FastEagle(nnx.Module):
         again = rms_norm(fused, ones, c.rms_norm_eps) if c.reinject else None
         turn = rotation(positions, c.rope, c.head_dim)
         past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_levels)
+        filled = None if cache is None else cache.filled()
 
         def level_step(h: jax.Array, level_and_past: Any) -> tuple[jax.Array, Any]:
             level, held = level_and_past
             level_past = None
             if held is not None:
                 k, v, held_positions = held
-                level_past = Past(k, v, seen_in_ring(held_positions, positions, c.window))
+                level_past = Past(k, v, seen_in_ring(held_positions, positions, c.window), filled)
             if again is not None:
                 h = h + matmul(again, level.reinject[...])
             h, kv = level.layer(h, turn, visible, level_past)  # h_i = L_i(h_i-1)

@@ -95,11 +95,11 @@ class Llama(nnx.Module):
         x = self.embedding[...][tokens].astype(self.activation_dtype)  # [B, Q, H]
         turn = rotation(positions, c.rope, c.head_dim)
         past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_layers)
-        seen = cache.seen() if cache is not None else jnp.zeros(())  # not read without a cache
+        seen, filled = (cache.seen(), cache.filled()) if cache is not None else (jnp.zeros(()), None)
 
         def layer_step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             weights, kv = layer
-            return weights(x, turn, visible, None if kv is None else Past(kv[0], kv[1], seen))
+            return weights(x, turn, visible, None if kv is None else Past(kv[0], kv[1], seen, filled))
 
         # The stack is cut where a feature is read, so that nothing is kept of the other layers.
         cuts = [0, *sorted({f for f in feature_layers if f > 0}), c.num_layers]
