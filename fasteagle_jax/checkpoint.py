@@ -67,6 +67,14 @@ class Checkpoints:
         found = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in _flat(like)])
 
+    def is_stacked(self, step: int) -> bool:
+        """Whether a drafter's levels were one stack when `step` was saved; UserError where there is no such step."""
+        metadata = self._manager.item_metadata(step) if step in self._manager.all_steps() else None
+        if metadata is None:
+            kept = ", ".join(map(str, self._manager.all_steps())) or "none"
+            raise UserError(f"there is no checkpoint {step} in {self._manager.directory} (there are: {kept})")
+        return not any("levels" in name and "[0]" in name.split("levels")[1] for name in metadata.tree)
+
     def wait(self) -> None:
         """Returns when all is written; UserError where it could not be."""
         with self._failing_as_user_error():

@@ -11,7 +11,10 @@ from fasteagle_jax.commands.terminal import USER_ERROR
 VERBS = {  # verb: module, and what it does
     "prepare-data": ("prepare_data", "sample the target's answers to prompts: training data"),
     "train": ("train_drafter", "train a drafter for a target"),
+    "export": ("export", "write a drafter out of a training run's checkpoint"),
     "generate": ("generate", "answer prompts, sped up by a drafter"),
+    "chat": ("chat", "talk with a target at the terminal, sped up by a drafter"),
+    "batch": ("batch", "answer a file of requests, OpenAI's batch lines or simple ones"),
     "bench": ("bench", "measure plain against speculative decoding"),
     "demo": ("demo", "train a small drafter and watch it decode beside plain decoding"),
 }

@@ -49,6 +49,7 @@ from fasteagle_jax.tree import Tree
 
 ROUNDS = 16  # that the device runs at most before the host looks
 ROUNDS_BETWEEN_TEXT = 4  # the same while the host has to look for stop strings
+WORK = 8  # float32 arrays of the logits' size that a round takes, by the compiler's account
 LEAST_ROWS = 4  # fewer rows are hardly faster to compute
 SHARED_BEGINNINGS = 4  # prefilled once and kept for the prompts to come
 LOOKAHEAD = 4  # waiting requests read ahead, for each slot: where common beginnings are looked for
@@ -76,6 +77,7 @@ class _Request:
     stop_tokens: tuple[int, ...]
     max_new: int
     text: TextStream | None  # where text is needed before the end
+    streamed: bool
     tokens: list[int] = dataclasses.field(default_factory=list)
     depths: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
@@ -183,7 +185,7 @@ class Engine:
         free = available()
         self.memory.check(None if free is None else free + taken, "lower slots or max_len, or use bfloat16")
 
-        self._tied = None if drafter is None else jax.jit(lambda drafter, target: drafter.tie(target))(drafter, target)
+        self._tied = None if drafter is None else drafter.tie(target)  # the embedding is the target's own array
         self._nothing: dict[int, Prefilled] = {}  # of each bucket
         self._beginnings: collections.OrderedDict[tuple[int, tuple[int, ...]], Prefilled] = collections.OrderedDict()
         self.seconds = self.device_seconds = 0.0  # spent on requests so far, and of these waiting for the device
@@ -247,8 +249,8 @@ class Engine:
         """How many programs the engine compiles at most, whatever it is asked."""
         rows, buckets = len(self.row_counts), len(self.buckets)
         changes = rows * (rows - 1)
-        # One ties the drafter to the target. A bucket has its empty caches and its prefill, rows their empty slots.
-        return 1 + 2 * buckets + rows * (1 + buckets + len(self.trees)) + changes
+        # Two tie the drafter to the target. A bucket has its empty caches and its prefill, rows their empty slots.
+        return 2 + 2 * buckets + rows * (1 + buckets + len(self.trees)) + changes
 
     # --- asking -------------------------------------------------------------------------------------------------
 
@@ -318,6 +320,7 @@ class Engine:
                 stop,
                 max_new,
                 TextStream(self.tokenizer, tuple(params.stop)) if needs_text else None,
+                streamed,
             )
             for sample in range(params.n)
         ]
@@ -341,9 +344,10 @@ class Engine:
         if not tokens:
             raise UserError(f"{name} is empty: give it some text")
         if len(tokens) >= self.max_len:
+            remedy = " or raise max_len" if self.max_len < self.target.config.max_positions else ""
             raise UserError(
                 f"{name} has {len(tokens)} tokens, but a request has {self.max_len}, answer included: "
-                "shorten it or raise max_len"
+                f"shorten it{remedy}"
             )
         return tuple(int(t) for t in tokens)
 
@@ -352,10 +356,14 @@ class Engine:
         for finished in self._serve(iter(requests), rounds=ROUNDS):
             yield from finished
 
-    def warm_up(self) -> None:
-        """Compiles ahead of time what requests of any kind will need, and measures the trees: minutes."""
+    def measure(self) -> None:
+        """Measures the trees of "auto" for every number of rows, which else waits until such a number is needed."""
         for rows in self.row_counts:
             self._measure(rows)
+
+    def warm_up(self) -> None:
+        """Compiles ahead of time what requests of any kind will need, and measures the trees: minutes."""
+        self.measure()
         for bucket in self.buckets:
             prompt = (1,) * min(bucket, self.max_len - 2)
             for rows in self.row_counts:
@@ -393,7 +401,8 @@ class Engine:
                 if waiting:
                     request = waiting.popleft()
                     request.started = time.perf_counter()
-                    prefilled = self._prefill(request.prompt, [other.prompt for other in waiting])
+                    others = [other.prompt for other in waiting]
+                    prefilled = self._prefill(request.prompt, others, keep=request.streamed)
                     described = _described(request)
                     batch.slots = device.admit(self.target, batch.slots, np.int32(row), prefilled, described)
                     batch.active[row], batch.ended[row] = request, False
@@ -496,8 +505,11 @@ class Engine:
             num_stop_tokens=MAX_STOP_TOKENS,
         )
 
-    def _prefill(self, prompt: tuple[int, ...], others: Sequence[tuple[int, ...]]) -> Prefilled:
-        """The prompt in caches of its bucket; what it begins with like some of the others is kept for them."""
+    def _prefill(self, prompt: tuple[int, ...], others: Sequence[tuple[int, ...]], *, keep: bool = False) -> Prefilled:
+        """The prompt in caches of its bucket; what it begins with like some of the others is kept for them.
+
+        Where `keep`, all of it is, but for its last chunk: a conversation goes on with what was said.
+        """
         bucket = next(size for size in self.buckets if size >= len(prompt))
         begun, first = self._nothing_prefilled(bucket), 0
         chunks = (len(prompt) - 1) // self.chunk  # whole ones, at least a token being left
@@ -507,7 +519,7 @@ class Engine:
                 begun, first = self._beginnings[key], n
                 break
         alike = [_chunks_alike(prompt, other, self.chunk) for other in others if len(other) <= bucket]
-        shared = min(max(alike, default=0), chunks)
+        shared = chunks if keep else min(max(alike, default=0), chunks)
         if shared > first:
             begun = self._run_prefill(begun, prompt[: shared * self.chunk], bucket, first)
             self._beginnings[bucket, prompt[: shared * self.chunk]] = begun
@@ -545,14 +557,15 @@ class Engine:
             )
 
         prefilled = [bytes_of(beginning(bucket)) for bucket in self.buckets]
+        tied = self.target.embedding if self.drafter is None else jax.eval_shape(self.drafter.tie, self.target)
         nodes = max(1 if tree is None else tree.num_nodes(self._num_levels) for tree in self.trees)
         return Memory(
             target=bytes_of(self.target),
-            drafter=bytes_of(self.drafter),
+            drafter=bytes_of(self.drafter) + bytes_of(tied) - bytes_of(self.target.embedding),
             target_cache=bytes_of(state.target_cache),
             drafter_cache=bytes_of(state.drafter_cache),
             prefill=sum(prefilled) + SHARED_BEGINNINGS * prefilled[-1],
-            work=4 * 3 * self.num_slots * nodes * self.target.config.vocab_size,  # logits, and twice as much on the way
+            work=WORK * 4 * self.num_slots * nodes * self.target.config.vocab_size,
         )
 
 

@@ -231,6 +231,23 @@ class LayerConfig:
     mlp_bias: bool = False
 
 
+# The logical axes of a decoder layer's weights (see sharding.RULES); those of its vectors are whole everywhere.
+LAYER_AXES = {
+    "q": ("embed", "heads"),
+    "k": ("embed", "heads"),
+    "v": ("embed", "heads"),
+    "o": ("heads", "embed"),
+    "gate": ("embed", "mlp"),
+    "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+    "q_bias": ("heads",),
+    "k_bias": ("heads",),
+    "v_bias": ("heads",),
+    "gate_bias": ("mlp",),
+    "up_bias": ("mlp",),
+}
+
+
 class DecoderLayer(nnx.Module):
     """A Llama decoder layer: RMSNorm, grouped-query attention, RMSNorm, SwiGLU, each added to its input.
 

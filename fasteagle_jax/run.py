@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fasteagle_jax.config import LlamaConfig
+from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
+from fasteagle_jax.drafters.fasteagle import default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.losses import LossConfig
 from fasteagle_jax.training import OptimizerConfig
@@ -140,6 +141,46 @@ def _value(text: str, kind: str, key: str) -> Any:
 def to_json(config: RunConfig) -> dict[str, Any]:
     """The configuration as what a JSON file gives back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(raw: dict[str, Any]) -> RunConfig:
+    """The configuration of which `to_json` gave `raw`; keys that it has not are at their defaults."""
+
+    def build(kind: Any, raw: dict[str, Any]) -> Any:
+        values = {}
+        for field in dataclasses.fields(kind):
+            if field.name in raw:
+                value = raw[field.name]
+                part = _PARTS.get(str(field.type))
+                values[field.name] = (
+                    build(part, value)
+                    if part is not None and value is not None
+                    else tuple(value)
+                    if isinstance(value, list)
+                    else value
+                )
+        return kind(**values)
+
+    return build(RunConfig, raw)
+
+
+_PARTS: dict[str, Any] = {
+    "DrafterChoice": DrafterChoice,
+    "LossConfig": LossConfig,
+    "OptimizerConfig": OptimizerConfig,
+    "EvalChoice": EvalChoice,
+    "LlamaConfig | None": LlamaConfig,
+    "RopeConfig": RopeConfig,
+}
+
+
+def drafter_config(choice: DrafterChoice, target_config: LlamaConfig) -> DrafterConfig:
+    """The sizes of the drafter of a run for a target of these sizes."""
+    changes: dict[str, Any] = {"num_levels": choice.num_levels, "reinject": choice.reinject, "window": choice.window}
+    for name in ("draft_vocab_size", "intermediate_size", "feature_layers"):
+        if getattr(choice, name) is not None:
+            changes[name] = getattr(choice, name)
+    return default_config(target_config, **changes)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

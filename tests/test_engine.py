@@ -343,6 +343,20 @@ def test_numbers_of_buckets_and_rows_are_few():
     assert [row_counts(n) for n in (1, 4, 8, 16, 64)] == [(1,), (4,), (8, 2), (16, 4), (64, 16, 4)]
 
 
+def test_a_conversation_goes_on_without_prefilling_what_was_said_before(target, drafter, tokenizer, monkeypatch):
+    engine = make_engine(target, drafter, tokenizer)
+    firsts = []
+    run = engine._run_prefill
+    monkeypatch.setattr(engine, "_run_prefill", lambda *args: firsts.append(args[3]) or run(*args))
+    said = list(range(5 * CHUNK + 3))
+    params = SamplingParams(temperature=0, max_new_tokens=4)
+    list(engine.stream(said, params))
+    assert firsts == [0, 5]
+    longer = list(engine.stream_pieces(said + [1] * 20, params))[-1]
+    assert firsts[2:] == [5, 6]
+    assert longer.tokens == make_engine(target, drafter, tokenizer).generate([said + [1] * 20], params)[0].tokens
+
+
 def test_a_common_beginning_is_prefilled_once(target, drafter, tokenizer, monkeypatch):
     engine = make_engine(target, drafter, tokenizer)
     chunks = []

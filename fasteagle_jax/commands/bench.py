@@ -4,11 +4,15 @@ Each prompt is decoded by itself (batch 1), plainly and with every tree, before 
 first message of a prompt of several turns is used. Times are of whole decodes, prefill included and compilation not.
 The ratio of a repeat is speculative tokens/s over plain tokens/s, over all prompts. Every token is compared.
 
+--sweep slots measures the engine instead: throughput, plain and with trees, over numbers of slots; --sweep memory says
+what its caches take.
+
 Exit code 1 says that in float32 a token differed.
 
 example:
   fasteagle bench --drafter runs/smollm2/drafter --prompts mt_bench.jsonl --prompts gsm8k.jsonl --limit 20 \\
       --tree chain --tree best_first:16 --temperature 0 --temperature 1 --json bench.json
+  fasteagle bench --drafter runs/smollm2/drafter --prompts mt_bench.jsonl --sweep slots --slots 1 8 64 --plot slots.png
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -31,9 +34,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from fasteagle_jax.commands import sweep
 from fasteagle_jax.commands.models import Models, add_target_options, check_fits, decode, load_models
 from fasteagle_jax.commands.terminal import Parser, add_filter_options, check_new, program, whole, write_new
-from fasteagle_jax.commands.timing import Compilations
+from fasteagle_jax.commands.timing import Compilations, Spread
 from fasteagle_jax.data import read_prompts
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.metrics import Acceptance
@@ -57,6 +61,16 @@ def _parser() -> Parser:
     parser.add_argument("--max-new", type=whole(2), default=128, metavar="T", help="tokens an answer (default 128)")
     parser.add_argument("--repeats", type=whole(1), default=3, metavar="R", help="default 3")
     parser.add_argument("--json", type=Path, metavar="FILE", help="a new file for all numbers")
+    sweep_options = parser.add_argument_group("sweeps of the engine")
+    sweep_options.add_argument(
+        "--sweep", choices=("slots", "memory"), help="over --slots, instead of the table of trees"
+    )
+    sweep_options.add_argument("--slots", type=whole(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="B")
+    sweep_options.add_argument(
+        "--max-len", type=whole(2), default=1024, metavar="T", help="of a request (default 1024)"
+    )
+    sweep_options.add_argument("--window", type=whole(1), default=512, metavar="W", help="of --sweep memory (512)")
+    sweep_options.add_argument("--plot", type=Path, metavar="FILE", help="a new PNG, for --sweep slots")
     models = parser.add_argument_group("models")
     add_target_options(models)
     models.add_argument("--drafter", type=Path, required=True, metavar="FOLDER")
@@ -77,11 +91,13 @@ def _parser() -> Parser:
 def bench(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes the JSON; returns the exit code."""
     # --- what was asked for -----------------------------------------------------------------------------------
-    trees = list(dict.fromkeys(Tree.parse(text) for text in args.tree or ["best_first:16"]))
+    named = list(dict.fromkeys(args.tree or (["auto", "best_first:8"] if args.sweep else ["best_first:16"])))
+    trees = [] if args.sweep else [Tree.parse(text) for text in named]
     temperatures = list(dict.fromkeys(args.temperature or [0.0]))
     check_new(args.json)
+    check_new(args.plot)
     for temperature in temperatures:
-        make_sampling(1, temperature, args.top_k, args.top_p, args.seed)
+        make_sampling(1, temperature, args.top_k, args.top_p, args.seed, args.min_p)
     prompts = [(source, prompt) for source in args.prompts for prompt in read_prompts(source, args.limit)]
     if not prompts:
         raise UserError("no prompt in any source: name other sources")
@@ -93,9 +109,14 @@ def bench(args: argparse.Namespace) -> int:
         check_fits(models, prompt.id, tokens, args.max_new)
         cases.append(Case(prompt.id, tokens, (args.seed + i) % 2**32))
 
+    if args.sweep == "slots":
+        return sweep.throughput(args, models, [case.tokens for case in cases], named)
+    if args.sweep == "memory":
+        return sweep.memory(args, models, next((text for text in named if text != "auto"), "best_first:8"))
+
     # --- decoding ---------------------------------------------------------------------------------------------
     def run(case: Case, tree: Tree | None, temperature: float) -> Run:
-        sampling = make_sampling(1, temperature, args.top_k, args.top_p, case.seed)
+        sampling = make_sampling(1, temperature, args.top_k, args.top_p, case.seed, args.min_p)
         return _run(models, case, tree, sampling, args.max_new)
 
     ways: list[Tree | None] = [None, *trees]
@@ -127,7 +148,7 @@ def bench(args: argparse.Namespace) -> int:
         for tree in trees
     ]
     report = {
-        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}, {os.cpu_count()} CPU cores)",
+        "device": sweep.machine(),
         "dtype": models.dtype,
         "jax": jax.__version__,
         "target": models.fingerprint,
@@ -139,6 +160,7 @@ def bench(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "top_k": args.top_k,
         "top_p": args.top_p,
+        "min_p": args.min_p,
         "batch": 1,
         "compilations_while_timed": late,
         "results": [dataclasses.asdict(result) for result in results],
@@ -194,20 +216,6 @@ def _run(models: Models, case: Case, tree: Tree | None, sampling: Sampling, max_
 
 
 # --- results ----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """Of the repeats."""
-
-    min: float
-    median: float
-    max: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of at least one value."""
-        return cls(min(values), statistics.median(values), max(values))
 
 
 @dataclasses.dataclass(frozen=True)

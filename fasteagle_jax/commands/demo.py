@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_sampling_options(parser, temperature=0.0)
     args = parser.parse_args(argv)
     tree = Tree.parse(args.tree)
-    make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed)
+    make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
 
     drafter = args.drafter or trained_drafter(cache_folder() / "demo", args.steps)
     args.target, args.dtype = DEFAULT_TARGET, "float32"
@@ -169,7 +169,7 @@ def race_all(models: Models, tree: Tree, args: Any) -> bool:
     """Answers every question both ways and prints the sums; True where all answers were identical."""
     console = Console()
     runners = (Runner("plain", models, None, tree), Runner(f"speculative, {tree}", models, models.drafter, tree))
-    sampling = make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed)
+    sampling = make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
     stop = decoding.make_stop(1, args.max_new, models.stop_tokens)
     seconds, tokens, all_same, total = [0.0, 0.0], 0, True, None
     warm = encode_chat(models.tokenizer, [{"role": "user", "content": QUESTIONS[0]}])

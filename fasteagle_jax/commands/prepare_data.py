@@ -23,7 +23,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count, islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from fasteagle_jax.commands.manifest import damaged, manifest_path, read_manifest
 from fasteagle_jax.commands.models import add_target_options, decode, load_models, prompt_slots
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, program, whole, writing
 from fasteagle_jax.data import Conversation, ConversationWriter, Message, read_dialogues, read_prompts
@@ -87,7 +88,8 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError("no source: give --prompts or --dialogues")
     if SELF in args.prompts and args.limit is None:
         raise UserError("--prompts self has no end: give --limit")
-    make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed)  # checks them before anything is loaded
+    # Checks them before anything is loaded.
+    make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
     sources = _read_sources(args.prompts, args.dialogues, args.limit)
     total = min(args.limit or 2**62, sum(2**62 if s.samples is None else len(s.samples) for s in sources))
 
@@ -103,11 +105,12 @@ def prepare(args: argparse.Namespace) -> None:
         max_length=args.max_length,
         keep_truncated=args.keep_truncated,
     )
+    filters = ("top_k", "top_p", "min_p") if args.min_p else ("top_k", "top_p")  # manifests older than --min-p lack it
     settings = {
         "target": models.fingerprint,
         "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "sources": [source.named for source in sources],
-        "sampling": {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")},
+        "sampling": {name: getattr(args, name) for name in ("temperature", *filters, "seed")},
         "dtype": models.dtype,
         "max_length": args.max_length,
         "max_new": args.max_new,
@@ -367,6 +370,7 @@ def _generate(model: Any, talks: list[Talk], args: argparse.Namespace, stop_toke
         [0 if u else args.top_k for u in user],
         [1.0 if u else args.top_p for u in user],
         [answer_seed(args.seed, talk.id, talk.speaker) for talk in talks] + [0] * filling,
+        [0.0 if u else args.min_p for u in user],
     )
     generation = decode(
         model,
@@ -403,21 +407,14 @@ class Manifest:
     @classmethod
     def of(cls, output: Path, settings: dict[str, Any]) -> Manifest:
         """The manifest of `output`, or a new one; UserError where the output was made with other settings."""
-        manifest = cls(output.with_name(output.name + ".manifest.json"), settings)
-        if not manifest.path.exists():
-            if output.exists() and output.stat().st_size:
-                raise UserError(f"{output} exists without {manifest.path.name}: name another --output")
-            return manifest
-        try:
-            saved = json.loads(manifest.path.read_bytes())
-            old, counts = saved["settings"], saved["counts"]
-            manifest.tried, manifest.written = counts["samples"], counts["conversations"]
-            manifest.dropped = Counter(counts["dropped"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{manifest.path} is damaged ({error}): name another --output") from error
-        changed = _differences(old, json.loads(json.dumps(settings)))
-        if changed:
-            raise UserError(f"{output} was made with {'; '.join(changed)}: use the same settings or another --output")
+        manifest = cls(manifest_path(output), settings)
+        if (saved := read_manifest(output, settings)) is not None:
+            try:
+                counts = saved["counts"]
+                manifest.tried, manifest.written = counts["samples"], counts["conversations"]
+                manifest.dropped = Counter(counts["dropped"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise damaged(output, error) from error
         return manifest
 
     def settled(self, samples: Iterator[Sample], writer: ConversationWriter) -> int:
@@ -453,15 +450,3 @@ class Manifest:
         counts = {"samples": self.tried, "conversations": written, "dropped": dict(sorted(self.dropped.items()))}
         text = json.dumps({"settings": self.settings, "counts": counts}, indent=2) + "\n"
         write_text(self.path, text)
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`max_new 256, not 128` for each setting that differs."""
-    differ = []
-    for name in sorted(old.keys() | new.keys()):
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            differ += _differences(a, b)
-        elif a != b:
-            differ.append(f"{name} {json.dumps(a)}, not {json.dumps(b)}")
-    return differ

@@ -120,7 +120,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def add_sampling_options(parser: Any, temperature: float) -> None:
-    """Adds --temperature, --top-k, --top-p and --seed, whose values `sampling.make_sampling` checks."""
+    """Adds --temperature, --top-k, --top-p, --min-p and --seed, whose values `sampling.make_sampling` checks."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--temperature", type=float, default=temperature, metavar="X", help=f"0 is greedy (default {temperature:g})"
@@ -129,9 +129,16 @@ def add_sampling_options(parser: Any, temperature: float) -> None:
 
 
 def add_filter_options(group: Any) -> None:
-    """Adds --top-k, --top-p and --seed."""
+    """Adds --top-k, --top-p, --min-p and --seed."""
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens; 0 for all")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="then keep P of the mass; 1 for all")
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="then keep tokens of at least P times the most probable one's probability; 0 for all",
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other samples (default 0)")
 
 

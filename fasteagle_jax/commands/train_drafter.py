@@ -27,12 +27,12 @@ from tqdm import tqdm
 from fasteagle_jax.checkpoint import Checkpoints
 from fasteagle_jax.commands.terminal import Parser, program
 from fasteagle_jax.data import PackedData, coverage, draft_vocabulary, read_conversations, read_prompts, token_counts
-from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
+from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.files import save_drafter
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import write_text
 from fasteagle_jax.metrics import measure_acceptance
-from fasteagle_jax.run import RunConfig, apply_changes, differences, load_config, to_json
+from fasteagle_jax.run import RunConfig, apply_changes, differences, drafter_config, load_config, to_json
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
 from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.training import TrainState, feature_rms, in_dtype, init_drafter, make_optimizer, make_train_step
@@ -158,28 +158,24 @@ def _new_drafter(
 ) -> FastEagle:
     """The drafter that the configuration describes, with its first weights."""
     target, choice = loaded.model, config.drafter
-    changes: dict[str, Any] = {"num_levels": choice.num_levels, "reinject": choice.reinject, "window": choice.window}
-    for name in ("draft_vocab_size", "intermediate_size", "feature_layers"):
-        if getattr(choice, name) is not None:
-            changes[name] = getattr(choice, name)
-    drafter_config = default_config(target.config, **changes)
+    sizes = drafter_config(choice, target.config)
     token_ids = None
-    if drafter_config.draft_vocab_size < target.config.vocab_size:
+    if sizes.draft_vocab_size < target.config.vocab_size:
         counts = token_counts(conversations, target.config.vocab_size, assistant_only=True)
         counted = counts
         if choice.vocabulary_data:
             corpus = [sample for path in choice.vocabulary_data for sample in read_conversations(path)]
             counted = token_counts(corpus, target.config.vocab_size, assistant_only=True)
-        token_ids = draft_vocabulary(counted, drafter_config.draft_vocab_size)
+        token_ids = draft_vocabulary(counted, sizes.draft_vocab_size)
         print(
             f"vocabulary {len(token_ids)} rows cover {coverage(token_ids, counts):.1%} of the answers", file=sys.stderr
         )
     first = jax.tree.map(jnp.asarray, data.batch(0))
     rms = None
     if choice.scale_features:
-        rms = jax.jit(feature_rms, static_argnums=2)(target, first, drafter_config.feature_layers)
+        rms = jax.jit(feature_rms, static_argnums=2)(target, first, sizes.feature_layers)
     return init_drafter(
-        drafter_config,
+        sizes,
         target,
         jax.random.key(config.seed),
         token_ids=token_ids,

@@ -20,6 +20,7 @@ from fasteagle_jax.cache import Ring, commit_ring, empty_ring, ring_slots, seen_
 from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
 from fasteagle_jax.layers import (
+    LAYER_AXES,
     DecoderLayer,
     LayerConfig,
     Past,
@@ -33,6 +34,8 @@ from fasteagle_jax.layers import (
 )
 from fasteagle_jax.sampling import gumbel_noise
 from fasteagle_jax.tree import Draft, Tree, build
+
+AXES = LAYER_AXES | {"fc": (None, "embed"), "fuse": (None, "embed"), "reinject": (None, "embed")}
 
 
 class Constant(nnx.Variable):

@@ -14,7 +14,17 @@ from flax import nnx
 
 from fasteagle_jax.cache import Cache, empty_cache
 from fasteagle_jax.config import LlamaConfig
-from fasteagle_jax.layers import DecoderLayer, LayerConfig, Past, head_logits, rms_norm, rotation, run_layers, unstack
+from fasteagle_jax.layers import (
+    LAYER_AXES,
+    DecoderLayer,
+    LayerConfig,
+    Past,
+    head_logits,
+    rms_norm,
+    rotation,
+    run_layers,
+    unstack,
+)
 
 
 class TargetOutput(NamedTuple):
@@ -37,6 +47,9 @@ def layer_config(c: LlamaConfig) -> LayerConfig:
         c.attention_bias,
         c.mlp_bias,
     )
+
+
+AXES = LAYER_AXES | {"embedding": ("vocab", "embed"), "head": ("vocab", "embed")}
 
 
 class Llama(nnx.Module):

@@ -6,17 +6,21 @@ L layers. Ours are [in, out] and, where stacked, have a leading L; Hugging Face'
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fasteagle_jax.config import LlamaConfig
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.layers import unstack
-from fasteagle_jax.targets.llama import Llama
+from fasteagle_jax.sharding import place, spec
+from fasteagle_jax.targets.llama import AXES, Llama
 from fasteagle_jax.targets.readers import Checkpoint, fingerprint, open_checkpoint
 
 
@@ -62,19 +66,23 @@ class LoadedTarget:
     checkpoint: Checkpoint
 
 
-def load_target(name_or_path: str, dtype: Any = jnp.float32, *, stacked: bool | None = None) -> LoadedTarget:
+def load_target(
+    name_or_path: str, dtype: Any = jnp.float32, *, stacked: bool | None = None, mesh: Mesh | None = None
+) -> LoadedTarget:
     """The Llama in a Hugging Face folder, hub repository or GGUF file, its weights in `dtype`.
 
-    `stacked` defaults to what the backend runs faster: a list of layers on a CPU, one scanned stack elsewhere.
+    `stacked` defaults to what the backend runs faster: a list of layers on a CPU, one scanned stack elsewhere. On a
+    mesh every weight goes straight into its shards. The host holds one tensor of the file at a time.
     Raises UserError for a source that cannot be read or does not fit its own configuration.
     """
     checkpoint = open_checkpoint(name_or_path)
     if stacked is None:
         stacked = jax.default_backend() != "cpu"
-    return LoadedTarget(load_weights(checkpoint, dtype, stacked=stacked), fingerprint(checkpoint), checkpoint)
+    model = load_weights(checkpoint, dtype, stacked=stacked, mesh=mesh)
+    return LoadedTarget(model, fingerprint(checkpoint), checkpoint)
 
 
-def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool) -> Llama:
+def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mesh | None = None) -> Llama:
     """The Llama that a checkpoint holds; all missing, surplus and mis-shaped tensors in one UserError."""
     config = checkpoint.config
     # Shapes first, values after: nothing is created that is then replaced.
@@ -84,24 +92,24 @@ def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool) -> Llama:
     expected = _expected_shapes(config, model)
     _check(checkpoint, expected)
 
-    def read(name: str, entry: _Entry) -> np.ndarray:
+    def read(name: str, entry: _Entry) -> jax.Array:
         value = checkpoint.read(name)
-        return value.T if entry.transposed else value
+        value = np.ascontiguousarray((value.T if entry.transposed else value).astype(dtype))
+        return jnp.asarray(value) if mesh is None else place(value, _sharding(mesh, entry, value), value.shape)
 
     for entry in _TOP:
         if entry.name in expected:
-            setattr(model, entry.path, nnx.Param(_to_device(read(entry.name, entry), dtype)))
+            setattr(model, entry.path, nnx.Param(read(entry.name, entry)))
     layers = model.layers if stacked else nnx.List(unstack_shapes(model.layers, config.num_layers))
     for entry in _LAYER:
         names = [entry.name.format(i) for i in range(config.num_layers)]
         if names[0] not in expected:
             continue
         if stacked:
-            value = np.stack([read(name, entry).astype(dtype) for name in names])
-            setattr(layers, entry.path, nnx.Param(_to_device(value, dtype)))
+            setattr(layers, entry.path, nnx.Param(_stacked((read(name, entry) for name in names), len(names))))
         else:
             for layer, name in zip(layers, names, strict=True):
-                setattr(layer, entry.path, nnx.Param(_to_device(read(name, entry), dtype)))
+                setattr(layer, entry.path, nnx.Param(read(name, entry)))
     model.layers = layers
     return model
 
@@ -111,8 +119,25 @@ def unstack_shapes(stacked: Any, num_layers: int) -> list[Any]:
     return jax.eval_shape(lambda tree: unstack(tree, num_layers), stacked)
 
 
-def _to_device(value: np.ndarray, dtype: Any) -> jax.Array:
-    return jnp.asarray(np.ascontiguousarray(value.astype(dtype)))
+def _sharding(mesh: Mesh, entry: _Entry, value: np.ndarray) -> NamedSharding:
+    return NamedSharding(mesh, spec(mesh, AXES.get(entry.path, (None,) * value.ndim), value.shape))
+
+
+def _stacked(layers: Iterator[jax.Array], num_layers: int) -> jax.Array:
+    """Layers' arrays as one stack, filled in place on the devices one by one."""
+    first = next(layers)
+    sharding: Any = first.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    stack = jax.jit(lambda: jnp.zeros((num_layers, *first.shape), first.dtype), out_shardings=sharding)()
+    put = jax.jit(
+        lambda stack, i, layer: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
+    for i, layer in enumerate(itertools.chain([first], layers)):
+        stack = put(stack, np.int32(i), layer)
+    return stack
 
 
 def _expected_shapes(config: LlamaConfig, model: Llama) -> dict[str, tuple[int, ...]]:

@@ -54,6 +54,35 @@ def test_a_result_counts_tokens_seconds_and_differences():
     assert result.acceptance_by_depth == [0.5, 0.0]
 
 
+def test_a_sweep_over_slots_reports_each_way_and_plots_it(talkative, prompts_file, tmp_path, capsys):
+    argv = ["--target", talkative[0], "--drafter", talkative[1], "--prompts", prompts_file, "--limit", 3]
+    argv += ["--sweep", "slots", "--slots", 1, 2, "--tree", "best_first:4", "--max-len", 256]
+    argv += ["--max-new", 12, "--repeats", 2, "--json", tmp_path / "s.json", "--plot", tmp_path / "s.png"]
+    assert main([str(word) for word in argv]) == 0
+    assert "best_first:4" in capsys.readouterr().out
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    points = json.loads((tmp_path / "s.json").read_text())["points"]
+    assert [(p["slots"], p["way"]) for p in points] == [(n, way) for n in (1, 2) for way in ("plain", "best_first:4")]
+    for p in points:
+        assert p["differing"] == 0 and p["requests"] == 8
+        assert len(p["tokens_per_second"]) == 2 and 0 < p["host_share"] < 1
+        assert p["ratio"]["median"] == 1 if p["way"] == "plain" else p["ratio"]["median"] > 0
+    assert points[2]["memory"]["target_cache"] == 2 * points[0]["memory"]["target_cache"]
+
+
+def test_a_sweep_over_memory_shows_that_a_windows_cache_does_not_grow(talkative, prompts_file, tmp_path):
+    caches = {}
+    for max_len in (300, 600):
+        path = tmp_path / f"{max_len}.json"
+        argv = ["--target", talkative[0], "--drafter", talkative[1], "--prompts", prompts_file, "--json", path]
+        argv += ["--sweep", "memory", "--slots", 2, "--max-len", max_len, "--window", 16]
+        assert main([str(word) for word in argv]) == 0
+        for point in json.loads(path.read_text())["points"]:
+            caches[max_len, point["window"]] = point["drafter_cache"]
+            assert point["arguments"] > point["target"] + point["drafter"] + point["target_cache"]
+    assert caches[300, 16] == caches[600, 16] < caches[300, None] < caches[600, None]
+
+
 def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, prompts_file, tmp_path):
     given = ["--target", target_folder, "--drafter", drafter_folder, "--prompts", prompts_file]
     there = tmp_path / "there.json"

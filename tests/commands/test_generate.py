@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import builtins
 import json
+import re
 
 import pytest
 
+from fasteagle_jax.commands.answers import COLOURS, Screen
 from fasteagle_jax.commands.generate import main
 from fasteagle_jax.data import read_prompts
+from fasteagle_jax.engine import Piece
 from fasteagle_jax.tokenizer import load_tokenizer
 from tests.tiny_folder import make_drafter, make_target
 
@@ -24,51 +28,73 @@ def generate(target_folder, capsys):
     return run
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_a_drafter_changes_no_answer(generate, talkative, temperature):
+@pytest.mark.parametrize(("temperature", "tree"), [(0, "best_first:6"), (1, "backbone:2")])
+def test_a_drafter_changes_no_answer(generate, talkative, temperature, tree):
     target, drafter = talkative
     asked = ["--prompt", "Why?", "--prompt", "When?", "--target", target, "--temperature", temperature]
     plain, _ = generate(*asked)
-    fast, said = generate(*asked, "--tree", "best_first:6", "--drafter", drafter)
-    assert fast == plain
     assert plain.startswith("> Why?\n< ")
+    fast, said = generate(*asked, "--drafter", drafter, "--tree", tree)
+    assert fast == plain
     assert "24 new tokens" in said
     assert "for 22 tokens, the 2 made by prefill not counted" in said
+    fast, said = generate(*asked, "--drafter", drafter, "--tree", "plain")
+    assert fast == plain
+    assert "acceptance" not in said
 
 
-def test_streaming_prints_the_same_answer_in_pieces(generate, drafter_folder):
-    plain, _ = generate("--prompt", "Why?")
-    for options in ((), ("--drafter", drafter_folder, "--tree", "best_first:6")):
-        streamed, said = generate("--prompt", "Why?", "--stream", *options)
+def test_for_several_prompts_the_tree_is_measured_and_for_one_it_is_not(generate, talkative):
+    target, drafter = talkative
+    asked = ["--prompt", "Why?", "--target", target, "--max-new", 40]
+    models = ["--drafter", drafter]
+    plain, _ = generate(*asked, "--prompt", "When?")
+    fast, said = generate(*asked, "--prompt", "When?", *models)
+    assert fast == plain
+    assert "measuring" in said and "80 new tokens" in said
+    assert "measuring" not in generate(*asked, *models)[1]
+
+
+def test_one_prompt_is_streamed_the_same_answer_in_pieces(generate, drafter_folder):
+    plain, _ = generate("--prompt", "Why?", "--no-stream")
+    for options in ((), ("--stream",), ("--drafter", drafter_folder, "--tree", "best_first:6")):
+        streamed, said = generate("--prompt", "Why?", *options)
         assert plain == "> Why?\n< " + streamed
         assert "tokens/s" in said
 
 
-def test_streaming_prints_whole_characters_only(generate, monkeypatch, capsys):
+def test_a_streamed_conversation_reads_like_a_printed_one(generate, tmp_path):
+    path = tmp_path / "talk.jsonl"
+    path.write_text(json.dumps({"turns": ["Hi?", "And?"]}))
+    streamed, _ = generate("--input", path)
+    assert streamed == generate("--input", path, "--no-stream")[0]
+    assert streamed.count("\n< ") == 2
+
+
+def test_streaming_prints_whole_characters_only(generate, monkeypatch):
     """A character of several tokens is printed when its last byte is there; the random answers are full of such."""
     pieces = []
-    import builtins
-
     show = builtins.print
 
     def note(*words, **options):
-        if options.get("flush"):
+        if options.get("flush") and words[0]:
             pieces.append(words[0])
         show(*words, **options)
 
     monkeypatch.setattr(builtins, "print", note)
     for seed in range(4):
         pieces.clear()
-        streamed, _ = generate("--prompt", "Why?", "--stream", "--seed", seed)
-        assert "".join(pieces) + "\n" == streamed
+        streamed, _ = generate("--prompt", "Why?", "--seed", seed)
+        assert "".join(pieces) == streamed
+        *pieces, newline = pieces
+        assert newline == "\n"
         assert not any(piece.endswith("\ufffd") for piece in pieces[:-1])
 
 
-def test_batches_change_no_answer_and_conversations_are_written(generate, prompts_file, tmp_path, target_folder):
+def test_slots_change_no_answer_and_conversations_are_written(generate, prompts_file, tmp_path, target_folder):
     records = []
-    for size in (1, 5):
-        output = tmp_path / f"{size}.jsonl"
-        generate("--input", prompts_file, "--limit", 7, "--output", output, "--batch-size", size)
+    for slots in (1, 5):
+        output = tmp_path / f"{slots}.jsonl"
+        generate("--input", prompts_file, "--limit", 7, "--output", output, "--slots", slots)
         records.append([json.loads(line) for line in output.read_text().splitlines()])
     assert records[0] == records[1]
     assert [record["id"] for record in records[0]] == [p.id for p in read_prompts(str(prompts_file), 7)]
@@ -83,10 +109,87 @@ def test_batches_change_no_answer_and_conversations_are_written(generate, prompt
     assert [p.turns for p in read_prompts(str(output))] == [p.turns for p in read_prompts(str(prompts_file), 7)]
 
 
+def test_conversations_are_printed_in_their_order(generate, prompts_file):
+    printed, _ = generate("--input", prompts_file, "--limit", 7, "--slots", 3)
+    turns = [turn for prompt in read_prompts(str(prompts_file), 7) for turn in prompt.turns]
+    assert [line[2:] for line in printed.splitlines() if line[2:] in turns and line.startswith("> ")] == turns
+
+
 def test_plain_text_is_continued_without_the_template(generate):
     out, _ = generate("--prompt", "Once upon", "--no-chat")
     assert out.startswith("Once upon")
     assert "<|im_start|>" not in out
+    assert out == generate("--prompt", "Once upon", "--no-chat", "--no-stream")[0]
+
+
+def test_an_answer_ends_before_a_stop_text(generate, talkative, tmp_path):
+    asked = ["--target", talkative[0], "--prompt", "Why?", "--max-new", 40]
+    whole = generate(*asked)[0][:-1]
+    stop = whole[10:12]
+    assert "\ufffd" not in stop
+    output = tmp_path / "a.jsonl"
+    generate(*asked, "--stop", "nowhere to be found", "--stop", stop, "--output", output)
+    record = json.loads(output.read_text())
+    assert record["messages"][1]["content"] == whole[: whole.index(stop)]
+    assert record["stopped"] == [True] and len(record["tokens"][0]) < 40
+
+
+def test_min_p_of_1_leaves_the_most_probable_token_alone(generate):
+    asked = ["--prompt", "Why?", "--prompt", "When?"]
+    assert generate(*asked, "--min-p", 1)[0] == generate(*asked, "--temperature", 0)[0] != generate(*asked)[0]
+
+
+def test_an_answer_ends_at_max_len(generate, talkative):
+    _, said = generate("--target", talkative[0], "--prompt", "Why?", "--max-len", 70, "--max-new", 70)
+    assert int(said.split()[0]) < 70
+
+
+# --- drafts shown -----------------------------------------------------------------------------------------------
+
+
+def test_without_colours_accepted_tokens_carry_their_depth(generate, talkative):
+    """At a high temperature noise that target and drafter share decides: many guesses are accepted."""
+    target, drafter = talkative
+    asked = ["--prompt", "Why?", "--target", target, "--drafter", drafter, "--temperature", 4, "--max-new", 40]
+    plain, said = generate(*asked)
+    for options in (["--stream"], ["--no-stream"]):
+        shown, said = generate(*asked, *options, "--show-drafts")
+        legend, _, answer = shown.partition("\n\n")
+        assert legend == "tokens: the target's own; accepted as the drafter's guess at depth 1¹ 2²"
+        if options == ["--no-stream"]:
+            answer = answer.removeprefix("> Why?\n< ")
+        assert re.sub("[¹²]", "", answer) == plain
+        rounds = int(re.search(r"(\d+) rounds", said).group(1))
+        marks = answer.count("¹") + answer.count("²")
+        assert marks == 39 - rounds > 0
+    assert "accepted by depth 0." in said
+
+
+def test_with_colours_each_depth_has_one_and_no_character_is_added(generate, talkative, monkeypatch):
+    target, drafter = talkative
+    asked = ["--prompt", "Why?", "--target", target, "--drafter", drafter, "--temperature", 4, "--max-new", 40]
+    plain, _ = generate(*asked)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown, _ = generate(*asked, "--show-drafts")
+    legend, _, answer = shown.partition("\n\n")
+    assert "\x1b[32m1\x1b[0m \x1b[36m2\x1b[0m" in legend
+    assert "\x1b[32m" in answer
+    assert re.sub("\x1b\\[[0-9]*m", "", answer) == plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "1¹ 2²" in generate(*asked, "--show-drafts")[0]
+
+
+def test_a_mark_stands_behind_the_token_before_its_line_ends(capsys):
+    screen = Screen(num_levels=len(COLOURS) + 4)
+    capsys.readouterr()
+    for piece in (Piece("The", 0), Piece(" sky\n", 2), Piece("", 1), Piece("is", 11), Piece("\n", 0)):
+        screen.piece(piece)
+    assert capsys.readouterr().out == "The sky²\n¹is¹¹\n"
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------
 
 
 def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, prompts_file, tmp_path):
@@ -96,17 +199,25 @@ def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, prompts
     assert "exists" in complaint(main, *given, "--output", there)
     assert "temperature is -0.5" in complaint(main, *given, "--temperature", "-0.5")
     assert "top_p is 2.0" in complaint(main, *given, "--top-p", 2)
+    assert "min_p is 2.0" in complaint(main, *given, "--min-p", 2)
+    assert "stop is ['']" in complaint(main, *given, "--stop", "")
     assert "tree" in complaint(main, *given, "--tree", "oak:3")
     assert "at least 2" in complaint(main, *given, "--tree", "best_first:1")
     assert "no prompt" in complaint(main, "--target", target_folder)
     assert "no folder or file" in complaint(main, "--target", tmp_path / "nowhere", "--prompt", "a")
     assert "no folder" in complaint(main, *given, "--drafter", tmp_path / "nowhere")
     assert "config.json" in complaint(main, *given, "--drafter", tmp_path)
-    assert "exceed the target's 1024 positions" in complaint(main, *given, "--prompt", "a" * 1000)
+    said = complaint(main, *given, "--prompt", "a" * 1000)
+    assert "prompt-2 has 10" in said and "but a request has 1024, answer included" in said
+    assert "max_len is 2000" in complaint(main, *given, "--max-len", 2000)
     assert "--stream" in complaint(main, *given, "--prompt", "b", "--stream")
+    assert "--stream" in complaint(main, *given, "--output", tmp_path / "new.jsonl", "--stream")
     assert "several turns" in complaint(main, "--target", target_folder, "--input", prompts_file, "--no-chat")
     assert "is empty" in complaint(main, "--target", target_folder, "--prompt", "", "--no-chat")
     assert "'0'" in complaint(main, *given, "--max-new", 0)
+    assert "name its folder with --drafter" in complaint(main, *given, "--show-drafts")
+    shown = [*given, "--drafter", drafter_folder, "--show-drafts", "--output", tmp_path / "new.jsonl"]
+    assert "--show-drafts with --output" in complaint(main, *shown)
 
 
 def test_a_corrupt_prompt_is_named_by_file_and_line(complaint, target_folder, tmp_path):

@@ -1,0 +1,190 @@
+"""What generate and chat share: the engine by its options, answers shown token by token, and what they took."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+
+from fasteagle_jax.commands.models import add_target_options
+from fasteagle_jax.commands.terminal import add_sampling_options, whole
+from fasteagle_jax.commands.timing import Stopwatch
+from fasteagle_jax.engine import Engine, Piece
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.metrics import Acceptance
+from fasteagle_jax.requests import Completion, SamplingParams
+from fasteagle_jax.text import TextStream
+from fasteagle_jax.tree import Tree
+
+ONE_AT_A_TIME = "best_first:16"  # the tree of a single conversation, over before "auto" would have measured
+COLOURS = ("green", "cyan", "blue", "magenta", "yellow", "red", "bright_black")  # of depths 1, 2, ...; the last: deeper
+MARKS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+# --- options ----------------------------------------------------------------------------------------------------
+
+
+def add_answer_options(parser: Any, max_new: int) -> None:
+    """Adds what an answer is made of: --max-new, --stop, the sampling options, and --show-drafts."""
+    parser.add_argument(
+        "--max-new", type=whole(1), default=max_new, metavar="T", help="tokens an answer (default %(default)s)"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; repeatable"
+    )
+    parser.add_argument(
+        "--show-drafts",
+        action="store_true",
+        help="colour each token by the depth at which the drafter guessed it; where there are no colours (a pipe, "
+        "NO_COLOR) the depth stands behind the token: sky¹",
+    )
+    add_sampling_options(parser, temperature=0.0)
+
+
+def add_engine_options(parser: Any, default_tree: str) -> None:
+    """Adds --target, --dtype, --drafter, --tree and --max-len, to be read with `load_engine`."""
+    group = parser.add_argument_group("models")
+    add_target_options(group)
+    group.add_argument("--drafter", type=Path, metavar="FOLDER", help="without one, decoding is plain")
+    group.add_argument(
+        "--tree",
+        metavar="T",
+        help="plain, chain, backbone:WIDTH, best_first:NODES, or auto: the fastest, measured at the start, which takes "
+        f"a minute or more (default {default_tree})",
+    )
+    group.add_argument(
+        "--max-len",
+        type=whole(2),
+        metavar="T",
+        help="the most tokens of a conversation, answers included (default the target's positions, at most 2048)",
+    )
+
+
+def tree_named(text: str) -> Tree | str | None:
+    """What `Engine` takes for the value of --tree: a Tree, "auto", or None for `plain`."""
+    if text in ("auto", "plain"):
+        return "auto" if text == "auto" else None
+    return Tree.parse(text)
+
+
+def params_of(args: argparse.Namespace) -> SamplingParams:
+    """The options of an answer; UserError for values that cannot be."""
+    if args.show_drafts and args.drafter is None:
+        raise UserError("--show-drafts without a drafter: name its folder with --drafter")
+    return SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        max_new_tokens=args.max_new,
+        stop=args.stop,
+    )
+
+
+def load_engine(args: argparse.Namespace, tree: Tree | str | None, slots: int) -> Engine:
+    """The engine that the options name, its trees measured if there is a choice."""
+    engine = Engine.load(args.target, args.drafter, slots=slots, max_len=args.max_len, tree=tree, dtype=args.dtype)
+    if len(engine.trees) > 1:
+        print("measuring which tree is the fastest", file=sys.stderr)
+        logging.getLogger(Engine.__module__).setLevel(logging.INFO)  # it says what it measured
+        engine.measure()
+    return engine
+
+
+# --- answers shown ----------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """stdout, written piece by piece; with `num_levels`, tokens show the depth at which they were guessed."""
+
+    def __init__(self, num_levels: int = 0) -> None:
+        self._shows_depths = num_levels > 0
+        self._console = Console()
+        self._has_colours = self._console.color_system is not None and not self._console.no_color
+        if num_levels:
+            self.text("tokens: the target's own; accepted as the drafter's guess at depth")
+            for depth in range(1, num_levels + 1):
+                self.text(" ")
+                self.piece(Piece(str(depth), depth))
+            self.text("\n\n")
+
+    def text(self, text: str) -> None:
+        """Writes it at once."""
+        print(text, end="", flush=True)
+
+    def piece(self, piece: Piece) -> None:
+        """Writes some text of an answer."""
+        if not (self._shows_depths and piece.depth):
+            self.text(piece.text)
+        elif self._has_colours:
+            style = Style.parse(COLOURS[min(piece.depth, len(COLOURS)) - 1])
+            self._console.print(Segments([Segment(piece.text, style)]), soft_wrap=True, end="")
+        else:  # also where a token has no text: a character's first bytes
+            words = piece.text.rstrip("\n")
+            self.text(words + str(piece.depth).translate(MARKS) + piece.text[len(words) :])
+
+    def answer(self, completion: Completion, tokenizer: Any, stop: Sequence[str]) -> None:
+        """Writes a whole answer."""
+        if not self._shows_depths:
+            self.text(completion.text)
+            return
+        text = TextStream(tokenizer, stop)
+        for token, depth in zip(completion.tokens, completion.depths, strict=True):
+            self.piece(Piece(text.push(token), depth))
+        if rest := text.finish():
+            self.piece(Piece(rest, completion.depths[-1]))
+
+
+# --- statistics -------------------------------------------------------------------------------------------------
+
+
+def num_levels(engine: Engine) -> int:
+    """N, the depth to which the engine drafts; 0 where decoding is plain."""
+    return 0 if engine.drafter is None or engine.trees == (None,) else engine.drafter.num_levels
+
+
+@dataclasses.dataclass(frozen=True)
+class Took:
+    """What answers took; `+` adds up."""
+
+    answers: int
+    new_tokens: int
+    seconds: float  # without compilation
+    compiling: float
+    acceptance: Acceptance
+
+    @classmethod
+    def of(cls, answers: Sequence[Sequence[int]], watch: Stopwatch, num_levels: int) -> Self:
+        """The sums of answers, each given by the depths of its tokens (`Completion.depths`)."""
+        depths = [depth for answer in answers for depth in answer]
+        accepted_at = tuple(depths.count(depth) for depth in range(1, num_levels + 1))
+        rounds = depths.count(0) - len(answers)  # each ends with a token of the target's own, and prefill makes one
+        return cls(len(answers), len(depths), watch.seconds, watch.compiling, Acceptance(rounds, accepted_at))
+
+    def __add__(self, other: Took) -> Took:
+        sums = (getattr(self, field.name) + getattr(other, field.name) for field in dataclasses.fields(self))
+        return Took(*sums)
+
+    def lines(self) -> Iterator[str]:
+        """What to say of it."""
+        rate = self.new_tokens / max(self.seconds, 1e-9)
+        yield (
+            f"{self.new_tokens} new tokens in {self.seconds:.1f} s: {rate:.1f} tokens/s"
+            f" (and {self.compiling:.1f} s of compilation)"
+        )
+        if self.acceptance.accepted_at and self.acceptance.rounds:
+            by_depth = " ".join("-" if math.isnan(share) else f"{share:.2f}" for share in self.acceptance.by_depth)
+            yield (
+                f"acceptance length {self.acceptance.length:.2f} tokens a round:"
+                f" {self.acceptance.rounds} rounds for {self.new_tokens - self.answers} tokens,"
+                f" the {self.answers} made by prefill not counted; accepted by depth {by_depth}"
+            )

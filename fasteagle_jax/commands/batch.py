@@ -1,0 +1,324 @@
+"""Answer a file of requests, sped up by a drafter if one is named: the tokens are the same with and without it.
+
+The input has one JSON object a line, in OpenAI's batch form (/v1/chat/completions, /v1/completions) or a simple one:
+
+  {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...], "max_tokens": 64}}
+  {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "temperature": 0, "id": "sky"}
+  {"prompt": "The sky is", "n": 2, "seed": 7}
+
+A prompt is continued as it is, messages go through the target's chat template. Sampling fields: temperature, top_p,
+top_k, min_p, max_tokens (max_completion_tokens, max_new_tokens), n, seed, stop, stop_token_ids, ignore_eos, logprobs;
+the options below hold where a line leaves them out, --seed included: equal requests then get equal answers.
+
+Each line gets one record in the form it came in, as soon as it is answered, so in another order: records carry the
+line's number as "line". OpenAI's records have "custom_id", "response" and "error" (and token ids beside each choice's
+text), simple ones "id", "text", "tokens", "finish_reason" and more (with n > 1 a list "answers" of these); both have
+"statistics". A line that cannot be answered gets a record with an "error" that names the line, and the rest goes on.
+
+The same command after an interruption, by whatever means, goes on where it stopped. OUTPUT.manifest.json beside the
+output says how it was made; other settings need another output. --slots, --drafter and --tree change no token and may
+change.
+
+Several processes share the lines: process i of n answers those whose number modulo n is i, into a file of its own,
+answers-00000-of-00002.jsonl. They meet once, to learn their numbers, and then do not wait for each other.
+
+examples:
+  fasteagle batch --input requests.jsonl --output answers.jsonl --slots 16
+  fasteagle batch --drafter runs/smollm2/drafter --input requests.jsonl --output answers.jsonl --temperature 0
+  fasteagle batch --input requests.jsonl --output answers.jsonl --coordinator host:1234 --num-processes 2 --process-id 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from fasteagle_jax.batch_file import (
+    AnswerFile,
+    BatchRequest,
+    Refusal,
+    answer_record,
+    numbered,
+    read_requests,
+    refusal_record,
+)
+from fasteagle_jax.commands.answers import add_engine_options, tree_named
+from fasteagle_jax.commands.manifest import manifest_path, read_manifest
+from fasteagle_jax.commands.terminal import (
+    INTERRUPTED,
+    Parser,
+    add_filter_options,
+    dtype_named,
+    program,
+    whole,
+    writing,
+)
+from fasteagle_jax.engine import Engine
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.files import write_text
+from fasteagle_jax.requests import Completion, SamplingParams
+
+
+@program
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answers a file as the command line says; returns the exit code."""
+    return answer_file(_parser().parse_args(argv))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="fasteagle batch", description=__doc__)
+    parser.add_argument("--input", required=True, type=Path, metavar="FILE", help="requests, a line each")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON lines, resumed if it exists")
+    parser.add_argument(
+        "--slots", type=whole(1), default=8, metavar="B", help="requests answered at once (default %(default)s)"
+    )
+    add_engine_options(parser, "auto")
+    group = parser.add_argument_group("what a line may leave out")
+    group.add_argument(
+        "--max-new", type=whole(1), default=256, metavar="T", help="tokens an answer (default %(default)s)"
+    )
+    group.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default %(default)s)")
+    add_filter_options(group)
+    group = parser.add_argument_group("several processes")
+    group.add_argument(
+        "--distributed", action="store_true", help="be one of those that jax.distributed finds; implied by the rest"
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 listens; also JAX_COORDINATOR_ADDRESS"
+    )
+    group.add_argument("--num-processes", type=whole(1), metavar="N", help="that share the lines")
+    group.add_argument("--process-id", type=whole(0), metavar="I", help="this one, from 0")
+    return parser
+
+
+def answer_file(args: argparse.Namespace) -> int:
+    """Writes args.output, or what it still lacks; returns the exit code."""
+    # --- what was asked for -----------------------------------------------------------------------------------
+    tree = tree_named(args.tree or "auto")
+    if not args.input.is_file():
+        raise UserError(f"no file {args.input}: name a file of requests")
+    share = _join(args)
+    defaults = SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        max_new_tokens=args.max_new,
+    )
+    output = share.of_file(args.output)
+    if output.exists() and output.samefile(args.input):
+        raise UserError(f"{output} is the input, too: name another --output")
+
+    # --- the engine -------------------------------------------------------------------------------------------
+    dtype = dtype_named(args.dtype)
+    engine = Engine.load(args.target, args.drafter, slots=args.slots, max_len=args.max_len, tree=tree, dtype=dtype)
+    template = str(engine.tokenizer.chat_template or "")
+    with args.input.open("rb") as requests:
+        digest, numbers = _survey(requests, share)
+        settings = {
+            "target": engine.fingerprint,
+            "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+            "dtype": jnp.dtype(dtype).name,
+            "max_len": engine.max_len,
+            "input": {"sha256": digest},
+            "defaults": {
+                name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed", "max_new")
+            },
+            "share": share._asdict(),
+        }
+        is_new = read_manifest(output, settings) is None
+
+        # --- answers ------------------------------------------------------------------------------------------
+        with writing(output):
+            if is_new:
+                write_text(manifest_path(output), json.dumps({"settings": settings}, indent=2) + "\n")
+            with AnswerFile(output, numbers) as answers, Interrupts() as interrupts:
+                if answers.done:
+                    print(f"{output}: {len(answers.done)} of {len(numbers)} requests are answered already")
+                print(f"memory: {engine.memory}", file=sys.stderr)
+                if len(engine.trees) > 1:
+                    print("measuring which tree is the fastest comes first", file=sys.stderr)
+                work = Work(engine, answers, interrupts, args.target, len(numbers))
+                try:
+                    work.answer(read_requests(requests, defaults, lambda n: n in numbers and n not in answers.done))
+                except KeyboardInterrupt:
+                    print(
+                        f"interrupted: {len(answers.done)} of {len(numbers)} requests are answered; "
+                        "the same command goes on with the others",
+                        file=sys.stderr,
+                    )
+                    return INTERRUPTED
+    print(f"{output}: {work.summary()}")
+    return 0
+
+
+# --- shares -----------------------------------------------------------------------------------------------------
+
+
+class Share(NamedTuple):
+    """The part of the lines that is this process's."""
+
+    process: int
+    processes: int
+
+    def has(self, number: int) -> bool:
+        """Whether the line of this number is its."""
+        return number % self.processes == self.process
+
+    def of_file(self, path: Path) -> Path:
+        """`path`, or the process's own beside it where there are several."""
+        if self.processes == 1:
+            return path
+        return path.with_name(f"{path.stem}-{self.process:05d}-of-{self.processes:05d}{path.suffix}")
+
+
+def _join(args: argparse.Namespace) -> Share:
+    """This process's share. Nothing that uses a device may come before, not even making a SamplingParams."""
+    asked = (args.coordinator, args.num_processes, args.process_id)
+    if not args.distributed and all(value is None for value in asked):
+        return Share(jax.process_index(), jax.process_count())
+    try:
+        jax.distributed.initialize(*asked)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot join the other processes ({error}): give --coordinator, --num-processes and --process-id"
+        ) from error
+    share = Share(jax.process_index(), jax.process_count())
+    # All that follows is local. Shut down now, no process waits for the slowest at its end, or dies with another.
+    jax.distributed.shutdown()
+    return share
+
+
+def _survey(file: BinaryIO, share: Share) -> tuple[str, set[int]]:
+    """The file's sha256, and the numbers of the share's lines that are not blank; the file is at its start again."""
+    digest = hashlib.sha256()
+
+    def hashed() -> Iterator[bytes]:
+        for line in file:
+            digest.update(line)
+            yield line
+
+    numbers = {number for number, _ in numbered(hashed()) if share.has(number)}
+    file.seek(0)
+    return digest.hexdigest(), numbers
+
+
+# --- answering --------------------------------------------------------------------------------------------------
+
+
+class Work:
+    """The lines of a file becoming records, and what that takes."""
+
+    def __init__(self, engine: Engine, answers: AnswerFile, interrupts: Interrupts, target: str, total: int) -> None:
+        self._engine, self._answers, self._interrupts, self._target = engine, answers, interrupts, target
+        self._total = total
+        self._asked: dict[int, BatchRequest] = {}  # by line, under way
+        self._made: dict[int, list[Completion]] = {}
+        self._started = time.perf_counter()
+        self._tokens = self._rounds = self._accepted = 0
+        self._bar: Any = None
+
+    def answer(self, lines: Iterable[BatchRequest | Refusal]) -> None:
+        """Appends a record for each of the lines."""
+        pause = 0.5 if sys.stderr.isatty() else 60.0  # seconds: a log wants fewer lines than a terminal
+        done = len(self._answers.done)
+        with tqdm(total=self._total, initial=done, unit="request", mininterval=pause, dynamic_ncols=True) as self._bar:
+            self._started = time.perf_counter()
+            for completion in self._engine.serve(self._requests(lines)):
+                self._take(completion)
+
+    def summary(self) -> str:
+        """What came of it."""
+        seconds = time.perf_counter() - self._started
+        answers = self._answers
+        return (
+            f"{len(answers.done)} of {self._total} requests answered, {answers.num_errors} of them errors;"
+            f" {self._tokens} tokens in {seconds:.1f} s, {self._speed()}"
+        )
+
+    def _requests(self, lines: Iterable[BatchRequest | Refusal]) -> Iterator[Any]:
+        """The engine's requests; lines that it refuses are settled on the way."""
+        for asked in lines:
+            number = asked.line.number
+            if isinstance(asked, BatchRequest):
+                try:
+                    tokens = self._engine.encode(asked.prompt, "the prompt")
+                    requests = self._engine.requests(number, tokens, asked.params)
+                except UserError as error:
+                    asked = Refusal(asked.line, "invalid_prompt", str(error))
+                else:
+                    self._asked[number], self._made[number] = asked, []
+                    yield from requests
+                    continue
+            self._write(refusal_record(asked))
+
+    def _take(self, completion: Completion) -> None:
+        """Takes an answer; the last one of its line makes the record."""
+        number = completion.prompt_index
+        asked, made = self._asked[number], self._made[number]
+        made.append(completion)
+        self._tokens += len(completion.tokens)
+        self._rounds += completion.statistics.rounds
+        self._accepted += sum(completion.statistics.accepted_at)
+        if len(made) == asked.params.n:
+            del self._asked[number], self._made[number]
+            self._write(answer_record(asked, made, self._engine.tokenizer, self._target))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with self._interrupts.held():
+            self._answers.append(record)
+        self._bar.set_postfix_str(self._speed(), refresh=False)
+        self._bar.update()
+
+    def _speed(self) -> str:
+        rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
+        length = f"{1 + self._accepted / self._rounds:.2f}" if self._rounds else "-"
+        return f"{rate:.1f} tokens/s, acceptance length {length}"
+
+
+class Interrupts:
+    """Ctrl-C inside `with` is a KeyboardInterrupt, but never in the middle of what is `held`."""
+
+    def __init__(self) -> None:
+        self._asked = self._is_held = False
+        self._before: Any = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Lets what is inside come to its end first."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._asked:  # meanwhile, or earlier where a destructor swallowed the exception
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Self:
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored under a shell's `&`
+            self._before = signal.signal(signal.SIGINT, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _hear(self, *_: object) -> None:
+        self._asked = True
+        if not self._is_held:
+            raise KeyboardInterrupt

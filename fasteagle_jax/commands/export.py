@@ -1,0 +1,96 @@
+"""Write a drafter out of a training run's checkpoint, whether the run is finished or still going on.
+
+The folder holds model.safetensors and config.json, as a finished run's own `drafter` folder does; it is read back and
+compared before the command ends.
+
+example:
+  fasteagle export --run runs/smollm2_135m --output drafters/smollm2_135m
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fasteagle_jax.checkpoint import Checkpoints
+from fasteagle_jax.commands.terminal import Parser, check_new, program, whole
+from fasteagle_jax.drafters.fasteagle import FastEagle
+from fasteagle_jax.drafters.files import load_drafter, save_drafter
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.run import RunConfig, drafter_config, from_json, to_json
+from fasteagle_jax.targets.readers import fingerprint, open_checkpoint
+from fasteagle_jax.training import TrainState, make_optimizer
+
+
+@program
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exports as the command line says; returns the exit code."""
+    parser = Parser(prog="fasteagle export", description=__doc__)
+    parser.add_argument("--run", required=True, type=Path, help="a training run's folder")
+    parser.add_argument("--step", type=whole(1), metavar="N", help="of a checkpoint that is kept; default the newest")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="a new folder")
+    export(parser.parse_args(argv))
+    return 0
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes args.output and says what it holds."""
+    check_new(args.output)
+    try:
+        config = from_json(json.loads((args.run / "config.json").read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{args.run} holds no config.json: name a training run's folder") from None
+    target = open_checkpoint(config.target)
+    with Checkpoints(args.run / "checkpoints", config.keep) as checkpoints:
+        step = checkpoints.latest_step() if args.step is None else args.step
+        if step is None:
+            raise UserError(
+                f"{args.run} has no checkpoint yet: wait for the first one, after {config.save_every} steps"
+            )
+        drafter = _restored(config, target.config, checkpoints, step)
+    tokens = 0
+    with (args.run / "metrics.jsonl").open() as file:
+        for line in file:
+            record = json.loads(line)
+            if record["step"] > step:
+                break
+            tokens += record["tokens"]
+    mark = fingerprint(target)
+    save_drafter(drafter, args.output, mark, {"trained": {"steps": step, "tokens": tokens, "run": to_json(config)}})
+    read_back = load_drafter(args.output, target.config, mark, stacked=drafter.stacked)
+    folded = jax.tree.leaves(nnx.state(read_back, nnx.Param))
+    for mine, theirs in zip(jax.tree.leaves(nnx.state(_folded(drafter), nnx.Param)), folded, strict=True):
+        if not np.array_equal(mine, theirs):
+            raise UserError(f"{args.output} does not read back as it was written: check the disk and export again")
+    print(f"{args.output}: step {step}, {tokens / 1e6:.2f}M training tokens, {drafter.num_levels} levels")
+
+
+def _restored(config: RunConfig, target_config: Any, checkpoints: Checkpoints, step: int) -> FastEagle:
+    """The drafter of a checkpoint, in the form (stacked or list) that it was trained in."""
+    sizes = drafter_config(config.drafter, target_config)
+
+    def state(*, stacked: bool) -> tuple[Any, Any]:
+        drafter = FastEagle(sizes, jax.random.key(0), stacked=stacked)
+        graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        return graph, (TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32)), constants)
+
+    stacked = checkpoints.is_stacked(step)
+    graph, like = nnx.eval_shape(lambda: state(stacked=stacked))
+    train_state, constants = checkpoints.restore(step, like)
+    return nnx.merge(graph, train_state.params, constants)
+
+
+def _folded(drafter: FastEagle) -> FastEagle:
+    """The drafter with the scale of its features in fc, as its file has it."""
+    other = nnx.merge(*nnx.split(drafter))
+    other.fc[...] = other.fc[...] * other.feature_scale[...][:, None]
+    return other

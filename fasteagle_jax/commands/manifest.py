@@ -1,0 +1,53 @@
+"""The file beside an output that says how it was made: the same settings go on with the output, others are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fasteagle_jax.errors import UserError
+
+
+def manifest_path(output: Path) -> Path:
+    """OUTPUT.manifest.json."""
+    return output.with_name(output.name + ".manifest.json")
+
+
+def read_manifest(output: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the manifest of `output` holds, None where there is none yet.
+
+    Its "settings" are those given: UserError where they are not, or where `output` has no manifest.
+    """
+    path = manifest_path(output)
+    if not path.exists():
+        if output.exists() and output.stat().st_size:
+            raise UserError(f"{output} exists without {path.name}: name another --output")
+        return None
+    try:
+        saved = json.loads(path.read_bytes())
+        made_with = dict(saved["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(output, error) from error
+    if changed := differences(made_with, json.loads(json.dumps(settings))):
+        raise UserError(f"{output} was made with {'; '.join(changed)}: use the same settings or another --output")
+    assert isinstance(saved, dict)
+    return saved
+
+
+def damaged(output: Path, error: Exception) -> UserError:
+    """What to say of a manifest that cannot be read."""
+    return UserError(f"{manifest_path(output)} is damaged ({error}): name another --output")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`max_new 256, not 128` for each setting that differs."""
+    differ = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            differ += differences(a, b)
+        elif a != b:
+            differ.append(f"{name} {json.dumps(a)}, not {json.dumps(b)}")
+    return differ

@@ -1,0 +1,134 @@
+"""Where arrays live on a mesh of devices: one table from the models' logical axes to the mesh's.
+
+Mesh axes: `data` splits batches and nothing else, `fsdp` splits batches and weights, `tensor` splits heads, MLPs and
+the vocabulary. Models name logical axes (their AXES); only RULES knows the mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fasteagle_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",  # H, the stream's width, of weights
+    "heads": "tensor",  # all heads of a projection, side by side
+    "mlp": "tensor",
+    "vocab": "tensor",
+    None: None,
+}
+
+Axes = Mapping[str, tuple[str | None, ...]]  # an attribute's name: the logical axes of its last dimensions
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices along each mesh axis; -1, for one of them, takes all that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        if any(not isinstance(n, int) or (n < 1 and n != -1) for n in sizes) or sizes.count(-1) > 1:
+            raise UserError(f"mesh {self}: give whole numbers of at least 1, and -1 (what is left) at most once")
+
+    def __str__(self) -> str:
+        return f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}"
+
+    def sizes(self, num_devices: int) -> tuple[int, int, int]:
+        """The axes' sizes on so many devices; UserError, with the meshes that there are, where it has others."""
+        given = dataclasses.astuple(self)
+        known = math.prod(n for n in given if n > 0)
+        data, fsdp, tensor = (num_devices // known if n == -1 else n for n in given)
+        if data * fsdp * tensor != num_devices:
+            raise UserError(f"mesh {self} does not fit {num_devices} devices: use {_factorisations(num_devices)}")
+        return data, fsdp, tensor
+
+
+def _factorisations(n: int) -> str:
+    """All meshes of n devices that split no more than two axes, as words."""
+    meshes = [(d, f, n // d // f) for d in range(1, n + 1) for f in range(1, n // d + 1) if n % (d * f) == 0]
+    words = [f"{d} x {f} x {t}" for d, f, t in meshes if 1 in (d, f, t)]
+    return "data x fsdp x tensor = " + ", ".join(words[:12]) + (", ..." if len(words) > 12 else "")
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a shape over all devices of all hosts, or over those given; UserError where they do not fit."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = shape.sizes(len(devices))
+    # Auto: GSPMD propagates what the arguments' shardings and `constrain` say.
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """The PartitionSpec of an array's logical axes; a dimension that its mesh axes do not divide is not split."""
+    parts = []
+    for axis, size in zip(logical, shape, strict=True):
+        names = RULES[axis]
+        names = (names,) if isinstance(names, str) else names or ()
+        ways = math.prod(mesh.shape[name] for name in names)
+        parts.append(names if ways > 1 and size % ways == 0 else None)
+    return PartitionSpec(*parts)
+
+
+def shardings(mesh: Mesh, tree: Any, axes: Axes) -> Any:
+    """A NamedSharding for each array (or ShapeDtypeStruct) of a pytree.
+
+    The last name in a leaf's path that `axes` knows says what its last dimensions are; further ones, of a stack, are
+    whole on every device, as are arrays that `axes` does not know.
+    """
+
+    def of(path: Any, x: Any) -> NamedSharding:
+        known = [name for name in map(_name, path) if name in axes]
+        logical = axes[known[-1]] if known else ()
+        if len(logical) > len(x.shape):
+            logical = ()
+        logical = (None,) * (len(x.shape) - len(logical)) + tuple(logical)
+        return NamedSharding(mesh, spec(mesh, logical, x.shape))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def _name(key: Any) -> str:
+    """An entry of a pytree's path as the attribute's name."""
+    return str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
+
+
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """Of arrays [B, ...]: rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], *[None] * (ndim - 1)))
+
+
+def check_batch(mesh: Mesh, batch: int) -> None:
+    """Raises UserError where a batch cannot be split over the mesh's data and fsdp axes."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % ways:
+        raise UserError(f"batch_size {batch} is not divisible by data x fsdp = {ways}: use a multiple of {ways}")
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """x with its logical axes split as RULES says, inside a program under `jax.set_mesh`; x elsewhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or all(RULES[axis] is None for axis in logical):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(mesh, logical, x.shape))  # type: ignore[arg-type]
+
+
+def place(value: np.ndarray | Callable[[Any], np.ndarray], sharding: NamedSharding, shape: Sequence[int]) -> jax.Array:
+    """A global array of which every process makes its own shards alone.
+
+    `value` is the whole array, or what gives the part at an index (a tuple of slices), for arrays never held whole.
+    """
+    part = value if callable(value) else lambda index: value[index]
+    return jax.make_array_from_callback(tuple(shape), sharding, part)

@@ -1,0 +1,65 @@
+"""`fasteagle export`: a checkpoint becomes a drafter's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fasteagle_jax.commands.export import main
+from fasteagle_jax.commands.train_drafter import main as train
+from fasteagle_jax.data import Conversation, ConversationWriter
+
+CONFIG = Path(__file__).parent.parent.parent / "configs" / "tiny.py"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, target_folder) -> Path:
+    """A finished run of six steps, with the checkpoints of steps 4 and 6."""
+    folder = tmp_path_factory.mktemp("export")
+    rng = np.random.default_rng(0)
+    with ConversationWriter(folder / "data.jsonl") as writer:
+        tokens = [rng.integers(256, size=40).tolist() for _ in range(20)]
+        writer.append([Conversation.of(str(i), t, [[4, 40]]) for i, t in enumerate(tokens)])
+    changes = [f"target={target_folder}", f"data={folder / 'data.jsonl'}", "steps=6", "save_every=2", "keep=2"]
+    assert train(["--config", str(CONFIG), "--run", str(folder / "run"), *changes]) == 0
+    return folder / "run"
+
+
+def test_the_last_checkpoint_exported_is_the_finished_runs_drafter(run, tmp_path):
+    assert main(["--run", str(run), "--output", str(tmp_path / "drafter")]) == 0
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "drafter", run / "drafter"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name])
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "drafter", run / "drafter")]
+    assert configs[0] == configs[1]
+
+
+def test_an_earlier_checkpoint_is_exported_by_its_step(run, tmp_path):
+    assert main(["--run", str(run), "--step", "4", "--output", str(tmp_path / "drafter")]) == 0
+    trained = json.loads((tmp_path / "drafter" / "config.json").read_text())["trained"]
+    assert (
+        trained["steps"] == 4
+        and 0 < trained["tokens"] < json.loads((run / "drafter" / "config.json").read_text())["trained"]["tokens"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "{run}", "--step", "3"], "there is no checkpoint 3 in .* (there are: 4, 6)"),
+        (["--run", "nowhere"], "nowhere holds no config.json"),
+    ],
+)
+def test_what_cannot_be_exported_is_a_user_error(run, tmp_path, complaint, arguments, message):
+    words = [word.format(run=run) for word in arguments]
+    said = complaint(main, *words, "--output", tmp_path / "drafter")
+    assert all(part in said for part in message.split(".* "))
+
+
+def test_an_output_that_exists_is_left_alone(run, tmp_path, complaint):
+    assert "exists" in complaint(main, "--run", run, "--output", tmp_path)
