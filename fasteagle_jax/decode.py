@@ -124,6 +124,7 @@ def prefill(
     first: jax.Array | int = 0,
     *,
     chunk: int,
+    drafts: bool = True,
 ) -> Prefilled:
     """The prompts in the caches, a chunk a forward pass.
 
@@ -134,6 +135,7 @@ def prefill(
       lengths: int32 [B], at least 1, and more than the chunks begun.
       first: the chunk to go on with.
       chunk: C, tokens a forward pass takes. A prompt's chunks are the same wherever it goes on, so its numbers are.
+      drafts: False leaves the prompts out of the drafter's cache: cheaper, where nothing will be drafted.
     """
     batch = prompts.shape[0]
     feature_layers = drafter.feature_layers if drafter is not None else ()
@@ -161,7 +163,9 @@ def prefill(
             jnp.where(i == 0, jnp.roll(tokens, -1, axis=1), tokens),
             jnp.where(i == 0, jnp.maximum(here - 1, 0), here),
         )
-        return Prefilled(target_cache, drafter.extend(tied, known, carry.drafter_cache), hidden, features)
+        drafter_cache = carry.drafter_cache
+        drafter_cache = drafter.extend(tied, known, drafter_cache) if drafts else drafter.skip(known, drafter_cache)
+        return Prefilled(target_cache, drafter_cache, hidden, features)
 
     # Without the barrier XLA knows that the caches are zeros and, where the loop has one turn, folds attention over
     # them at compile time, which took minutes.

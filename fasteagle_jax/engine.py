@@ -26,8 +26,8 @@ import numpy as np
 
 from fasteagle_jax import slots as device
 from fasteagle_jax.decode import NO_STOP, Prefilled, State, Stop
-from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.files import load_drafter, read_config
+from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.memory import Memory, available, bytes_of
 from fasteagle_jax.pace import Pace, shapes
@@ -187,7 +187,9 @@ class Engine:
 
         self._tied = None if drafter is None else drafter.tie(target)  # the embedding is the target's own array
         self._nothing: dict[int, Prefilled] = {}  # of each bucket
-        self._beginnings: collections.OrderedDict[tuple[int, tuple[int, ...]], Prefilled] = collections.OrderedDict()
+        self._beginnings: collections.OrderedDict[tuple[int, bool, tuple[int, ...]], Prefilled] = (
+            collections.OrderedDict()
+        )
         self.seconds = self.device_seconds = 0.0  # spent on requests so far, and of these waiting for the device
 
     @classmethod
@@ -225,7 +227,7 @@ class Engine:
         drafter_sizes = None
         if drafter is not None:
             drafter_config = read_config(Path(drafter))[0]
-            drafter_sizes = jax.eval_shape(lambda: FastEagle(drafter_config, jax.random.key(0), dtype))
+            drafter_sizes = jax.eval_shape(lambda: class_of(drafter_config)(drafter_config, jax.random.key(0), dtype))
         needed = bytes_of((sizes, drafter_sizes))
         free = available()
         if free is not None and needed > free:
@@ -249,8 +251,9 @@ class Engine:
         """How many programs the engine compiles at most, whatever it is asked."""
         rows, buckets = len(self.row_counts), len(self.buckets)
         changes = rows * (rows - 1)
-        # Two tie the drafter to the target. A bucket has its empty caches and its prefill, rows their empty slots.
-        return 2 + 2 * buckets + rows * (1 + buckets + len(self.trees)) + changes
+        # Two tie the drafter to the target. A bucket has its empty caches and a prefill with and without the drafter,
+        # rows their empty slots.
+        return 2 + 3 * buckets + rows * (1 + buckets + len(self.trees)) + changes
 
     # --- asking -------------------------------------------------------------------------------------------------
 
@@ -396,18 +399,19 @@ class Engine:
                     self._measure(wanted)
                     started = time.perf_counter()
                 batch = _Batch(self._empty(wanted), [None] * wanted) if batch is None else batch.resized(wanted)
+            tree = self._choose(batch.rows) if fixed is None else fixed[1]
             # --- prompts into free rows ---------------------------------------------------------------------------
             for row in batch.free():
                 if waiting:
                     request = waiting.popleft()
                     request.started = time.perf_counter()
                     others = [other.prompt for other in waiting]
-                    prefilled = self._prefill(request.prompt, others, keep=request.streamed)
+                    drafts = tree is not None
+                    prefilled = self._prefill(request.prompt, others, drafts=drafts, keep=request.streamed)
                     described = _described(request)
                     batch.slots = device.admit(self.target, batch.slots, np.int32(row), prefilled, described)
                     batch.active[row], batch.ended[row] = request, False
             # --- rounds -------------------------------------------------------------------------------------------
-            tree = self._choose(batch.rows) if fixed is None else fixed[1]
             text_is_read = any(request is not None and request.text is not None for request in batch.active)
             called = time.perf_counter()
             jax.block_until_ready(batch.slots)  # prefill is not to count as a tree's time
@@ -505,35 +509,40 @@ class Engine:
             num_stop_tokens=MAX_STOP_TOKENS,
         )
 
-    def _prefill(self, prompt: tuple[int, ...], others: Sequence[tuple[int, ...]], *, keep: bool = False) -> Prefilled:
+    def _prefill(
+        self, prompt: tuple[int, ...], others: Sequence[tuple[int, ...]], *, drafts: bool = True, keep: bool = False
+    ) -> Prefilled:
         """The prompt in caches of its bucket; what it begins with like some of the others is kept for them.
 
-        Where `keep`, all of it is, but for its last chunk: a conversation goes on with what was said.
+        Where `keep`, all of it is, but for its last chunk: a conversation goes on with what was said. Where nothing is
+        drafted now, it does not go into the drafter's cache: should drafts pay later, they do without it.
         """
         bucket = next(size for size in self.buckets if size >= len(prompt))
         begun, first = self._nothing_prefilled(bucket), 0
         chunks = (len(prompt) - 1) // self.chunk  # whole ones, at least a token being left
         for n in range(chunks, 0, -1):
-            if (key := (bucket, prompt[: n * self.chunk])) in self._beginnings:
+            if (key := (bucket, drafts, prompt[: n * self.chunk])) in self._beginnings:
                 self._beginnings.move_to_end(key)
                 begun, first = self._beginnings[key], n
                 break
         alike = [_chunks_alike(prompt, other, self.chunk) for other in others if len(other) <= bucket]
         shared = chunks if keep else min(max(alike, default=0), chunks)
         if shared > first:
-            begun = self._run_prefill(begun, prompt[: shared * self.chunk], bucket, first)
-            self._beginnings[bucket, prompt[: shared * self.chunk]] = begun
+            begun = self._run_prefill(begun, prompt[: shared * self.chunk], bucket, first, drafts)
+            self._beginnings[bucket, drafts, prompt[: shared * self.chunk]] = begun
             if len(self._beginnings) > SHARED_BEGINNINGS:
                 self._beginnings.popitem(last=False)
             first = shared
-        return self._run_prefill(begun, prompt, bucket, first)
+        return self._run_prefill(begun, prompt, bucket, first, drafts)
 
-    def _run_prefill(self, begun: Prefilled, prompt: tuple[int, ...], bucket: int, first: int) -> Prefilled:
+    def _run_prefill(
+        self, begun: Prefilled, prompt: tuple[int, ...], bucket: int, first: int, drafts: bool
+    ) -> Prefilled:
         padded = np.zeros((1, bucket), np.int32)
         padded[0, : len(prompt)] = prompt
         length = np.asarray([len(prompt)], np.int32)
         args = (self.target, self.drafter, self._tied, begun, padded, length, np.int32(first))
-        return device.prefill(*args, chunk=self.chunk)
+        return device.prefill(*args, chunk=self.chunk, drafts=drafts)
 
     def _nothing_prefilled(self, bucket: int) -> Prefilled:
         if bucket not in self._nothing:

@@ -156,17 +156,16 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
 
     Args:
       q: [B, K, G*Q, D], query head g of a K/V head and query token i in row g*Q + i.
-      k, v: fresh keys and values [B, K, Q, D].
-      visible: bool [B, Q, Q], True where query i may see fresh key j; every query must see itself.
+      k, v: fresh keys and values [B, K, T, D].
+      visible: bool [B, Q, T], True where query i may see fresh key j; every query must see one, as a rule itself.
       past: committed slots; None for none.
 
     Returns:
       [B, K, G*Q, D] in v's dtype. Scores and softmax are float32.
     """
-    num_tokens = k.shape[2]
-    groups = q.shape[2] // num_tokens
+    groups = q.shape[2] // visible.shape[1]
     q = q * q.shape[-1] ** -0.5
-    mask = jnp.tile(visible, (1, groups, 1))[:, None]  # [B, 1, G*Q, Q]
+    mask = jnp.tile(visible, (1, groups, 1))[:, None]  # [B, 1, G*Q, T]
     fresh = jnp.einsum("bkmd,bktd->bkmt", q, k, preferred_element_type=jnp.float32)
     fresh = jnp.where(mask, fresh, MASKED)
     top = jax.lax.stop_gradient(fresh.max(axis=-1, keepdims=True))  # [B, K, G*Q, 1]
@@ -212,6 +211,9 @@ def _block(past: Past, i: jax.Array) -> Past:
     k, v = (jax.lax.dynamic_slice_in_dim(part, start, BLOCK, axis=2) for part in (past.k, past.v))
     seen = jax.lax.dynamic_slice_in_dim(past.seen, start, BLOCK, axis=2)
     return Past(k, v, seen & (start + jnp.arange(BLOCK) >= i * BLOCK))
+
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # attention from q, k and v
 
 
 # --- a decoder layer --------------------------------------------------------------------------------------------
@@ -284,9 +286,13 @@ class DecoderLayer(nnx.Module):
         self.down_bias = bias(c.hidden_size, c.mlp_bias)
 
     def __call__(
-        self, x: jax.Array, turn: Rotation, visible: jax.Array, past: Past | None
+        self, x: jax.Array, turn: Rotation, visible: jax.Array | Attend, past: Past | None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """The layer's output [B, Q, H] and its fresh keys and values, each [B, K, Q, D]."""
+        """The layer's output [B, Q, H] and its fresh keys and values, each [B, K, Q, D].
+
+        `visible` is as of `attention`, or a function from q [B, Q, heads, D], k and v [B, Q, K, D] to what attention
+        over these alone gives, in q's shape.
+        """
         c = self.config
         batch, num_tokens, _ = x.shape
         groups = c.num_heads // c.num_kv_heads
@@ -298,11 +304,15 @@ class DecoderLayer(nnx.Module):
         # Attention runs in the weights' (and so the cache's) dtype, whether a key is fresh or read back.
         dtype = self.k[...].dtype
         q, k, v = rotate(q, turn).astype(dtype), rotate(k, turn).astype(dtype), v.astype(dtype)
-        q = q.reshape(batch, num_tokens, c.num_kv_heads, groups, c.head_dim).transpose(0, 2, 3, 1, 4)
-        q = q.reshape(batch, c.num_kv_heads, groups * num_tokens, c.head_dim)
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, Q, D]
-        out = attention(q, k, v, visible, past)
-        out = out.reshape(batch, c.num_kv_heads, groups, num_tokens, c.head_dim).transpose(0, 3, 1, 2, 4)
+        if callable(visible):
+            out = visible(q, k, v)
+            k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        else:
+            q = q.reshape(batch, num_tokens, c.num_kv_heads, groups, c.head_dim).transpose(0, 2, 3, 1, 4)
+            q = q.reshape(batch, c.num_kv_heads, groups * num_tokens, c.head_dim)
+            k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, Q, D]
+            out = attention(q, k, v, visible, past)
+            out = out.reshape(batch, c.num_kv_heads, groups, num_tokens, c.head_dim).transpose(0, 3, 1, 2, 4)
         out = out.reshape(batch, num_tokens, -1).astype(x.dtype)
         x = x + _affine(out, self.o, self.o_bias)
 

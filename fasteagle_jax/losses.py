@@ -1,11 +1,12 @@
 """The layer-wise loss of FastEagle, without ever making the logits of a batch.
 
-N levels · B rows · T tokens · S selected target positions · C positions a chunk · H hidden width · V draft vocabulary.
+N levels · B rows · T tokens · S selected target positions a row · C of them a chunk · H hidden width · V draft
+vocabulary.
 At target position s the target's distribution for token x[s+1] is known; level i guessed that token at stream position
-s - i. [B, T, V] never exists: a scan takes C positions at a time, computes the target's distribution once and then,
-level
-by level, the drafter's logits, the loss and its gradient. The head is frozen, so only hidden states get gradients, and
-they are computed in the forward scan: no logits are kept, none are computed twice.
+s - i. [B, T, V] never exists: a scan takes C positions of every row at a time, computes the target's distribution once
+and then, level by level, the drafter's logits, the loss and its gradient. The head is frozen, so only hidden states get
+gradients, and they are computed in the forward scan: no logits are kept, none are computed twice. Rows stay where a
+mesh has them, and so do the vocabulary's parts: of these only maxima and sums are exchanged.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.layers import head_logits
+from fasteagle_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +34,10 @@ class LossConfig:
     smooth_l1: float = 0.0  # to the target's final hidden state at the guessed position (EAGLE-1's feature term)
     level_decay: float = 0.8  # EAGLE-3's weights
     last_level_only: bool = False  # supervise level N alone, for comparison
+    # The target's softmax over the draft vocabulary alone, and no loss where its best token is outside (EAGLE-3).
+    within_draft: bool = False
     share: float = 1.0  # of the supervised positions, drawn anew each step
-    chunk: int = 256  # C: bounds memory at C x (target vocabulary)
+    chunk: int = 256  # positions of all rows together: bounds memory at so many x (target vocabulary)
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -54,17 +58,16 @@ class LevelMetrics(NamedTuple):
 def select_positions(
     supervised: jax.Array, positions: jax.Array, share: float, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Target positions that the loss looks at, flat int32 [S] into [B * T], and which are real, bool [S].
+    """Each row's target positions that the loss looks at, int32 [B, S], and which are real, bool [B, S].
 
-    A position s counts when x[s+1] is supervised and level 1 can guess it (positions[s] >= 1). `share` of all B * T
+    A position s counts when x[s+1] is supervised and level 1 can guess it (positions[s] >= 1). `share` of a row's T
     slots is the size S; a random subset is taken when more count.
     """
     counts = jnp.roll(supervised, -1, axis=1).at[:, -1].set(False) & (positions >= 1)  # [B, T]
-    flat = counts.reshape(-1)
-    size = max(1, round(share * flat.size))
-    order = jnp.where(flat, jax.random.uniform(key, flat.shape), 2.0)
-    picked = jnp.sort(jax.lax.top_k(-order, size)[1])
-    return picked.astype(jnp.int32), flat[picked]
+    size = max(1, round(share * counts.shape[1]))
+    order = jnp.where(counts, jax.random.uniform(key, counts.shape), 2.0)
+    picked = jnp.sort(jax.lax.top_k(-order, size)[1], axis=1)
+    return picked.astype(jnp.int32), jnp.take_along_axis(counts, picked, axis=1)
 
 
 def level_loss(
@@ -76,6 +79,7 @@ def level_loss(
     head: jax.Array,
     draft_head: jax.Array,
     config: LossConfig,
+    own_head: jax.Array | None = None,
 ) -> tuple[jax.Array, LevelMetrics]:
     """The loss float32 [] and metrics of N levels at the selected target positions.
 
@@ -86,29 +90,34 @@ def level_loss(
       picked, real: from `select_positions`.
       head, draft_head: the frozen head's rows [target vocabulary, H] and those of the draft vocabulary [V, H].
       config: the terms.
+      own_head: [V, H] of a drafter that has one, which gets a gradient; None for one that uses `draft_head`.
     """
-    num_levels = len(hidden)
-    width = target_hidden.shape[-1]
+    num_levels, (batch, size) = len(hidden), picked.shape
     levels = range(1, num_levels + 1)
     # Level i's guess for the token after s stands at stream position s - i, if the segment reaches back that far.
-    chosen = jnp.stack([h.reshape(-1, width)[jnp.maximum(picked - i, 0)] for i, h in zip(levels, hidden, strict=True)])
-    depth = positions.reshape(-1)[picked]
-    valid = real & (depth >= jnp.asarray(levels)[:, None])  # [N, S]
-    count = jnp.maximum(valid.sum(axis=1), 1)  # [N]
+    at_level = [jnp.maximum(picked - i, 0)[..., None] for i in levels]
+    at_guess = [jnp.take_along_axis(h, at, axis=1) for h, at in zip(hidden, at_level, strict=True)]
+    depth = jnp.take_along_axis(positions, picked, axis=1)
+    valid = real & (depth >= jnp.asarray(levels)[:, None, None])  # [N, B, S]
+    count = jnp.maximum(valid.sum(axis=(1, 2)), 1)  # [N]
     weights = jnp.asarray([_level_weight(i, num_levels, config) for i in levels]) / count
 
-    size = picked.shape[0]
-    num_chunks = -(-size // config.chunk)
-    pad = num_chunks * config.chunk - size
-    chosen = jnp.pad(chosen, ((0, 0), (0, pad), (0, 0)))
-    valid = jnp.pad(valid, ((0, 0), (0, pad)))
-    at_target = jnp.pad(target_hidden.reshape(-1, width)[picked], ((0, pad), (0, 0)))
-    chosen = chosen.reshape(num_levels, num_chunks, -1, width).swapaxes(0, 1)  # [chunks, N, C, H]
-    valid = valid.reshape(num_levels, num_chunks, -1).swapaxes(0, 1)  # [chunks, N, C]
-    at_target = at_target.reshape(num_chunks, -1, width)  # [chunks, C, H]
+    per_chunk = min(max(config.chunk // batch, 1), size)  # C
+    num_chunks = -(-size // per_chunk)
+    pad = num_chunks * per_chunk - size
+
+    def in_chunks(x: jax.Array) -> jax.Array:
+        """[..., B, S, H] as [chunks, ..., B, C, H]."""
+        x = jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, pad), (0, 0)))
+        x = jnp.moveaxis(x.reshape(*x.shape[:-2], num_chunks, per_chunk, x.shape[-1]), -3, 0)
+        return constrain(x, *[None] * (x.ndim - 3), "batch", None, None)
+
+    chosen = in_chunks(jnp.stack(at_guess))  # [chunks, N, B, C, H]
+    valid = in_chunks(valid[..., None])[..., 0]  # [chunks, N, B, C]
+    at_target = in_chunks(jnp.take_along_axis(target_hidden, picked[..., None], axis=1))  # [chunks, B, C, H]
 
     unrolled = isinstance(hidden, list)  # as the levels are, see layers.run_layers
-    loss, sums = _chunked(chosen, valid, at_target, weights, head, draft_head, config, unrolled)
+    loss, sums = _chunked(chosen, valid, at_target, weights, head, draft_head, own_head, config, unrolled)
     return loss, LevelMetrics(sums[0] / count, sums[1] / count, sums[2] / count, count)
 
 
@@ -122,7 +131,7 @@ def _level_weight(i: int, num_levels: int, config: LossConfig) -> float:
 # --- the scan over chunks, with its gradient --------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _chunked(
     chosen: jax.Array,
     valid: jax.Array,
@@ -130,23 +139,23 @@ def _chunked(
     weights: jax.Array,
     head: jax.Array,
     draft_head: jax.Array,
+    own_head: jax.Array | None,
     config: LossConfig,
     unrolled: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted loss, and sums float32 [3, N] of each level's loss, hits and acceptance."""
-    return _scan(chosen, valid, at_target, weights, head, draft_head, config, unrolled, with_gradient=False)[0]
+    args = (chosen, valid, at_target, weights, head, draft_head, own_head, config, unrolled)
+    return _scan(*args, with_gradient=False)[0]
 
 
-def _chunked_forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    result, gradient = _scan(*args, with_gradient=True)
-    return result, (gradient, *args[1:6])
+def _chunked_forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+    result, gradients = _scan(*args, with_gradient=True)
+    return result, gradients
 
 
-def _chunked_backward(
-    config: LossConfig, unrolled: bool, saved: tuple[jax.Array, ...], cotangents: Any
-) -> tuple[Any, ...]:
-    gradient, *_others = saved
-    return (gradient * cotangents[0].astype(gradient.dtype), None, None, None, None, None)
+def _chunked_backward(config: LossConfig, unrolled: bool, saved: tuple[Any, ...], cotangents: Any) -> tuple[Any, ...]:
+    of_chosen, of_own_head = (None if g is None else g * cotangents[0].astype(g.dtype) for g in saved)
+    return (of_chosen, None, None, None, None, None, of_own_head)
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -159,54 +168,71 @@ def _scan(
     weights: jax.Array,
     head: jax.Array,
     draft_head: jax.Array,
+    own_head: jax.Array | None,
     config: LossConfig,
     unrolled: bool,
     *,
     with_gradient: bool,
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """((loss, sums), gradient of the loss in `chosen`'s shape, or zeros of shape [chunks, N] without it)."""
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, Any]]:
+    """((loss, sums), gradients of the loss in `chosen` and `own_head`), each None where it is not wanted."""
     whole_vocabulary = draft_head.shape == head.shape
+    trains_head = own_head is not None and with_gradient
+    drafters = draft_head if own_head is None else own_head
 
     def one_chunk(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
-        chosen_NCH, valid_NC, target_CH = chunk
-        full = head_logits(target_CH, head)  # [C, target vocabulary]
-        log_z = jax.nn.logsumexp(full, axis=-1, keepdims=True)
-        kept = full if whole_vocabulary else head_logits(target_CH, draft_head)
-        p = jnp.exp(kept - log_z)  # [C, V]; sums to the draft vocabulary's share of the mass
+        chosen_NBCH, valid_NBC, target_BCH = chunk
+        full = constrain(head_logits(target_BCH, head), "batch", None, "vocab")  # [B, C, target vocabulary]
+        kept = full if whole_vocabulary else head_logits(target_BCH, draft_head)
+        log_z = jax.nn.logsumexp(kept if config.within_draft else full, axis=-1, keepdims=True)
+        p = jnp.exp(kept - log_z)  # [B, C, V]; sums to the draft vocabulary's share of the mass
         # The draft vocabulary holds the target's first choice when its best logit is the best of all.
         best = jnp.where(kept.max(axis=-1) >= full.max(axis=-1), jnp.argmax(kept, axis=-1), -1)
+        counted = best >= 0 if config.within_draft else jnp.ones(best.shape, bool)
 
-        def one_level(_: None, level: Any) -> tuple[None, Any]:
-            hidden_CH, valid_C, weight = level
+        def one_level(of_head: Any, level: Any) -> tuple[Any, Any]:
+            hidden_BCH, valid_BC, weight = level
 
-            def loss_of(hidden_CH: jax.Array) -> tuple[jax.Array, jax.Array]:
-                terms, stats = _terms(hidden_CH, target_CH, p, best, draft_head, config)
-                loss = jnp.where(valid_C, terms, 0).sum()
-                return weight * loss, jnp.stack([loss, *(jnp.where(valid_C, s, 0).sum() for s in stats)])
+            def loss_of(hidden_BCH: jax.Array, drafters: jax.Array) -> tuple[jax.Array, jax.Array]:
+                product = _trained_head_logits if trains_head else head_logits
+                logits = constrain(product(hidden_BCH, drafters), "batch", None, "vocab")  # [B, C, V]
+                terms, stats = _terms(logits, hidden_BCH, target_BCH, p, best, config)
+                loss = jnp.where(valid_BC & counted, terms, 0).sum()
+                return weight * loss, jnp.stack([loss, *(jnp.where(valid_BC, s, 0).sum() for s in stats)])
 
-            if with_gradient:
-                (loss, sums), gradient = jax.value_and_grad(loss_of, has_aux=True)(hidden_CH)
+            gradient = jnp.zeros(())
+            if trains_head:
+                grad = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+                (loss, sums), (gradient, more) = grad(hidden_BCH, drafters)
+                of_head = of_head + more.astype(jnp.float32)
+            elif with_gradient:
+                (loss, sums), gradient = jax.value_and_grad(loss_of, has_aux=True)(hidden_BCH, drafters)
             else:
-                (loss, sums), gradient = loss_of(hidden_CH), jnp.zeros(())
-            return None, (loss, sums, gradient)
+                loss, sums = loss_of(hidden_BCH, drafters)
+            return of_head, (loss, sums, gradient)
 
-        xs = (chosen_NCH, valid_NC, weights)
-        _, (loss_N, sums_N3, gradient) = jax.lax.scan(one_level, None, xs, unroll=unrolled)
-        loss, sums = carry
-        return (loss + loss_N.sum(), sums + sums_N3.T), gradient
+        loss, sums, of_head = carry
+        xs = (chosen_NBCH, valid_NBC, weights)
+        of_head, (loss_N, sums_N3, gradient) = jax.lax.scan(one_level, of_head, xs, unroll=unrolled)
+        return (loss + loss_N.sum(), sums + sums_N3.T, of_head), gradient
 
-    start = (jnp.zeros(()), jnp.zeros((3, chosen.shape[1])))
-    return jax.lax.scan(one_chunk, start, (chosen, valid, at_target), unroll=unrolled)
+    of_head = jnp.zeros(drafters.shape if trains_head else ())
+    start = (jnp.zeros(()), jnp.zeros((3, chosen.shape[1])), of_head)
+    (loss, sums, of_head), gradient = jax.lax.scan(one_chunk, start, (chosen, valid, at_target), unroll=unrolled)
+    return (loss, sums), (gradient if with_gradient else None, of_head.astype(drafters.dtype) if trains_head else None)
+
+
+def _trained_head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """`layers.head_logits` under a head that gets a gradient."""
+    return jnp.einsum("...h,vh->...v", hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
 
 
 def _terms(
-    hidden: jax.Array, target: jax.Array, p: jax.Array, best: jax.Array, draft_head: jax.Array, config: LossConfig
+    logits: jax.Array, hidden: jax.Array, target: jax.Array, p: jax.Array, best: jax.Array, config: LossConfig
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Each position's loss float32 [C], and (hit, acceptance) float32 [C] each, of one level's hidden states [C, H]."""
-    logits = head_logits(hidden, draft_head)  # [C, V]
+    """Each position's loss float32 [B, C], and (hit, acceptance) likewise, of a level's logits [B, C, V]."""
     log_q = jax.nn.log_softmax(logits, axis=-1)
     overlap = jnp.minimum(p, jnp.exp(log_q)).sum(axis=-1)
-    loss = jnp.zeros(hidden.shape[0])
+    loss = jnp.zeros(hidden.shape[:-1])
     if config.cross_entropy:
         loss += config.cross_entropy * -(p * log_q).sum(axis=-1)
     if config.total_variation:

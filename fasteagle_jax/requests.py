@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.sampling import make_sampling
+from fasteagle_jax.sampling import check
 
 MAX_STOP_TOKENS = 16  # of a request, the target's own end tokens included
 
@@ -50,14 +50,15 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise UserError(f"{name} is {value!r}: give a number")
-        make_sampling(1, self.temperature, self.top_k, self.top_p, self.seed, self.min_p)  # checks the values
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+            check(name, getattr(self, name))
         for name in ("max_new_tokens", "n"):
             value = getattr(self, name)
-            if value < 1 or value != int(value):
+            if not 1 <= value < 2**31 or value != int(value):
                 raise UserError(f"{name} is {value}: give a whole number of at least 1")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop is {list(self.stop)!r}: give strings that are not empty")
-        if not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in self.stop_token_ids):
+        if not all(isinstance(t, int) and not isinstance(t, bool) and 0 <= t < 2**31 for t in self.stop_token_ids):
             raise UserError(f"stop_token_ids is {list(self.stop_token_ids)!r}: give token ids")
 
 

@@ -11,6 +11,8 @@ change it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,24 +49,34 @@ def make_sampling(
             raise UserError(f"{name} has {len(values)} values for {batch} rows: give one, or one a row")
         return values
 
-    checks = {
-        "temperature": (rows("temperature", temperature), lambda t: 0 <= t < float("inf"), "0 or more"),
-        "top_k": (rows("top_k", top_k), lambda k: 0 <= k < 2**31 and k == int(k), "a whole number, 0 for all"),
-        "top_p": (rows("top_p", top_p), lambda p: 0 < p <= 1, "above 0 and at most 1"),
-        "min_p": (rows("min_p", min_p), lambda p: 0 <= p <= 1, "0 to 1"),
-        "seed": (rows("seed", seed), lambda s: 0 <= s <= MAX_SEED and s == int(s), f"0 to {MAX_SEED}"),
-    }
-    for name, (values, good, remedy) in checks.items():
-        for value in values:
-            if not good(value):
-                raise UserError(f"{name} is {value}: it must be {remedy}")
+    given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    values = {name: rows(name, value) for name, value in given.items()}
+    for name, of_rows in values.items():
+        for value in of_rows:
+            check(name, value)
     return Sampling(
-        jnp.asarray(checks["temperature"][0], jnp.float32),
-        jnp.asarray([int(k) for k in checks["top_k"][0]], jnp.int32),
-        jnp.asarray(checks["top_p"][0], jnp.float32),
-        jnp.asarray(checks["min_p"][0], jnp.float32),
-        jnp.asarray([int(s) for s in checks["seed"][0]], jnp.uint32),
+        temperature=jnp.asarray(values["temperature"], jnp.float32),
+        top_k=jnp.asarray([int(k) for k in values["top_k"]], jnp.int32),
+        top_p=jnp.asarray(values["top_p"], jnp.float32),
+        min_p=jnp.asarray(values["min_p"], jnp.float32),
+        seed=jnp.asarray([int(s) for s in values["seed"]], jnp.uint32),
     )
+
+
+_GOOD: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda t: 0 <= t < math.inf, "0 or more"),
+    "top_k": (lambda k: 0 <= k < 2**31 and k == int(k), "a whole number, 0 for all"),
+    "top_p": (lambda p: 0 < p <= 1, "above 0 and at most 1"),
+    "min_p": (lambda p: 0 <= p <= 1, "0 to 1"),
+    "seed": (lambda s: 0 <= s <= MAX_SEED and s == int(s), f"0 to {MAX_SEED}"),
+}
+
+
+def check(name: str, value: float) -> None:
+    """Raises UserError for a value that the field `name` of a Sampling cannot have. No device is touched."""
+    good, remedy = _GOOD[name]
+    if not good(value):
+        raise UserError(f"{name} is {value}: it must be {remedy}")
 
 
 # --- noise ------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def nothing_prefilled(
     return decode.nothing_prefilled(target, drafter, 1, num_slots, most_written, drafter_slots)
 
 
-@functools.partial(jax.jit, static_argnames=("chunk",))
+@functools.partial(jax.jit, static_argnames=("chunk", "drafts"))
 def prefill(
     target: Any,
     drafter: Any | None,
@@ -86,9 +86,10 @@ def prefill(
     first: jax.Array,
     *,
     chunk: int,
+    drafts: bool,
 ) -> Prefilled:
     """`decode.prefill`, compiled; `begun` stays as it is."""
-    return decode.prefill(target, drafter, tied, begun, prompt, length, first, chunk=chunk)
+    return decode.prefill(target, drafter, tied, begun, prompt, length, first, chunk=chunk, drafts=drafts)
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))

@@ -293,6 +293,9 @@ def test_prompts_that_cannot_be_answered_are_user_errors(target, tokenizer, prom
         (dict(min_p=2), "min_p is 2"),
         (dict(n=0), "n is 0"),
         (dict(max_new_tokens=1.5), "max_new_tokens is 1.5"),
+        (dict(max_new_tokens=float("inf")), "max_new_tokens is inf"),
+        (dict(n=float("nan")), "n is nan"),
+        (dict(stop_token_ids=[2**31]), "stop_token_ids is"),
         (dict(seed="x"), "seed is 'x': give a number"),
         (dict(stop=[""]), "stop is"),
         (dict(stop_token_ids=["a"]), "stop_token_ids is"),
@@ -362,9 +365,9 @@ def test_a_common_beginning_is_prefilled_once(target, drafter, tokenizer, monkey
     chunks = []
     run = engine._run_prefill
 
-    def counting(begun, prompt, bucket, first):
+    def counting(begun, prompt, bucket, first, drafts):
         chunks.append(-(-len(prompt) // CHUNK) - first)
-        return run(begun, prompt, bucket, first)
+        return run(begun, prompt, bucket, first, drafts)
 
     monkeypatch.setattr(engine, "_run_prefill", counting)
     system = list(range(10 * CHUNK + 3))

@@ -172,22 +172,26 @@ def test_nothing_selected_means_no_loss_and_no_gradient():
 select = jax.jit(select_positions, static_argnums=2)
 
 
+def pairs_of(picked, real) -> list[tuple[int, int]]:
+    """(row, position) of what `select` returned, in its order."""
+    return [(int(b), int(picked[b, j])) for b, j in zip(*np.nonzero(real), strict=True)]
+
+
 def test_all_positions_that_count_are_selected_once_where_the_share_is_large_enough():
-    expected = {b * T + s for b, s in pairs_that_count()}
     for share in (1.0, 0.75):
         picked, real = select(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), share, jax.random.key(0))
-        assert len(picked) == round(share * B * T)
-        assert sorted(np.asarray(picked)[np.asarray(real)].tolist()) == sorted(expected)
+        assert picked.shape == (B, round(share * T))
+        assert pairs_of(picked, real) == pairs_that_count()
 
 
 def test_a_small_share_is_a_new_subset_for_every_key_and_every_position_gets_its_turn():
-    expected = {b * T + s for b, s in pairs_that_count()}
-    seen: set[int] = set()
+    expected = set(pairs_that_count())
+    seen: set[tuple[int, int]] = set()
     subsets = set()
     for seed in range(40):
         picked, real = select(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 0.25, jax.random.key(seed))
-        assert len(picked) == 6 and real.all()
-        chosen = np.asarray(picked).tolist()
+        assert picked.shape == (B, 3) and real.all()
+        chosen = pairs_of(picked, real)
         assert len(set(chosen)) == 6 and set(chosen) <= expected
         seen |= set(chosen)
         subsets.add(tuple(chosen))

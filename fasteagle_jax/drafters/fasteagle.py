@@ -95,6 +95,10 @@ class FastEagle(nnx.Module):
         """Whether the levels are one scanned stack rather than a list."""
         return not isinstance(self.levels, nnx.List)
 
+    def own_head(self) -> None:
+        """None: the head is the target's, and frozen."""
+        return None
+
     def tie(self, target: Any) -> Tied:
         """The target's embedding, and its head's rows for the draft vocabulary."""
         head = target.head_rows()

@@ -1,7 +1,9 @@
 """A finished drafter on disk: model.safetensors and config.json in one folder.
 
-Tensors are torch's way around, [out, in]; levels are numbered from 0. The target's frozen head and embedding are not
-stored. `config.json` names the target by a fingerprint of its weights, so that a drafter is never used with another.
+Tensors are torch's way around, [out, in]; levels are numbered from 0. EAGLE-3's have the names that its authors gave
+them, and a reduced draft vocabulary as they store it: `d2t`, offsets from draft ids to the target's, and `t2d`, a mask.
+The target's frozen head and embedding are not stored. `config.json` names the target by a fingerprint of its weights,
+so that a drafter is never used with another.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
-from fasteagle_jax.drafters.fasteagle import FastEagle
+from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import sync
 
-ARCHITECTURE = "FastEagleDrafter"
+ARCHITECTURES = {"fasteagle": "FastEagleDrafter", "eagle3": "LlamaForCausalLMEagle3"}  # by kind
 
 _LEVEL = {  # name in the file: attribute path of a Level, transposed
     "input_layernorm.weight": (("layer", "input_norm"), False),
@@ -41,8 +44,24 @@ _LEVEL = {  # name in the file: attribute path of a Level, transposed
     "reinject.weight": (("reinject",), True),
 }
 
+_EAGLE3 = {  # name in the file: attribute, transposed
+    "fc.weight": ("fc", True),
+    "midlayer.input_layernorm.weight": ("embedding_norm", False),
+    "midlayer.hidden_norm.weight": ("hidden_norm", False),
+    "midlayer.self_attn.q_proj.weight": ("q", True),
+    "midlayer.self_attn.k_proj.weight": ("k", True),
+    "midlayer.self_attn.v_proj.weight": ("v", True),
+    "midlayer.self_attn.o_proj.weight": ("o", True),
+    "midlayer.post_attention_layernorm.weight": ("mlp_norm", False),
+    "midlayer.mlp.gate_proj.weight": ("gate", True),
+    "midlayer.mlp.up_proj.weight": ("up", True),
+    "midlayer.mlp.down_proj.weight": ("down", True),
+    "norm.weight": ("norm", False),
+    "lm_head.weight": ("head", False),
+}
 
-def save_drafter(drafter: FastEagle, folder: str | os.PathLike[str], fingerprint: str, info: dict[str, Any]) -> None:
+
+def save_drafter(drafter: Any, folder: str | os.PathLike[str], fingerprint: str, info: dict[str, Any]) -> None:
     """Writes a drafter to a new folder, whole or not at all.
 
     The scale of the features is folded into fc. `info` goes into config.json beside the sizes.
@@ -57,7 +76,13 @@ def save_drafter(drafter: FastEagle, folder: str | os.PathLike[str], fingerprint
         save_file(_tensors(drafter), aside / "model.safetensors")
         config = dataclasses.asdict(drafter.config)
         text = json.dumps(
-            {"architectures": [ARCHITECTURE], **config, "target_fingerprint": fingerprint, **info}, indent=2
+            {
+                "architectures": [ARCHITECTURES[drafter.config.kind]],
+                **config,
+                "target_fingerprint": fingerprint,
+                **info,
+            },
+            indent=2,
         )
         (aside / "config.json").write_text(text + "\n")
         for file in aside.iterdir():
@@ -76,7 +101,7 @@ def load_drafter(
     dtype: Any = jnp.float32,
     *,
     stacked: bool | None = None,
-) -> FastEagle:
+) -> Any:
     """The drafter in `folder`, for the target of this configuration and fingerprint.
 
     `stacked` is as of targets.loading.load_target. Raises UserError for a folder that is not a drafter, a
@@ -103,18 +128,24 @@ def load_drafter(
 
     if stacked is None:
         stacked = jax.default_backend() != "cpu"
-    drafter = FastEagle(config, jax.random.key(0), dtype, stacked=False)
-    expected = {name: value.shape for name, value in _tensors(drafter).items()}
-    found = {name: value.shape for name, value in tensors.items()}
+    drafter = class_of(config)(config, jax.random.key(0), dtype, stacked=False)
+    fill(drafter, tensors, str(folder / "model.safetensors"))
+    return drafter if not stacked else drafter.stacked_form()
+
+
+def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
+    """Puts stored tensors into an unstacked drafter; UserError, with `source`, where they do not fit it."""
+    derived = {"t2d"}  # what d2t says
+    expected = {name: value.shape for name, value in _tensors(drafter).items() if name not in derived}
+    found = {name: value.shape for name, value in tensors.items() if name not in derived}
     if expected != found:
         wrong = sorted(set(expected.items()) ^ set(found.items()))
-        raise UserError(
-            f"{folder / 'model.safetensors'} does not fit its config.json: {', '.join(f'{n} {s}' for n, s in wrong)}"
-        )
+        raise UserError(f"{source} does not fit its config.json: {', '.join(f'{n} {s}' for n, s in wrong)}")
     for name, param, transposed in _places(drafter):
         value = tensors[name].T if transposed else tensors[name]
+        if name == "d2t":
+            value = value + np.arange(len(value))
         param[...] = jnp.asarray(value, param[...].dtype)
-    return drafter if not stacked else drafter.stacked_form()
 
 
 def read_config(folder: Path) -> tuple[DrafterConfig, str]:
@@ -126,17 +157,23 @@ def read_config(folder: Path) -> tuple[DrafterConfig, str]:
         raise UserError(f"{folder} holds no config.json: name a drafter's folder") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy the drafter again") from None
-    if not isinstance(raw, dict) or ARCHITECTURE not in raw.get("architectures", ()):
-        raise UserError(f"{path} is not of a {ARCHITECTURE}: name a drafter's folder")
+    known = set(raw.get("architectures", ())) & set(ARCHITECTURES.values()) if isinstance(raw, dict) else set()
+    if not known:
+        raise UserError(f"{path} is not of a {' or '.join(ARCHITECTURES.values())}: name a drafter's folder")
+    if "target_fingerprint" not in raw:
+        raise UserError(f"{path} names no target: bring the drafter in with fasteagle import")
     fields = {field.name for field in dataclasses.fields(DrafterConfig)}
-    known = {name: value for name, value in raw.items() if name in fields}
-    known["rope"] = RopeConfig(**known["rope"])
-    known["feature_layers"] = tuple(known["feature_layers"])
-    return DrafterConfig(**known), str(raw.get("target_fingerprint"))
+    sizes = {name: value for name, value in raw.items() if name in fields}
+    sizes["rope"] = RopeConfig(**sizes["rope"])
+    sizes["feature_layers"] = tuple(sizes["feature_layers"])
+    return DrafterConfig(**sizes), str(raw["target_fingerprint"])
 
 
-def _places(drafter: FastEagle) -> list[tuple[str, Any, bool]]:
+def _places(drafter: Any) -> list[tuple[str, Any, bool]]:
     """(name in the file, parameter, transposed) of every stored tensor of an unstacked drafter."""
+    if drafter.config.kind == "eagle3":
+        own = [(name, getattr(drafter, attribute), turned) for name, (attribute, turned) in _EAGLE3.items()]
+        return own if drafter.token_ids is None else [*own, ("d2t", drafter.token_ids, False)]
     places: list[tuple[str, Any, bool]] = [("fc.weight", drafter.fc, True), ("fuse.weight", drafter.fuse, True)]
     if drafter.token_ids is not None:
         places.append(("token_ids", drafter.token_ids, False))
@@ -150,12 +187,15 @@ def _places(drafter: FastEagle) -> list[tuple[str, Any, bool]]:
     return places
 
 
-def _tensors(drafter: FastEagle) -> dict[str, np.ndarray]:
+def _tensors(drafter: Any) -> dict[str, np.ndarray]:
     drafter = drafter.unstacked()
     tensors = {}
     for name, param, transposed in _places(drafter):
         value = np.asarray(param[...])
         if name == "fc.weight":
             value = (value.astype(np.float32) * np.asarray(drafter.feature_scale[...])[:, None]).astype(value.dtype)
+        if name == "d2t":
+            tensors["t2d"] = np.isin(np.arange(drafter.config.vocab_size), value)
+            value = (value - np.arange(len(value))).astype(np.int64)
         tensors[name] = np.ascontiguousarray(value.T if transposed else value)
     return tensors

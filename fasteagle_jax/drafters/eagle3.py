@@ -1,0 +1,321 @@
+"""EAGLE-3 (arXiv 2503.01840): one decoder layer run once a level, each time on its own output and the token before.
+
+B rows · T stream positions · A newly accepted tokens · N levels · F feature layers · H hidden width · V draft
+vocabulary · f nodes of the frontier · k candidates a node.
+At stream position t it reads the target's features g[t] and the embedding of x[t+1], and guesses x[t+2]; the next run
+takes its own output instead of g[t], the embedding of that guess, and rotary position t + 1. So a draft of N levels is
+N runs in a row, over a tree that grows by the f best nodes a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fasteagle_jax.cache import Ring, commit_ring, empty_ring, ring_slots, seen_in_ring
+from fasteagle_jax.config import DrafterConfig
+from fasteagle_jax.drafters.fasteagle import Constant, causal, newest, rank
+from fasteagle_jax.interfaces import Accepted, Ranking, Tied
+from fasteagle_jax.layers import LAYER_AXES, MASKED, Past, attention, head_logits, matmul, rms_norm, rotate, rotation
+from fasteagle_jax.tree import NO_PARENT, Draft, Tree
+
+AXES = LAYER_AXES | {"fc": (None, "embed"), "head": ("vocab", "embed")}
+CANDIDATES = 10  # f and k of a dynamic tree, as published
+
+
+class Eagle3(nnx.Module):
+    """The drafter. Its head is its own and trained; the embedding is the target's."""
+
+    def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
+        c = config
+        hidden, heads, kv_heads = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        num_features = len(c.feature_layers) * hidden
+        keys = iter(jax.random.split(key, 9))
+
+        def weight(num_in: int, num_out: int) -> nnx.Param:
+            return nnx.Param(jax.random.normal(next(keys), (num_in, num_out), dtype) * num_in**-0.5)
+
+        self.config = c
+        self.stacked = stacked  # of its cache: there is one layer
+        self.fc = weight(num_features, hidden)
+        self.embedding_norm, self.hidden_norm, self.mlp_norm, self.norm = (
+            nnx.Param(jnp.ones((hidden,), dtype)) for _ in range(4)
+        )
+        self.q, self.k, self.v = weight(2 * hidden, heads), weight(2 * hidden, kv_heads), weight(2 * hidden, kv_heads)
+        self.o = weight(heads, hidden)
+        self.gate, self.up = weight(hidden, c.intermediate_size), weight(hidden, c.intermediate_size)
+        self.down = weight(c.intermediate_size, hidden)
+        self.head = nnx.Param(jax.random.normal(next(keys), (c.draft_vocab_size, hidden), dtype) * hidden**-0.5)
+        self.feature_scale = Constant(jnp.ones((num_features,), jnp.float32))
+        self.token_ids = (
+            None if c.draft_vocab_size == c.vocab_size else Constant(jnp.arange(c.draft_vocab_size, dtype=jnp.int32))
+        )
+
+    @property
+    def num_levels(self) -> int:
+        """N."""
+        return self.config.num_levels
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The target's layers whose inputs are the features."""
+        return self.config.feature_layers
+
+    def own_head(self) -> jax.Array:
+        """[V, H], what training gives a gradient besides the layer."""
+        return self.head[...]
+
+    def unstacked(self) -> Eagle3:
+        """The same drafter with its cache as a list."""
+        return self._with_cache(stacked=False)
+
+    def stacked_form(self) -> Eagle3:
+        """The same drafter with its cache as a stack."""
+        return self._with_cache(stacked=True)
+
+    def _with_cache(self, *, stacked: bool) -> Eagle3:
+        other = nnx.merge(*nnx.split(self))
+        other.stacked = stacked
+        return other
+
+    def tie(self, target: Any) -> Tied:
+        """The target's embedding, and its own head."""
+        ids = None if self.token_ids is None else self.token_ids[...]
+        return Tied(target.embedding[...], self.head[...], ids)
+
+    def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Ring:
+        """A cache of one layer for `batch` rows of `num_slots` stream positions."""
+        c = self.config
+        slots = ring_slots(num_slots, c.window, most_written)
+        dtype = self.fc[...].dtype
+        return empty_ring(1, batch, c.num_kv_heads, slots, c.head_dim, dtype, stacked=self.stacked)
+
+    # --- the layer ----------------------------------------------------------------------------------------------
+
+    def fused(self, features: jax.Array) -> jax.Array:
+        """g [B, T, H] of the target's features [B, T, F*H]."""
+        scaled = features.astype(jnp.float32) * self.feature_scale[...]
+        return matmul(scaled.astype(features.dtype), self.fc[...])
+
+    def _keys(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, K, G*Q, D] and fresh k and v [B, K, Q, D] of embeddings and hidden states [B, Q, H]."""
+        c = self.config
+        batch, num_tokens, _ = h.shape
+        eps, dtype = c.rms_norm_eps, self.k[...].dtype
+        both = jnp.concatenate(
+            [rms_norm(e, self.embedding_norm[...], eps), rms_norm(h, self.hidden_norm[...], eps)], axis=-1
+        )
+        turn = rotation(positions, c.rope, c.head_dim)
+
+        def heads(w: nnx.Param, number: int) -> jax.Array:
+            return matmul(both, w[...]).reshape(batch, num_tokens, number, c.head_dim)
+
+        q = rotate(heads(self.q, c.num_heads), turn).astype(dtype)
+        k = rotate(heads(self.k, c.num_kv_heads), turn).astype(dtype)
+        v = heads(self.v, c.num_kv_heads).astype(dtype)
+        q = q.reshape(batch, num_tokens, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
+        q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim)
+        return q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+    def _rest(self, h: jax.Array, attended: jax.Array) -> jax.Array:
+        """The layer's output [B, Q, H] from its input and what attention [B, K, G*Q, D] gave."""
+        c = self.config
+        batch, num_tokens, _ = h.shape
+        out = attended.reshape(batch, c.num_kv_heads, -1, num_tokens, c.head_dim).transpose(0, 3, 1, 2, 4)
+        h = h + matmul(out.reshape(batch, num_tokens, -1).astype(h.dtype), self.o[...])
+        x = rms_norm(h, self.mlp_norm[...], c.rms_norm_eps)
+        return h + matmul(jax.nn.silu(matmul(x, self.gate[...])) * matmul(x, self.up[...]), self.down[...])
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def hidden_states(
+        self,
+        embedding: jax.Array,
+        features: jax.Array,
+        next_tokens: jax.Array,
+        positions: jax.Array,
+        visible: jax.Array,
+    ) -> tuple[list[jax.Array], None]:
+        """The head's input at every level and position: training-time test.
+
+        Run j takes run j - 1's output and the true token j further on. A query sees the keys of run 0 that `visible`
+        [B, T, T] lets it see and, of each later run, the key at its own position: the path that it would be on.
+
+        Returns:
+          A list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and None, where FastEagle has its
+          fresh keys and values.
+        """
+        h = self.fused(features)
+        keys: list[jax.Array] = []
+        values: list[jax.Array] = []
+        states = []
+        for j in range(self.num_levels):
+            e = embedding[jnp.roll(next_tokens, -j, axis=1)].astype(h.dtype)  # past a segment's end no loss looks
+            q, k, v = self._keys(e, h, positions + j)
+            keys.append(k)
+            values.append(v)
+            h = self._rest(h, _attend_to_own_path(q, keys, values, visible))
+            states.append(rms_norm(h, self.norm[...], self.config.rms_norm_eps))
+        return states, None
+
+    # --- decoding -----------------------------------------------------------------------------------------------
+
+    def extend(self, tied: Tied, new: Accepted, cache: Ring) -> Ring:
+        """The cache with the accepted tokens' stream positions in it."""
+        return self._advance(tied, new, cache)[1]
+
+    def skip(self, new: Accepted, cache: Ring) -> Ring:
+        """The cache after the accepted tokens, whose stream positions it will never hold."""
+        return cache._replace(length=cache.length + new.count)
+
+    def draft(self, tied: Tied, new: Accepted, cache: Ring, tree: Tree, ranking: Ranking) -> tuple[Draft, Ring]:
+        """A tree rooted at the pending token (see interfaces.Drafter), grown level by level.
+
+        `best_first` is EAGLE-2's dynamic tree: of all nodes scored on the way, those of highest probability.
+        `backbone` and `chain` grow from each level's best node alone, and keep what they score.
+        """
+        num_levels = tree.num_levels(self.num_levels)
+        new, skipped = newest(new, num_levels + 1)
+        h, cache = self._advance(tied, new, cache._replace(length=cache.length + skipped))  # [B, H]
+        batch = h.shape[0]
+        vocab = tied.head.shape[0]
+        frontier, candidates = _growth(tree, vocab)
+        ids = jnp.arange(vocab) if tied.token_ids is None else tied.token_ids
+        row = jnp.arange(batch)[:, None]
+        eps = self.config.rms_norm_eps
+        past, seen = self._past(cache)
+
+        last = jnp.maximum(new.count - 1, 0)
+        root = jnp.take_along_axis(new.tokens, last[:, None], axis=1)
+        nodes = _Nodes(h[:, None], jnp.zeros((batch, 1)), jnp.zeros((batch, 1), jnp.int32))  # the root alone
+        scored: list[_Scored] = []
+        keys: list[jax.Array] = []
+        values: list[jax.Array] = []
+        own_path = jnp.zeros((batch, 1, 0), bool)  # who sees whom of the keys of earlier runs
+        num_scored = 1  # the root is node 0
+        for depth in range(1, num_levels + 1):
+            # --- candidates: the children of the nodes -----------------------------------------------------------
+            logits = head_logits(rms_norm(nodes.hidden, self.norm[...], eps), tied.head)  # [B, f, V]
+            at = jnp.broadcast_to(cache.length[:, None] + depth, nodes.score.shape)
+            values_k, index = jax.lax.top_k(rank(logits, at, ids, ranking), candidates)  # [B, f, k]
+            score = (nodes.score[..., None] + values_k).reshape(batch, -1)  # [B, f*k]
+            parents = jnp.repeat(nodes.place, candidates, axis=1)
+            tokens = ids[index].reshape(batch, -1).astype(jnp.int32)
+            scored.append(_Scored(tokens, parents, score, depth))
+            if depth == num_levels:
+                break
+            # --- the best of them become nodes --------------------------------------------------------------------
+            best_score, best = jax.lax.top_k(score, min(frontier, score.shape[1]))  # [B, f']
+            parent = best // candidates  # among the nodes
+            h = jnp.take_along_axis(nodes.hidden, parent[..., None], axis=1)
+            e = tied.embedding[tokens[row, best]].astype(h.dtype)
+            position = jnp.broadcast_to((cache.length - 1 + depth)[:, None], best.shape)
+            q, k, v = self._keys(e, h, position)
+            keys.append(k)
+            values.append(v)
+            above = jnp.take_along_axis(own_path, parent[..., None], axis=1)  # [B, f', keys so far]
+            itself = jnp.broadcast_to(jnp.eye(best.shape[1], dtype=bool), (batch, best.shape[1], best.shape[1]))
+            own_path = jnp.concatenate([above, itself], axis=-1)
+            attended = attention(
+                q, jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2), own_path, past._replace(seen=seen)
+            )
+            nodes = _Nodes(self._rest(h, attended), best_score, num_scored + best)
+            num_scored += score.shape[1]
+        return _chosen(root[:, 0], scored, tree.num_nodes(num_levels)), cache
+
+    def _past(self, cache: Ring) -> tuple[Past, jax.Array]:
+        """The committed keys of the one layer, and who sees them: every node."""
+        layers = cache.layers
+        k, v, positions = layers[0] if isinstance(layers, list) else (part[0] for part in layers)
+        queries = jnp.maximum(cache.length - 1, 0)[:, None]
+        seen = seen_in_ring(positions, queries, self.config.window)
+        return Past(k, v, seen, cache.filled()), seen
+
+    def _advance(self, tied: Tied, new: Accepted, cache: Ring) -> tuple[jax.Array, Ring]:
+        """The layer's output [B, H] at the last accepted position, and the cache with all of them."""
+        batch, num_tokens = new.tokens.shape
+        index = jnp.arange(num_tokens)
+        positions = cache.length[:, None] + index
+        visible = jnp.broadcast_to(causal(index[:, None], index, self.config.window), (batch, num_tokens, num_tokens))
+        h = self.fused(new.features)
+        q, k, v = self._keys(tied.embedding[new.tokens].astype(h.dtype), h, positions)
+        layers = cache.layers
+        held = layers[0] if isinstance(layers, list) else tuple(part[0] for part in layers)
+        past = Past(held[0], held[1], seen_in_ring(held[2], positions, self.config.window), cache.filled())
+        h = self._rest(h, attention(q, k, v, visible, past))
+        last = jnp.maximum(new.count - 1, 0)[:, None, None]
+        fresh = ([k], [v]) if isinstance(cache.k, list) else (k[None], v[None])
+        return jnp.take_along_axis(h, last, axis=1)[:, 0], commit_ring(cache, fresh, new.count)
+
+
+class _Nodes(NamedTuple):
+    """The nodes that the next level grows from."""
+
+    hidden: jax.Array  # [B, f, H], the layer's output
+    score: jax.Array  # float32 [B, f], the log-probability of the path
+    place: jax.Array  # int32 [B, f], among all scored nodes, the root being 0
+
+
+class _Scored(NamedTuple):
+    """The candidates of a level."""
+
+    tokens: jax.Array  # int32 [B, C]
+    parents: jax.Array  # int32 [B, C], places among all scored nodes
+    score: jax.Array  # float32 [B, C]
+    depth: int
+
+
+def _growth(tree: Tree, vocab: int) -> tuple[int, int]:
+    """(f, k) of a kind of tree."""
+    if tree.kind == "best_first":
+        most = min(CANDIDATES, tree.nodes - 1, vocab)
+        return most, most
+    return 1, min(1 if tree.kind == "chain" else tree.width, vocab)
+
+
+def _chosen(root: jax.Array, scored: Sequence[_Scored], num_nodes: int) -> Draft:
+    """The draft of the `num_nodes` - 1 best scored nodes; all their parents are among them.
+
+    A child scores no more than its parent, and stands behind it, and top_k takes the first of equals.
+    """
+    tokens = jnp.concatenate([s.tokens for s in scored], axis=1)  # [B, all]
+    parents = jnp.concatenate([s.parents for s in scored], axis=1)
+    depths = jnp.concatenate([jnp.full(s.tokens.shape, s.depth, jnp.int32) for s in scored], axis=1)
+    score = jnp.concatenate([s.score for s in scored], axis=1)
+    _, picked = jax.lax.top_k(score, min(num_nodes - 1, score.shape[1]))
+    picked = jnp.sort(picked, axis=1)  # [B, M-1], parents before children
+    its_parent = jnp.take_along_axis(parents, picked, axis=1)  # a place: 0 for the root, else 1 + the index
+    among = its_parent[:, :, None] == 1 + picked[:, None]  # [B, child, node]
+    place = jnp.where(its_parent == 0, 0, 1 + jnp.argmax(among, axis=-1)).astype(jnp.int32)
+    none = jnp.zeros((root.shape[0], 1), jnp.int32)
+    return Draft(
+        jnp.concatenate([root[:, None], jnp.take_along_axis(tokens, picked, axis=1)], axis=1),
+        jnp.concatenate([none + NO_PARENT, place], axis=1),
+        jnp.concatenate([none, jnp.take_along_axis(depths, picked, axis=1)], axis=1),
+    )
+
+
+def _attend_to_own_path(
+    q: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], visible: jax.Array
+) -> jax.Array:
+    """Attention of q [B, K, G*T, D] over run 0's keys [B, K, T, D] and the later runs' at the query's own position."""
+    batch, kv_heads, rows, width = q.shape
+    num_tokens = keys[0].shape[2]
+    groups = rows // num_tokens
+    q = q * width**-0.5
+    mask = jnp.tile(visible, (1, groups, 1))[:, None]
+    scores = jnp.einsum("bkmd,bktd->bkmt", q, keys[0], preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores, MASKED)
+    own = [jnp.tile(k, (1, 1, groups, 1)) for k in keys[1:]]  # [B, K, G*T, D]
+    along = [(q.astype(jnp.float32) * k).sum(axis=-1, keepdims=True) for k in own]  # [B, K, G*T, 1]
+    p = jax.nn.softmax(jnp.concatenate([scores, *along], axis=-1), axis=-1)
+    out = jnp.einsum(
+        "bkmt,bktd->bkmd", p[..., :num_tokens].astype(q.dtype), values[0], preferred_element_type=jnp.float32
+    )
+    for i, v in enumerate(values[1:]):
+        out += p[..., num_tokens + i, None] * jnp.tile(v, (1, 1, groups, 1))
+    return out.astype(values[0].dtype)

@@ -1,0 +1,143 @@
+"""Attention over packed sequences, as training has it: whole texts side by side in a row, none of which sees another.
+
+B rows · T tokens · K heads of K/V · G query heads per K/V head · D head width.
+No [T, T] scores of a whole row exist: on a TPU JAX's splash attention keeps them in tiles, on a GPU cuDNN does, and
+elsewhere (or where those do not take the shapes) XLA computes BLOCK queries at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.layers import attention
+from fasteagle_jax.sharding import spec
+
+BLOCK = 512  # queries
+TILES = (512, 256, 128)  # of splash attention, in tokens
+KINDS = ("auto", "xla", "splash", "cudnn")
+
+
+class Packed(NamedTuple):
+    """Who sees whom in packed rows: a token itself and those before it, of its own segment and inside the window."""
+
+    segments: jax.Array  # int32 [B, T], 0 is padding
+    window: int | None = None  # W: itself and the W - 1 before it; None for all
+    kind: str = "auto"  # of KINDS
+    recompute: bool = True  # scores of a block in the backward pass; False where the layer is recomputed anyway
+
+    def visible(self, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
+        """bool [B, size, T], True where the query at start + i sees the key at j; for all queries by default."""
+        num_tokens = self.segments.shape[1]
+        size = num_tokens if size is None else size
+        query, key = (start + jnp.arange(size))[:, None], jnp.arange(num_tokens)
+        seen = key <= query
+        if self.window is not None:
+            seen &= query - key < self.window
+        own = jax.lax.dynamic_slice_in_dim(self.segments, start, size, axis=1)
+        return seen & (own[:, :, None] == self.segments[:, None])
+
+
+def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Array:
+    """Softmax attention of q [B, T, K*G, D] over k and v [B, T, K, D]: [B, T, K*G, D] in v's dtype.
+
+    Raises UserError for an unknown kind, or one that does not take the shapes.
+    """
+    kind = packed.kind
+    if kind not in KINDS:
+        raise UserError(f"attention {kind!r} is not known: use one of {', '.join(KINDS)}")
+    if kind == "auto":
+        kind = {"tpu": "splash", "gpu": "cudnn"}.get(jax.default_backend(), "xla")
+        if (kind == "splash" and _tile(q.shape[1]) is None) or (kind == "cudnn" and q.dtype == jnp.float32):
+            kind = "xla"
+    if kind == "splash":
+        return _splash(q, k, v, packed)
+    if kind == "cudnn":
+        mask = packed.visible()[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    return _in_blocks(q, k, v, packed)
+
+
+def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: int = BLOCK) -> jax.Array:
+    """The same, `block` queries at a time where that divides the row, over all keys."""
+    batch, num_tokens, num_heads, width = q.shape
+    kv_heads = k.shape[2]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, D]
+
+    def attend(q: jax.Array, visible: jax.Array) -> jax.Array:
+        size = q.shape[1]
+        rows = q.reshape(batch, size, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)  # [B, K, G, Q, D]
+        out = attention(rows.reshape(batch, kv_heads, -1, width), k, v, visible)
+        out = out.reshape(batch, kv_heads, -1, size, width).transpose(0, 3, 1, 2, 4)
+        return out.reshape(batch, size, num_heads, width)
+
+    if num_tokens <= block or num_tokens % block:
+        return attend(q, packed.visible())
+
+    def one_block(i: jax.Array) -> jax.Array:
+        own = jax.lax.dynamic_slice_in_dim(q, i * block, block, axis=1)
+        return attend(own, packed.visible(i * block, block))
+
+    # A loop, since blocks side by side could all be alive at once.
+    blocks = jax.lax.map(jax.checkpoint(one_block) if packed.recompute else one_block, jnp.arange(num_tokens // block))
+    return jnp.moveaxis(blocks, 0, 1).reshape(q.shape)  # [blocks, B, Q, heads, D] before
+
+
+# --- splash attention -------------------------------------------------------------------------------------------
+
+
+def _tile(num_tokens: int) -> int | None:
+    return next((tile for tile in TILES if num_tokens % tile == 0), None)
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Array:
+    tile = _tile(q.shape[1])
+    if tile is None:
+        raise UserError(f"splash attention over {q.shape[1]} tokens: use a length that is a multiple of {TILES[-1]}")
+    interpret = jax.default_backend() != "tpu"
+    run = functools.partial(_splash_shard, window=packed.window, tile=tile, interpret=interpret)
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return run(q, k, v, packed.segments)
+    # A kernel is not split by the compiler: every device gets its own rows and heads.
+    heads = spec(mesh, ("batch", None, "heads", None), k.shape)  # whole heads of K/V, and of q with them
+    rows = PartitionSpec(*spec(mesh, ("batch", None), packed.segments.shape))
+    return jax.shard_map(run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
+        q, k, v, packed.segments
+    )
+
+
+def _splash_shard(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, window: int | None, tile: int, interpret: bool
+) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        BlockSizes,
+        CausalMask,
+        LocalMask,
+        MultiHeadMask,
+        SegmentIds,
+        make_splash_mha_single_device,
+    )
+
+    _, num_tokens, num_heads, width = q.shape
+    shape = (num_tokens, num_tokens)
+    mask = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), 0)
+    kernel = make_splash_mha_single_device(
+        MultiHeadMask([mask] * num_heads),
+        block_sizes=BlockSizes(tile, tile, tile, tile, tile, tile, tile, tile),
+        interpret=interpret,
+    )
+
+    def row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        return kernel(q, k, v, segment_ids=SegmentIds(segments, segments))
+
+    q = (q * width**-0.5).astype(q.dtype)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    out = jax.vmap(row)(q, k, v, segments)  # [B, heads, T, D]
+    return out.transpose(0, 2, 1, 3).astype(v.dtype)

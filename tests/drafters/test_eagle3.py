@@ -1,0 +1,159 @@
+"""EAGLE-3 against a slow version that runs one position at a time and grows its tree with lists."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fasteagle_jax.drafters.eagle3 import CANDIDATES, Eagle3
+from fasteagle_jax.drafters.fasteagle import default_config
+from fasteagle_jax.interfaces import Accepted, Ranking
+from fasteagle_jax.layers import rms_norm, rotate, rotation
+from fasteagle_jax.sampling import make_sampling
+from fasteagle_jax.testing import tiny_config, tiny_target
+from fasteagle_jax.tree import Tree
+
+T, N, V, D, K, G = 9, 4, 40, 8, 2, 2
+IDS = np.sort(np.random.default_rng(0).permutation(V)[:17]).astype(np.int32)
+CLOSE = dict(rtol=1e-4, atol=1e-5)  # float32, sums in another order
+
+
+@pytest.fixture(scope="module")
+def drafter() -> Eagle3:
+    config = default_config(
+        tiny_config(), kind="eagle3", num_levels=N, feature_layers=(1, 3), draft_vocab_size=len(IDS)
+    )
+
+    def make() -> Eagle3:
+        made = Eagle3(config, jax.random.key(4))
+        for i, norm in enumerate((made.embedding_norm, made.hidden_norm, made.mlp_norm, made.norm)):
+            norm[...] = norm[...] + 0.2 * jax.random.normal(jax.random.key(i), norm[...].shape)
+        made.feature_scale[...] = jnp.linspace(0.5, 2.0, made.feature_scale[...].size)
+        made.head[...] = made.head[...] * 3
+        return made
+
+    made = jax.jit(make)()
+    made.token_ids[...] = jnp.asarray(IDS)
+    return made
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def stream(target):
+    """A text x[0..T] and the target's features of x[0..T-1]."""
+    tokens = jax.random.randint(jax.random.key(5), (1, T + 1), 0, V)
+    causal = jnp.tril(jnp.ones((T, T), bool))[None]
+    features = jax.jit(lambda: target(tokens[:, :-1], jnp.arange(T)[None], causal, None, (1, 3)).features)()
+    return np.asarray(tokens[0]), np.asarray(features[0])
+
+
+class Slow:
+    """One position at a time."""
+
+    def __init__(self, drafter, embedding, features, tokens):
+        self.m, self.embedding = drafter, np.asarray(embedding)
+        self.w = {name: np.asarray(getattr(drafter, name)[...]) for name in ("q", "k", "v", "o", "gate", "up", "down")}
+        self.g = (features * np.asarray(drafter.feature_scale[...])) @ np.asarray(drafter.fc[...])
+        self.tokens = tokens
+        # Run 0 at every position, on features.
+        self.first = []
+        for t in range(len(features)):
+            self.first.append(self.layer(self.g[t], tokens[t + 1], t, [kv for kv, _ in self.first]))
+
+    def norm(self, x, name):
+        return np.asarray(rms_norm(jnp.asarray(x), getattr(self.m, name)[...], self.m.config.rms_norm_eps))
+
+    def layer(self, h, token, position, seen):
+        """((k, v), output) of one token after the (k, v) that it sees."""
+        x = np.concatenate([self.norm(self.embedding[token], "embedding_norm"), self.norm(h, "hidden_norm")])
+        turn = rotation(jnp.asarray([[position]]), self.m.config.rope, D)
+        q, k = (np.asarray(rotate(jnp.asarray(x @ self.w[n]).reshape(1, 1, -1, D), turn))[0, 0] for n in ("q", "k"))
+        v = (x @ self.w["v"]).reshape(K, D)
+        keys, values = np.stack([*(k for k, _ in seen), k]), np.stack([*(v for _, v in seen), v])
+        out = []
+        for head in range(K * G):
+            p = np.asarray(jax.nn.softmax(keys[:, head // G] @ q[head] / D**0.5))
+            out.append(p @ values[:, head // G])
+        h = h + np.concatenate(out) @ self.w["o"]
+        y = self.norm(h, "mlp_norm")
+        return (k, v), h + (np.asarray(jax.nn.silu(y @ self.w["gate"])) * (y @ self.w["up"])) @ self.w["down"]
+
+    def along(self, t, path):
+        """The layer's output after run 0 at t and one run for each token of a path of guesses."""
+        seen = [kv for kv, _ in self.first[: t + 1]]
+        h = self.first[t][1]
+        for j, token in enumerate(path, 1):
+            kv, h = self.layer(h, token, t + j, seen)
+            seen = [*seen, kv]
+        return h
+
+    def log_q(self, t, path):
+        logits = self.norm(self.along(t, path), "norm") @ np.asarray(self.m.head[...]).T
+        return np.asarray(jax.nn.log_softmax(logits))
+
+
+@pytest.fixture(scope="module")
+def slow(drafter, target, stream):
+    return Slow(drafter, target.embedding[...], stream[1], stream[0])
+
+
+def test_training_time_test_is_the_path_of_true_tokens_at_every_position(drafter, target, stream, slow):
+    tokens, features = stream
+    causal = jnp.tril(jnp.ones((T, T), bool))[None]
+    states, _ = jax.jit(lambda m, e: m.hidden_states(e, features[None], tokens[None, 1:], jnp.arange(T)[None], causal))(
+        drafter, target.embedding[...]
+    )
+    for level, t in itertools.product(range(N), range(T)):
+        if t + 1 + level > T:  # the true token is past the end
+            continue
+        expected = slow.norm(slow.along(t, tokens[t + 2 : t + 2 + level]), "norm")
+        if t + 2 + level <= T + 1:
+            np.testing.assert_allclose(states[level][0, t], expected, **CLOSE)
+
+
+def slow_tree(slow, t, root, tree: Tree) -> set[tuple[int, ...]]:
+    """The paths of a tree's nodes."""
+    frontier, width = (1, 1) if tree.kind == "chain" else (1, tree.width)
+    if tree.kind == "best_first":
+        frontier = width = min(CANDIDATES, tree.nodes - 1)
+    nodes, scored = [((), 0.0)], []
+    for _ in range(N):
+        candidates = []
+        for path, score in nodes:
+            log_q = slow.log_q(t, path)
+            for i in np.argsort(-log_q, kind="stable")[:width]:
+                candidates.append(((*path, int(IDS[i])), score + float(log_q[i])))
+        scored += candidates
+        nodes = sorted(candidates, key=lambda c: -c[1])[:frontier]
+    most = tree.nodes - 1 if tree.kind == "best_first" else len(scored)
+    return {path for path, _ in sorted(scored, key=lambda c: -c[1])[:most]}
+
+
+@pytest.mark.parametrize("tree", ["chain", "backbone:3", "best_first:6", "best_first:30"])
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+def test_drafts_are_those_of_the_slow_version_step_by_step(drafter, target, stream, slow, tree, stacked):
+    tokens, features = stream
+    tree, tied = Tree.parse(tree), drafter.tie(target)
+    drafter.stacked = stacked
+    cache, at = drafter.empty_cache(1, T + 8, 4), 0
+    draft = jax.jit(lambda new, cache: drafter.draft(tied, new, cache, tree, Ranking(make_sampling(1), True)))
+    for count in (3, 1, 4, 1):
+        index = np.minimum(at + np.arange(4), T - 1)
+        new = Accepted(jnp.asarray(features[index])[None], jnp.asarray(tokens[index + 1])[None], jnp.asarray([count]))
+        made, cache = draft(new, cache)
+        at += count
+        drafts, parents, depths = (np.asarray(part)[0].tolist() for part in made)
+        assert (drafts[0], parents[0], depths[0]) == (tokens[at], -1, 0)
+        paths = {0: ()}
+        for node in range(1, len(drafts)):
+            assert parents[node] < node and depths[node] == depths[parents[node]] + 1
+            paths[node] = (*paths[parents[node]], drafts[node])
+        assert set(paths.values()) - {()} == slow_tree(slow, at - 1, tokens[at], tree)
