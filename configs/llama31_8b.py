@@ -12,6 +12,7 @@ EAGLE-3's (arXiv 2503.01840).
 from fasteagle_jax.config import LlamaConfig, RopeConfig
 from fasteagle_jax.losses import LossConfig
 from fasteagle_jax.run import DrafterChoice, RunConfig
+from fasteagle_jax.sharding import MeshShape
 from fasteagle_jax.training import OptimizerConfig
 
 
@@ -33,8 +34,10 @@ def get_config() -> RunConfig:
         data=("runs/data/llama31_8b.jsonl",),
         steps=100_000,
         batch_size=8,
+        mesh=MeshShape(fsdp=8),  # v5e-8 (one host)
+        remat="full",
         length=2048,
-        drafter=DrafterChoice(num_levels=7, draft_vocab_size=32_000),
+        drafter=DrafterChoice(num_levels=7, draft_vocab_size=32_000, window=2048),
         loss=LossConfig(),
         optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=2_000),
     )

@@ -12,6 +12,7 @@ EAGLE-3's (arXiv 2503.01840).
 from fasteagle_jax.config import LlamaConfig, RopeConfig
 from fasteagle_jax.losses import LossConfig
 from fasteagle_jax.run import DrafterChoice, RunConfig
+from fasteagle_jax.sharding import MeshShape
 from fasteagle_jax.training import OptimizerConfig
 
 
@@ -32,9 +33,11 @@ def get_config() -> RunConfig:
         ),
         data=("runs/data/llama33_70b.jsonl",),
         steps=100_000,
-        batch_size=8,
+        batch_size=16,
+        mesh=MeshShape(fsdp=4, tensor=4),  # v5p-32 (16 chips, 4 hosts)
+        remat="full",
         length=2048,
-        drafter=DrafterChoice(num_levels=7, draft_vocab_size=32_000),
+        drafter=DrafterChoice(num_levels=7, draft_vocab_size=32_000, window=2048),
         loss=LossConfig(),
         optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=2_000),
     )

@@ -11,6 +11,7 @@ Sizes: the published config.json of lmsys/vicuna-13b-v1.3. Optimiser, draft voca
 from fasteagle_jax.config import LlamaConfig
 from fasteagle_jax.losses import LossConfig
 from fasteagle_jax.run import DrafterChoice, RunConfig
+from fasteagle_jax.sharding import MeshShape
 from fasteagle_jax.training import OptimizerConfig
 
 
@@ -31,6 +32,8 @@ def get_config() -> RunConfig:
         data=("runs/data/vicuna_13b.jsonl",),
         steps=100_000,
         batch_size=8,
+        mesh=MeshShape(fsdp=8),  # v5e-8 (one host)
+        remat="full",
         length=2048,
         drafter=DrafterChoice(num_levels=7),
         loss=LossConfig(),

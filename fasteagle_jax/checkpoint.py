@@ -1,47 +1,87 @@
-"""Train state on disk, with Orbax: whole or not at all, the last few kept.
+"""Train state on disk, with Orbax: whole or not at all, the last few kept and the best one.
 
-A checkpoint holds the drafter's parameters and constants, the optimiser's state and the step; the step alone gives
-the data position and the random numbers. Beside the checkpoints a run keeps its configuration.
+A checkpoint holds the drafter's parameters and constants, the optimiser's state, the average and the step, and beside
+them a record in JSON: the run's configuration, the target's fingerprint, the seed and the data's position. The step
+alone gives the random numbers. Checkpoints of before there were records are read as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from fasteagle_jax.errors import UserError
 
+STATE, RECORD = "default", "run"  # items of a checkpoint; the state's name is Orbax's for one without others
+TAU = "tau"  # the metric by which one is best: the measured acceptance length
+
 
 class Checkpoints:
-    """The checkpoints of one run folder; saves in the background. Use as a context manager."""
+    """The checkpoints of one run folder; saves in the background. Use as a context manager.
 
-    def __init__(self, folder: str | Path, keep: int):
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs every file
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    `keep` last ones are kept, and the one of the highest acceptance length; None is to read alone, which changes
+    nothing in the folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int | None = None):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file, and warns of what is meant
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+        else:
+            best = BestN(get_metric_fn=_tau, n=1, keep_checkpoints_without_metrics=False)
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+                best_fn=_tau,
+                cleanup_tmp_directories=True,  # what a killed run left half written
+            )
         self._manager = ocp.CheckpointManager(
-            Path(folder).absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+            epath.Path(os.fspath(folder)).resolve(),
+            options=options,
+            item_handlers={STATE: ocp.StandardCheckpointHandler(), RECORD: ocp.JsonCheckpointHandler()},
         )
+
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints, in order."""
+        return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint; None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any) -> None:
-        """Starts to write the state of `step`; one that is there already is left."""
+    def best(self) -> tuple[int, float] | None:
+        """The step and acceptance length of the best checkpoint; None where none was measured."""
+        measured = {step: self._manager.metrics(step) for step in self.steps()}
+        lengths = {step: float(metrics[TAU]) for step, metrics in measured.items() if metrics}
+        return max(lengths.items(), key=lambda item: (item[1], item[0])) if lengths else None
+
+    def save(self, step: int, state: Any, record: dict[str, Any], tau: float | None = None) -> None:
+        """Starts to write the state of `step`, with its acceptance length if measured; one there already is left."""
         if step not in self._manager.all_steps():
             self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            items = {STATE: ocp.args.StandardSave(_flat(state)), RECORD: ocp.args.JsonSave(record)}
             with self._failing_as_user_error():
-                self._manager.save(step, args=ocp.args.StandardSave(_flat(state)))
+                self._manager.save(step, args=ocp.args.Composite(**items), metrics=None if tau is None else {TAU: tau})
+
+    def record(self, step: int) -> dict[str, Any] | None:
+        """What was saved beside the state of `step`; None for a checkpoint of before there were records."""
+        if not (self._manager.directory / str(step) / RECORD).exists():
+            return None
+        with self._failing_to_read(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()}))[RECORD]
 
     def _check_room(self, size: int) -> None:
         """Raises UserError before a write that cannot end well: Orbax's own words for that are many lines long."""
+        if "://" in os.fspath(self._manager.directory):
+            return  # a bucket
         free = shutil.disk_usage(self._manager.directory).free
         if free < size:
             raise UserError(
@@ -52,10 +92,7 @@ class Checkpoints:
     def restore(self, step: int, like: Any) -> Any:
         """The state of `step` in the structure, dtypes and shardings of `like`; UserError where it does not fit."""
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))
-        metadata = self._manager.item_metadata(step)
-        if metadata is None:
-            raise UserError(f"there is no whole checkpoint {step} in {self._manager.directory}")
-        there = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in metadata.tree.items()}
+        there = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in self._leaves(step).items()}
         here = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in wanted.items()}
         if there != here:
             name = min(set(there.items()) ^ set(here.items()))[0]
@@ -64,16 +101,24 @@ class Checkpoints:
                 f"({name} is {there.get(name, 'absent')} instead of {here.get(name, 'absent')}): "
                 "use the configuration it was made with, or another run folder"
             )
-        found = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
-        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in _flat(like)])
+        with self._failing_to_read(step):
+            found = self._manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(wanted)}))
+        return jax.tree.unflatten(jax.tree.structure(like), [found[STATE][name] for name in _flat(like)])
 
     def is_stacked(self, step: int) -> bool:
         """Whether a drafter's levels were one stack when `step` was saved; UserError where there is no such step."""
-        metadata = self._manager.item_metadata(step) if step in self._manager.all_steps() else None
+        return not any("levels" in name and "[0]" in name.split("levels")[1] for name in self._leaves(step))
+
+    def _leaves(self, step: int) -> dict[str, Any]:
+        """Shape and dtype of each leaf of the state of `step`; UserError where there is no such step."""
+        metadata = None
+        if step in self._manager.all_steps():
+            with self._failing_to_read(step):
+                metadata = self._manager.item_metadata(step)[STATE]
         if metadata is None:
-            kept = ", ".join(map(str, self._manager.all_steps())) or "none"
+            kept = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"there is no checkpoint {step} in {self._manager.directory} (there are: {kept})")
-        return not any("levels" in name and "[0]" in name.split("levels")[1] for name in metadata.tree)
+        return metadata.tree
 
     def wait(self) -> None:
         """Returns when all is written; UserError where it could not be."""
@@ -86,13 +131,20 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # tensorstore, asyncio and the system raise many kinds, some wrapped
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
             raise UserError(
-                f"cannot write a checkpoint to {self._manager.directory} ({reason}): make room there and give the same "
-                f"command again; it goes on from step {self._manager.latest_step() or 0}"
+                f"cannot write a checkpoint to {self._manager.directory} ({_reason(error)}): make room there and give "
+                f"the same command again; it goes on from step {self._manager.latest_step() or 0}"
+            ) from error
+
+    @contextlib.contextmanager
+    def _failing_to_read(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            earlier = [kept for kept in self.steps() if kept < step]
+            raise UserError(
+                f"checkpoint {step} in {self._manager.directory} is damaged ({_reason(error)}): "
+                f"remove the folder {step} to go on from {f'step {earlier[-1]}' if earlier else 'the start'}"
             ) from error
 
     def __enter__(self) -> Checkpoints:
@@ -110,3 +162,23 @@ def _flat(tree: Any) -> dict[str, Any]:
     """Leaves by the name of their path, in the order of jax.tree.leaves."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+
+
+def _tau(metrics: Any) -> float:
+    return float(metrics[TAU])
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what was the first error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def newest_record(folder: epath.Path) -> dict[str, Any] | None:
+    """The record of the newest checkpoint in a folder that need not exist; None where there is none."""
+    if not folder.is_dir():
+        return None
+    with Checkpoints(folder) as checkpoints:
+        latest = checkpoints.latest_step()
+        return None if latest is None else checkpoints.record(latest)

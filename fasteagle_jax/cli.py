@@ -10,11 +10,14 @@ from fasteagle_jax.commands.terminal import USER_ERROR
 
 VERBS = {  # verb: module, and what it does
     "prepare-data": ("prepare_data", "sample the target's answers to prompts: training data"),
+    "prepare-features": ("prepare_features", "store the target's features: training without its layers"),
     "train": ("train_drafter", "train a drafter for a target"),
+    "import": ("import_drafter", "bring a published EAGLE-3 drafter in"),
     "export": ("export", "write a drafter out of a training run's checkpoint"),
     "generate": ("generate", "answer prompts, sped up by a drafter"),
     "chat": ("chat", "talk with a target at the terminal, sped up by a drafter"),
     "batch": ("batch", "answer a file of requests, OpenAI's batch lines or simple ones"),
+    "compile": ("compile_check", "say what memory a train step needs, from shapes alone"),
     "bench": ("bench", "measure plain against speculative decoding"),
     "demo": ("demo", "train a small drafter and watch it decode beside plain decoding"),
 }

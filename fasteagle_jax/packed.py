@@ -32,6 +32,10 @@ class Packed(NamedTuple):
     kind: str = "auto"  # of KINDS
     recompute: bool = True  # scores of a block in the backward pass; False where the layer is recomputed anyway
 
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """`packed_attention`, as layers take it."""
+        return packed_attention(q, k, v, self)
+
     def visible(self, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
         """bool [B, size, T], True where the query at start + i sees the key at j; for all queries by default."""
         num_tokens = self.segments.shape[1]

@@ -1,4 +1,7 @@
-"""A training run: its configuration, how a config file and `key=value` changes make one, and its folder's names."""
+"""A training run: its configuration, how a config file and `key=value` changes make one, and its folder.
+
+The folder may be of a bucket (gs://...).
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,21 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
 from fasteagle_jax.drafters.fasteagle import default_config
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.files import write_text
 from fasteagle_jax.losses import LossConfig
-from fasteagle_jax.training import OptimizerConfig
+from fasteagle_jax.packed import KINDS
+from fasteagle_jax.sharding import MeshShape
+from fasteagle_jax.training import REMAT, OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +60,7 @@ class RunConfig:
     data: tuple[str, ...]  # files of conversations, from prepare_data
     steps: int
     batch_size: int = 4  # B, rows
+    accumulate: int = 1  # parts of the batch, one after the other: the same step in less memory
     length: int = 512  # T, tokens a row
     seed: int = 0
     dtype: str = "bfloat16"  # of the products
@@ -59,14 +69,32 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvalChoice = EvalChoice()
     save_every: int = 200
-    keep: int = 2  # checkpoints
+    keep: int = 2  # checkpoints, the last ones; the one of the best measured acceptance length is kept besides
+    spike_factor: float = 0.0  # skip a batch whose loss is above so many times the mean of the last 100; 0 for none
+    max_bad_steps: int = 20  # skipped updates in a row (not finite, or spikes) that end the run
+    tensorboard: bool = True  # events in the run folder's tensorboard/
+    wandb: str = ""  # a project of Weights & Biases; empty for none
+    mesh: MeshShape | None = None  # of devices; None for one device
+    attention: str = "auto"  # over packed rows, a kind of packed.KINDS
+    remat: str = "none"  # what the drafter's backward pass computes again, a policy of training.REMAT
+    features: str = ""  # a folder of prepare-features, which the target's layers then need not be run for
     target_config: LlamaConfig | None = None  # the target's sizes, for use without its weights
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "length", "save_every", "keep"):
+        for name in ("steps", "batch_size", "accumulate", "length", "save_every", "keep", "max_bad_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} is {value!r}: give a whole number of at least 1")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}: "
+                f"use a multiple of {self.accumulate}"
+            )
+        if self.spike_factor and self.spike_factor <= 1:
+            raise UserError(f"spike_factor is {self.spike_factor}: give a factor above 1, e.g. 3, or 0 for none")
+        for name, known in (("attention", KINDS), ("remat", tuple(REMAT))):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype is {self.dtype!r}: use float32 or bfloat16")
 
@@ -104,20 +132,26 @@ def _changed(config: Any, path: list[str], text: str, whole_key: str) -> Any:
     if path[0] not in fields:
         raise UserError(f"{whole_key} is not a key: there {'are' if len(fields) > 1 else 'is'} {', '.join(fields)}")
     old = getattr(config, path[0])
-    if dataclasses.is_dataclass(old):
+    kind = str(fields[path[0]].type)
+    if dataclasses.is_dataclass(old) and not (len(path) == 1 and kind == "MeshShape | None"):
         if len(path) == 1:
             keys = ", ".join(f"{whole_key}.{field.name}" for field in dataclasses.fields(old))
             raise UserError(f"{whole_key} is a group: change one of {keys}")
         return dataclasses.replace(config, **{path[0]: _changed(old, path[1:], text, whole_key)})
     if len(path) > 1:
         raise UserError(f"{whole_key} is not a key: {path[0]} holds a single value")
-    return dataclasses.replace(config, **{path[0]: _value(text, str(fields[path[0]].type), whole_key)})
+    return dataclasses.replace(config, **{path[0]: _value(text, kind, whole_key)})
 
 
 def _value(text: str, kind: str, key: str) -> Any:
     """`text` as a value of the annotated type `kind`."""
     if kind == "str":
         return text
+    if kind == "MeshShape | None":
+        sizes = text.split(",")
+        if text != "None" and (len(sizes) != 3 or not all(size.strip().lstrip("-").isdigit() for size in sizes)):
+            raise UserError(f"{key}={text} is no mesh: write data,fsdp,tensor, e.g. 1,8,1, or None")
+        return None if text == "None" else MeshShape(*map(int, sizes))
     if kind == "tuple[str, ...]":
         return tuple(part for part in text.split(",") if part)
     try:
@@ -170,8 +204,14 @@ _PARTS: dict[str, Any] = {
     "OptimizerConfig": OptimizerConfig,
     "EvalChoice": EvalChoice,
     "LlamaConfig | None": LlamaConfig,
+    "MeshShape | None": MeshShape,
     "RopeConfig": RopeConfig,
 }
+
+
+def changes_since(old: dict[str, Any], config: RunConfig) -> list[str]:
+    """`key: old -> new` of what differs from a configuration saved earlier; keys it had not count as their defaults."""
+    return differences(to_json(from_json(old)), to_json(config))
 
 
 def drafter_config(choice: DrafterChoice, target_config: LlamaConfig) -> DrafterConfig:
@@ -193,3 +233,32 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             found.append(f"{prefix}{key}: {a} -> {b}")
     return found
+
+
+# --- the folder -------------------------------------------------------------------------------------------------
+
+
+def in_bucket(path: Any) -> bool:
+    """Whether a path is of an object store, which keeps whole objects and appends to none."""
+    return "://" in os.fspath(path)
+
+
+def write_file(path: epath.Path, text: str) -> None:
+    """Puts `text` at a path of a run folder, whole or not at all."""
+    if in_bucket(path):
+        path.write_text(text)
+    else:
+        write_text(Path(path), text)
+
+
+def check_writable(folder: epath.Path) -> None:
+    """Makes the folder; UserError where nothing can be written to it."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except Exception as error:  # clients of buckets raise many kinds, ImportError among them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        remedy = "pip install gcsfs, log in, and check the bucket's name and rights" if in_bucket(folder) else ""
+        raise UserError(f"cannot write to {folder} ({reason}): {remedy or 'name a folder of yours'}") from error

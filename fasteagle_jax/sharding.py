@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -105,6 +106,13 @@ def _name(key: Any) -> str:
     return str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
 
 
+def make_on(mesh: Mesh | None, axes: Axes, make: Callable[..., Any], *args: Any) -> Any:
+    """What `make(*args)` gives, its arrays made in their shards; without a mesh just that."""
+    if mesh is None:
+        return make(*args)
+    return jax.jit(make, out_shardings=shardings(mesh, jax.eval_shape(make, *args), axes))(*args)
+
+
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Of arrays [B, ...]: rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"], *[None] * (ndim - 1)))
@@ -123,6 +131,25 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if mesh.empty or all(RULES[axis] is None for axis in logical):
         return x
     return jax.lax.with_sharding_constraint(x, spec(mesh, logical, x.shape))  # type: ignore[arg-type]
+
+
+def fetch(tree: Any) -> Any:
+    """The arrays of a pytree as NumPy's, whole on every process; all processes must ask together."""
+
+    def whole(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+            mesh: Any = getattr(x.sharding, "mesh")  # noqa: B009  # only a mesh's arrays are not addressable
+            x = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(x)
+        return np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) and not x.is_fully_addressable else x)
+
+    return jax.tree.map(whole, tree)
+
+
+def place_batch(mesh: Mesh | None, batch: Any) -> Any:
+    """A pytree of NumPy arrays [B, ...], which every process has whole, on the devices: its rows over the mesh."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+    return jax.tree.map(lambda x: place(x, batch_sharding(mesh, x.ndim), x.shape), batch)
 
 
 def place(value: np.ndarray | Callable[[Any], np.ndarray], sharding: NamedSharding, shape: Sequence[int]) -> jax.Array:

@@ -6,10 +6,14 @@ transformers does that only where torch is installed. All functions take what `l
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets.readers import read_gguf, read_json
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "content": ...}
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types that are matched whole; only the first are "special"
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 _USER_TEXT = "fasteaglesentinel"
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # names of its rule for cutting text into pieces
 _LLAMA3_PIECES = (
@@ -75,6 +80,31 @@ def user_header_ids(tokenizer: Tokenizer) -> list[int]:
 def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of a whole conversation, and the [start, end) of each answer in it, its end-of-turn token included.
 
+    What the template itself marks by {% generation %} counts as answers; without such marks, what rendering the
+    conversation up to each answer and past it tells (`prefix_spans`).
+    """
+    if tokenizer.chat_template and _MARKER.search(tokenizer.chat_template):
+        return _marked_spans(tokenizer, messages)
+    return prefix_spans(tokenizer, messages)
+
+
+def _marked_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+    encoded: Any
+    with _template_errors():
+        encoded = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+    edges = np.diff(np.asarray([0, *encoded["assistant_masks"], 0]))
+    spans = zip(np.flatnonzero(edges > 0).tolist(), np.flatnonzero(edges < 0).tolist(), strict=True)
+    return list(encoded["input_ids"]), list(spans)
+
+
+def prefix_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+    """As `assistant_spans`, found by rendering prefixes of the conversation; UserError where that is impossible.
+
     The conversation begins with the user's (or system's) message. A span holds what the target would have had
     to generate: not the header before the answer, nor what the template writes after the end of the turn.
     """
@@ -93,7 +123,7 @@ def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[
         if not answered.startswith(prompt) or ids[:start] != prompt_ids or ids[:end] != answered_ids:
             raise UserError(
                 f"chat template without stable prefixes (message {i} changes what stands before it): "
-                "use a template that only appends"
+                "use a template that only appends, or one that marks answers by {% generation %}"
             )
         if not answered[len(prompt) :].lstrip().startswith(message["content"].strip()):
             raise UserError(
@@ -119,20 +149,27 @@ def _transformers() -> Any:
 
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: use an instruct model or add chat_template.jinja")
-    try:
+    with _template_errors():
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses this conversation: {error}") from error
     assert isinstance(text, str)
     return text
+
+
+@contextlib.contextmanager
+def _template_errors() -> Iterator[None]:
+    """Makes a chat template's complaint a UserError."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses this conversation: {error}") from error
 
 
 def _gguf_tokenizer(path: Path) -> Tokenizer:

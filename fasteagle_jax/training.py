@@ -1,6 +1,6 @@
 """Training a drafter: its first weights, the optimiser and the train step.
 
-B rows · T tokens · N levels · H hidden width.
+B rows · T tokens · N levels · H hidden width · S selected target positions a row.
 The target is frozen and only read; parameters and optimiser state are float32, products run in the step's dtype.
 """
 
@@ -17,20 +17,24 @@ from flax import nnx
 
 from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.data import Batch
-from fasteagle_jax.drafters.fasteagle import FastEagle, causal
+from fasteagle_jax.drafters.fasteagle import AXES, FastEagle
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.losses import LevelMetrics, LossConfig, level_loss, select_positions
+from fasteagle_jax.features import TargetValues
+from fasteagle_jax.losses import LevelMetrics, LossConfig, _level_weight, level_loss, select_positions
+from fasteagle_jax.packed import Packed
 
+MUON_RMS = 0.2  # of Muon's updates over the rate: AdamW's, so that one rate suits both (arXiv 2502.16982, section 2.2)
 EMBEDDING_SHARE = 0.1  # of the stream's size that the embedding starts with, beside levels that never saw one there
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with clipping by global norm; the rate warms up, stays, and falls linearly over the last steps.
+    """AdamW or Muon with clipping by global norm; the rate warms up, stays, and falls linearly over the last steps.
 
     A rate that stays constant in between lets a run be made longer: its steps before the fall do not change.
     """
 
+    name: str = "adamw"  # or muon: matrices by Muon, norms by AdamW with Nesterov's momentum, at one rate
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     decay_share: float = 0.2  # of all steps, at the end
@@ -38,8 +42,13 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip_norm: float = 0.5
+    ema: float = 0.0  # decay of the moving average of the weights, which is then what is evaluated and kept; 0 for none
 
     def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise UserError(f"optimizer name is {self.name!r}: use adamw or muon")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"optimizer ema is {self.ema}: give a decay from 0 (no average) to below 1, e.g. 0.999")
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise UserError(f"learning_rate {self.learning_rate} and clip_norm {self.clip_norm} must be positive")
         if not 0 <= self.decay_share <= 1:
@@ -51,7 +60,28 @@ class TrainState(NamedTuple):
 
     params: Any  # the drafter's nnx.Param leaves
     optimizer: Any
-    step: jax.Array  # int32 []
+    step: jax.Array  # int32 []; batches seen, those of skipped updates too
+    average: Any = None  # the moving average of params, where one is kept
+
+    @property
+    def weights(self) -> Any:
+        """The parameters to decode with: the average where one is kept."""
+        return self.params if self.average is None else self.average
+
+
+class StepResult(NamedTuple):
+    """What a train step says of its batch."""
+
+    loss: jax.Array  # float32 []
+    norm: jax.Array  # float32 [], of the gradient before clipping
+    metrics: LevelMetrics
+    applied: jax.Array  # bool []; False where the update was skipped
+
+
+def first_state(params: Any, optimizer: optax.GradientTransformation, ema: float = 0.0) -> TrainState:
+    """The state before the first step; the average, where one is kept, starts at `params`."""
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), average)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
@@ -65,10 +95,30 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         ],
         [config.warmup_steps, max(config.warmup_steps, num_steps - decay_steps)],
     )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, *config.betas, weight_decay=config.weight_decay),
-    )
+    if config.name == "muon":
+        rule = optax.contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            adam_b1=config.betas[0],
+            adam_b2=config.betas[1],
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=MUON_RMS,
+        )
+    else:
+        rule = optax.adamw(schedule, *config.betas, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def _matrices(params: Any) -> Any:
+    """For each of a drafter's parameters, the dimensions of its matrix (the last two of a stack); None for vectors."""
+
+    def of(path: Any, _: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        names = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
+        known = [name for name in names if name in AXES]
+        return optax.contrib.MuonDimensionNumbers(-2, -1) if known and len(AXES[known[-1]]) == 2 else None
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 # --- the first weights ------------------------------------------------------------------------------------------
@@ -133,13 +183,15 @@ def _copy(into: Any, source: Any) -> None:
     nnx.update(into, nnx.state(source))
 
 
-def feature_rms(target: Any, batch: Batch, feature_layers: tuple[int, ...]) -> jax.Array:
+def feature_rms(
+    target: Any, batch: Batch, feature_layers: tuple[int, ...], values: TargetValues | None = None
+) -> jax.Array:
     """The size of each feature on a batch, float32 [F]: the median over tokens of a token's root mean square.
 
-    Not the mean: the first token of a text can be a hundred times the size of the others.
+    Not the mean: the first token of a text can be a hundred times the size of the others. `values` are the target's,
+    where they were computed before.
     """
-    out = target_outputs(target, batch, feature_layers)
-    features = out.features.astype(jnp.float32)
+    features = (values or target_outputs(target, batch, feature_layers)).features.astype(jnp.float32)
     features = features.reshape(*features.shape[:2], len(feature_layers), -1)
     rms = jnp.sqrt(jnp.mean(features**2, axis=-1))  # [B, T, F]
     rms = jnp.where((batch.segments > 0)[..., None], rms, jnp.nan)
@@ -149,17 +201,20 @@ def feature_rms(target: Any, batch: Batch, feature_layers: tuple[int, ...]) -> j
 # --- the step ---------------------------------------------------------------------------------------------------
 
 
-def packed_visible(segments: jax.Array, window: int | None = None) -> jax.Array:
-    """bool [B, T, T]: causal within a segment, no further back than the window; padding sees only padding."""
-    same = segments[:, :, None] == segments[:, None, :]
-    index = jnp.arange(segments.shape[1])
-    return same & causal(index[:, None], index, window)
+# What the backward pass computes again rather than keeps, by name: nothing, all of a level but its input, or all but
+# the results of products.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
-def target_outputs(target: Any, batch: Batch, feature_layers: tuple[int, ...]) -> Any:
-    """The frozen target's hidden states and features of a packed batch."""
-    out = target(batch.tokens, batch.positions, packed_visible(batch.segments), None, feature_layers)
-    return jax.lax.stop_gradient(out)
+def target_outputs(target: Any, batch: Batch, feature_layers: tuple[int, ...], attention: str = "auto") -> TargetValues:
+    """The frozen target's features and final hidden states of a packed batch."""
+    attend = Packed(batch.segments, None, attention, recompute=False)
+    out = target(batch.tokens, batch.positions, attend, None, feature_layers)
+    return jax.lax.stop_gradient(TargetValues(out.features, out.hidden))
 
 
 def in_dtype(params: Any, dtype: Any) -> Any:
@@ -171,36 +226,159 @@ def drafter_loss(
     drafter: Any, target: Any, batch: Batch, key: jax.Array, config: LossConfig
 ) -> tuple[jax.Array, LevelMetrics]:
     """The drafter's loss float32 [] and metrics on a packed batch; `key` picks the share of positions."""
-    out = target_outputs(target, batch, drafter.feature_layers)
+    picked, real = select_positions(batch.supervised, batch.positions, config.share, key)
+    return _loss_at(drafter, target, _Part(batch, None, picked, real), None, config, Ways())
+
+
+class Ways(NamedTuple):
+    """How a step computes what it computes."""
+
+    attention: str = "auto"  # of packed.KINDS
+    remat: str = "none"  # of REMAT
+
+
+class _Part(NamedTuple):
+    """Rows of a batch with the positions that the loss looks at."""
+
+    batch: Batch
+    values: TargetValues | None  # of the target, where they were computed before
+    picked: jax.Array  # int32 [B, S]
+    real: jax.Array  # bool [B, S]
+
+
+def _loss_at(
+    drafter: Any, target: Any, part: _Part, level_share: jax.Array | None, config: LossConfig, ways: Ways
+) -> tuple[jax.Array, LevelMetrics]:
+    """The loss and metrics of a part; gradients of level i are multiplied by `level_share[i - 1]`, None for 1."""
+    batch = part.batch
+    out = part.values or target_outputs(target, batch, drafter.feature_layers, ways.attention)
     tied = drafter.tie(target)
     next_tokens = jnp.roll(batch.tokens, -1, axis=1)  # at a segment's end it is wrong, and no loss looks there
-    visible = packed_visible(batch.segments, drafter.config.window)
-    hidden, _ = drafter.hidden_states(tied.embedding, out.features, next_tokens, batch.positions, visible)
-    picked, real = select_positions(batch.supervised, batch.positions, config.share, key)
-    return level_loss(hidden, out.hidden, batch.positions, picked, real, target.head_rows(), tied.head, config)
+    attend = Packed(batch.segments, drafter.config.window, ways.attention, recompute=ways.remat == "none")
+    hidden, _ = drafter.hidden_states(
+        tied.embedding, out.features, next_tokens, batch.positions, attend, remat=REMAT[ways.remat]
+    )
+    if level_share is not None:
+        scaled = [_scale_gradient(h, level_share[i]) for i, h in enumerate(hidden)]
+        hidden = scaled if isinstance(hidden, list) else jnp.stack(scaled)
+    return level_loss(
+        hidden, out.hidden, batch.positions, part.picked, part.real, target.head_rows(), tied.head, config
+    )
+
+
+def _scale_gradient(x: jax.Array, by: jax.Array) -> jax.Array:
+    """x itself, whose gradient is multiplied."""
+    fixed = jax.lax.stop_gradient(x)
+    return fixed + (by * (x - fixed)).astype(x.dtype)
 
 
 def make_train_step(
-    graph: Any, constants: Any, optimizer: optax.GradientTransformation, config: LossConfig, dtype: Any, seed: int
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, tuple[jax.Array, jax.Array, LevelMetrics]]]:
-    """A compiled step: (state, target, batch) -> (state, (loss, gradient norm, metrics)); the state is consumed.
+    graph: Any,
+    constants: Any,
+    optimizer: optax.GradientTransformation,
+    config: LossConfig,
+    dtype: Any,
+    seed: int,
+    *,
+    accumulate: int = 1,
+    ema: float = 0.0,
+    ways: Ways = Ways(),  # noqa: B008  # immutable
+    shardings: Any = None,
+) -> Callable[..., tuple[TrainState, StepResult]]:
+    """A compiled step: (state, target, batch, limit = infinity, values = None) -> (state, result).
 
-    `graph`, params and `constants` are what nnx.split(drafter, nnx.Param, ...) gave.
+    The state is consumed; `values` are the target's for the batch, where its layers are not to be run.
+
+    Where the loss or the gradient is not finite, or the loss above `limit`, parameters, optimiser and average stay
+    as they were, bit for bit; `step` alone counts on.
+
+    Args:
+      graph, constants: with the parameters, what nnx.split(drafter, nnx.Param, ...) gave.
+      optimizer, config, dtype, seed: the rule, the loss, of the products, of the positions drawn.
+      accumulate: the batch is taken in so many parts of rows, one after the other; the update is that of the whole.
+      ema: decay of the state's average.
+      ways: how it is computed.
+      shardings: of the state and the result, to stay as they are; None on one device.
     """
 
-    def step(
-        state: TrainState, target: Any, batch: Batch
-    ) -> tuple[TrainState, tuple[jax.Array, jax.Array, LevelMetrics]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-
+    def gradient_of(params: Any, target: Any, part: _Part, level_share: jax.Array | None) -> Any:
         def loss_of(params: Any) -> tuple[jax.Array, LevelMetrics]:
             drafter = nnx.merge(graph, in_dtype(params, dtype), constants)
-            return drafter_loss(drafter, target, batch, key, config)
+            return _loss_at(drafter, target, part, level_share, config, ways)
 
-        (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        return jax.value_and_grad(loss_of, has_aux=True)(params)
+
+    def step(
+        state: TrainState,
+        target: Any,
+        batch: Batch,
+        limit: jax.Array | float = float("inf"),
+        values: TargetValues | None = None,
+    ) -> tuple[TrainState, StepResult]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        whole = _Part(batch, values, *select_positions(batch.supervised, batch.positions, config.share, key))
+        if accumulate == 1:
+            (loss, metrics), gradients = gradient_of(state.params, target, whole, None)
+        else:
+            num_levels = nnx.merge(graph, state.params, constants).num_levels
+            loss, metrics, gradients = _accumulated(
+                lambda *args: gradient_of(state.params, target, *args),
+                state.params,
+                whole,
+                accumulate,
+                [_level_weight(i, num_levels, config) for i in range(1, num_levels + 1)],
+            )
         norm = optax.tree.norm(gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, optimizer_state, state.step + 1), (loss, norm, metrics)
+        applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit)
 
-    return jax.jit(step, donate_argnums=0)
+        def updated(state: TrainState, gradients: Any) -> tuple[Any, Any, Any]:
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+            average = None
+            if ema:
+                # Short at first, so that the first weights are soon forgotten (TensorFlow's ExponentialMovingAverage).
+                decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+                average = optax.incremental_update(params, state.average, 1 - decay)
+            return params, optimizer_state, average
+
+        # A branch, since selecting element by element makes the update half as slow again on a CPU.
+        params, optimizer_state, average = jax.lax.cond(
+            applied, updated, lambda state, _: (state.params, state.optimizer, state.average), state, gradients
+        )
+        return TrainState(params, optimizer_state, state.step + 1, average), StepResult(loss, norm, metrics, applied)
+
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+
+
+def _accumulated(
+    gradient_of: Callable[[_Part, jax.Array], Any],
+    params: Any,
+    whole: _Part,
+    num_parts: int,
+    level_weights: list[float],
+) -> tuple[jax.Array, LevelMetrics, Any]:
+    """The loss, metrics and gradients of a batch, of which one part after the other is in memory.
+
+    A level's loss is a mean over the batch's positions, of which parts have unlike numbers: each weighs by its own.
+    """
+    # Every num_parts-th row, so that a part is spread over a mesh as the batch is.
+    parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), whole)
+    counts = jax.vmap(lambda part: _level_counts(part, len(level_weights)))(parts)  # [parts, N]
+    total = jnp.maximum(counts.sum(axis=0), 1)
+
+    def one(sums: Any, xs: tuple[_Part, jax.Array]) -> tuple[Any, None]:
+        part, share = xs
+        (_, metrics), gradients = gradient_of(part, share)
+        means = [share * mean for mean in (metrics.loss, metrics.accuracy, metrics.acceptance)]
+        return jax.tree.map(jnp.add, sums, (means, gradients)), None
+
+    zeros = [jnp.zeros((len(level_weights),))] * 3, jax.tree.map(jnp.zeros_like, params)
+    (means, gradients), _ = jax.lax.scan(one, zeros, (parts, counts / total))
+    return jnp.asarray(level_weights) @ means[0], LevelMetrics(*[*means, total]), gradients
+
+
+def _level_counts(part: _Part, num_levels: int) -> jax.Array:
+    """The number of positions that each level is measured at, int32 [N]."""
+    depth = jnp.take_along_axis(part.batch.positions, part.picked, axis=1)  # [B, S]
+    reached = part.real & (depth >= jnp.arange(1, num_levels + 1)[:, None, None])
+    return reached.sum(axis=(1, 2))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fasteagle_jax import data, fetch
+from fasteagle_jax import data, fetch, sources
 from fasteagle_jax.data import Conversation, ConversationWriter, PackedData, Prompt, pack
 from fasteagle_jax.errors import UserError
 
@@ -51,6 +51,7 @@ def write_lines(path: Path, *records: Any) -> str:
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}, ["Hi"], None),
         ({"prompt": "Hi"}, ["Hi"], None),
         ({"prompt": DIALOGUE[:2]}, ["Hi"], None),
+        ({"prompt": ["Hi", "Bye"]}, ["Hi", "Bye"], None),
         ({"prompt": "Hi", "response": "Hello ü😀"}, ["Hi"], DIALOGUE[1:3]),
         (
             {"instruction": "Add", "input": "1 1", "output": "2"},
@@ -90,7 +91,7 @@ def test_records_without_what_is_asked_for_are_dropped_and_counted(tmp_path, cap
 @pytest.mark.parametrize("piece_bytes", [1, 7, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_json_list_gives_its_whole_records_wherever_it_is_cut(tmp_path, monkeypatch, piece_bytes, indent):
-    monkeypatch.setattr(data, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(sources, "PIECE_BYTES", piece_bytes)
     second = {"id": None, "score": -1.5e3, "ok": True, "prompt": "\n\\ \u20ac"}
     whole = json.dumps([SHAREGPT, second], indent=indent).encode()
     one = json.dumps([SHAREGPT], indent=indent).encode().rstrip(b"]").rstrip()
@@ -112,7 +113,7 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
     [
         ("x.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"x\.jsonl:2: not JSON"),
         ("x.jsonl", '{"prompt": "a"}\n\n3\n', r"x\.jsonl:3: a int, not an object"),
-        ("x.jsonl", '{"text": "a"}\n', r"x\.jsonl:1: keys text hold no conversation"),
+        ("x.jsonl", '{"text": "a"}\n', r"x\.jsonl:1: no conversation in the columns \(keys\) text: name"),
         ("x.jsonl", '{"turns": "a"}\n', r"x\.jsonl:1: 'turns' is a str"),
         ("x.jsonl", '{"turns": ["a", 2]}\n', r"x\.jsonl:1: turns\[1\] is a int: give a text"),
         ("x.jsonl", '{"messages": ["a"]}\n', r"x\.jsonl:1: messages\[0\] is a str"),
@@ -126,7 +127,7 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
         ("x.json", '[\n{"prompt": "a"},\n{"prompt": }\n]', r"x\.json:3: not JSON"),
         ("x.json", '[\n{"prompt": "a"},\n{"prompt":\n\n"b" "c", "id": 1}]', r"x\.json:5: not JSON"),
         ("x.json", "[\n\n1, 2]", r"x\.json:3: '1' where an object should start"),
-        ("x.json", '[\n{"text": "a"}]', r"x\.json:2: keys text"),
+        ("x.json", '[\n{"text": "a"}]', r"x\.json:2: no conversation in the columns \(keys\) text"),
         ("x.json", b'[\n{"prompt": "\xff  "}]', r"x\.json:1: not UTF-8"),
     ],
 )
@@ -156,21 +157,50 @@ def test_parquet_and_csv_files_are_sources(tmp_path, monkeypatch):
         list(data.read_prompts(str(tmp_path / "absent.parquet")))
 
 
-def test_a_named_data_set_is_loaded_with_its_split(monkeypatch):
+def test_a_named_data_set_is_streamed_from_its_split(monkeypatch):
     import datasets
 
-    calls = []
+    calls, read = [], []
+
+    def rows():
+        for row in ({"prompt": "Hi"}, {"text": "Hi", "id": 7}):
+            read.append(row)
+            yield row
 
     def load_dataset(name, **kwargs):
         calls.append((name, kwargs))
-        return [{"prompt": "Hi"}, {"text": "Hi"}]
+        return rows()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     prompts = data.read_prompts("someone/chats:train_sft")
     assert next(prompts) == Prompt("chats/0", ["Hi"])
-    assert calls == [("someone/chats", {"split": "train_sft"})]
-    with pytest.raises(UserError, match=r"someone/chats:train_sft row 1: keys text"):
+    assert calls == [("someone/chats", {"split": "train_sft", "streaming": True})]
+    assert len(read) == 1, "no row is read before it is asked for"
+    with pytest.raises(UserError, match=r"someone/chats:train_sft row 1: no conversation in the columns .* text, id:"):
         next(prompts)
+
+
+def test_a_data_set_that_cannot_be_had_is_one_line(monkeypatch):
+    import datasets
+
+    def load_dataset(name, **kwargs):
+        raise ConnectionError("no way\nto the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        UserError, match=r"'someone/chats' is no file and no data set that loads \(no way\): give"
+    ) as caught:
+        list(data.read_dialogues("someone/chats"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_column_missing_in_a_parquet_file_lists_the_columns_there_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    import datasets
+
+    datasets.Dataset.from_list([{"question": "Hi", "answer": "Hello"}]).to_parquet(str(tmp_path / "x.parquet"))
+    with pytest.raises(UserError, match=r"x\.parquet row 0: no conversation in the columns \(keys\) question, answer:"):
+        list(data.read_dialogues(str(tmp_path / "x.parquet")))
 
 
 # --- fetching ---
@@ -243,6 +273,39 @@ def test_what_is_written_is_read(tmp_path):
         assert len(data.read_conversations(path)) == 1  # on the disk before it is closed
         writer.append(written[1:])
     assert [plain(c) for c in data.read_conversations(path)] == [plain(c) for c in written]
+
+
+def test_several_files_are_read_as_one_and_indexed_like_a_list(tmp_path):
+    written = [*conversations("a", "b"), Conversation.of("none", [7], []), Conversation.of("c", [5, 6], [[0, 2]])]
+    for name, part in (("1.jsonl", written[:2]), ("2.jsonl", written[2:])):
+        with ConversationWriter(tmp_path / name) as writer:
+            writer.append(part)
+    read = data.read_conversations(tmp_path / "1.jsonl", tmp_path / "2.jsonl")
+    assert len(read) == 4
+    assert [plain(c) for c in read] == [plain(c) for c in written]
+    assert plain(read[-1]) == plain(written[-1])
+    assert [plain(c) for c in read[1:3]] == [plain(c) for c in written[1:3]]
+    assert len(data.read_conversations()) == 0
+    with pytest.raises(IndexError):
+        read[4]
+    ours, theirs = (PackedData(its, 8, 2, 0).batch(0) for its in (read, written))
+    assert equal(ours, theirs)
+
+
+def test_reading_and_packing_take_few_bytes_a_token(tmp_path):
+    """500 million tokens are to fit into memory: 4 bytes each, 1 for the mask, and a little more as they grow."""
+    import tracemalloc
+
+    num, length = 40, 5000
+    with ConversationWriter(tmp_path / "c.jsonl") as writer:
+        writer.append(Conversation.of(str(i), list(range(length)), [[10, 4000]]) for i in range(num))
+    tracemalloc.start()
+    packed = PackedData(data.read_conversations(tmp_path / "c.jsonl"), 512, 2, 0)
+    packed.batch(0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    line = 60 * length  # bytes of a line and of its Python numbers at a time
+    assert peak < 8 * num * length + 3 * line
 
 
 def test_a_writer_resumes_after_any_torn_tail(tmp_path, caplog):
@@ -322,6 +385,7 @@ def samples(num: int = 60, longest: int = 100) -> list[Conversation]:
     for i, length in enumerate(int(n) for n in lengths):
         cuts = sorted({int(cut) for cut in rng.integers(0, length + 1, 6)})
         spans = [list(span) for span in zip(cuts[:-1], cuts[1:], strict=True)][:: 1 + i % 2]  # touching, and apart
+        spans = spans or [[0, length]]
         made.append(Conversation.of(str(i), list(range(start, start + length)), spans))
         start += length
     return made
@@ -395,6 +459,57 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert not equal(pack(made, T, B, SEED + 1, 0), in_order[0])
 
 
+@pytest.mark.parametrize("hosts", [1, 2, 3, 7])
+def test_hosts_build_only_their_rows_and_together_the_whole_batch(hosts):
+    """However many there are: a run goes on bitwise on another number of hosts."""
+    B = 7
+    packed = PackedData(samples(), T, B, SEED)
+    num = sum(packed.num_batches_per_epoch(epoch) for epoch in range(2))
+    cuts = [round(B * host / hosts) for host in range(hosts + 1)]
+    for step in (0, 1, num - 1, num // 2):
+        whole = packed.batch(step)
+        parts = [
+            PackedData(samples(), T, B, SEED).batch(step, slice(start, end))
+            for start, end in zip(cuts[:-1], cuts[1:], strict=True)
+        ]
+        assert [len(part.tokens) for part in parts] == list(np.diff(cuts))
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(whole)}
+        assert equal(data.Batch(**joined), whole)
+
+
+def test_rows_of_eight_thousand_tokens_hold_samples_longer_than_a_thousand():
+    rng = np.random.default_rng(3)
+    lengths = [int(n) for n in rng.integers(1000, 20_000, 30)]
+    made = [Conversation.of(str(i), rng.integers(1, 99, n).tolist(), [[1, n]]) for i, n in enumerate(lengths)]
+    packed = PackedData(made, 8192, 2, SEED)
+    num = sum(
+        len(tokens) for step in range(packed.num_batches_per_epoch(0)) for tokens, _ in segments_of(packed.batch(step))
+    )
+    cut = sum(n % 8192 for n in lengths if n > 8192 and n % 8192 < data.MIN_WINDOW)
+    assert num == sum(lengths) - cut
+
+
+def test_samples_without_an_assistants_turn_are_counted_and_dropped(caplog):
+    made = samples()
+    silent = [Conversation.of(f"silent {i}", [9_000 + i] * 20, []) for i in range(3)]
+    packed = PackedData([*silent[:1], *made[:9], *silent[1:], *made[9:]], T, B, SEED)
+    assert packed.num_dropped == 3
+    assert f"dropped 3 of {len(made) + 3} conversations without an assistant's turn" in caplog.text
+    without = PackedData(made, T, B, SEED)
+    for step in range(packed.num_batches_per_epoch(0)):
+        assert equal(packed.batch(step), without.batch(step))
+    with pytest.raises(UserError, match="none of 3 conversations has an assistant's turn to learn from: give"):
+        PackedData(silent, T, B, SEED)
+
+
+def test_the_digest_tells_pieces_and_nothing_else():
+    made = samples()
+    digest = PackedData(made, T, B, SEED).digest()
+    assert PackedData(made, T, B + 1, SEED + 1).digest() == digest
+    assert PackedData(made, T + 1, B, SEED).digest() != digest
+    assert PackedData(made[:-1], T, B, SEED).digest() != digest
+
+
 def test_the_order_differs_between_epochs():
     packed = PackedData(samples(), T, B, SEED)
     first = packed.num_batches_per_epoch(0)
@@ -419,7 +534,7 @@ def test_an_epoch_is_planned_once(monkeypatch):
 
 def test_the_order_stays_as_it_is():
     """A resumed run must see the order it began with: a change here breaks the resuming of older runs."""
-    made = [Conversation.of(str(i), [i], []) for i in range(8)]
+    made = [Conversation.of(str(i), [i], [[0, 1]]) for i in range(8)]
     assert pack(made, 8, 1, 1, 0).tokens.tolist() == [[3, 5, 2, 7, 0, 6, 1, 4]]
 
 

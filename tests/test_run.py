@@ -5,9 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.run import RunConfig, apply_changes, differences, load_config, to_json
+from fasteagle_jax.run import (
+    RunConfig,
+    apply_changes,
+    changes_since,
+    check_writable,
+    differences,
+    in_bucket,
+    load_config,
+    to_json,
+)
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -57,6 +67,11 @@ def test_changes_reach_nested_keys_with_their_types() -> None:
         ("loss.share=0", "above 0"),
         ("dtype=float16", "float32 or bfloat16"),
         ("steps.x=1", "holds a single value"),
+        ("accumulate=3", "batch_size 4 is not divisible by accumulate 3"),
+        ("spike_factor=0.5", "a factor above 1"),
+        ("max_bad_steps=0", "at least 1"),
+        ("optimizer.ema=1.0", "a decay from 0"),
+        ("optimizer.name=sgd", "adamw or muon"),
     ],
 )
 def test_a_bad_change_is_named_with_its_remedy(change: str, said: str) -> None:
@@ -79,3 +94,31 @@ def test_differences_name_key_and_both_values() -> None:
     new = apply_changes(old, ["steps=4", "loss.share=0.5"])
     assert differences(to_json(old), to_json(new)) == ["loss.share: 1.0 -> 0.5", "steps: 3 -> 4"]
     assert differences(to_json(old), to_json(old)) == []
+
+
+def test_a_configuration_saved_before_a_key_was_there_differs_in_nothing() -> None:
+    config = RunConfig(target="t", data=("a",), steps=3)
+    old = to_json(config)
+    del old["accumulate"], old["wandb"], old["optimizer"]["ema"]
+    assert changes_since(old, config) == []
+    assert changes_since(old, apply_changes(config, ["accumulate=2"])) == ["accumulate: 1 -> 2"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("{file}/run", "cannot write to .*run .*: name a folder of yours"),
+        ("gs://no-such-bucket-of-anyone/run", "cannot write to gs://no-such-bucket.*: pip install gcsfs"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path: Path, folder: str, said: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=said) as error:
+        check_writable(epath.Path(folder.format(file=tmp_path / "file")))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path: Path) -> None:
+    check_writable(epath.Path(tmp_path / "a" / "b"))
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    assert in_bucket("gs://bucket/run") and not in_bucket(tmp_path)

@@ -247,6 +247,55 @@ def test_a_chat_template_that_cannot_give_spans_is_refused(tmp_path, template, e
         tok.assistant_spans(load_with(tmp_path, template), CONVERSATION)
 
 
+MARKED = CHATML.replace(
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}",
+    "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
+)
+
+
+def test_a_templates_own_markers_and_prefix_rendering_agree(tmp_path):
+    marked, plain = load_with(tmp_path, MARKED), load_with(tmp_path, CHATML)
+    assert "{% generation %}" in MARKED and "{% generation %}" not in CHATML
+    rng = np.random.default_rng(0)
+    words = [*TEXTS, "<|im_end|>", "hello", "\n"]
+    for turns in range(1, 6):
+        said = [  # from a word on: what merges with the end of the header is no answer's alone
+            {"role": role, "content": "a" + " ".join(rng.choice(words, rng.integers(1, 4)))}
+            for _ in range(turns)
+            for role in ("user", "assistant")
+        ]
+        for messages in (said, [{"role": "system", "content": "Be kind"}, *said], said[:-1]):
+            ids, spans = tok.assistant_spans(marked, messages)
+            assert (ids, spans) == tok.assistant_spans(plain, messages)
+            assert (ids, spans) == tok.prefix_spans(marked, messages)
+            assert len(spans) == len([m for m in messages if m["role"] == "assistant"])
+
+
+def test_markers_count_where_prefix_rendering_is_impossible(tmp_path):
+    """A template that leaves thoughts out of all turns but the last one, as reasoning models' templates do."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ ('hm ' if loop.last else '') + m['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = load_with(tmp_path, template)
+    ids, spans = tok.assistant_spans(tokenizer, CONVERSATION)
+    assert [tokenizer.decode(ids[a:b]) for a, b in spans] == ["hi!\n\nhow are you?<|im_end|>", "hm <|im_end|>"]
+    unmarked = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    with pytest.raises(UserError, match="without stable prefixes") as caught:
+        tok.assistant_spans(load_with(tmp_path, unmarked), CONVERSATION)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_marked_template_that_refuses_a_conversation_is_a_user_error(tmp_path):
+    refusing = "{{ raise_exception('roles must alternate') }}{% generation %}{% endgeneration %}"
+    with pytest.raises(UserError, match="refuses this conversation: roles must alternate"):
+        tok.assistant_spans(load_with(tmp_path, refusing), CONVERSATION)
+
+
 # The real thing
 
 

@@ -21,6 +21,7 @@ from fasteagle_jax.training import (
     TrainState,
     drafter_loss,
     feature_rms,
+    first_state,
     init_drafter,
     make_optimizer,
     make_train_step,
@@ -29,28 +30,38 @@ from fasteagle_jax.training import (
 LEVELS = 2
 
 
-def packed_batch(seed: int = 0) -> Batch:
-    """Two rows of packed conversations."""
+def packed_batch(seed: int = 0, rows: int = 2, lengths: tuple[int, int] = (18, 18), answer: int = 3) -> Batch:
+    """Rows of packed conversations without the token 39, of so many tokens; their answers start at `answer`."""
     rng = np.random.default_rng(seed)
-    samples = [Conversation.of(f"{i}", [int(t) for t in rng.integers(0, 40, 18)], [[3, 18]]) for i in range(6)]
-    return jax.tree.map(jnp.asarray, PackedData(samples, 40, 2, seed).batch(0))
+    sizes = rng.integers(lengths[0], lengths[1] + 1, 4 * rows)
+    samples = [
+        Conversation.of(f"{i}", rng.integers(39, size=n).tolist(), [[answer, int(n)]]) for i, n in enumerate(sizes)
+    ]
+    return jax.tree.map(jnp.asarray, PackedData(samples, 40, rows, seed).batch(0))
 
 
 def run_steps(state: TrainState, step: object, target: object, num_steps: int) -> tuple[TrainState, list[float]]:
     """The state after `num_steps` steps, and their losses."""
     losses = []
     for i in range(num_steps):
-        state, (loss, _, _) = step(state, target, packed_batch(i % 2))  # type: ignore[operator]
-        losses.append(float(loss))
+        state, result = step(state, target, packed_batch(i % 2))  # type: ignore[operator]
+        losses.append(float(result.loss))
     return state, losses
 
 
-def new_run(drafter: FastEagle, share: float = 0.5) -> tuple[TrainState, object, object, object]:
-    """(state, step, graph, constants) of a run that trains `drafter`."""
+def new_run(drafter: FastEagle, accumulate: int = 1, **changes: object) -> tuple[TrainState, object, object, object]:
+    """(state, step, graph, constants) of a run that trains `drafter`; `changes` are of the optimiser."""
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=1), 100)
-    step = make_train_step(graph, constants, optimizer, LossConfig(share=share, chunk=16), jnp.float32, 0)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32)), step, graph, constants
+    config = OptimizerConfig(**{"learning_rate": 1e-2, "warmup_steps": 1} | changes)
+    optimizer, loss = make_optimizer(config, 100), LossConfig(share=0.5, chunk=16)
+    step = make_train_step(graph, constants, optimizer, loss, jnp.float32, 0, accumulate=accumulate, ema=config.ema)
+    # The step donates its state, and a drafter may serve several runs.
+    return first_state(jax.tree.map(jnp.copy, params), optimizer, config.ema), step, graph, constants
+
+
+def small_drafter(target: object, **changes: object) -> FastEagle:
+    """Of LEVELS levels, to train."""
+    return init_drafter(default_config(target.config, num_levels=LEVELS, **changes), target, jax.random.key(0))
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -130,7 +141,7 @@ def test_the_loss_falls_and_a_restored_state_goes_on_bitwise(tmp_path: object) -
     state, step, _, constants = new_run(drafter)
     state, early = run_steps(state, step, target, 4)
     with Checkpoints(f"{tmp_path}/checkpoints", keep=1) as checkpoints:
-        checkpoints.save(4, (state, constants))
+        checkpoints.save(4, (state, constants), {})
         checkpoints.wait()
     state, late = run_steps(state, step, target, 40)
     assert np.mean(late[-4:]) < 0.9 * np.mean(early)
@@ -144,16 +155,98 @@ def test_the_loss_falls_and_a_restored_state_goes_on_bitwise(tmp_path: object) -
     assert again == late
 
 
-def test_a_checkpoint_of_another_drafter_is_refused(tmp_path: object) -> None:
-    target = tiny_target()
-    small, large = (
-        new_run(init_drafter(default_config(target.config, num_levels=n), target, jax.random.key(0))) for n in (2, 3)
+# --- accumulation, skipped updates, the average -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_parts", "stacked"), [(2, True), (4, False)])
+def test_parts_of_a_batch_one_after_the_other_give_the_step_of_the_whole_batch(num_parts: int, stacked: bool) -> None:
+    """Rows have unlike numbers of positions at each level, so a mean of the parts' losses would be another loss."""
+    target = tiny_target(num_layers=2, stacked=stacked)
+    drafter, batch = small_drafter(target), packed_batch(3, rows=4, lengths=(3, 18), answer=1)
+    whole, step, _, _ = new_run(drafter, warmup_steps=0)
+    whole, expected = step(whole, target, batch)
+    assert len(set(np.asarray(expected.metrics.count).tolist())) == LEVELS
+    parts, step, _, _ = new_run(drafter, num_parts, warmup_steps=0)
+    parts, result = step(parts, target, batch)
+    # Sums in another order: float32 rounding.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), result, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        parts.optimizer[1][0].mu,
+        whole.optimizer[1][0].mu,
     )
-    with Checkpoints(f"{tmp_path}/checkpoints", keep=1) as checkpoints:
-        checkpoints.save(1, small[0])
-        checkpoints.wait()
-        with pytest.raises(UserError, match="does not fit this configuration"):
-            checkpoints.restore(1, large[0])
+
+
+def poisoned_target() -> object:
+    """A target that has no finite word for token 39, which `packed_batch` never holds."""
+    target = tiny_target(num_layers=2)
+    target.embedding[...] = target.embedding[...].at[39].set(jnp.nan)
+    return target
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_batch_without_a_finite_loss_changes_nothing_but_the_step(ema: float) -> None:
+    target = poisoned_target()
+    state, step, _, _ = new_run(small_drafter(tiny_target(num_layers=2)), ema=ema)
+    state, _ = run_steps(state, step, target, 3)
+    before = jax.tree.map(np.array, state)
+    batch = packed_batch(1)
+    state, result = step(state, target, batch.__class__(batch.tokens.at[0, 5].set(39), *jax.tree.leaves(batch)[1:]))
+    assert not result.applied and not np.isfinite(result.loss)
+    jax.tree.map(np.testing.assert_array_equal, state._replace(step=0), before._replace(step=0))
+    assert int(state.step) == before.step + 1 == 4
+    state, result = step(state, target, batch)
+    assert result.applied and np.isfinite(result.loss)
+
+
+def test_a_loss_above_the_limit_changes_nothing_either() -> None:
+    target = tiny_target(num_layers=2)
+    state, step, _, _ = new_run(small_drafter(target))
+    state, result = step(state, target, packed_batch())
+    before = jax.tree.map(np.array, state.params)
+    state, result = step(state, target, packed_batch(), np.float32(0.5 * result.loss))
+    assert not result.applied
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+
+
+def test_the_average_follows_the_weights_and_is_what_decodes() -> None:
+    target = tiny_target(num_layers=2)
+    state, step, _, _ = new_run(small_drafter(target), ema=0.5)
+    average = jax.tree.map(np.array, state.params)
+    for i in range(8):
+        state, _ = step(state, target, packed_batch(i % 2))
+        decay = min(0.5, (1 + i) / (10 + i))
+        average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p), average, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.weights, average)
+    plain, _, _, _ = new_run(small_drafter(target))
+    assert plain.average is None and plain.weights is plain.params
+
+
+# --- Muon -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_muon_takes_the_matrices_and_leaves_the_vectors_to_adamw(stacked: bool) -> None:
+    target = tiny_target(num_layers=2, stacked=stacked)
+    drafter = small_drafter(target, reinject=True)
+    state, step, _, _ = new_run(drafter, name="muon", warmup_steps=0, clip_norm=1e9)
+    before = jax.tree.map(np.array, state.params)
+    state, result = step(state, target, packed_batch())
+    assert result.applied
+    changes = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: np.asarray(a - b), state.params, before))
+    matrices = 0
+    for path, change in changes:
+        name = jax.tree_util.keystr(path)
+        if "norm" in name:
+            # Adam's first step has one size, whatever the gradient: with Nesterov's momentum 1.4737 times the rate.
+            np.testing.assert_allclose(np.abs(change), 1.4737e-2, rtol=1e-2, err_msg=name)
+            continue
+        for matrix in change.reshape(-1, *change.shape[-2:]):
+            size = np.linalg.svd(matrix / (1e-2 * 0.2 * max(matrix.shape) ** 0.5), compute_uv=False)
+            kept = size[size > 0.3]  # Newton-Schulz brings all that is not tiny to between 0.5 and 1.5
+            assert len(kept) >= len(size) // 2 and kept.max() < 1.5, name
+            matrices += 1
+    assert matrices == 2 + LEVELS * 8
 
 
 def test_optimizer_values_are_checked() -> None:
@@ -161,4 +254,8 @@ def test_optimizer_values_are_checked() -> None:
         OptimizerConfig(learning_rate=0)
     with pytest.raises(UserError, match="decay_share is 2"):
         OptimizerConfig(decay_share=2)
+    with pytest.raises(UserError, match="name is 'sgd': use adamw or muon"):
+        OptimizerConfig(name="sgd")
+    with pytest.raises(UserError, match="ema is 1: give a decay"):
+        OptimizerConfig(ema=1)
     assert isinstance(make_optimizer(OptimizerConfig(), 10), optax.GradientTransformation)

@@ -53,18 +53,23 @@ def add_engine_options(parser: Any, default_tree: str) -> None:
     """Adds --target, --dtype, --drafter, --tree and --max-len, to be read with `load_engine`."""
     group = parser.add_argument_group("models")
     add_target_options(group)
-    group.add_argument("--drafter", type=Path, metavar="FOLDER", help="without one, decoding is plain")
-    group.add_argument(
-        "--tree",
-        metavar="T",
-        help="plain, chain, backbone:WIDTH, best_first:NODES, or auto: the fastest, measured at the start, which takes "
-        f"a minute or more (default {default_tree})",
-    )
+    add_draft_options(group, default_tree)
     group.add_argument(
         "--max-len",
         type=whole(2),
         metavar="T",
         help="the most tokens of a conversation, answers included (default the target's positions, at most 2048)",
+    )
+
+
+def add_draft_options(parser: Any, default_tree: str) -> None:
+    """Adds --drafter and --tree, to be read with `tree_named`."""
+    parser.add_argument("--drafter", type=Path, metavar="FOLDER", help="without one, decoding is plain")
+    parser.add_argument(
+        "--tree",
+        metavar="T",
+        help="plain, chain, backbone:WIDTH, best_first:NODES, or auto: the fastest, measured at the start, which takes "
+        f"a minute or more (default {default_tree})",
     )
 
 

@@ -40,9 +40,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, Self
 
-import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
@@ -57,6 +56,7 @@ from fasteagle_jax.batch_file import (
 )
 from fasteagle_jax.commands.answers import add_engine_options, tree_named
 from fasteagle_jax.commands.manifest import manifest_path, read_manifest
+from fasteagle_jax.commands.shares import Share, add_share_options, join
 from fasteagle_jax.commands.terminal import (
     INTERRUPTED,
     Parser,
@@ -92,15 +92,7 @@ def _parser() -> Parser:
     )
     group.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default %(default)s)")
     add_filter_options(group)
-    group = parser.add_argument_group("several processes")
-    group.add_argument(
-        "--distributed", action="store_true", help="be one of those that jax.distributed finds; implied by the rest"
-    )
-    group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where process 0 listens; also JAX_COORDINATOR_ADDRESS"
-    )
-    group.add_argument("--num-processes", type=whole(1), metavar="N", help="that share the lines")
-    group.add_argument("--process-id", type=whole(0), metavar="I", help="this one, from 0")
+    add_share_options(parser, "the lines")
     return parser
 
 
@@ -110,7 +102,7 @@ def answer_file(args: argparse.Namespace) -> int:
     tree = tree_named(args.tree or "auto")
     if not args.input.is_file():
         raise UserError(f"no file {args.input}: name a file of requests")
-    share = _join(args)
+    share = join(args)
     defaults = SamplingParams(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -164,43 +156,6 @@ def answer_file(args: argparse.Namespace) -> int:
                     return INTERRUPTED
     print(f"{output}: {work.summary()}")
     return 0
-
-
-# --- shares -----------------------------------------------------------------------------------------------------
-
-
-class Share(NamedTuple):
-    """The part of the lines that is this process's."""
-
-    process: int
-    processes: int
-
-    def has(self, number: int) -> bool:
-        """Whether the line of this number is its."""
-        return number % self.processes == self.process
-
-    def of_file(self, path: Path) -> Path:
-        """`path`, or the process's own beside it where there are several."""
-        if self.processes == 1:
-            return path
-        return path.with_name(f"{path.stem}-{self.process:05d}-of-{self.processes:05d}{path.suffix}")
-
-
-def _join(args: argparse.Namespace) -> Share:
-    """This process's share. Nothing that uses a device may come before, not even making a SamplingParams."""
-    asked = (args.coordinator, args.num_processes, args.process_id)
-    if not args.distributed and all(value is None for value in asked):
-        return Share(jax.process_index(), jax.process_count())
-    try:
-        jax.distributed.initialize(*asked)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"cannot join the other processes ({error}): give --coordinator, --num-processes and --process-id"
-        ) from error
-    share = Share(jax.process_index(), jax.process_count())
-    # All that follows is local. Shut down now, no process waits for the slowest at its end, or dies with another.
-    jax.distributed.shutdown()
-    return share
 
 
 def _survey(file: BinaryIO, share: Share) -> tuple[str, set[int]]:

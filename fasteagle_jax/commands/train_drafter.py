@@ -1,8 +1,8 @@
 """Train a FastEagle drafter on conversations from prepare-data.
 
-The run folder holds config.json, checkpoints/, metrics.jsonl, curve.png and, at the end, drafter/ (safetensors and
-config.json). The same command after an interruption goes on from the last checkpoint, bitwise as if nothing had
-happened.
+The run folder holds config.json, checkpoints/, metrics.jsonl, tensorboard/, curve.png and, at the end, drafter/
+(safetensors and config.json); it may be of a bucket, gs://... . The same command after an interruption goes on from the
+last checkpoint, bitwise as if nothing had happened. SIGTERM saves and ends with exit code 0.
 
 example:
   fasteagle train --config configs/smollm2_135m.py --run runs/smollm2 steps=2000 loss.share=0.5
@@ -10,33 +10,67 @@ example:
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import math
+import os
+import signal
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from fasteagle_jax.checkpoint import Checkpoints
+from fasteagle_jax.checkpoint import Checkpoints, newest_record
+from fasteagle_jax.commands.shares import add_share_options, connect
 from fasteagle_jax.commands.terminal import Parser, program
 from fasteagle_jax.data import PackedData, coverage, draft_vocabulary, read_conversations, read_prompts, token_counts
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.files import save_drafter
+from fasteagle_jax.drafters.table import AXES
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.files import write_text
+from fasteagle_jax.features import Features, load_features
+from fasteagle_jax.flops import flops_per_token, peak_flops
 from fasteagle_jax.metrics import measure_acceptance
-from fasteagle_jax.run import RunConfig, apply_changes, differences, drafter_config, load_config, to_json
+from fasteagle_jax.run import (
+    RunConfig,
+    apply_changes,
+    changes_since,
+    check_writable,
+    drafter_config,
+    in_bucket,
+    load_config,
+    to_json,
+    write_file,
+)
+from fasteagle_jax.sharding import check_batch, fetch, make_mesh, make_on, place_batch
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
 from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, stop_token_ids
-from fasteagle_jax.training import TrainState, feature_rms, in_dtype, init_drafter, make_optimizer, make_train_step
+from fasteagle_jax.tracking import Log, Record, check_wandb, expected_length, finite, plot, rounded
+from fasteagle_jax.training import (
+    Ways,
+    feature_rms,
+    first_state,
+    in_dtype,
+    init_drafter,
+    make_optimizer,
+    make_train_step,
+)
 from fasteagle_jax.tree import Tree
+
+SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # losses whose mean a spike is measured by; none is called one before so many
 
 
 @program
@@ -44,91 +78,204 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains as the command line says; returns the exit code."""
     parser = Parser(prog="fasteagle train", description=__doc__)
     parser.add_argument("--config", required=True, help="a Python file with get_config() -> RunConfig")
-    parser.add_argument("--run", required=True, type=Path, help="the folder for checkpoints, metrics and the drafter")
+    parser.add_argument("--run", required=True, help="the folder for checkpoints, metrics and the drafter")
     parser.add_argument("--allow-change", action="store_true", help="go on though the configuration has changed")
+    parser.add_argument(
+        "--profile", type=_steps, metavar="A:B", help="trace steps A to B with jax.profiler into the run's profile/"
+    )
     parser.add_argument("changes", nargs="*", metavar="key=value", help="e.g. steps=100 loss.share=0.25")
+    add_share_options(parser, "the run's mesh")
     args = parser.parse_args(argv)
+    connect(args)
     config = apply_changes(load_config(args.config), args.changes)
-    train(config, args.run, allow_change=args.allow_change)
+    train(config, args.run, allow_change=args.allow_change, profile=args.profile)
     return 0
 
 
-def train(config: RunConfig, run: Path, *, allow_change: bool = False, quiet: bool = False) -> None:
-    """Trains to the last step, from the run folder's last checkpoint if it has one, and writes the drafter."""
+def train(
+    config: RunConfig,
+    run: str | os.PathLike[str],
+    *,
+    allow_change: bool = False,
+    quiet: bool = False,
+    profile: range = range(0),
+) -> None:
+    """Trains to the last step, from the run folder's last checkpoint if it has one, and writes the drafter.
+
+    `profile` holds the steps, counted from 1, that jax.profiler traces. On SIGTERM it saves and raises SystemExit(0).
+    """
+    mesh = None if config.mesh is None else make_mesh(config.mesh)
+    if mesh is not None:
+        check_batch(mesh, config.batch_size // config.accumulate)
+    with _Sigterm() as sigterm, contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        _train(config, epath.Path(os.fspath(run)), mesh, allow_change, quiet, profile or range(0), sigterm)
+
+
+def _train(
+    config: RunConfig,
+    run: epath.Path,
+    mesh: Mesh | None,
+    allow_change: bool,
+    quiet: bool,
+    profile: range,
+    sigterm: _Sigterm,
+) -> None:
     # --- what was asked for -----------------------------------------------------------------------------------
-    _check_config(config, run, allow_change=allow_change)
+    is_first = jax.process_index() == 0  # it writes; the others compute
+    quiet = quiet or not is_first
+    check_wandb(config.wandb)
+    saved = newest_record(run / "checkpoints")
+    _check_config(saved, config, run, allow_change=allow_change)
     if (run / "drafter").exists():
         raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
+    check_writable(run)
     dtype = jnp.dtype(config.dtype)
-    loaded = load_target(config.target, dtype)
+    loaded = load_target(config.target, dtype, mesh=mesh)
     target = loaded.model
-    conversations = [sample for path in config.data for sample in read_conversations(path)]
+    conversations = read_conversations(*config.data)
     data = PackedData(conversations, config.length, config.batch_size, config.seed)
+    digest = data.digest()
+    _check_sources(saved, loaded.fingerprint, digest, run, allow_change=allow_change)
 
     # --- the drafter and its optimiser ------------------------------------------------------------------------
-    drafter = _new_drafter(config, loaded, conversations, data, quiet=quiet)
+    sizes = drafter_config(config.drafter, target.config)
+    store = None
+    if config.features:
+        layers, hidden = sizes.feature_layers, target.config.hidden_size
+        store = load_features(Path(config.features), data, loaded.fingerprint, layers, hidden)
+    drafter = _new_drafter(config, loaded, mesh, conversations, data, store)
+    if store is not None and not config.evaluation.prompts:
+        target.layers = nnx.List([])  # never run: their memory is free
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    state = make_on(mesh, AXES, lambda params: first_state(params, optimizer, config.optimizer.ema), params)
     num_params = sum(p.size for p in jax.tree.leaves(params))
     _say(quiet, f"target    {config.target}: {target.config.num_layers} layers, fingerprint {loaded.fingerprint}")
     _say(quiet, f"drafter   {drafter.num_levels} levels, {num_params / 1e6:.1f}M parameters, {config.dtype} products")
+    peak = peak_flops(jax.devices()[0].device_kind)
+    flops = flops_per_token(target.config, drafter.config, config.length, config.loss.share)
 
-    write_text(run / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+    if is_first:
+        write_file(run / "config.json", json.dumps(to_json(config), indent=2) + "\n")
 
     with Checkpoints(run / "checkpoints", config.keep) as checkpoints:
         latest = checkpoints.latest_step()
         if latest is not None:
             state, constants = checkpoints.restore(latest, (state, constants))
             _say(quiet, f"resume    from step {latest}")
-        step = make_train_step(graph, constants, optimizer, config.loss, dtype, config.seed)
+        constants = fetch(constants)  # of a program: every process has them whole
+        placed = None
+        if mesh is not None:
+            placed = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec())
+        step = make_train_step(
+            graph,
+            constants,
+            optimizer,
+            config.loss,
+            dtype,
+            config.seed,
+            accumulate=config.accumulate,
+            ema=config.optimizer.ema,
+            ways=Ways(config.attention, config.remat),
+            shardings=placed,
+        )
 
         # --- the loop -----------------------------------------------------------------------------------------
         start = int(state.step)
         evaluate = _Evaluation(config, loaded, graph, constants, dtype)
+        best = (checkpoints.best() or (0, 0.0))[1]
         bar_options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "disable": quiet}
         with (
-            _MetricsLog(run / "metrics.jsonl", start) as log,
+            Log(
+                run,
+                start,
+                tensorboard=config.tensorboard,
+                wandb=config.wandb,
+                config=to_json(config),
+                writes=is_first,
+            ) as log,
             tqdm(total=config.steps, initial=start, **bar_options) as bar,
+            _Profile(profile, run / "profile") as profiler,
         ):
+            tokens_seen = sum(record["tokens"] for record in log.records)
+
+            def is_evaluated(step: int) -> bool:
+                return step == config.steps or step % config.evaluation.every == 0
+
+            if start and is_evaluated(start) and log.records and not _measured(log.records[-1]):
+                with sigterm.cuts_short():  # an evaluation that SIGTERM had cut short
+                    log.amend(evaluate(state.weights))
+
+            came = False  # SIGTERM, to any process
             for index in range(start, config.steps):
+                if came:
+                    break
+                profiler.at(index + 1)
                 began = time.perf_counter()
                 batch = data.batch(index)
                 num_tokens = int((batch.segments > 0).sum())
-                state, (loss, norm, metrics) = step(state, target, jax.tree.map(jnp.asarray, batch))
-                record: dict[str, Any] = {
-                    "step": index + 1,
-                    "loss": float(loss),
-                    "gradient_norm": float(norm),
-                    "level_loss": _rounded(metrics.loss),
-                    "accuracy": _rounded(metrics.accuracy),
-                    "acceptance": _rounded(metrics.acceptance),
-                    "tokens": num_tokens,
-                }
+                on_device = place_batch(mesh, batch)
+                values = None if store is None else place_batch(mesh, store.batch(index))
+                waited = time.perf_counter() - began
+                state, result = step(state, target, on_device, _spike_limit(config.spike_factor, log.records), values)
+                loss, norm = float(result.loss), float(result.norm)
+                came = sigterm.came_anywhere()
                 seconds = time.perf_counter() - began
-                record["seconds"] = round(seconds, 3)
-                accuracy = " ".join(f"{a:.2f}" for a in record["accuracy"])
-                bar.set_postfix_str(
-                    f"loss {record['loss']:.3f}, right by level {accuracy}, {num_tokens / seconds:.0f} tok/s"
-                )
+                tokens_seen += num_tokens
+                record: Record = {
+                    "step": index + 1,
+                    "loss": finite(loss),
+                    "gradient_norm": finite(norm),
+                    "level_loss": rounded(result.metrics.loss),
+                    "accuracy": rounded(result.metrics.accuracy),
+                    "acceptance": rounded(result.metrics.acceptance),
+                    "tokens": num_tokens,
+                    "seconds": round(seconds, 3),
+                    "data_seconds": round(waited, 4),
+                    "tokens_per_second": round(num_tokens / seconds, 1),
+                }
+                record["expected_length"] = expected_length(record["acceptance"])
+                if peak is not None:
+                    record["flops_utilisation"] = round(flops * num_tokens / seconds / peak / jax.device_count(), 4)
+                if not result.applied:
+                    record["skipped"] = [pieces.tolist() for pieces in data.pieces(index)]
+                    bar.write(
+                        f"step {index + 1}: update skipped, loss {loss:g}, gradient norm {norm:g}: "
+                        f"batch {index}, pieces {record['skipped']}",
+                        file=sys.stderr,
+                    )
+                accuracy = " ".join(f"{math.nan if a is None else a:.2f}" for a in record["accuracy"])
+                bar.set_postfix_str(f"loss {loss:.3f}, right by level {accuracy}, {num_tokens / seconds:.0f} tok/s")
                 bar.update()
-                last = index + 1 == config.steps
-                if last or (index + 1) % config.evaluation.every == 0:
-                    record.update(evaluate(state.params))
-                    for name, value in record.items():
-                        if name.startswith("tau"):
-                            bar.write(f"step {index + 1}: {name} {value:.3f}")
+                if is_evaluated(index + 1) and not came:
+                    with sigterm.cuts_short():
+                        record.update(evaluate(state.weights))
+                        for name, value in record.items():
+                            if name.startswith("tau"):
+                                bar.write(f"step {index + 1}: {name} {value:.3f}")
+                    came = sigterm.came_anywhere()
                 log.write(record)
-                if last or (index + 1) % config.save_every == 0:
-                    checkpoints.save(index + 1, (state, constants))
+                tau = _measured(record)
+                better, best = (tau or 0.0) > best, max(best, tau or 0.0)
+                if better or came or index + 1 == config.steps or (index + 1) % config.save_every == 0:
+                    position = {"digest": digest, "next_batch": index + 1, "tokens": tokens_seen}
+                    about = {"config": to_json(config), "target_fingerprint": loaded.fingerprint, "data": position}
+                    checkpoints.save(index + 1, (state, constants), about | {"seed": config.seed}, tau)
+                    log.flush()
+                _check_going(config, log.records, checkpoints, run)
         checkpoints.wait()
+        if came:
+            _say(quiet, f"stopped   by SIGTERM at step {int(state.step)}: the same command goes on from there")
+            raise SystemExit(0)
 
     # --- what is left behind ----------------------------------------------------------------------------------
-    drafter = nnx.merge(graph, state.params, constants)
-    tokens_seen = sum(record["tokens"] for record in log.records)
+    weights = fetch(state.weights)
+    if not is_first:
+        return
+    drafter = nnx.merge(graph, weights, constants)
     info = {"trained": {"steps": config.steps, "tokens": tokens_seen, "run": to_json(config)}}
-    save_drafter(drafter, run / "drafter", loaded.fingerprint, info)
-    plot_run(log.records, run / "curve.png")
+    _save_drafter(drafter, run / "drafter", loaded.fingerprint, info)
+    plot(log.records, run / "curve.png")
     _say(quiet, f"written   {run / 'drafter'}, {run / 'curve.png'}")
 
 
@@ -137,26 +284,168 @@ def _say(quiet: bool, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _rounded(values: jax.Array) -> list[float]:
-    return [round(float(v), 5) for v in np.asarray(values)]
+def _steps(text: str) -> range:
+    """An argparse type: `100:110`, the steps from 100 to 110."""
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range of steps: write first:last, e.g. 100:110")
+    return range(int(first), int(last) + 1)
 
 
-def _check_config(config: RunConfig, run: Path, *, allow_change: bool) -> None:
-    """Raises UserError where the run was started with another configuration, unless that is allowed."""
+# --- what must be as it was -------------------------------------------------------------------------------------
+
+
+def _check_config(saved: Record | None, config: RunConfig, run: epath.Path, *, allow_change: bool) -> None:
+    """Raises UserError where the run has another configuration, unless that is allowed.
+
+    The newest checkpoint's counts; config.json where it has none.
+    """
     path = run / "config.json"
-    if path.exists() and not allow_change:
-        changed = differences(json.loads(path.read_text()), to_json(config))
-        if changed:
-            raise UserError(
-                f"{run} was started with another configuration ({'; '.join(changed)}): "
-                "use that one, another --run, or --allow-change to go on with the new one"
-            )
+    old = saved["config"] if saved else json.loads(path.read_text()) if path.exists() else None
+    changed = changes_since(old, config) if old and not allow_change else []
+    if changed:
+        raise UserError(
+            f"{run} was started with another configuration ({'; '.join(changed)}): "
+            "use that one, another --run, or --allow-change to go on with the new one"
+        )
+
+
+def _check_sources(saved: Record | None, fingerprint: str, digest: str, run: epath.Path, *, allow_change: bool) -> None:
+    """Raises UserError where the newest checkpoint is of another target, or of other data unless that is allowed."""
+    if saved is None:
+        return
+    if saved["target_fingerprint"] != fingerprint:
+        raise UserError(
+            f"{run} trains a drafter for target {saved['target_fingerprint']}, this one's weights are {fingerprint}: "
+            "use that target, or another --run"
+        )
+    if saved["data"]["digest"] != digest and not allow_change:
+        raise UserError(
+            f"{run} was started with other data (sha256 {saved['data']['digest'][:12]} -> {digest[:12]}): "
+            "use that data, another --run, or --allow-change to go on with the new data"
+        )
+
+
+# --- bad steps --------------------------------------------------------------------------------------------------
+
+
+def _spike_limit(factor: float, records: list[Record]) -> np.float32:
+    """The loss above which a batch is skipped: `factor` times the mean of the last good ones; infinity for none."""
+    if not factor:
+        return np.float32(np.inf)
+    losses: list[float] = []
+    for record in reversed(records):
+        if "skipped" not in record:
+            losses.append(record["loss"])
+        if len(losses) == SPIKE_WINDOW:
+            break
+    return np.float32(factor * np.mean(losses) if len(losses) >= SPIKE_LEAST else np.inf)
+
+
+def _check_going(config: RunConfig, records: list[Record], checkpoints: Checkpoints, run: epath.Path) -> None:
+    """Raises UserError where too many updates in a row were skipped."""
+    bad = records[-config.max_bad_steps :]
+    if len(bad) < config.max_bad_steps or any("skipped" not in record for record in bad):
+        return
+    before = [step for step in checkpoints.steps() if step < bad[0]["step"]]
+    good = f"checkpoint {before[-1]} in {run / 'checkpoints'}" if before else "none yet"
+    raise UserError(
+        f"steps {bad[0]['step']} to {bad[-1]['step']} gave no usable update (last loss {bad[-1]['loss']}, gradient "
+        f"norm {bad[-1]['gradient_norm']}); last good checkpoint: {good}: remove later ones, then go on with "
+        "--allow-change and a lower optimizer.learning_rate, or without the data of these steps (see metrics.jsonl)"
+    )
+
+
+# --- beside the loop --------------------------------------------------------------------------------------------
+
+
+class _Sigterm:
+    """SIGTERM inside `with`, which says that the machine will be gone in a moment: `came` is then true."""
+
+    def __init__(self) -> None:
+        self.came = self._cuts = False
+        self._before: Any = None
+
+    def _hear(self, *_: object) -> None:
+        self.came = True
+        if self._cuts:
+            self._cuts = False
+            raise _CutShort
+
+    def came_anywhere(self) -> bool:
+        """Whether it came to any of the processes, which must ask together; they then all know."""
+        if jax.process_count() > 1:
+            self.came = bool(multihost_utils.process_allgather(np.asarray(self.came)).any())
+        return self.came
+
+    @contextlib.contextmanager
+    def cuts_short(self) -> Iterator[None]:
+        """A block that takes long, changes nothing and is left at once when the signal comes."""
+        self._cuts = jax.process_count() == 1  # the others would wait for this one's part of the computation
+        try:
+            yield
+        except _CutShort:
+            pass
+        finally:
+            self._cuts = False
+
+    def __enter__(self) -> _Sigterm:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+            self._before = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+class _CutShort(BaseException):
+    """Ends what SIGTERM must not wait for."""
+
+
+class _Profile:
+    """Traces the steps of a range into a folder; the steps before and after cost nothing."""
+
+    def __init__(self, steps: range, folder: epath.Path):
+        self._steps, self._folder, self._running = steps, folder, False
+
+    def at(self, step: int) -> None:
+        """To be called before each step."""
+        if (step in self._steps) != self._running:
+            if self._running:
+                jax.profiler.stop_trace()
+            else:
+                jax.profiler.start_trace(os.fspath(self._folder))
+            self._running = not self._running
+
+    def __enter__(self) -> _Profile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+
+
+def _save_drafter(drafter: FastEagle, folder: epath.Path, fingerprint: str, info: Record) -> None:
+    if not in_bucket(folder):
+        save_drafter(drafter, folder, fingerprint, info)
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        save_drafter(drafter, Path(aside) / "drafter", fingerprint, info)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("model.safetensors", "config.json"):  # without its config.json a folder is no drafter yet
+            epath.Path(aside, "drafter", name).copy(folder / name)
 
 
 def _new_drafter(
-    config: RunConfig, loaded: LoadedTarget, conversations: Any, data: PackedData, *, quiet: bool
+    config: RunConfig,
+    loaded: LoadedTarget,
+    mesh: Mesh | None,
+    conversations: Any,
+    data: PackedData,
+    store: Features | None,
 ) -> FastEagle:
-    """The drafter that the configuration describes, with its first weights."""
+    """The drafter that the configuration describes, with its first weights, in the shards of a mesh."""
     target, choice = loaded.model, config.drafter
     sizes = drafter_config(choice, target.config)
     token_ids = None
@@ -164,52 +453,23 @@ def _new_drafter(
         counts = token_counts(conversations, target.config.vocab_size, assistant_only=True)
         counted = counts
         if choice.vocabulary_data:
-            corpus = [sample for path in choice.vocabulary_data for sample in read_conversations(path)]
+            corpus = read_conversations(*choice.vocabulary_data)
             counted = token_counts(corpus, target.config.vocab_size, assistant_only=True)
         token_ids = draft_vocabulary(counted, sizes.draft_vocab_size)
         print(
             f"vocabulary {len(token_ids)} rows cover {coverage(token_ids, counts):.1%} of the answers", file=sys.stderr
         )
-    first = jax.tree.map(jnp.asarray, data.batch(0))
     rms = None
     if choice.scale_features:
-        rms = jax.jit(feature_rms, static_argnums=2)(target, first, sizes.feature_layers)
-    return init_drafter(
-        sizes,
-        target,
-        jax.random.key(config.seed),
-        token_ids=token_ids,
-        feature_rms=rms,
-        from_target=choice.from_target,
-    )
+        first = place_batch(mesh, data.batch(0))
+        values = None if store is None else place_batch(mesh, store.batch(0))
+        rms = jax.jit(feature_rms, static_argnums=2)(target, first, sizes.feature_layers, values)
 
+    def make(target: Any, rms: Any) -> FastEagle:
+        key, from_target = jax.random.key(config.seed), choice.from_target
+        return init_drafter(sizes, target, key, token_ids=token_ids, feature_rms=rms, from_target=from_target)
 
-class _MetricsLog:
-    """metrics.jsonl, one record a step; on a resume, records past the checkpoint are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        self.records: list[dict[str, Any]] = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # torn by a kill; the checkpoint is older
-                if record["step"] <= step:
-                    self.records.append(record)
-        write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
-        self._file = open(path, "a")  # noqa: SIM115  # closed by __exit__
-
-    def write(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> _MetricsLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    return make_on(mesh, AXES, make, target, rms)
 
 
 class _Evaluation:
@@ -246,28 +506,7 @@ class _Evaluation:
         return result
 
 
-def plot_run(records: list[dict[str, Any]], path: Path) -> None:
-    """A PNG of a run: loss and accuracy by level, and the measured acceptance length, over tokens."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    tokens = np.cumsum([record["tokens"] for record in records]) / 1e6
-    window = max(1, len(records) // 100)
-    smooth = np.ones(window) / window
-    for axes, name in zip(figure.subplots(1, 3), ("level_loss", "accuracy", "tau"), strict=True):
-        axes.set_xlabel("training tokens, millions")
-        axes.grid(alpha=0.3)
-        if name == "tau":
-            measured = sorted({key for record in records for key in record if key.startswith("tau ")})
-            axes.set_title("acceptance length of the real decode" if measured else "acceptance length: not measured")
-            for key in measured:
-                points = [(t, record[key]) for t, record in zip(tokens, records, strict=True) if key in record]
-                axes.plot(*zip(*points, strict=True), marker="o", label=key.removeprefix("tau "))
-            if measured:
-                axes.legend()
-            continue
-        axes.set_title(name.replace("_", " "))
-        for level, values in enumerate(np.array([record[name] for record in records]).T, 1):
-            axes.plot(tokens[window - 1 :], np.convolve(values, smooth, "valid"), label=f"level {level}")
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+def _measured(record: Record) -> float | None:
+    """The acceptance length that was measured at a record's step, the mean over trees; None where it was not."""
+    lengths = [value for name, value in record.items() if name.startswith("tau ")]
+    return sum(lengths) / len(lengths) if lengths else None

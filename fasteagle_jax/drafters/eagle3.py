@@ -21,6 +21,7 @@ from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.drafters.fasteagle import Constant, causal, newest, rank
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
 from fasteagle_jax.layers import LAYER_AXES, MASKED, Past, attention, head_logits, matmul, rms_norm, rotate, rotation
+from fasteagle_jax.packed import Packed
 from fasteagle_jax.tree import NO_PARENT, Draft, Tree
 
 AXES = LAYER_AXES | {"fc": (None, "embed"), "head": ("vocab", "embed")}
@@ -138,7 +139,9 @@ class Eagle3(nnx.Module):
         features: jax.Array,
         next_tokens: jax.Array,
         positions: jax.Array,
-        visible: jax.Array,
+        visible: jax.Array | Packed,
+        *,
+        remat: Any = None,
     ) -> tuple[list[jax.Array], None]:
         """The head's input at every level and position: training-time test.
 
@@ -149,16 +152,20 @@ class Eagle3(nnx.Module):
           A list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and None, where FastEagle has its
           fresh keys and values.
         """
+        visible = visible.visible() if isinstance(visible, Packed) else visible
         h = self.fused(features)
         keys: list[jax.Array] = []
         values: list[jax.Array] = []
         states = []
         for j in range(self.num_levels):
             e = embedding[jnp.roll(next_tokens, -j, axis=1)].astype(h.dtype)  # past a segment's end no loss looks
-            q, k, v = self._keys(e, h, positions + j)
-            keys.append(k)
-            values.append(v)
-            h = self._rest(h, _attend_to_own_path(q, keys, values, visible))
+
+            def run(h: jax.Array, e: jax.Array, keys: Any, values: Any, j: int = j) -> tuple[jax.Array, Any, Any]:
+                q, k, v = self._keys(e, h, positions + j)
+                keys, values = [*keys, k], [*values, v]
+                return self._rest(h, _attend_to_own_path(q, keys, values, visible)), keys, values
+
+            h, keys, values = (run if remat is None else jax.checkpoint(run, policy=remat))(h, e, keys, values)
             states.append(rms_norm(h, self.norm[...], self.config.rms_norm_eps))
         return states, None
 

@@ -21,6 +21,7 @@ from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
 from fasteagle_jax.layers import (
     LAYER_AXES,
+    Attend,
     DecoderLayer,
     LayerConfig,
     Past,
@@ -127,9 +128,11 @@ class FastEagle(nnx.Module):
         features: jax.Array,
         next_tokens: jax.Array,
         positions: jax.Array,
-        visible: jax.Array,
+        visible: jax.Array | Attend,
         cache: Ring | None = None,
         num_levels: int | None = None,
+        *,
+        remat: Any = None,
     ) -> tuple[Any, Any]:
         """The head's input at every level and position, and the fresh keys and values.
 
@@ -138,9 +141,12 @@ class FastEagle(nnx.Module):
           features: target features g[t] [B, T, F*H].
           next_tokens: x[t+1] int32 [B, T].
           positions: t int32 [B, T].
-          visible: bool [B, T, T], True where position i may see fresh position j (inside the window, too).
+          visible: bool [B, T, T], True where position i may see fresh position j (inside the window, too), or attention
+            itself (see layers.DecoderLayer).
           cache: committed stream positions; None for none.
           num_levels: N, the first levels that are run; None for all.
+          remat: a policy of jax.checkpoint_policies, by which the backward pass computes a level again; None: it does
+            not.
 
         Returns:
           A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and (k, v) for `commit`.
@@ -167,6 +173,8 @@ class FastEagle(nnx.Module):
             h, kv = level.layer(h, turn, visible, level_past)  # h_i = L_i(h_i-1)
             return h, (rms_norm(h, level.norm[...], c.rms_norm_eps), kv)
 
+        if remat is not None:
+            level_step = jax.checkpoint(level_step, policy=remat)
         span = None if num_levels in (None, c.num_levels) else (0, num_levels)
         _, results = run_layers(level_step, fused, (self.levels, past), span)
         if self.stacked:

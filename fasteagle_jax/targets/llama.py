@@ -16,6 +16,7 @@ from fasteagle_jax.cache import Cache, empty_cache
 from fasteagle_jax.config import LlamaConfig
 from fasteagle_jax.layers import (
     LAYER_AXES,
+    Attend,
     DecoderLayer,
     LayerConfig,
     Past,
@@ -92,7 +93,7 @@ class Llama(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        visible: jax.Array,
+        visible: jax.Array | Attend,
         cache: Cache | None = None,
         feature_layers: Sequence[int] = (),
     ) -> TargetOutput:
@@ -100,7 +101,8 @@ class Llama(nnx.Module):
 
         Args:
           tokens, positions: int32 [B, Q].
-          visible: bool [B, Q, Q], True where query i may see fresh token j; the committed slots are always seen.
+          visible: bool [B, Q, Q], True where query i may see fresh token j; the committed slots are always seen. Or,
+            without a cache, attention itself (see layers.DecoderLayer).
           cache: committed tokens, only read; None for none.
           feature_layers: indices of the layers whose inputs are the features, e.g. (2, L // 2, L - 3) of EAGLE-3.
         """

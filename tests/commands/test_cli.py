@@ -21,7 +21,7 @@ def test_every_verb_explains_itself_with_an_example(verb, capsys):
     assert help_text.startswith(f"usage: fasteagle {verb}")
 
 
-@pytest.mark.parametrize("verb", ["prepare-data", "generate", "chat", "bench"])
+@pytest.mark.parametrize("verb", ["prepare-data", "prepare-features", "generate", "chat", "bench"])
 def test_the_examples_of_the_help_are_understood(verb, capsys):
     import importlib
     import shlex
@@ -51,7 +51,8 @@ def test_help_needs_no_jax():
 
 
 @pytest.mark.parametrize(
-    "program", ["train.prepare_data", "train.drafter", "infer.generate", "infer.chat", "infer.bench"]
+    "program",
+    ["train.prepare_data", "train.prepare_features", "train.drafter", "infer.generate", "infer.chat", "infer.bench"],
 )
 def test_a_program_beside_the_package_is_its_command(program):
     import importlib

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fasteagle_jax.checkpoint import Checkpoints
 from fasteagle_jax.commands.export import main
 from fasteagle_jax.commands.train_drafter import main as train
 from fasteagle_jax.data import Conversation, ConversationWriter
@@ -39,6 +40,25 @@ def test_the_last_checkpoint_exported_is_the_finished_runs_drafter(run, tmp_path
     assert configs[0] == configs[1]
 
 
+def test_the_best_checkpoint_is_exported_with_its_average(talkative, tmp_path):
+    target, _ = talkative
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"prompt": "Why so long?"}) + "\n")
+    with ConversationWriter(tmp_path / "data.jsonl") as writer:
+        writer.append([Conversation.of("a", list(range(40)), [[4, 40]])])
+    changes = ["steps=3", "optimizer.ema=0.9", f"evaluation.prompts={questions}", "evaluation.every=1"]
+    changes += [f"target={target}", f"data={tmp_path / 'data.jsonl'}", "evaluation.trees=chain", "evaluation.max_new=4"]
+    assert train(["--config", str(CONFIG), "--run", str(tmp_path / "run"), *changes]) == 0
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        step, _ = checkpoints.best()
+    for name, which in (("best", ["--best"]), ("last", [])):
+        assert main(["--run", str(tmp_path / "run"), *which, "--output", str(tmp_path / name)]) == 0
+    assert json.loads((tmp_path / "best" / "config.json").read_text())["trained"]["steps"] == step
+    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "last", tmp_path / "run" / "drafter"))
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name])
+
+
 def test_an_earlier_checkpoint_is_exported_by_its_step(run, tmp_path):
     assert main(["--run", str(run), "--step", "4", "--output", str(tmp_path / "drafter")]) == 0
     trained = json.loads((tmp_path / "drafter" / "config.json").read_text())["trained"]
@@ -53,6 +73,7 @@ def test_an_earlier_checkpoint_is_exported_by_its_step(run, tmp_path):
     [
         (["--run", "{run}", "--step", "3"], "there is no checkpoint 3 in .* (there are: 4, 6)"),
         (["--run", "nowhere"], "nowhere holds no config.json"),
+        (["--run", "{run}", "--best"], "no checkpoint in .* was measured"),
     ],
 )
 def test_what_cannot_be_exported_is_a_user_error(run, tmp_path, complaint, arguments, message):

@@ -7,9 +7,18 @@ import pytest
 
 from fasteagle_jax.commands import prepare_data
 from fasteagle_jax.commands.prepare_data import answer_seed, main
+from fasteagle_jax.commands.shares import Share
 from fasteagle_jax.data import read_conversations
+from fasteagle_jax.engine import Engine
+from fasteagle_jax.requests import SamplingParams
 from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, user_header_ids
-from tests.tiny_folder import make_target
+from tests.tiny_folder import CHAT_TEMPLATE, make_target
+
+MARKED = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>"
+    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nhm {% endif %}"
+)
 
 
 @pytest.fixture
@@ -18,7 +27,7 @@ def prepare(target_folder, prompts_file, tmp_path):
 
     def run(name, *options, prompts=prompts_file):
         path = tmp_path / name
-        argv = ["--target", target_folder, "--output", path, "--max-length", 192, "--max-new", 24, "--batch-size", 4]
+        argv = ["--target", target_folder, "--output", path, "--max-length", 192, "--max-new", 24, "--slots", 4]
         if prompts is not None:
             argv += ["--prompts", prompts]
         assert main([str(word) for word in [*argv, *options]]) == 0
@@ -61,8 +70,46 @@ def test_later_turns_follow_the_answers_as_they_were_sampled(prepare, target_fol
 
 
 def test_answers_do_not_depend_on_the_batch_they_are_made_in(prepare):
-    by_size = [prepare(f"{size}.jsonl", "--batch-size", size) for size in (4, 7)]
-    assert by_size[0].read_bytes() == by_size[1].read_bytes()
+    by_size = [prepare(f"{size}.jsonl", "--slots", size) for size in (1, 4, 7)]
+    assert len({path.read_bytes() for path in by_size}) == 1
+
+
+def test_a_drafter_and_its_tree_change_no_token(prepare, drafter_folder, capsys):
+    plain = prepare("plain.jsonl")
+    drafted = prepare("drafted.jsonl", "--drafter", drafter_folder, "--tree", "best_first:4", "--slots", 3)
+    assert drafted.read_bytes() == plain.read_bytes()
+    assert counts(drafted) == counts(plain)
+
+
+def test_answers_are_the_engines_own(prepare, target_folder):
+    """Nothing but the prompt, the params and the seed of the thing said decides an answer."""
+    engine = Engine.load(str(target_folder), slots=1, max_len=192)
+    for c in list(read_conversations(prepare("a.jsonl", "--temperature", 0.7, "--top-k", 50)))[:4]:
+        start, stop = c.assistant[0]
+        params = SamplingParams(temperature=0.7, top_k=50, seed=answer_seed(0, c.id, "assistant 0"), max_new_tokens=24)
+        (completion,) = engine.generate([c.tokens[:start].tolist()], params)
+        assert list(completion.tokens) == c.tokens[start:stop].tolist()
+
+
+def test_processes_share_the_samples(prepare, monkeypatch, tmp_path):
+    whole = prepare("whole.jsonl", "--keep-truncated", "--prompts", "self", "--limit", 20)
+    shares = []
+    for i in range(3):
+        monkeypatch.setattr(prepare_data, "join", lambda args, i=i: Share(i, 3))
+        prepare("a.jsonl", "--keep-truncated", "--prompts", "self", "--limit", 20)
+        path = tmp_path / f"a-{i:05d}-of-00003.jsonl"
+        before = path.read_bytes()
+        prepare("a.jsonl", "--keep-truncated", "--prompts", "self", "--limit", 20)
+        assert path.read_bytes() == before
+        shares.append(path)
+    assert [counts(path)["samples"] for path in shares] == [7, 7, 6]
+    lines = [path.read_bytes().splitlines() for path in shares]
+    assert sorted(line for its in lines for line in its) == sorted(whole.read_bytes().splitlines())
+    for i, its in enumerate(lines):
+        for source, number in (json.loads(line)["id"].split("/") for line in its):
+            assert (2 * int(number) + (source == "self")) % 3 == i
+    settings = json.loads(shares[1].with_name(shares[1].name + ".manifest.json").read_text())["settings"]
+    assert settings["share"] == {"process": 1, "processes": 3}
 
 
 @pytest.mark.parametrize("lost", [1, 40, 700])
@@ -101,7 +148,7 @@ def test_a_run_killed_between_two_writes_gives_the_same_file(prepare, monkeypatc
 def test_a_finished_run_has_nothing_left_to_do(prepare, monkeypatch):
     path = prepare("a.jsonl", "--keep-truncated")
     before = path.read_bytes(), counts(path)
-    monkeypatch.setattr(prepare_data, "_generate", None)  # nothing is generated
+    monkeypatch.setattr(Engine, "requests", None)  # nothing is generated
     prepare("a.jsonl", "--keep-truncated")
     assert (path.read_bytes(), counts(path)) == before
 
@@ -178,6 +225,42 @@ def test_dialogues_are_taken_as_they_are(prepare, target_folder, tmp_path):
     }
 
 
+def test_dialogues_need_no_weights(prepare, target_folder, tmp_path, monkeypatch):
+    path = tmp_path / "ready.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Hi {i}", "response": "Hello."}) + "\n" for i in range(600)))
+    monkeypatch.setattr(Engine, "load", None)
+    output = prepare("a.jsonl", "--dialogues", path, prompts=None)
+    assert [c.id for c in read_conversations(output)] == [f"ready.jsonl/dialogue-{i}" for i in range(600)]
+
+
+def test_where_the_template_cannot_tell_later_turns_the_first_ones_are_answered(prepare, tmp_path, capsys):
+    """As with templates that leave the thoughts of earlier turns out."""
+    thinking = CHAT_TEMPLATE.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\nhm {% endif %}")
+    target = make_target(tmp_path / "thinking", chat_template=thinking)
+    conversations = read_conversations(prepare("a.jsonl", "--target", target, "--keep-truncated"))
+    assert [len(c.assistant) for c in conversations] == [1] * 14
+    assert "of several turns, the first ones alone are answered: chat template without" in capsys.readouterr().err
+
+
+def test_dialogues_need_a_template_that_tells_answers(complaint, prepare, tmp_path):
+    thinking = CHAT_TEMPLATE.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\nhm {% endif %}")
+    path = tmp_path / "ready.jsonl"
+    path.write_text('{"prompt": "Hi", "response": "Hello."}\n')
+    targets = make_target(tmp_path / "thinking", chat_template=thinking), tmp_path / "marked"
+    make_target(targets[1], chat_template=MARKED)
+    said = complaint(main, "--target", targets[0], "--dialogues", path, "--output", tmp_path / "a.jsonl")
+    assert "chat template without stable prefixes" in said and "marks answers by {% generation %}" in said
+    (c,) = read_conversations(prepare("a.jsonl", "--target", targets[1], "--dialogues", path, prompts=None))
+    assert [load_tokenizer(targets[1]).decode(c.tokens[a:b]) for a, b in c.assistant] == ["Hello.<|im_end|>"]
+
+
+def test_all_samples_dropped_is_one_line_with_the_remedy(prepare, capsys):
+    with pytest.raises(AssertionError):
+        prepare("a.jsonl", "--max-length", 40)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "a.jsonl is empty: all 14 samples were dropped (14 prompts too long): raise --max-length" in last
+
+
 def test_seeds_are_the_same_everywhere():
     assert answer_seed(0, "questions/1", "assistant 0") == 1126926255
     seeds = {answer_seed(s, f"q/{i}", f"assistant {t}") for s in range(9) for i in range(9) for t in range(9)}
@@ -192,6 +275,11 @@ def test_bad_values_are_one_line(complaint, target_folder, prompts_file, tmp_pat
     assert "top_p is 1.5" in complaint(main, *given, "--top-p", 1.5)
     assert "'none'" in complaint(main, *given, "--limit", "none")
     assert "--max-length is 4096, but the target has 1024" in complaint(main, *given, "--max-length", 4096)
+    assert "'0' is not a whole number" in complaint(main, *given, "--slots", 0)
+    assert "tree 'bush'" in complaint(main, *given, "--tree", "bush")
+    assert "no folder" in complaint(main, *given, "--drafter", tmp_path / "nowhere")
+    self_made = ("--prompts", "self", "--limit", 1)
+    assert "give at least" in complaint(main, *given, *self_made, "--max-length", 32)
     assert "no source" in complaint(main, "--target", target_folder, "--output", output)
     assert "give --limit" in complaint(main, *given, "--prompts", "self")
     assert "hold a sample" in complaint(main, *given, "--prompts", prompts_file)

@@ -1,27 +1,38 @@
-"""The trainer as a program: it learns, resumes bitwise after any kill, and refuses what cannot go on."""
+"""The trainer as a program: it learns, resumes bitwise after any kill, skips bad steps, refuses what cannot go on."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from fasteagle_jax.commands.train_drafter import main
+from fasteagle_jax.checkpoint import Checkpoints
+from fasteagle_jax.commands import train_drafter
+from fasteagle_jax.commands.train_drafter import _spike_limit, main
 from fasteagle_jax.data import Conversation, ConversationWriter
 from tests.tiny_folder import make_target
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = ROOT / "configs" / "tiny.py"
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "8",
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+}
+POISON = 77  # a token for which `poisoned` has no finite embedding
 
 
 @pytest.fixture
@@ -49,31 +60,75 @@ def start(arguments: list[str], largest_file: int | None = None) -> subprocess.P
     if largest_file is not None:  # a write past the limit then fails as on a full disk
         limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest_file}, {largest_file}))"
         script = f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {limit}; {script}"
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "8",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-    }
     return subprocess.Popen(
-        [sys.executable, "-c", script, *arguments], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
+
+
+# Each word is a life of the same command: SIGNAL:STEP:DELAY, sent so many seconds after a step's batch was asked for.
+# They are forked from a process that has imported everything and started nothing, and share what they compile.
+LIVES = """
+import os, signal, sys, threading
+from fasteagle_jax.commands import train_drafter
+from fasteagle_jax.data import PackedData
+whole_batch = PackedData.batch
+for word in sys.argv[1].split(","):
+    name, at, delay = word.split(":")
+    pid = os.fork()
+    if pid == 0:
+        def batch(self, step, *rest, sent=[]):
+            if step >= int(at) and not sent:
+                sent.append(threading.Timer(float(delay), os.kill, (os.getpid(), getattr(signal, name))))
+                sent[0].start()
+            return whole_batch(self, step, *rest)
+        PackedData.batch = batch
+        os._exit(train_drafter.main(sys.argv[2:]))
+    print(name, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def lead_lives(lives: list[tuple[str, int, float]], arguments: list[str], cache: Path) -> list[str]:
+    """Runs the program once a life; the signal and the exit code of each."""
+    words = ",".join(f"{name}:{step}:{delay}" for name, step, delay in lives)
+    sharing = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    process = subprocess.run(
+        [sys.executable, "-c", LIVES, words, *arguments],
+        env=ENVIRONMENT | sharing,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
+
+
+def records(run: Path) -> list[dict]:
+    """What metrics.jsonl says, of every step once."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in found] == list(range(1, len(found) + 1))
+    return found
 
 
 def losses(run: Path) -> dict[int, tuple[float, float]]:
     """Loss and gradient norm by step, as written."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
-    return {record["step"]: (record["loss"], record["gradient_norm"]) for record in records}
+    return {record["step"]: (record["loss"], record["gradient_norm"]) for record in records(run)}
 
 
-def test_training_lowers_the_loss_and_leaves_a_drafter_metrics_and_a_plot(data_file: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Eight prompts."""
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "Why " + "so " * i + "long?"}) + "\n" for i in range(8)))
+    return path
+
+
+def test_training_lowers_the_loss_and_leaves_a_drafter_metrics_a_plot_and_a_trace(
+    data_file: Path, tmp_path: Path, questions: Path
+) -> None:
     run = tmp_path / "run"
     talker = make_target(tmp_path / "talker", stop_rate=-9.0)  # its greedy answers do not end with their first token
-    evaluation = tmp_path / "questions.jsonl"
-    evaluation.write_text("".join(json.dumps({"prompt": "Why " + "so " * i + "long?"}) + "\n" for i in range(8)))
-    changes = ["steps=30", f"evaluation.prompts={evaluation}", "evaluation.every=15", "evaluation.max_new=8"]
-    assert main(command(talker, data_file, run, *changes)) == 0
+    changes = ["steps=30", f"evaluation.prompts={questions}", "evaluation.every=15", "evaluation.max_new=8"]
+    assert main([*command(talker, data_file, run, *changes), "--profile", "20:21"]) == 0
     loss = [value for value, _ in losses(run).values()]
     assert np.mean(loss[-3:]) < 0.8 * np.mean(loss[:3])
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -81,27 +136,143 @@ def test_training_lowers_the_loss_and_leaves_a_drafter_metrics_and_a_plot(data_f
     assert "NaN" not in (run / "metrics.jsonl").read_text()
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["tau chain"] >= 1 and len(last["by depth best_first:16"]) == 3
+    assert last["expected_length"] >= 1 and last["tokens_per_second"] > 0 and last["data_seconds"] >= 0
+    assert "flops_utilisation" not in last  # nobody knows what this CPU could
+    assert list((run / "tensorboard").glob("events.*")) and list((run / "profile").rglob("*.xplane.pb"))
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        best, tau = checkpoints.best()
+        about = checkpoints.record(30)
+    assert best in (15, 30) and tau >= 1
+    assert about["config"]["steps"] == 30 and about["data"]["next_batch"] == 30 and about["seed"] == 0
+    assert (
+        about["target_fingerprint"] == json.loads((run / "drafter" / "config.json").read_text())["target_fingerprint"]
+    )
 
 
-def test_a_killed_run_goes_on_bitwise(target_folder: Path, data_file: Path, tmp_path: Path) -> None:
+# --- interruptions ----------------------------------------------------------------------------------------------
+
+
+def test_ten_kills_and_preemptions_leave_the_run_that_nobody_disturbed(
+    target_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """Bitwise: the same parameters, and every step's loss once, so no batch was seen twice or skipped."""
+    changes = ["steps=160", "optimizer.ema=0.9", "evaluation.every=1000"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(command(target_folder, data_file, whole)) == 0
-    for kill_after in (2, 7):  # before the first checkpoint (step 4), and between the first two
-        process = start(command(target_folder, data_file, killed))
-        metrics = killed / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if metrics.exists() and metrics.read_text().count("\n") >= kill_after:
-                break
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert main(command(target_folder, data_file, killed)) == 0
+    assert main(command(target_folder, data_file, whole, *changes)) == 0
+    rng = np.random.default_rng(1)
+    steps = sorted(int(step) for step in rng.integers(1, 120, 10))
+    names = ["SIGTERM" if i % 2 else "SIGKILL" for i in range(10)]
+    lives = [(name, step, float(rng.uniform(0, 0.05))) for name, step in zip(names, steps, strict=True)]
+    ends = lead_lives(lives, command(target_folder, data_file, killed, *changes), tmp_path / "programs")
+    assert ends == [f"{name} {0 if name == 'SIGTERM' else -signal.SIGKILL}" for name in names]
+    assert not (killed / "drafter").exists()
+    assert main(command(target_folder, data_file, killed, *changes)) == 0
     assert losses(killed) == losses(whole)
     first, second = (load_file(run / "drafter" / "model.safetensors") for run in (whole, killed))
     assert first.keys() == second.keys()
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name], err_msg=name)
+
+
+def test_sigterm_saves_ends_with_0_and_an_evaluation_cut_short_is_made_up_for(
+    talkative: tuple[Path, Path], data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, questions: Path
+) -> None:
+    target, _ = talkative
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    changes = [
+        f"evaluation.prompts={questions}",
+        "evaluation.every=3",
+        "evaluation.max_new=4",
+        "steps=5",
+        "evaluation.trees=chain",
+    ]
+    evaluate = train_drafter.measure_acceptance
+
+    def interrupted(*args: object, **options: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)  # in which Python hears it
+        raise AssertionError("the evaluation went on")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train_drafter, "measure_acceptance", interrupted)
+    assert main(command(target, data_file, run, *changes)) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["3"] and not (run / "drafter").exists()
+    assert not any(name.startswith("tau") for name in records(run)[-1])
+    monkeypatch.setattr(train_drafter, "measure_acceptance", evaluate)
+    for folder in (run, whole):
+        assert main(command(target, data_file, folder, *changes)) == 0
+    measured = [[{name: r[name] for name in r if name.startswith("tau")} for r in records(f)] for f in (run, whole)]
+    assert measured[0] == measured[1] and [bool(m) for m in measured[0]] == [False, False, True, False, True]
+
+
+# --- bad steps --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(target_folder: Path, tmp_path: Path) -> Path:
+    """The target without a finite embedding of POISON."""
+    folder = tmp_path / "poisoned"
+    shutil.copytree(target_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][POISON] = np.nan
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def write_data(path: Path, poison: Sequence[int]) -> Path:
+    """Twenty conversations, of which these hold POISON."""
+    rng = np.random.default_rng(2)
+    samples = []
+    for i in range(20):
+        tokens = [int(t) for t in rng.integers(POISON, size=40)]
+        samples.append(Conversation.of(f"{i}", [POISON, *tokens] if i in poison else tokens, [[4, 40]]))
+    with ConversationWriter(path) as writer:
+        writer.append(samples)
+    return path
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_reported(
+    poisoned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    data = write_data(tmp_path / "some.jsonl", poison=[3])
+    assert main(command(poisoned, data, run, "drafter.scale_features=False")) == 0
+    bad = [record for record in records(run) if "skipped" in record]
+    assert 1 <= len(bad) <= 2  # 20 samples of 40 tokens, 2 rows of 48 tokens a step: once in ten steps
+    assert bad[0]["loss"] is None and "NaN" not in (run / "metrics.jsonl").read_text()
+    assert all(np.isfinite(record["loss"]) for record in records(run) if record not in bad)
+    said = capsys.readouterr().err
+    assert f"step {bad[0]['step']}: update skipped, loss nan" in said and f"pieces {bad[0]['skipped']}" in said
+    for value in load_file(run / "drafter" / "model.safetensors").values():
+        assert np.isfinite(value).all()
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_the_last_good_checkpoint(
+    poisoned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    good = write_data(tmp_path / "good.jsonl", poison=[])
+    bad = write_data(tmp_path / "bad.jsonl", poison=range(20))
+    changes = ["drafter.scale_features=False", "max_bad_steps=3"]
+    assert main(command(poisoned, good, run, "steps=4", *changes)) == 0
+    shutil.rmtree(run / "drafter")
+    capsys.readouterr()
+    assert main([*command(poisoned, bad, run, "steps=12", *changes), "--allow-change"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "steps 5 to 7 gave no usable update" in said and f"checkpoint 4 in {run / 'checkpoints'}" in said
+
+
+def test_a_spike_is_a_loss_above_so_many_times_the_mean_of_the_last_good_ones() -> None:
+    steps: list[dict] = [{"step": i, "loss": 2.0} for i in range(30)]
+    assert _spike_limit(0.0, steps) == np.inf
+    assert _spike_limit(3.0, steps) == 6
+    assert _spike_limit(3.0, [*steps, {"step": 31, "loss": 100.0, "skipped": [[1]]}]) == 6
+    assert _spike_limit(3.0, steps[:10]) == np.inf
+    assert _spike_limit(3.0, [{"step": i, "loss": 9.0} for i in range(50)] + steps * 4) == 6
+
+
+# --- what a run is made of --------------------------------------------------------------------------------------
 
 
 def test_the_draft_vocabulary_is_of_the_most_frequent_tokens_of_the_corpus_named(
@@ -129,6 +300,68 @@ def test_a_changed_configuration_is_shown_and_needs_a_flag(
     (run / "drafter").rename(tmp_path / "drafter-4")
     assert main([*command(target_folder, data_file, run, "steps=6"), "--allow-change"]) == 0
     assert len(losses(run)) == 6
+
+
+def test_the_checkpoint_says_what_a_run_was_and_another_target_or_other_data_are_refused(
+    target_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(command(target_folder, data_file, run, "steps=4")) == 0
+    shutil.rmtree(run / "drafter")
+
+    def complaint(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(list(arguments)) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said
+
+    (run / "config.json").unlink()  # the checkpoint holds the configuration
+    assert "steps: 4 -> 6" in complaint(*command(target_folder, data_file, run, "steps=6"))
+    same_name = tmp_path / "target"  # other weights where the target was
+    shutil.copytree(target_folder, same_name)
+    weights = load_file(same_name / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, same_name / "model.safetensors")
+    other = command(same_name, data_file, run, "steps=4")
+    assert f"target: {target_folder} -> {same_name}" in complaint(*other)
+    assert "trains a drafter for target" in complaint(*other, "--allow-change")
+    with ConversationWriter(data_file) as writer:
+        writer.append([Conversation.of("one more", list(range(40)), [[4, 40]])])
+    assert "other data" in complaint(*command(target_folder, data_file, run, "steps=4"))
+    assert main([*command(target_folder, data_file, run, "steps=4"), "--allow-change"]) == 0
+    copy_without_drafter(run, tmp_path / "run2")
+    muon = command(target_folder, data_file, tmp_path / "run2", "steps=4", "optimizer.name=muon")
+    assert main([*muon, "--allow-change"]) == 2
+    assert "does not fit this configuration" in capsys.readouterr().err.splitlines()[-1]
+
+
+def copy_without_drafter(run: Path, to: Path) -> Path:
+    """The run, as it was before its end."""
+    shutil.copytree(run, to)
+    shutil.rmtree(to / "drafter")
+    return to
+
+
+def test_a_run_of_before_checkpoints_had_records_goes_on_with_its_configuration(
+    target_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    whole, old = tmp_path / "whole", tmp_path / "old"
+    assert main(command(target_folder, data_file, whole, "keep=4")) == 0
+    copy_without_drafter(whole, old)
+    kept = old / "checkpoints" / "8"
+    for path in (old / "checkpoints").iterdir():
+        if path != kept:
+            shutil.rmtree(path)
+    shutil.rmtree(kept / "run")
+    config = json.loads((old / "config.json").read_text())
+    for name in ("accumulate", "spike_factor", "max_bad_steps", "tensorboard", "wandb"):  # not yet there
+        del config[name]
+    for name in ("name", "ema"):
+        del config["optimizer"][name]
+    (old / "config.json").write_text(json.dumps(config))
+    assert main(command(target_folder, data_file, old, "keep=4")) == 0
+    assert losses(old) == losses(whole)
 
 
 def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
@@ -175,3 +408,10 @@ def test_mistakes_end_in_one_line_before_anything_is_written(
     bad.write_text(data_file.read_text().splitlines()[0] + '\n{"id": "x", "tokens": [1, "a"], "assistant": []}\n')
     assert "bad.jsonl:2" in complaint(main, *command(target_folder, bad, run))
     assert "300" in complaint(main, *command(target_folder, data_file, run, "drafter.draft_vocab_size=300"))
+    assert "write first:last" in complaint(main, *command(target_folder, data_file, run), "--profile", "9:3")
+    silent = tmp_path / "silent.jsonl"
+    silent.write_text('{"id": "x", "tokens": [1, 2, 3], "assistant": []}\n')
+    assert "has an assistant's turn" in complaint(main, *command(target_folder, silent, run))
+    assert "cannot write to" in complaint(main, *command(target_folder, data_file, data_file / "run"))
+    if importlib.util.find_spec("wandb") is None:
+        assert "pip install wandb" in complaint(main, *command(target_folder, data_file, run, "wandb=drafters"))

@@ -17,9 +17,9 @@ from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.interfaces import Accepted, Ranking
 from fasteagle_jax.layers import head_logits, rotation
+from fasteagle_jax.packed import Packed
 from fasteagle_jax.sampling import make_sampling
 from fasteagle_jax.testing import tiny_config, tiny_target
-from fasteagle_jax.training import packed_visible
 from fasteagle_jax.tree import Tree
 
 B, T, N, V = 2, 12, 3, 40
@@ -77,7 +77,7 @@ def causal(num: int) -> jax.Array:
 def one_pass(drafter, tied, tokens, features):
     """What training computes: hidden states [N, B, T, H] and the fresh keys and values [N, B, K, T, D]."""
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    visible = packed_visible(jnp.ones((B, T), jnp.int32), drafter.config.window)
+    visible = Packed(jnp.ones((B, T), jnp.int32), drafter.config.window).visible()
     hidden, fresh = drafter.hidden_states(tied.embedding, features, tokens[:, 1:], positions, visible)
     return jnp.stack(list(hidden)), [jnp.stack(list(part)) for part in fresh]
 

@@ -1,0 +1,84 @@
+"""Store the target's features of the training data, so that training need not run the target's layers.
+
+For small targets: a token takes (F + 1) x H numbers, F being the feature layers and H the hidden width; for SmolLM2
+135M 4.6 kB, so a million tokens 4.6 GB. Target, data, length and feature layers are those of a training run's
+configuration; all epochs, batch sizes and seeds use the same features. Without them training runs the layers itself,
+which needs no disk and suits any target.
+
+The same command after an interruption, by whatever means, goes on where it stopped, and makes files anew that are
+missing or corrupt.
+
+example:
+  fasteagle prepare-features --config configs/smollm2_135m.py --output runs/features data=runs/data/answers.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from fasteagle_jax.commands.terminal import Parser, program, writing
+from fasteagle_jax.data import Batch, PackedData, read_conversations
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.features import STORED, FeatureSettings, TargetValues, write_features
+from fasteagle_jax.run import RunConfig, apply_changes, drafter_config, load_config
+from fasteagle_jax.targets.llama import Llama
+from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.training import target_outputs
+
+
+@program
+def main(argv: Sequence[str] | None = None) -> int:
+    """Stores features as the command line says; returns the exit code."""
+    args = _parser().parse_args(argv)
+    prepare(apply_changes(load_config(args.config), args.changes), args.output, args.store)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="fasteagle prepare-features", description=__doc__)
+    parser.add_argument("--config", required=True, help="a Python file with get_config() -> RunConfig: the run's")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="for the features, resumed")
+    parser.add_argument("--store", choices=tuple(STORED), default="bfloat16", help="as (default %(default)s)")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="as of fasteagle train")
+    return parser
+
+
+def prepare(config: RunConfig, folder: Path, store: str) -> None:
+    """Writes the features of a run, or what the folder still lacks of them."""
+    data = PackedData(read_conversations(*config.data), config.length, config.batch_size, config.seed)
+    loaded = load_target(config.target, jnp.dtype(config.dtype))
+    layers = drafter_config(config.drafter, loaded.model.config).feature_layers
+    settings = FeatureSettings(
+        loaded.fingerprint, layers, loaded.model.config.hidden_size, data.digest(), config.length, store
+    )
+    num_tokens = int(data.lengths.sum())
+    needed = num_tokens * settings.bytes_per_token
+    print(f"features  {num_tokens} tokens x {settings.bytes_per_token} bytes: {needed / 1e9:.2f} GB", file=sys.stderr)
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        there = sum(file.stat().st_size for file in folder.glob("*.npy"))
+        if (free := shutil.disk_usage(folder).free) < needed - there:
+            raise UserError(
+                f"{folder} needs {(needed - there) / 1e9:.1f} GB more and has {free / 1e9:.1f} GB free: "
+                "name another --output, or train without stored features"
+            )
+        with tqdm(total=num_tokens, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
+            for done in write_features(folder, data, settings, partial(_compute, loaded.model, layers=layers)):
+                bar.update(done)
+    print(f"{folder}: features of {num_tokens} tokens, {len(data.lengths)} pieces")
+
+
+@partial(jax.jit, static_argnames="layers")
+def _compute(target: Llama, batch: Batch, *, layers: tuple[int, ...]) -> TargetValues:
+    out = target_outputs(target, batch, layers)
+    return TargetValues(out.features, out.hidden)

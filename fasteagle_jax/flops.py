@@ -1,0 +1,61 @@
+"""Floating-point operations of training, and of which devices how many are to be had.
+
+N levels · L layers · H hidden width · F feature layers · T tokens a row · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from fasteagle_jax.config import DrafterConfig, LlamaConfig
+
+# Dense bfloat16 products a second of one jax.Device, by the start of its device_kind; the makers' data sheets.
+# A device of TPU v2 and v3 is a core, half a chip.
+PEAK = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Of a device at its best; None where that is not known, as of a CPU."""
+    return next((flops for kind, flops in PEAK.items() if device_kind.startswith(kind)), None)
+
+
+def flops_per_token(target: LlamaConfig, drafter: DrafterConfig, length: int, share: float) -> float:
+    """What a training step needs for each token, by the numbers of parameters.
+
+    A product with a matrix of P parameters takes 2 P a token forward and 4 P backward (Kaplan et al., arXiv 2001.08361,
+    section 2.1); attention over T tokens 4 T (heads x width) a layer forward and twice that backward (Chowdhery et al.,
+    arXiv 2204.02311, appendix B, which counts the masked half as well). Here
+
+        target, forward:             L (2 P_layer + 4 T A)
+        drafter, both ways:          6 (N P_level + F H^2 + 2 H^2) + N 12 T A'
+        heads, at `share` of tokens: 2 H V + N 4 H V', and 2 H V' more where V' < V
+
+    with the heads frozen, so that backward has one product and not two. Norms, softmax and recomputation are not in it.
+    """
+    hidden, levels, width = target.hidden_size, drafter.num_levels, drafter.num_heads * drafter.head_dim
+    layer = _layer(target)
+    forward = target.num_layers * (2 * layer + 4 * length * target.num_heads * target.head_dim)
+    level = _layer(drafter) + hidden**2 * drafter.reinject
+    inputs = (len(drafter.feature_layers) + 2) * hidden**2
+    both_ways = 6 * (levels * level + inputs) + levels * 12 * length * width
+    reduced = drafter.draft_vocab_size < drafter.vocab_size
+    heads = hidden * (2 * target.vocab_size + (4 * levels + 2 * reduced) * drafter.draft_vocab_size)
+    return forward + both_ways + share * heads
+
+
+def _layer(config: LlamaConfig | DrafterConfig) -> int:
+    """Parameters of a decoder layer's matrices."""
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return config.hidden_size * (2 * heads + 2 * kv_heads + 3 * config.intermediate_size)

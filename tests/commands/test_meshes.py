@@ -1,0 +1,244 @@
+"""A run on a mesh is the run on one device: same losses, same drafter, checkpoints that fit every mesh.
+
+Eight devices are simulated in one process; two processes of four devices each are real, and meet over the network.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fasteagle_jax.commands import prepare_features, train_drafter
+from fasteagle_jax.commands.train_drafter import train
+from fasteagle_jax.data import Conversation, ConversationWriter
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.run import RunConfig, apply_changes, load_config
+from fasteagle_jax.sharding import MeshShape, make_mesh
+from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.targets.readers import open_checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIG = ROOT / "configs" / "tiny.py"
+STEPS = 20
+MESHES = ["data=8 fsdp=1", "data=1 fsdp=8", "data=1 fsdp=4 tensor=2", "data=2 fsdp=2 tensor=2"]
+CLOSE = dict(rtol=2e-4, atol=1e-5)  # float32: sums over devices in another order, through twenty steps of AdamW
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("meshes") / "data.jsonl"
+    rng = np.random.default_rng(0)
+    with ConversationWriter(path) as writer:
+        for i in range(60):
+            tokens = [int(t) for t in (rng.integers(256) + np.arange(rng.integers(20, 60))) % 256]
+            writer.append([Conversation.of(str(i), tokens, [[4, len(tokens)]])])
+    return path
+
+
+def changes(target: Path, data: Path, mesh: str = "", *more: str) -> list[str]:
+    words = [f"target={target}", f"data={data}", f"steps={STEPS}", "batch_size=8", "save_every=10", "tensorboard=False"]
+    sizes = dict(word.split("=") for word in mesh.split())
+    if mesh:
+        sizes = {"data": "1", "fsdp": "1", "tensor": "1"} | sizes
+        words.append(f"mesh={sizes['data']},{sizes['fsdp']},{sizes['tensor']}")
+    return [*words, *more]
+
+
+def config(*words: str) -> RunConfig:
+    return apply_changes(load_config(str(CONFIG)), words)
+
+
+def losses(run: Path) -> np.ndarray:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return np.array([[record["loss"], record["gradient_norm"], *record["level_loss"]] for record in records])
+
+
+@pytest.fixture(scope="module")
+def one_device(target_folder, data_file, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("meshes") / "one"
+    train(config(*changes(target_folder, data_file)), run, quiet=True)
+    assert losses(run)[-1, 0] < 0.9 * losses(run)[0, 0]
+    return run
+
+
+def assert_same_drafter(run: Path, other: Path) -> None:
+    ours, theirs = (load_file(folder / "drafter" / "model.safetensors") for folder in (run, other))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=1e-2, atol=2e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_twenty_steps_on_a_mesh_are_those_on_one_device(one_device, target_folder, data_file, tmp_path, mesh):
+    run = tmp_path / "run"
+    train(config(*changes(target_folder, data_file, mesh)), run, quiet=True)
+    np.testing.assert_allclose(losses(run), losses(one_device), **CLOSE)
+    assert_same_drafter(run, one_device)
+
+
+def test_recomputation_and_accumulation_change_nothing_but_rounding(one_device, target_folder, data_file, tmp_path):
+    for i, more in enumerate((["remat=full"], ["remat=dots", "accumulate=2"])):
+        run = tmp_path / str(i)
+        train(config(*changes(target_folder, data_file, "data=2 fsdp=2 tensor=2", *more)), run, quiet=True)
+        np.testing.assert_allclose(losses(run), losses(one_device), **CLOSE)
+
+
+def test_a_checkpoint_goes_on_on_other_meshes(one_device, target_folder, data_file, tmp_path):
+    """One mesh, then another, then one device; and on the same mesh bitwise."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    mesh = "data=1 fsdp=4 tensor=2"
+    train(config(*changes(target_folder, data_file, mesh)), whole, quiet=True)
+    start = 0
+    for next_mesh, steps in ((mesh, 10), ("data=2 fsdp=2 tensor=2", 16), ("", STEPS)):
+        run = config(*changes(target_folder, data_file, next_mesh))
+        if steps < STEPS:
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+                stop_after(patch, steps, start)
+                train(run, parts, allow_change=True, quiet=True)
+        else:
+            train(run, parts, allow_change=True, quiet=True)
+        assert len(losses(parts)) == steps
+        start = steps
+    np.testing.assert_array_equal(losses(parts)[:10], losses(whole)[:10])
+    np.testing.assert_allclose(losses(parts), losses(one_device), **CLOSE)
+
+
+def stop_after(patch: pytest.MonkeyPatch, steps: int, start: int) -> None:
+    """Lets SIGTERM come to a run in its step `steps`; it begins after step `start`."""
+    done = itertools.count(start + 1)
+
+    def came_anywhere(self: train_drafter._Sigterm) -> bool:
+        self.came = next(done) >= steps
+        return self.came
+
+    patch.setattr(train_drafter._Sigterm, "came_anywhere", came_anywhere)
+
+
+def test_weights_go_straight_into_their_shards(target_folder):
+    mesh = make_mesh(MeshShape(data=1, fsdp=4, tensor=2))
+    whole = load_target(str(target_folder))
+    for stacked in (True, False):
+        sharded = load_target(str(target_folder), stacked=stacked, mesh=mesh)
+        layers = sharded.model.layers if stacked else sharded.model.layers[1]
+        shard = layers.gate[...].addressable_shards[0].data
+        assert shard.size == layers.gate[...].size // 8
+        ours = layers.gate[...][1] if stacked else layers.gate[...]
+        np.testing.assert_array_equal(ours, whole.model.layers[1].gate[...])
+
+
+def test_two_processes_of_four_devices_are_one_device(one_device, target_folder, data_file, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    run = tmp_path / "run"
+    words = changes(target_folder, data_file, "data=2 fsdp=2 tensor=2")
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "4",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    }
+    script = "import sys; from fasteagle_jax.commands.train_drafter import main; sys.exit(main(sys.argv[1:]))"
+    processes = []
+    for i in range(2):
+        share = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", str(i)]
+        arguments = ["--config", str(CONFIG), "--run", str(run), *share, *words]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script, *arguments], env=environment, stderr=subprocess.PIPE, text=True
+            )
+        )
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    np.testing.assert_allclose(losses(run), losses(one_device), **CLOSE)
+    assert_same_drafter(run, one_device)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "more", "message"),
+    [
+        (
+            "data=3 fsdp=1",
+            [],
+            "mesh data 3 x fsdp 1 x tensor 1 does not fit 8 devices: use data x fsdp x tensor = 1 x 1 x 8",
+        ),
+        ("data=8 fsdp=1", ["batch_size=12"], "batch_size 12 is not divisible by data x fsdp = 8: use a multiple of 8"),
+        ("data=0 fsdp=1", [], "give whole numbers of at least 1"),
+        ("data=-1 fsdp=-1", [], "at most once"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_user_errors(target_folder, data_file, tmp_path, mesh, more, message):
+    assert jax.device_count() == 8
+    with pytest.raises(UserError, match=message):
+        train(config(*changes(target_folder, data_file, mesh, *more)), tmp_path / "run", quiet=True)
+
+
+# --- features stored before -------------------------------------------------------------------------------------
+
+
+def test_training_on_stored_features_is_training_on_the_target(one_device, target_folder, data_file, tmp_path):
+    words = ["--config", CONFIG, "--output", tmp_path / "features", "--store", "float32"]
+    assert prepare_features.main([*map(str, words), *changes(target_folder, data_file)]) == 0
+    for i, mesh in enumerate(("", "data=2 fsdp=2 tensor=2")):
+        run = tmp_path / str(i)
+        train(config(*changes(target_folder, data_file, mesh, f"features={tmp_path / 'features'}")), run, quiet=True)
+        np.testing.assert_allclose(losses(run), losses(one_device), **CLOSE)
+
+
+# --- two layers of a real model ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_real_layers(tmp_path_factory) -> Path:
+    """The first two layers of SmolLM2-135M between its embedding and its head."""
+    checkpoint = open_checkpoint("smollm2-135m")
+    folder = tmp_path_factory.mktemp("real") / "target"
+    folder.mkdir()
+    kept = [name for name in checkpoint.names() if not name.startswith("model.layers.") or name.split(".")[2] in "01"]
+    save_file({name: np.ascontiguousarray(checkpoint.read(name)) for name in kept}, folder / "model.safetensors")
+    c = checkpoint.config
+    sizes = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": 2,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope.theta,
+        "max_position_embeddings": c.max_positions,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(sizes))
+    return folder
+
+
+@pytest.mark.real
+def test_twenty_steps_with_two_real_layers_are_the_same_on_meshes(two_real_layers, data_file, tmp_path):
+    """Three K/V heads of 64 channels over two devices: what does not divide evenly is split all the same."""
+    more = [
+        "drafter.num_levels=2",
+        "drafter.draft_vocab_size=1024",
+        "length=16",
+        "loss.share=0.1",
+        "optimizer.learning_rate=1e-4",
+    ]
+    expected = None
+    for i, mesh in enumerate(("", "data=2 fsdp=2 tensor=2")):
+        run = tmp_path / str(i)
+        train(config(*changes(two_real_layers, data_file, mesh, *more)), run, quiet=True)
+        expected = losses(run) if expected is None else expected
+        np.testing.assert_allclose(losses(run), expected, **CLOSE)

@@ -1,0 +1,44 @@
+"""Operations a token, against the parameters of real models; the table of devices."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+
+from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
+from fasteagle_jax.flops import flops_per_token, peak_flops
+from fasteagle_jax.testing import tiny_config, tiny_target
+
+
+def num_matrix_parameters(tree: object) -> int:
+    """Of all but norms."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return sum(x.size for path, x in leaves if "norm" not in jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("reinject", [False, True])
+def test_without_attention_and_heads_it_is_two_a_frozen_and_six_a_trained_parameter(reinject: bool) -> None:
+    target = tiny_target(num_layers=3)
+    config = default_config(target.config, num_levels=4, reinject=reinject)
+    drafter = FastEagle(config, jax.random.key(0))
+    trained = num_matrix_parameters((drafter.fc, drafter.fuse, drafter.levels))
+    expected = 2 * num_matrix_parameters(target.layers) + 6 * trained
+    assert flops_per_token(target.config, config, length=0, share=0.0) == expected
+
+
+def test_attention_and_heads_add_their_products() -> None:
+    target = tiny_config()  # 5 layers, 4 heads of 8, width 16, vocabulary 40
+    drafter = default_config(target, num_levels=2)
+    base = flops_per_token(target, drafter, 0, 0.0)
+    assert flops_per_token(target, drafter, 10, 0.0) - base == (4 * 5 + 12 * 2) * 10 * 32
+    assert flops_per_token(target, drafter, 0, 0.5) - base == 0.5 * 16 * 40 * (2 + 4 * 2)
+    small = dataclasses.replace(drafter, draft_vocab_size=30)
+    assert flops_per_token(target, small, 0, 1.0) - base == 16 * (2 * 40 + (4 * 2 + 2) * 30)
+
+
+def test_devices_are_known_by_the_start_of_their_kind_and_a_cpu_is_not() -> None:
+    assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5p") == 459e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("cpu") is None
