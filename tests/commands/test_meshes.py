@@ -5,12 +5,14 @@ Eight devices are simulated in one process; two processes of four devices each a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -72,6 +74,19 @@ def one_device(target_folder, data_file, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def run_on(target_folder, data_file, tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of a run of all steps on a mesh, made once."""
+
+    @functools.cache
+    def run_on(mesh: str) -> Path:
+        run = tmp_path_factory.mktemp("meshes") / "run"
+        train(config(*changes(target_folder, data_file, mesh)), run, quiet=True)
+        return run
+
+    return run_on
+
+
 def assert_same_drafter(run: Path, other: Path) -> None:
     ours, theirs = (load_file(folder / "drafter" / "model.safetensors") for folder in (run, other))
     assert ours.keys() == theirs.keys()
@@ -80,26 +95,22 @@ def assert_same_drafter(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_twenty_steps_on_a_mesh_are_those_on_one_device(one_device, target_folder, data_file, tmp_path, mesh):
-    run = tmp_path / "run"
-    train(config(*changes(target_folder, data_file, mesh)), run, quiet=True)
+def test_twenty_steps_on_a_mesh_are_those_on_one_device(one_device, run_on, mesh):
+    run = run_on(mesh)
     np.testing.assert_allclose(losses(run), losses(one_device), **CLOSE)
     assert_same_drafter(run, one_device)
 
 
 def test_recomputation_and_accumulation_change_nothing_but_rounding(one_device, target_folder, data_file, tmp_path):
-    for i, more in enumerate((["remat=full"], ["remat=dots", "accumulate=2"])):
-        run = tmp_path / str(i)
-        train(config(*changes(target_folder, data_file, "data=2 fsdp=2 tensor=2", *more)), run, quiet=True)
-        np.testing.assert_allclose(losses(run), losses(one_device), **CLOSE)
+    more = ["remat=dots", "accumulate=2"]
+    train(config(*changes(target_folder, data_file, "data=2 fsdp=2 tensor=2", *more)), tmp_path / "run", quiet=True)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(one_device), **CLOSE)
 
 
-def test_a_checkpoint_goes_on_on_other_meshes(one_device, target_folder, data_file, tmp_path):
+def test_a_checkpoint_goes_on_on_other_meshes(one_device, run_on, target_folder, data_file, tmp_path):
     """One mesh, then another, then one device; and on the same mesh bitwise."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    mesh = "data=1 fsdp=4 tensor=2"
-    train(config(*changes(target_folder, data_file, mesh)), whole, quiet=True)
-    start = 0
+    parts, mesh, start = tmp_path / "parts", "data=1 fsdp=4 tensor=2", 0
+    whole = run_on(mesh)
     for next_mesh, steps in ((mesh, 10), ("data=2 fsdp=2 tensor=2", 16), ("", STEPS)):
         run = config(*changes(target_folder, data_file, next_mesh))
         if steps < STEPS:
@@ -191,10 +202,9 @@ def test_meshes_that_do_not_fit_are_user_errors(target_folder, data_file, tmp_pa
 def test_training_on_stored_features_is_training_on_the_target(one_device, target_folder, data_file, tmp_path):
     words = ["--config", CONFIG, "--output", tmp_path / "features", "--store", "float32"]
     assert prepare_features.main([*map(str, words), *changes(target_folder, data_file)]) == 0
-    for i, mesh in enumerate(("", "data=2 fsdp=2 tensor=2")):
-        run = tmp_path / str(i)
-        train(config(*changes(target_folder, data_file, mesh, f"features={tmp_path / 'features'}")), run, quiet=True)
-        np.testing.assert_allclose(losses(run), losses(one_device), **CLOSE)
+    words = changes(target_folder, data_file, "data=2 fsdp=2 tensor=2", f"features={tmp_path / 'features'}")
+    train(config(*words), tmp_path / "run", quiet=True)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(one_device), **CLOSE)
 
 
 # --- two layers of a real model ---------------------------------------------------------------------------------
