@@ -53,8 +53,13 @@ def empty_cache(
 ) -> Cache:
     """A Cache with nothing in it; a list of layers where `stacked` is False."""
     shape = (batch, num_kv_heads, num_slots, head_dim)
-    k, v = (_slots(num_layers, shape, dtype, stacked=stacked) for _ in "kv")
-    return Cache(k, v, jnp.zeros((batch,), jnp.int32))
+
+    def zeros() -> Any:
+        if stacked:
+            return jnp.zeros((num_layers, *shape), dtype)
+        return [jnp.zeros(shape, dtype) for _ in range(num_layers)]
+
+    return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
 
 def commit(cache: Cache, fresh: Any, counts: jax.Array, rows: jax.Array | None = None) -> Cache:
@@ -112,22 +117,10 @@ def ring_slots(num_slots: int, window: int | None, most_written: int) -> int:
     return num_slots if window is None else min(num_slots, window + 2 * most_written)
 
 
-def empty_ring(
-    num_layers: int,
-    batch: int,
-    num_kv_heads: int,
-    num_slots: int,
-    head_dim: int,
-    dtype: Any,
-    *,
-    stacked: bool = True,
-) -> Ring:
-    """A Ring with nothing in it; a list of layers where `stacked` is False."""
-    shape = (batch, num_kv_heads, num_slots, head_dim)
-    k, v = (_slots(num_layers, shape, dtype, stacked=stacked) for _ in "kv")
-    positions = _slots(num_layers, (batch, num_slots), jnp.int32, stacked=stacked)
-    zero = jnp.zeros((batch,), jnp.int32)
-    return Ring(k, v, jax.tree.map(lambda x: x + NOTHING, positions), zero, zero)
+def as_ring(cache: Cache) -> Ring:
+    """An empty Cache's slots as a Ring with nothing in it."""
+    positions = jax.tree.map(lambda k: jnp.full((*k.shape[:-3], k.shape[-2]), NOTHING, jnp.int32), cache.k)
+    return Ring(cache.k, cache.v, positions, cache.length, cache.length)
 
 
 def seen_in_ring(positions: jax.Array, queries: jax.Array, window: int | None) -> jax.Array:
@@ -161,12 +154,6 @@ def commit_ring(ring: Ring, fresh: Any, counts: jax.Array) -> Ring:
         positions = jnp.broadcast_to(written, (k.shape[0], *written.shape))
         new = _write(old, (k, v, positions), starts)
     return Ring(new[0], new[1], new[2], starts + counts, ring.length + counts)
-
-
-def _slots(num_layers: int, shape: tuple[int, ...], dtype: Any, *, stacked: bool) -> Any:
-    if stacked:
-        return jnp.zeros((num_layers, *shape), dtype)
-    return [jnp.zeros(shape, dtype) for _ in range(num_layers)]
 
 
 def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:

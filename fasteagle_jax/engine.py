@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
 import time
@@ -546,26 +547,23 @@ class Engine:
 
     def _nothing_prefilled(self, bucket: int) -> Prefilled:
         if bucket not in self._nothing:
-            self._nothing[bucket] = device.nothing_prefilled(
-                self.target,
-                self.drafter,
-                num_slots=bucket,
-                drafter_slots=self._cache_slots,
-                most_written=self._most_written,
-            )
+            self._nothing[bucket] = self._new_caches(bucket)
         return self._nothing[bucket]
+
+    def _new_caches(self, bucket: int) -> Prefilled:
+        return device.nothing_prefilled(
+            self.target,
+            self.drafter,
+            num_slots=bucket,
+            drafter_slots=self._cache_slots,
+            most_written=self._most_written,
+        )
 
     def _needed(self) -> Memory:
         """What the engine will take, from shapes alone."""
-        sizes: dict[str, Any] = dict(most_written=self._most_written)
         state = jax.eval_shape(lambda: self._empty(self.num_slots)).state
 
-        def beginning(bucket: int) -> Any:
-            return device.nothing_prefilled.eval_shape(
-                self.target, self.drafter, num_slots=bucket, drafter_slots=self._cache_slots, **sizes
-            )
-
-        prefilled = [bytes_of(beginning(bucket)) for bucket in self.buckets]
+        prefilled = [bytes_of(jax.eval_shape(functools.partial(self._new_caches, bucket))) for bucket in self.buckets]
         tied = self.target.embedding if self.drafter is None else jax.eval_shape(self.drafter.tie, self.target)
         nodes = max(1 if tree is None else tree.num_nodes(self._num_levels) for tree in self.trees)
         return Memory(

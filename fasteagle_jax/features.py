@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ import numpy as np
 
 from fasteagle_jax.data import Batch, PackedData, best_fit
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.files import sync, write_text
+from fasteagle_jax.files import replacing, write_text
 
 INDEX = "index.json"
 FILE_BYTES = 1 << 26  # of a file, unless a single piece is larger: a kill loses the work of one
@@ -135,18 +134,10 @@ def _values(
 
 def _write_array(path: Path, values: np.ndarray) -> str:
     """Puts an array at `path`, whole or not at all; returns the file's sha256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as aside:
         with aside.open("wb") as file:
             np.save(file, values)
-        digest = _sha256(aside)
-        sync(aside)
-        os.replace(aside, path)
-        sync(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
-    return digest
+        return _sha256(aside)
 
 
 def _write_index(folder: Path, settings: FeatureSettings, entries: list[Entry]) -> None:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Puts `text` at `path`, replacing what is there in one step; a failure leaves that untouched."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a file to write, which then takes the place of `path` in one step; a failure leaves that untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.tmp")  # a killed writer's is written over
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
+        sync(aside)
         os.replace(aside, path)
         sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Puts `text` at `path`, whole or not at all."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:

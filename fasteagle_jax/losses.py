@@ -100,7 +100,7 @@ def level_loss(
     depth = jnp.take_along_axis(positions, picked, axis=1)
     valid = real & (depth >= jnp.asarray(levels)[:, None, None])  # [N, B, S]
     count = jnp.maximum(valid.sum(axis=(1, 2)), 1)  # [N]
-    weights = jnp.asarray([_level_weight(i, num_levels, config) for i in levels]) / count
+    weights = jnp.asarray(level_weights(num_levels, config)) / count
 
     per_chunk = min(max(config.chunk // batch, 1), size)  # C
     num_chunks = -(-size // per_chunk)
@@ -121,11 +121,12 @@ def level_loss(
     return loss, LevelMetrics(sums[0] / count, sums[1] / count, sums[2] / count, count)
 
 
-def _level_weight(i: int, num_levels: int, config: LossConfig) -> float:
+def level_weights(num_levels: int, config: LossConfig) -> list[float]:
+    """The share of each of N levels' losses in the whole; they add up to 1."""
     if config.last_level_only:
-        return float(i == num_levels)
-    total = sum(config.level_decay ** (j - 1) for j in range(1, num_levels + 1))
-    return config.level_decay ** (i - 1) / total
+        return [0.0] * (num_levels - 1) + [1.0]
+    weights = [config.level_decay**i for i in range(num_levels)]
+    return [weight / sum(weights) for weight in weights]
 
 
 # --- the scan over chunks, with its gradient --------------------------------------------------------------------

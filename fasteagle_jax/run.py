@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from etils import epath
 
 from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
@@ -23,7 +24,7 @@ from fasteagle_jax.files import write_text
 from fasteagle_jax.losses import LossConfig
 from fasteagle_jax.packed import KINDS
 from fasteagle_jax.sharding import MeshShape
-from fasteagle_jax.training import REMAT, OptimizerConfig
+from fasteagle_jax.training import REMAT, OptimizerConfig, Ways, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +222,22 @@ def drafter_config(choice: DrafterChoice, target_config: LlamaConfig) -> Drafter
         if getattr(choice, name) is not None:
             changes[name] = getattr(choice, name)
     return default_config(target_config, **changes)
+
+
+def train_step(config: RunConfig, graph: Any, constants: Any, optimizer: Any, shardings: Any = None) -> Any:
+    """The compiled step of a run; arguments and result as of `training.make_train_step`."""
+    return make_train_step(
+        graph,
+        constants,
+        optimizer,
+        config.loss,
+        jnp.dtype(config.dtype),
+        config.seed,
+        accumulate=config.accumulate,
+        ema=config.optimizer.ema,
+        ways=Ways(config.attention, config.remat),
+        shardings=shardings,
+    )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -20,7 +20,7 @@ from fasteagle_jax.data import Batch
 from fasteagle_jax.drafters.fasteagle import AXES, FastEagle
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.features import TargetValues
-from fasteagle_jax.losses import LevelMetrics, LossConfig, _level_weight, level_loss, select_positions
+from fasteagle_jax.losses import LevelMetrics, LossConfig, level_loss, level_weights, select_positions
 from fasteagle_jax.packed import Packed
 
 MUON_RMS = 0.2  # of Muon's updates over the rate: AdamW's, so that one rate suits both (arXiv 2502.16982, section 2.2)
@@ -326,7 +326,7 @@ def make_train_step(
                 state.params,
                 whole,
                 accumulate,
-                [_level_weight(i, num_levels, config) for i in range(1, num_levels + 1)],
+                level_weights(num_levels, config),
             )
         norm = optax.tree.norm(gradients)
         applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit)

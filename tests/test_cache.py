@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fasteagle_jax.cache import NOTHING, Cache, commit, commit_ring, empty_cache, empty_ring, ring_slots, seen_in_ring
+from fasteagle_jax.cache import NOTHING, Cache, as_ring, commit, commit_ring, empty_cache, ring_slots, seen_in_ring
 
 L, B, K, S, D = 2, 3, 2, 12, 4
 
@@ -104,7 +104,7 @@ def test_a_donated_cache_is_written_in_place():
 def test_a_ring_always_holds_the_window_whatever_the_pace_and_what_is_left_out(stacked):
     """Against a dictionary of what was written; a write of the first layer alone leaves the others as they are."""
     window, most = 4, 3
-    ring = empty_ring(L, B, K, ring_slots(100, window, most), D, jnp.float32, stacked=stacked)
+    ring = as_ring(empty_cache(L, B, K, ring_slots(100, window, most), D, jnp.float32, stacked=stacked))
     assert ring.num_slots == window + 2 * most
     rng = np.random.default_rng(3)
     written: dict[tuple[int, int, int], np.ndarray] = {}  # layer, row, position: k

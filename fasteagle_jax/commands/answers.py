@@ -84,6 +84,11 @@ def params_of(args: argparse.Namespace) -> SamplingParams:
     """The options of an answer; UserError for values that cannot be."""
     if args.show_drafts and args.drafter is None:
         raise UserError("--show-drafts without a drafter: name its folder with --drafter")
+    return sampling_params(args, args.stop)
+
+
+def sampling_params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
+    """--max-new and the options of `add_sampling_options`; UserError for values that cannot be."""
     return SamplingParams(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -91,7 +96,7 @@ def params_of(args: argparse.Namespace) -> SamplingParams:
         min_p=args.min_p,
         seed=args.seed,
         max_new_tokens=args.max_new,
-        stop=args.stop,
+        stop=stop,
     )
 
 

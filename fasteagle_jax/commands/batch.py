@@ -54,7 +54,7 @@ from fasteagle_jax.batch_file import (
     read_requests,
     refusal_record,
 )
-from fasteagle_jax.commands.answers import add_engine_options, tree_named
+from fasteagle_jax.commands.answers import add_engine_options, sampling_params, tree_named
 from fasteagle_jax.commands.manifest import manifest_path, read_manifest
 from fasteagle_jax.commands.shares import Share, add_share_options, join
 from fasteagle_jax.commands.terminal import (
@@ -69,7 +69,7 @@ from fasteagle_jax.commands.terminal import (
 from fasteagle_jax.engine import Engine
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import write_text
-from fasteagle_jax.requests import Completion, SamplingParams
+from fasteagle_jax.requests import Completion
 
 
 @program
@@ -103,14 +103,7 @@ def answer_file(args: argparse.Namespace) -> int:
     if not args.input.is_file():
         raise UserError(f"no file {args.input}: name a file of requests")
     share = join(args)
-    defaults = SamplingParams(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-        max_new_tokens=args.max_new,
-    )
+    defaults = sampling_params(args)
     output = share.of_file(args.output)
     if output.exists() and output.samefile(args.input):
         raise UserError(f"{output} is the input, too: name another --output")

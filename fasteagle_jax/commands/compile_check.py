@@ -27,11 +27,11 @@ from fasteagle_jax.commands.terminal import Parser, check_new, program, whole, w
 from fasteagle_jax.data import Batch
 from fasteagle_jax.drafters.table import AXES, class_of
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.run import RunConfig, apply_changes, drafter_config, load_config
+from fasteagle_jax.run import RunConfig, apply_changes, drafter_config, load_config, train_step
 from fasteagle_jax.sharding import MeshShape, batch_sharding, check_batch, make_mesh, shardings
 from fasteagle_jax.targets import llama
 from fasteagle_jax.targets.llama import Llama
-from fasteagle_jax.training import Ways, first_state, make_optimizer, make_train_step
+from fasteagle_jax.training import first_state, make_optimizer
 
 GIB = 2**30
 
@@ -86,21 +86,11 @@ def compile_train_step(config: RunConfig, num_devices: int | None = None) -> dic
     rows = (config.batch_size, config.length)
     split = batch_sharding(mesh, 2)
     batch = Batch(*(jax.ShapeDtypeStruct(rows, kind, sharding=split) for kind in (jnp.int32,) * 3 + (jnp.bool_,)))
-    step = make_train_step(
-        graph,
-        constants,
-        optimizer,
-        config.loss,
-        dtype,
-        config.seed,
-        accumulate=config.accumulate,
-        ema=config.optimizer.ema,
-        ways=Ways(config.attention, config.remat),
-        shardings=(jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec())),
-    )
+    placed = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec())
+    step = train_step(config, graph, constants, optimizer, placed)
     began = time.perf_counter()
     with jax.set_mesh(mesh):
-        compiled = step.lower(state, target, batch).compile()  # type: ignore[attr-defined]
+        compiled = step.lower(state, target, batch).compile()
     memory = compiled.memory_analysis()
 
     def a_device(tree: Any) -> int:

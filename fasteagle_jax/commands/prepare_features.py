@@ -80,5 +80,4 @@ def prepare(config: RunConfig, folder: Path, store: str) -> None:
 
 @partial(jax.jit, static_argnames="layers")
 def _compute(target: Llama, batch: Batch, *, layers: tuple[int, ...]) -> TargetValues:
-    out = target_outputs(target, batch, layers)
-    return TargetValues(out.features, out.hidden)
+    return target_outputs(target, batch, layers)

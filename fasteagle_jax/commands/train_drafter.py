@@ -53,6 +53,7 @@ from fasteagle_jax.run import (
     in_bucket,
     load_config,
     to_json,
+    train_step,
     write_file,
 )
 from fasteagle_jax.sharding import check_batch, fetch, make_mesh, make_on, place_batch
@@ -60,13 +61,11 @@ from fasteagle_jax.targets.loading import LoadedTarget, load_target
 from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.tracking import Log, Record, check_wandb, expected_length, finite, plot, rounded
 from fasteagle_jax.training import (
-    Ways,
     feature_rms,
     first_state,
     in_dtype,
     init_drafter,
     make_optimizer,
-    make_train_step,
 )
 from fasteagle_jax.tree import Tree
 
@@ -167,18 +166,7 @@ def _train(
         placed = None
         if mesh is not None:
             placed = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec())
-        step = make_train_step(
-            graph,
-            constants,
-            optimizer,
-            config.loss,
-            dtype,
-            config.seed,
-            accumulate=config.accumulate,
-            ema=config.optimizer.ema,
-            ways=Ways(config.attention, config.remat),
-            shardings=placed,
-        )
+        step = train_step(config, graph, constants, optimizer, placed)
 
         # --- the loop -----------------------------------------------------------------------------------------
         start = int(state.step)

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.cache import Ring, commit_ring, empty_ring, ring_slots, seen_in_ring
+from fasteagle_jax.cache import Ring, commit_ring, seen_in_ring
 from fasteagle_jax.config import DrafterConfig
-from fasteagle_jax.drafters.fasteagle import Constant, causal, newest, rank
+from fasteagle_jax.drafters.base import DrafterModule, causal, draft_ids
+from fasteagle_jax.drafters.fasteagle import newest, rank
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
 from fasteagle_jax.layers import LAYER_AXES, MASKED, Past, attention, head_logits, matmul, rms_norm, rotate, rotation
 from fasteagle_jax.packed import Packed
@@ -28,21 +29,19 @@ AXES = LAYER_AXES | {"fc": (None, "embed"), "head": ("vocab", "embed")}
 CANDIDATES = 10  # f and k of a dynamic tree, as published
 
 
-class Eagle3(nnx.Module):
+class Eagle3(DrafterModule):
     """The drafter. Its head is its own and trained; the embedding is the target's."""
 
     def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
         c = config
         hidden, heads, kv_heads = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        num_features = len(c.feature_layers) * hidden
         keys = iter(jax.random.split(key, 9))
 
         def weight(num_in: int, num_out: int) -> nnx.Param:
             return nnx.Param(jax.random.normal(next(keys), (num_in, num_out), dtype) * num_in**-0.5)
 
-        self.config = c
+        super().__init__(c, next(keys), dtype)
         self.stacked = stacked  # of its cache: there is one layer
-        self.fc = weight(num_features, hidden)
         self.embedding_norm, self.hidden_norm, self.mlp_norm, self.norm = (
             nnx.Param(jnp.ones((hidden,), dtype)) for _ in range(4)
         )
@@ -51,20 +50,6 @@ class Eagle3(nnx.Module):
         self.gate, self.up = weight(hidden, c.intermediate_size), weight(hidden, c.intermediate_size)
         self.down = weight(c.intermediate_size, hidden)
         self.head = nnx.Param(jax.random.normal(next(keys), (c.draft_vocab_size, hidden), dtype) * hidden**-0.5)
-        self.feature_scale = Constant(jnp.ones((num_features,), jnp.float32))
-        self.token_ids = (
-            None if c.draft_vocab_size == c.vocab_size else Constant(jnp.arange(c.draft_vocab_size, dtype=jnp.int32))
-        )
-
-    @property
-    def num_levels(self) -> int:
-        """N."""
-        return self.config.num_levels
-
-    @property
-    def feature_layers(self) -> tuple[int, ...]:
-        """The target's layers whose inputs are the features."""
-        return self.config.feature_layers
 
     def own_head(self) -> jax.Array:
         """[V, H], what training gives a gradient besides the layer."""
@@ -89,18 +74,10 @@ class Eagle3(nnx.Module):
         return Tied(target.embedding[...], self.head[...], ids)
 
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Ring:
-        """A cache of one layer for `batch` rows of `num_slots` stream positions."""
-        c = self.config
-        slots = ring_slots(num_slots, c.window, most_written)
-        dtype = self.fc[...].dtype
-        return empty_ring(1, batch, c.num_kv_heads, slots, c.head_dim, dtype, stacked=self.stacked)
+        """`empty_ring` of the one layer."""
+        return self.empty_ring(1, batch, num_slots, most_written, stacked=self.stacked)
 
     # --- the layer ----------------------------------------------------------------------------------------------
-
-    def fused(self, features: jax.Array) -> jax.Array:
-        """g [B, T, H] of the target's features [B, T, F*H]."""
-        scaled = features.astype(jnp.float32) * self.feature_scale[...]
-        return matmul(scaled.astype(features.dtype), self.fc[...])
 
     def _keys(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, K, G*Q, D] and fresh k and v [B, K, Q, D] of embeddings and hidden states [B, Q, H]."""
@@ -175,10 +152,6 @@ class Eagle3(nnx.Module):
         """The cache with the accepted tokens' stream positions in it."""
         return self._advance(tied, new, cache)[1]
 
-    def skip(self, new: Accepted, cache: Ring) -> Ring:
-        """The cache after the accepted tokens, whose stream positions it will never hold."""
-        return cache._replace(length=cache.length + new.count)
-
     def draft(self, tied: Tied, new: Accepted, cache: Ring, tree: Tree, ranking: Ranking) -> tuple[Draft, Ring]:
         """A tree rooted at the pending token (see interfaces.Drafter), grown level by level.
 
@@ -189,12 +162,11 @@ class Eagle3(nnx.Module):
         new, skipped = newest(new, num_levels + 1)
         h, cache = self._advance(tied, new, cache._replace(length=cache.length + skipped))  # [B, H]
         batch = h.shape[0]
-        vocab = tied.head.shape[0]
-        frontier, candidates = _growth(tree, vocab)
-        ids = jnp.arange(vocab) if tied.token_ids is None else tied.token_ids
+        ids = draft_ids(tied)
+        frontier, candidates = _growth(tree, len(ids))
         row = jnp.arange(batch)[:, None]
         eps = self.config.rms_norm_eps
-        past, seen = self._past(cache)
+        past = self._past(cache, jnp.maximum(cache.length - 1, 0)[:, None])  # every node sees what its root does
 
         last = jnp.maximum(new.count - 1, 0)
         root = jnp.take_along_axis(new.tokens, last[:, None], axis=1)
@@ -227,20 +199,16 @@ class Eagle3(nnx.Module):
             above = jnp.take_along_axis(own_path, parent[..., None], axis=1)  # [B, f', keys so far]
             itself = jnp.broadcast_to(jnp.eye(best.shape[1], dtype=bool), (batch, best.shape[1], best.shape[1]))
             own_path = jnp.concatenate([above, itself], axis=-1)
-            attended = attention(
-                q, jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2), own_path, past._replace(seen=seen)
-            )
+            attended = attention(q, jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2), own_path, past)
             nodes = _Nodes(self._rest(h, attended), best_score, num_scored + best)
             num_scored += score.shape[1]
         return _chosen(root[:, 0], scored, tree.num_nodes(num_levels)), cache
 
-    def _past(self, cache: Ring) -> tuple[Past, jax.Array]:
-        """The committed keys of the one layer, and who sees them: every node."""
+    def _past(self, cache: Ring, queries: jax.Array) -> Past:
+        """The committed keys of the one layer, for queries at stream positions int32 [B, Q]."""
         layers = cache.layers
         k, v, positions = layers[0] if isinstance(layers, list) else (part[0] for part in layers)
-        queries = jnp.maximum(cache.length - 1, 0)[:, None]
-        seen = seen_in_ring(positions, queries, self.config.window)
-        return Past(k, v, seen, cache.filled()), seen
+        return Past(k, v, seen_in_ring(positions, queries, self.config.window), cache.filled())
 
     def _advance(self, tied: Tied, new: Accepted, cache: Ring) -> tuple[jax.Array, Ring]:
         """The layer's output [B, H] at the last accepted position, and the cache with all of them."""
@@ -250,10 +218,7 @@ class Eagle3(nnx.Module):
         visible = jnp.broadcast_to(causal(index[:, None], index, self.config.window), (batch, num_tokens, num_tokens))
         h = self.fused(new.features)
         q, k, v = self._keys(tied.embedding[new.tokens].astype(h.dtype), h, positions)
-        layers = cache.layers
-        held = layers[0] if isinstance(layers, list) else tuple(part[0] for part in layers)
-        past = Past(held[0], held[1], seen_in_ring(held[2], positions, self.config.window), cache.filled())
-        h = self._rest(h, attention(q, k, v, visible, past))
+        h = self._rest(h, attention(q, k, v, visible, self._past(cache, positions)))
         last = jnp.maximum(new.count - 1, 0)[:, None, None]
         fresh = ([k], [v]) if isinstance(cache.k, list) else (k[None], v[None])
         return jnp.take_along_axis(h, last, axis=1)[:, 0], commit_ring(cache, fresh, new.count)

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.cache import Ring, commit_ring, empty_ring, ring_slots, seen_in_ring
+from fasteagle_jax.cache import Ring, commit_ring, seen_in_ring
 from fasteagle_jax.config import DrafterConfig
+from fasteagle_jax.drafters.base import DrafterModule, causal, draft_ids
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
 from fasteagle_jax.layers import (
     LAYER_AXES,
@@ -39,10 +40,6 @@ from fasteagle_jax.tree import Draft, Tree, build
 AXES = LAYER_AXES | {"fc": (None, "embed"), "fuse": (None, "embed"), "reinject": (None, "embed")}
 
 
-class Constant(nnx.Variable):
-    """An array of a drafter that is saved with it and never trained."""
-
-
 class Level(nnx.Module):
     """One level of the cascade: a decoder layer, the norm before the head, and optionally the input added again."""
 
@@ -62,34 +59,18 @@ class Level(nnx.Module):
         self.reinject = nnx.Param(jnp.zeros((hidden, hidden), dtype)) if config.reinject else None
 
 
-class FastEagle(nnx.Module):
+class FastEagle(DrafterModule):
     """The drafter. `levels` is one stacked Level (leading axis N) or, unstacked, a list of N of them."""
 
     def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
         c = config
         key_fc, key_input, key_levels = jax.random.split(key, 3)
-        num_features = len(c.feature_layers) * c.hidden_size
-        self.config = c
-        self.fc = nnx.Param(jax.random.normal(key_fc, (num_features, c.hidden_size), dtype) * num_features**-0.5)
+        super().__init__(c, key_fc, dtype)
         self.fuse = nnx.Param(
             jax.random.normal(key_input, (2 * c.hidden_size, c.hidden_size), dtype) * (2 * c.hidden_size) ** -0.5
         )
         levels = jax.vmap(lambda k: Level(c, k, dtype))(jax.random.split(key_levels, c.num_levels))
         self.levels: Any = levels if stacked else nnx.List(unstack(levels, c.num_levels))
-        self.feature_scale = Constant(jnp.ones((num_features,), jnp.float32))
-        self.token_ids = (
-            None if c.draft_vocab_size == c.vocab_size else Constant(jnp.arange(c.draft_vocab_size, dtype=jnp.int32))
-        )
-
-    @property
-    def num_levels(self) -> int:
-        """N."""
-        return self.config.num_levels
-
-    @property
-    def feature_layers(self) -> tuple[int, ...]:
-        """The target's layers whose inputs are the features."""
-        return self.config.feature_layers
 
     @property
     def stacked(self) -> bool:
@@ -107,20 +88,8 @@ class FastEagle(nnx.Module):
         return Tied(target.embedding[...], head if ids is None else head[ids], ids)
 
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Ring:
-        """A cache for `batch` rows of `num_slots` stream positions, in the form the levels are in.
-
-        With a window it does not grow with `num_slots`, but with `most_written`, the tokens that one write brings.
-        """
-        c = self.config
-        return empty_ring(
-            c.num_levels,
-            batch,
-            c.num_kv_heads,
-            ring_slots(num_slots, c.window, most_written),
-            c.head_dim,
-            self.fc[...].dtype,
-            stacked=self.stacked,
-        )
+        """`empty_ring` of the N levels, in the form they are in."""
+        return self.empty_ring(self.num_levels, batch, num_slots, most_written, stacked=self.stacked)
 
     def hidden_states(
         self,
@@ -153,7 +122,7 @@ class FastEagle(nnx.Module):
         """
         c = self.config
         dtype = features.dtype  # of all activations
-        g = matmul((features.astype(jnp.float32) * self.feature_scale[...]).astype(dtype), self.fc[...])
+        g = self.fused(features)
         e = embedding[next_tokens].astype(dtype)
         fused = matmul(jnp.concatenate([g, e], axis=-1), self.fuse[...])  # h_1 = L_1(FC([g_t, e_t+1]))
         ones = jnp.ones((c.hidden_size,), jnp.float32)
@@ -185,10 +154,6 @@ class FastEagle(nnx.Module):
         """The cache with the accepted tokens' stream positions in it."""
         return self._advance(tied, new, cache, self.num_levels)[1]
 
-    def skip(self, new: Accepted, cache: Ring) -> Ring:
-        """The cache after the accepted tokens, whose stream positions it will never hold."""
-        return cache._replace(length=cache.length + new.count)
-
     def draft(self, tied: Tied, new: Accepted, cache: Ring, tree: Tree, ranking: Ranking) -> tuple[Draft, Ring]:
         """A tree rooted at the pending token (see interfaces.Drafter).
 
@@ -203,8 +168,7 @@ class FastEagle(nnx.Module):
         positions = cache.length[:, None] + 1 + jnp.arange(num_levels)
         last = jnp.maximum(new.count - 1, 0)
         root = jnp.take_along_axis(new.tokens, last[:, None], axis=1)[:, 0]
-        ids = jnp.arange(tied.head.shape[0]) if tied.token_ids is None else tied.token_ids
-        return build(tree, root, rank(logits, positions, ids, ranking), tied.token_ids), cache
+        return build(tree, root, rank(logits, positions, draft_ids(tied), ranking), tied.token_ids), cache
 
     def _advance(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
         """The first levels' hidden states [B, N, H] at the last accepted position, and the cache with all positions."""
@@ -234,12 +198,6 @@ class FastEagle(nnx.Module):
         other = nnx.merge(*nnx.split(self))
         other.levels = stack(list(self.levels))
         return other
-
-
-def causal(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
-    """bool, True where a query at one position sees a key at another: itself and the `window` - 1 before it."""
-    visible = key <= query
-    return visible if window is None else visible & (query - key < window)
 
 
 def newest(new: Accepted, most: int) -> tuple[Accepted, jax.Array]:

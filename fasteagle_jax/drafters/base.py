@@ -1,0 +1,75 @@
+"""What drafters share: the target's features fused into a stream, and a draft vocabulary.
+
+B rows · T stream positions · F feature layers · H hidden width · V draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fasteagle_jax.cache import Ring, as_ring, empty_cache, ring_slots
+from fasteagle_jax.config import DrafterConfig
+from fasteagle_jax.interfaces import Accepted, Tied
+from fasteagle_jax.layers import matmul
+
+
+class Constant(nnx.Variable):
+    """An array of a drafter that is saved with it and never trained."""
+
+
+class DrafterModule(nnx.Module):
+    """A drafter that reads features [F*H] at every stream position and keeps its keys and values in a Ring."""
+
+    def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any):
+        c = config
+        num_features = len(c.feature_layers) * c.hidden_size
+        self.config = c
+        self.fc = nnx.Param(jax.random.normal(key, (num_features, c.hidden_size), dtype) * num_features**-0.5)
+        self.feature_scale = Constant(jnp.ones((num_features,), jnp.float32))
+        self.token_ids = (
+            None if c.draft_vocab_size == c.vocab_size else Constant(jnp.arange(c.draft_vocab_size, dtype=jnp.int32))
+        )
+
+    @property
+    def num_levels(self) -> int:
+        """N."""
+        return self.config.num_levels
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The target's layers whose inputs are the features."""
+        return self.config.feature_layers
+
+    def fused(self, features: jax.Array) -> jax.Array:
+        """g [B, T, H] of the target's features [B, T, F*H]."""
+        scaled = features.astype(jnp.float32) * self.feature_scale[...]
+        return matmul(scaled.astype(features.dtype), self.fc[...])
+
+    def empty_ring(self, num_layers: int, batch: int, num_slots: int, most_written: int, *, stacked: bool) -> Ring:
+        """A cache for `batch` rows of `num_slots` stream positions.
+
+        With a window it does not grow with `num_slots`, but with `most_written`, the tokens that one write brings.
+        """
+        c = self.config
+        slots = ring_slots(num_slots, c.window, most_written)
+        dtype = self.fc[...].dtype
+        return as_ring(empty_cache(num_layers, batch, c.num_kv_heads, slots, c.head_dim, dtype, stacked=stacked))
+
+    def skip(self, new: Accepted, cache: Ring) -> Ring:
+        """The cache after the accepted tokens, whose stream positions it will never hold."""
+        return cache._replace(length=cache.length + new.count)
+
+
+def draft_ids(tied: Tied) -> jax.Array:
+    """int32 [V], the target's id of each entry of the draft vocabulary."""
+    return jnp.arange(tied.head.shape[0]) if tied.token_ids is None else tied.token_ids
+
+
+def causal(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
+    """bool, True where a query at one position sees a key at another: itself and the `window` - 1 before it."""
+    visible = key <= query
+    return visible if window is None else visible & (query - key < window)

@@ -1,0 +1,104 @@
+"""`fasteagle import`: published EAGLE-3 drafters, of both families of names, become ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fasteagle_jax.commands.import_drafter import main
+from fasteagle_jax.drafters.eagle3 import Eagle3
+from fasteagle_jax.drafters.fasteagle import default_config
+from fasteagle_jax.drafters.files import load_drafter, save_drafter
+from fasteagle_jax.targets.loading import load_target
+
+IDS = np.arange(0, 259, 3)  # the draft vocabulary
+WEIGHTS = ["fc", "q", "k", "v", "o", "gate", "up", "down", "head", "norm", "hidden_norm", "embedding_norm", "mlp_norm"]
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@pytest.fixture(scope="module")
+def drafter(target_folder) -> Eagle3:
+    config = default_config(load_target(str(target_folder)).model.config, kind="eagle3", draft_vocab_size=len(IDS))
+    made = Eagle3(config, jax.random.key(0), stacked=False)
+    made.token_ids[...] = IDS
+    return made
+
+
+@pytest.fixture
+def tensors(drafter, tmp_path) -> dict[str, np.ndarray]:
+    """As we write them, which is as its authors do."""
+    save_drafter(drafter, tmp_path / "ours", "x", {})
+    return load_file(tmp_path / "ours" / "model.safetensors")
+
+
+def published(folder: Path, config: dict) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def authors(folder: Path, tensors: dict) -> Path:
+    """A pytorch_model.bin, with the embedding in it."""
+    import torch
+
+    published(folder, {"architectures": ["LlamaForCausalLMEagle3"], **SIZES, "draft_vocab_size": len(IDS)})
+    values = {name: torch.from_numpy(np.asarray(value)) for name, value in tensors.items()}
+    values["embed_tokens.weight"] = torch.zeros(259, 16)
+    torch.save(values, folder / "pytorch_model.bin")
+    return folder
+
+
+def speculators(folder: Path, tensors: dict) -> Path:
+    """Sizes nested, the layer numbered."""
+    config = {"speculators_model_type": "eagle3", "transformer_layer_config": SIZES, "draft_vocab_size": len(IDS)}
+    config["eagle_aux_hidden_state_layer_ids"] = [0, 1, 1]
+    published(folder, config)
+    renamed = {name.replace("midlayer.", "layers.0."): value for name, value in tensors.items()}
+    save_file(renamed, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("family", [pytest.param(authors, marks=pytest.mark.real), speculators])
+def test_both_families_come_in_with_every_weight(drafter, tensors, target_folder, tmp_path, family):
+    source, output = family(tmp_path / "source", tensors), tmp_path / "imported"
+    argv = ["--source", source, "--target", target_folder, "--output", output]
+    assert main([str(word) for word in argv]) == 0
+    target = load_target(str(target_folder))
+    loaded = load_drafter(output, target.model.config, target.fingerprint, stacked=False)
+    assert loaded.num_levels == 8 and loaded.config.draft_vocab_size == len(IDS)
+    np.testing.assert_array_equal(loaded.token_ids[...], IDS)
+    for name in WEIGHTS:
+        np.testing.assert_array_equal(getattr(loaded, name)[...], getattr(drafter, name)[...], err_msg=name)
+    assert loaded.feature_layers == ((0, 1, 1) if family is speculators else drafter.feature_layers)
+
+
+def test_the_mask_of_the_vocabulary_agrees_with_the_offsets(tensors):
+    assert tensors["d2t"].dtype == np.int64 and tensors["t2d"].dtype == bool
+    np.testing.assert_array_equal(np.flatnonzero(tensors["t2d"]), np.arange(len(IDS)) + tensors["d2t"])
+
+
+def test_mistakes_are_one_line(complaint, tensors, target_folder, tmp_path):
+    given = ["--target", target_folder, "--output", tmp_path / "out"]
+    empty = published(tmp_path / "empty", SIZES)
+    assert "neither model.safetensors nor pytorch_model.bin" in complaint(main, "--source", empty, *given)
+    other = published(tmp_path / "other", SIZES | {"hidden_size": 32})
+    save_file(tensors, other / "model.safetensors")
+    assert "hidden_size 32, the target 16" in complaint(main, "--source", other, *given)
+    less = published(tmp_path / "less", SIZES)
+    save_file({name: value for name, value in tensors.items() if "q_proj" not in name}, less / "model.safetensors")
+    assert "does not fit its config.json: midlayer.self_attn.q_proj" in complaint(main, "--source", less, *given)
+    bare = published(tmp_path / "bare", {"hidden_size": 16})
+    save_file(tensors, bare / "model.safetensors")
+    assert "lacks intermediate_size" in complaint(main, "--source", bare, *given)
