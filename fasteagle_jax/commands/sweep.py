@@ -88,7 +88,8 @@ def throughput(args: argparse.Namespace, models: Models, prompts: Sequence[list[
                     dataclasses.asdict(engine.memory),
                 )
             )
-        del ways
+        del ways, engine
+        jax.clear_caches()  # programs of other numbers of slots are not run again
     title = (
         f"{args.max_new} new tokens at most, max_len {args.max_len}, temperature {params.temperature:g},"
         f" {models.dtype}, {machine()}"
