@@ -42,16 +42,19 @@ def flops_per_token(target: LlamaConfig, drafter: DrafterConfig, length: int, sh
         drafter, both ways:          6 (N P_level + F H^2 + 2 H^2) + N 12 T A'
         heads, at `share` of tokens: 2 H V + N 4 H V', and 2 H V' more where V' < V
 
-    with the heads frozen, so that backward has one product and not two. Norms, softmax and recomputation are not in it.
+    with the heads frozen, so that backward has one product and not two; EAGLE-3's head is not, and its level reads 2 H.
+    Norms, softmax and recomputation are not in it.
     """
     hidden, levels, width = target.hidden_size, drafter.num_levels, drafter.num_heads * drafter.head_dim
     layer = _layer(target)
     forward = target.num_layers * (2 * layer + 4 * length * target.num_heads * target.head_dim)
-    level = _layer(drafter) + hidden**2 * drafter.reinject
-    inputs = (len(drafter.feature_layers) + 2) * hidden**2
-    both_ways = 6 * (levels * level + inputs) + levels * 12 * length * width
+    level, inputs, of_own = _layer(drafter) + hidden**2 * drafter.reinject, len(drafter.feature_layers) + 2, 0
+    if drafter.kind == "eagle3":
+        level += hidden * (drafter.num_heads + 2 * drafter.num_kv_heads) * drafter.head_dim
+        inputs, of_own = len(drafter.feature_layers), 2
+    both_ways = 6 * (levels * level + inputs * hidden**2) + levels * 12 * length * width
     reduced = drafter.draft_vocab_size < drafter.vocab_size
-    heads = hidden * (2 * target.vocab_size + (4 * levels + 2 * reduced) * drafter.draft_vocab_size)
+    heads = hidden * (2 * target.vocab_size + ((4 + of_own) * levels + 2 * reduced) * drafter.draft_vocab_size)
     return forward + both_ways + share * heads
 
 

@@ -31,6 +31,7 @@ from fasteagle_jax.training import REMAT, OptimizerConfig, Ways, make_train_step
 class DrafterChoice:
     """What drafter to train; sizes that are None are the target's."""
 
+    kind: str = "fasteagle"  # or eagle3
     num_levels: int = 7
     draft_vocab_size: int | None = None  # rows of the head, the most frequent tokens of answers; None for all
     vocabulary_data: tuple[str, ...] = ()  # files of conversations whose answers are counted; empty: the run's data
@@ -38,7 +39,7 @@ class DrafterChoice:
     feature_layers: tuple[int, ...] | None = None  # None: 2, L // 2, L - 3
     reinject: bool = False
     window: int | None = None  # positions that a level attends to; None for all
-    from_target: bool = False  # start the levels from the target's last layers
+    from_target: bool = False  # start the levels, or EAGLE-3's one layer, from the target's last layers
     scale_features: bool = True  # divide each feature by its root mean square, measured on the first batch
 
 
@@ -217,7 +218,7 @@ def changes_since(old: dict[str, Any], config: RunConfig) -> list[str]:
 
 def drafter_config(choice: DrafterChoice, target_config: LlamaConfig) -> DrafterConfig:
     """The sizes of the drafter of a run for a target of these sizes."""
-    changes: dict[str, Any] = {"num_levels": choice.num_levels, "reinject": choice.reinject, "window": choice.window}
+    changes: dict[str, Any] = {name: getattr(choice, name) for name in ("kind", "num_levels", "reinject", "window")}
     for name in ("draft_vocab_size", "intermediate_size", "feature_layers"):
         if getattr(choice, name) is not None:
             changes[name] = getattr(choice, name)

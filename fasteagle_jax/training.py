@@ -17,14 +17,13 @@ from flax import nnx
 
 from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.data import Batch
-from fasteagle_jax.drafters.fasteagle import AXES, FastEagle
+from fasteagle_jax.drafters.table import AXES, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.features import TargetValues
 from fasteagle_jax.losses import LevelMetrics, LossConfig, level_loss, level_weights, select_positions
 from fasteagle_jax.packed import Packed
 
 MUON_RMS = 0.2  # of Muon's updates over the rate: AdamW's, so that one rate suits both (arXiv 2502.16982, section 2.2)
-EMBEDDING_SHARE = 0.1  # of the stream's size that the embedding starts with, beside levels that never saw one there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +131,8 @@ def init_drafter(
     token_ids: Any | None = None,
     feature_rms: jax.Array | None = None,
     from_target: bool = True,
-) -> FastEagle:
-    """A FastEagle to train, float32, in the form (stacked or list) that the target is in.
+) -> Any:
+    """A drafter of the configured kind to train, float32, in the form (stacked or list) that the target is in.
 
     Args:
       config: its sizes.
@@ -141,46 +140,16 @@ def init_drafter(
       key: for the random weights.
       token_ids: int32 [V], the draft vocabulary, where it is reduced.
       feature_rms: float32 [F], root mean square of each feature; inputs are divided by it.
-      from_target: start level i from the target's layer L - N + i, the norms from its final norm, and let the input be
-        the highest feature with the embedding added; sizes must be the target's. Otherwise all but the norms is random.
+      from_target: start its layers from the target's last ones, as its class's `start_from` says; sizes must be the
+        target's. Otherwise all but norms and heads is random.
     """
-    drafter = jax.jit(lambda key: FastEagle(config, key, stacked=target.stacked))(key)
+    drafter = jax.jit(lambda key: class_of(config)(config, key, stacked=target.stacked))(key)
     if token_ids is not None:
         drafter.token_ids[...] = jnp.asarray(token_ids, jnp.int32)
-    hidden, num_features = config.hidden_size, len(config.feature_layers)
-    rms = jnp.ones((num_features,)) if feature_rms is None else feature_rms
-    drafter.feature_scale[...] = jnp.repeat(1 / rms, hidden)
-    num_layers = target.config.num_layers
-    levels = list(range(num_layers - config.num_levels, num_layers))
-    if from_target:
-        if levels[0] < 0:
-            raise UserError(f"{config.num_levels} levels cannot start from a target of {num_layers} layers")
-        if target.stacked:
-            copied = jax.tree.map(lambda w: w[jnp.asarray(levels)].astype(jnp.float32), target.layers)
-            _copy(drafter.levels.layer, copied)
-        else:
-            for level, index in zip(drafter.levels, levels, strict=True):
-                _copy(level.layer, jax.tree.map(lambda w: w.astype(jnp.float32), target.layers[index]))
-        # The stream starts at the size that the copied layers know: that of the highest feature.
-        drafter.fc[...] = drafter.fc[...] * 0.0
-        drafter.fc[...] = drafter.fc[...].at[-hidden:].set(jnp.eye(hidden) * rms[-1])
-        embedding = target.embedding[...].astype(jnp.float32)
-        gain = EMBEDDING_SHARE * rms[-1] / jnp.sqrt(jnp.mean(embedding**2))
-        drafter.fuse[...] = jnp.concatenate([jnp.eye(hidden), jnp.eye(hidden) * gain])
-    norm = target.norm[...].astype(jnp.float32)
-    for level in [drafter.levels] if target.stacked else drafter.levels:
-        level.norm[...] = jnp.broadcast_to(norm, level.norm[...].shape)
+    rms = jnp.ones((len(config.feature_layers),)) if feature_rms is None else feature_rms
+    drafter.feature_scale[...] = jnp.repeat(1 / rms, config.hidden_size)
+    drafter.start_from(target, rms, layers=from_target)
     return jax.tree.map(jnp.copy, drafter)  # the train step donates: no buffer may be the target's, or be there twice
-
-
-def _copy(into: Any, source: Any) -> None:
-    expected, given = jax.tree.map(jnp.shape, into), jax.tree.map(jnp.shape, source)
-    if jax.tree.leaves(expected) != jax.tree.leaves(given):
-        raise UserError(
-            "the drafter's layers differ in size or biases from the target's and cannot start from them: "
-            "set from_target=False"
-        )
-    nnx.update(into, nnx.state(source))
 
 
 def feature_rms(
@@ -252,18 +221,18 @@ def _loss_at(
     """The loss and metrics of a part; gradients of level i are multiplied by `level_share[i - 1]`, None for 1."""
     batch = part.batch
     out = part.values or target_outputs(target, batch, drafter.feature_layers, ways.attention)
-    tied = drafter.tie(target)
     next_tokens = jnp.roll(batch.tokens, -1, axis=1)  # at a segment's end it is wrong, and no loss looks there
     attend = Packed(batch.segments, drafter.config.window, ways.attention, recompute=ways.remat == "none")
     hidden, _ = drafter.hidden_states(
-        tied.embedding, out.features, next_tokens, batch.positions, attend, remat=REMAT[ways.remat]
+        target.embedding[...], out.features, next_tokens, batch.positions, attend, remat=REMAT[ways.remat]
     )
     if level_share is not None:
         scaled = [_scale_gradient(h, level_share[i]) for i, h in enumerate(hidden)]
         hidden = scaled if isinstance(hidden, list) else jnp.stack(scaled)
-    return level_loss(
-        hidden, out.hidden, batch.positions, part.picked, part.real, target.head_rows(), tied.head, config
-    )
+    head = target.head_rows()
+    draft_head = head if drafter.token_ids is None else head[drafter.token_ids[...]]
+    places = batch.positions, part.picked, part.real
+    return level_loss(hidden, out.hidden, *places, head, draft_head, config, drafter.own_head())
 
 
 def _scale_gradient(x: jax.Array, by: jax.Array) -> jax.Array:

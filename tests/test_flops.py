@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import pytest
 
+from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
 from fasteagle_jax.flops import flops_per_token, peak_flops
 from fasteagle_jax.testing import tiny_config, tiny_target
@@ -26,6 +27,16 @@ def test_without_attention_and_heads_it_is_two_a_frozen_and_six_a_trained_parame
     trained = num_matrix_parameters((drafter.fc, drafter.fuse, drafter.levels))
     expected = 2 * num_matrix_parameters(target.layers) + 6 * trained
     assert flops_per_token(target.config, config, length=0, share=0.0) == expected
+
+
+def test_the_paired_inputs_and_the_head_of_eagle3_count() -> None:
+    target = tiny_target(num_layers=3)
+    config = default_config(target.config, kind="eagle3", num_levels=4)
+    drafter = Eagle3(config, jax.random.key(0))
+    head, fc = drafter.head.size, drafter.fc.size
+    layer = num_matrix_parameters(drafter) - head - fc - drafter.feature_scale.size
+    frozen = 2 * (num_matrix_parameters(target.layers) + target.head_rows().size)
+    assert flops_per_token(target.config, config, 0, 1.0) == frozen + 6 * (4 * layer + fc) + 6 * 4 * head
 
 
 def test_attention_and_heads_add_their_products() -> None:

@@ -13,7 +13,7 @@ from fasteagle_jax.checkpoint import Checkpoints
 from fasteagle_jax.data import Batch, Conversation, PackedData
 from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.layers import unstack
+from fasteagle_jax.layers import rms_norm, rotation, unstack
 from fasteagle_jax.losses import LossConfig
 from fasteagle_jax.testing import tiny_target
 from fasteagle_jax.training import (
@@ -75,12 +75,34 @@ def test_levels_start_as_the_targets_last_layers(stacked: bool) -> None:
         np.testing.assert_array_equal(level.norm[...], target.norm[...])
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+def test_eagle3_starts_as_the_targets_last_layer_and_head(stacked: bool) -> None:
+    target, ids = tiny_target(stacked=stacked), jnp.arange(5, 35)
+    config = default_config(target.config, kind="eagle3", num_levels=LEVELS, draft_vocab_size=30)
+    drafter = init_drafter(config, target, jax.random.key(0), token_ids=ids, feature_rms=jnp.asarray([1.0, 2.0, 4.0]))
+    last = unstack(target.layers, 5)[-1] if stacked else target.layers[-1]
+    # Without its attention to embeddings the layer says of a feature what the target's says of a hidden state.
+    features = jax.random.normal(jax.random.key(1), (1, 6, 3 * config.hidden_size))
+    positions, visible = jnp.arange(6)[None], jnp.tril(jnp.ones((1, 6, 6), bool))
+    found, _ = drafter.hidden_states(target.embedding[...], features, jnp.zeros((1, 6), jnp.int32), positions, visible)
+    turn = rotation(positions, config.rope, config.head_dim)
+    out, _ = last(features[..., -config.hidden_size :], turn, visible, None)
+    expected = rms_norm(out, target.norm[...], config.rms_norm_eps)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(drafter.head[...], target.head_rows()[ids])
+
+
 def test_a_drafter_of_other_sizes_or_too_many_levels_cannot_start_from_the_target() -> None:
     target = tiny_target()
     with pytest.raises(UserError, match="from_target"):
         init_drafter(default_config(target.config, num_levels=2, intermediate_size=8), target, jax.random.key(0))
     with pytest.raises(UserError, match="9 levels"):
         init_drafter(default_config(target.config, num_levels=9), target, jax.random.key(0))
+    with pytest.raises(UserError, match="from_target"):
+        sizes = default_config(target.config, kind="eagle3", intermediate_size=8)
+        init_drafter(sizes, target, jax.random.key(0))
+    with pytest.raises(UserError, match="reinject=False"):
+        init_drafter(default_config(target.config, kind="eagle3", reinject=True), target, jax.random.key(0))
 
 
 def test_training_never_consumes_the_target() -> None:

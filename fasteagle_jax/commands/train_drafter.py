@@ -1,4 +1,4 @@
-"""Train a FastEagle drafter on conversations from prepare-data.
+"""Train a drafter, FastEagle or EAGLE-3, on conversations from prepare-data.
 
 The run folder holds config.json, checkpoints/, metrics.jsonl, tensorboard/, curve.png and, at the end, drafter/
 (safetensors and config.json); it may be of a bucket, gs://... . The same command after an interruption goes on from the
@@ -37,7 +37,6 @@ from fasteagle_jax.checkpoint import Checkpoints, newest_record
 from fasteagle_jax.commands.shares import add_share_options, connect
 from fasteagle_jax.commands.terminal import Parser, program
 from fasteagle_jax.data import PackedData, coverage, draft_vocabulary, read_conversations, read_prompts, token_counts
-from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.files import save_drafter
 from fasteagle_jax.drafters.table import AXES
 from fasteagle_jax.errors import UserError
@@ -414,7 +413,7 @@ class _Profile:
             jax.profiler.stop_trace()
 
 
-def _save_drafter(drafter: FastEagle, folder: epath.Path, fingerprint: str, info: Record) -> None:
+def _save_drafter(drafter: Any, folder: epath.Path, fingerprint: str, info: Record) -> None:
     if not in_bucket(folder):
         save_drafter(drafter, folder, fingerprint, info)
         return
@@ -432,7 +431,7 @@ def _new_drafter(
     conversations: Any,
     data: PackedData,
     store: Features | None,
-) -> FastEagle:
+) -> Any:
     """The drafter that the configuration describes, with its first weights, in the shards of a mesh."""
     target, choice = loaded.model, config.drafter
     sizes = drafter_config(choice, target.config)
@@ -453,7 +452,7 @@ def _new_drafter(
         values = None if store is None else place_batch(mesh, store.batch(0))
         rms = jax.jit(feature_rms, static_argnums=2)(target, first, sizes.feature_layers, values)
 
-    def make(target: Any, rms: Any) -> FastEagle:
+    def make(target: Any, rms: Any) -> Any:
         key, from_target = jax.random.key(config.seed), choice.from_target
         return init_drafter(sizes, target, key, token_ids=token_ids, feature_rms=rms, from_target=from_target)
 

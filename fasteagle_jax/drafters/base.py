@@ -13,8 +13,9 @@ from flax import nnx
 
 from fasteagle_jax.cache import Ring, as_ring, empty_cache, ring_slots
 from fasteagle_jax.config import DrafterConfig
+from fasteagle_jax.errors import UserError
 from fasteagle_jax.interfaces import Accepted, Tied
-from fasteagle_jax.layers import matmul
+from fasteagle_jax.layers import LayerConfig, matmul
 
 
 class Constant(nnx.Variable):
@@ -62,6 +63,23 @@ class DrafterModule(nnx.Module):
     def skip(self, new: Accepted, cache: Ring) -> Ring:
         """The cache after the accepted tokens, whose stream positions it will never hold."""
         return cache._replace(length=cache.length + new.count)
+
+
+def layer_config(config: DrafterConfig) -> LayerConfig:
+    """The sizes of a decoder layer of a drafter."""
+    c = config
+    return LayerConfig(c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps)
+
+
+def copy_weights(into: nnx.Module, source: Any) -> None:
+    """Gives a layer another one's weights, as float32; UserError where their sizes differ."""
+    copied = jax.tree.map(lambda w: w.astype(jnp.float32), source)
+    if jax.tree.leaves(jax.tree.map(jnp.shape, into)) != jax.tree.leaves(jax.tree.map(jnp.shape, copied)):
+        raise UserError(
+            "the drafter's layers differ in size or biases from the target's and cannot start from them: "
+            "set from_target=False"
+        )
+    nnx.update(into, nnx.state(copied))
 
 
 def draft_ids(tied: Tied) -> jax.Array:

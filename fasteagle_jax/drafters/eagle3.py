@@ -18,10 +18,22 @@ from flax import nnx
 
 from fasteagle_jax.cache import Ring, commit_ring, seen_in_ring
 from fasteagle_jax.config import DrafterConfig
-from fasteagle_jax.drafters.base import DrafterModule, causal, draft_ids
+from fasteagle_jax.drafters.base import DrafterModule, causal, copy_weights, draft_ids, layer_config
 from fasteagle_jax.drafters.fasteagle import newest, rank
+from fasteagle_jax.errors import UserError
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
-from fasteagle_jax.layers import LAYER_AXES, MASKED, Past, attention, head_logits, matmul, rms_norm, rotate, rotation
+from fasteagle_jax.layers import (
+    LAYER_AXES,
+    MASKED,
+    DecoderLayer,
+    Past,
+    attention,
+    head_logits,
+    matmul,
+    rms_norm,
+    rotate,
+    rotation,
+)
 from fasteagle_jax.packed import Packed
 from fasteagle_jax.tree import NO_PARENT, Draft, Tree
 
@@ -34,6 +46,8 @@ class Eagle3(DrafterModule):
 
     def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
         c = config
+        if c.reinject:
+            raise UserError("reinject is of FastEagle's levels, EAGLE-3 has none: set drafter.reinject=False")
         hidden, heads, kv_heads = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         keys = iter(jax.random.split(key, 9))
 
@@ -50,6 +64,29 @@ class Eagle3(DrafterModule):
         self.gate, self.up = weight(hidden, c.intermediate_size), weight(hidden, c.intermediate_size)
         self.down = weight(c.intermediate_size, hidden)
         self.head = nnx.Param(jax.random.normal(next(keys), (c.draft_vocab_size, hidden), dtype) * hidden**-0.5)
+
+    def start_from(self, target: Any, feature_rms: jax.Array, *, layers: bool) -> None:
+        """Sets its norm and head to the target's and, with `layers`, its layer to the target's last one.
+
+        What that layer reads, this one then reads of the highest feature, of root mean square `feature_rms` [F], and of
+        its own output; of the embedding it reads nothing at first. Raises UserError where the layer is of other sizes.
+        """
+        hidden = self.config.hidden_size
+        rows = target.head_rows()
+        self.head[...] = (rows if self.token_ids is None else rows[self.token_ids[...]]).astype(jnp.float32)
+        self.norm[...] = target.norm[...].astype(jnp.float32)
+        if not layers:
+            return
+        last = jax.tree.map(lambda w: w[-1], target.layers) if target.stacked else target.layers[-1]
+        mine = DecoderLayer(layer_config(self.config), jax.random.key(0), jnp.float32)
+        copy_weights(mine, last)
+        for name in ("o", "mlp_norm", "gate", "up", "down"):
+            getattr(self, name)[...] = getattr(mine, name)[...]
+        self.hidden_norm[...] = mine.input_norm[...]
+        for name in ("q", "k", "v"):
+            weight = getattr(mine, name)[...]  # [H, out], and here [embedding's H + H, out]
+            getattr(self, name)[...] = jnp.concatenate([jnp.zeros_like(weight), weight])
+        self.fc[...] = jnp.zeros_like(self.fc[...]).at[-hidden:].set(jnp.eye(hidden) * feature_rms[-1])
 
     def own_head(self) -> jax.Array:
         """[V, H], what training gives a gradient besides the layer."""
@@ -119,15 +156,15 @@ class Eagle3(DrafterModule):
         visible: jax.Array | Packed,
         *,
         remat: Any = None,
-    ) -> tuple[list[jax.Array], None]:
+    ) -> tuple[Any, None]:
         """The head's input at every level and position: training-time test.
 
         Run j takes run j - 1's output and the true token j further on. A query sees the keys of run 0 that `visible`
         [B, T, T] lets it see and, of each later run, the key at its own position: the path that it would be on.
 
         Returns:
-          A list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and None, where FastEagle has its
-          fresh keys and values.
+          A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and None, where FastEagle
+          has its fresh keys and values.
         """
         visible = visible.visible() if isinstance(visible, Packed) else visible
         h = self.fused(features)
@@ -144,7 +181,7 @@ class Eagle3(DrafterModule):
 
             h, keys, values = (run if remat is None else jax.checkpoint(run, policy=remat))(h, e, keys, values)
             states.append(rms_norm(h, self.norm[...], self.config.rms_norm_eps))
-        return states, None
+        return jnp.stack(states) if self.stacked else states, None
 
     # --- decoding -----------------------------------------------------------------------------------------------
 

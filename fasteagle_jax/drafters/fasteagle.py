@@ -18,13 +18,13 @@ from flax import nnx
 
 from fasteagle_jax.cache import Ring, commit_ring, seen_in_ring
 from fasteagle_jax.config import DrafterConfig
-from fasteagle_jax.drafters.base import DrafterModule, causal, draft_ids
+from fasteagle_jax.drafters.base import DrafterModule, causal, copy_weights, draft_ids, layer_config
+from fasteagle_jax.errors import UserError
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
 from fasteagle_jax.layers import (
     LAYER_AXES,
     Attend,
     DecoderLayer,
-    LayerConfig,
     Past,
     head_logits,
     matmul,
@@ -38,22 +38,15 @@ from fasteagle_jax.sampling import gumbel_noise
 from fasteagle_jax.tree import Draft, Tree, build
 
 AXES = LAYER_AXES | {"fc": (None, "embed"), "fuse": (None, "embed"), "reinject": (None, "embed")}
+EMBEDDING_SHARE = 0.1  # of the stream's size that the embedding starts with, beside levels that never saw one there
 
 
 class Level(nnx.Module):
     """One level of the cascade: a decoder layer, the norm before the head, and optionally the input added again."""
 
     def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any):
-        sizes = LayerConfig(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.rms_norm_eps,
-        )
         hidden = config.hidden_size
-        self.layer = DecoderLayer(sizes, key, dtype)
+        self.layer = DecoderLayer(layer_config(config), key, dtype)
         self.norm = nnx.Param(jnp.ones((hidden,), dtype))
         # Starts at zero, so that training starts from the plain cascade.
         self.reinject = nnx.Param(jnp.zeros((hidden, hidden), dtype)) if config.reinject else None
@@ -76,6 +69,33 @@ class FastEagle(DrafterModule):
     def stacked(self) -> bool:
         """Whether the levels are one scanned stack rather than a list."""
         return not isinstance(self.levels, nnx.List)
+
+    def start_from(self, target: Any, feature_rms: jax.Array, *, layers: bool) -> None:
+        """Sets its norms to the target's final one and, with `layers`, level i to the target's layer L - N + i.
+
+        Its input is then the highest feature, of root mean square `feature_rms` [F], with the embedding added.
+        Raises UserError where the target's layers are too few or of other sizes.
+        """
+        c = self.config
+        hidden, num_layers = c.hidden_size, target.config.num_layers
+        norm = target.norm[...].astype(jnp.float32)
+        for level in [self.levels] if self.stacked else self.levels:
+            level.norm[...] = jnp.broadcast_to(norm, level.norm[...].shape)
+        if not layers:
+            return
+        if c.num_levels > num_layers:
+            raise UserError(f"{c.num_levels} levels cannot start from a target of {num_layers} layers")
+        copied = range(num_layers - c.num_levels, num_layers)
+        if self.stacked:
+            copy_weights(self.levels.layer, jax.tree.map(lambda w: w[jnp.asarray(copied)], target.layers))
+        else:
+            for level, index in zip(self.levels, copied, strict=True):
+                copy_weights(level.layer, target.layers[index])
+        # The stream starts at the size that the copied layers know: that of the highest feature.
+        self.fc[...] = jnp.zeros_like(self.fc[...]).at[-hidden:].set(jnp.eye(hidden) * feature_rms[-1])
+        embedding = target.embedding[...].astype(jnp.float32)
+        gain = EMBEDDING_SHARE * feature_rms[-1] / jnp.sqrt(jnp.mean(embedding**2))
+        self.fuse[...] = jnp.concatenate([jnp.eye(hidden), jnp.eye(hidden) * gain])
 
     def own_head(self) -> None:
         """None: the head is the target's, and frozen."""

@@ -1,7 +1,7 @@
 """The drafters there are: a newcomer's is a file of its own and a line here.
 
 A class takes (DrafterConfig, key, dtype, *, stacked) and is an `interfaces.Drafter`; training asks of it besides
-`hidden_states`, as FastEagle has it, and `own_head`; files ask for `unstacked` and `stacked_form`.
+`start_from`, `hidden_states` and `own_head`, as FastEagle has them; files ask for `unstacked` and `stacked_form`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ from fasteagle_jax.checkpoint import Checkpoints
 from fasteagle_jax.commands import train_drafter
 from fasteagle_jax.commands.train_drafter import _spike_limit, main
 from fasteagle_jax.data import Conversation, ConversationWriter
+from fasteagle_jax.drafters.files import load_drafter
+from fasteagle_jax.targets.loading import load_target
 from tests.tiny_folder import make_target
 
 ROOT = Path(__file__).parent.parent.parent
@@ -387,12 +389,19 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     assert losses(full) == losses(whole)
 
 
-def test_a_finished_run_is_not_overwritten(
+def test_eagle3_trains_by_the_same_trainer_and_a_finished_run_is_not_overwritten(
     target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
 ) -> None:
     run = tmp_path / "run"
-    assert main(command(target_folder, data_file, run, "steps=4")) == 0
-    assert "is finished" in complaint(main, *command(target_folder, data_file, run, "steps=4"))
+    asked = command(target_folder, data_file, run, "steps=30", "drafter.kind=eagle3", "drafter.reinject=False")
+    assert main(asked) == 0
+    loss = [value for value, _ in losses(run).values()]
+    assert np.mean(loss[-3:]) < 0.8 * np.mean(loss[:3])
+    target = load_target(str(target_folder))
+    drafter = load_drafter(run / "drafter", target.model.config, target.fingerprint)
+    assert drafter.config.kind == "eagle3" and drafter.head.shape == target.model.head_rows().shape
+    assert not np.array_equal(drafter.head[...], target.model.head_rows())  # its own by now
+    assert "is finished" in complaint(main, *asked)
 
 
 def test_mistakes_end_in_one_line_before_anything_is_written(

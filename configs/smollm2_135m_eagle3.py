@@ -1,0 +1,24 @@
+"""EAGLE-3 for SmolLM2-135M-Instruct: the baseline of configs/smollm2_135m.py, on the same data.
+
+    python -m train.prepare_data --dialogues sharegpt --max-length 1024 --output runs/data/sharegpt.jsonl
+    python -m train.drafter --config configs/smollm2_135m_eagle3.py --run runs/smollm2_135m_eagle3
+
+Any machine with 8 GB.
+"""
+
+from fasteagle_jax.losses import LossConfig
+from fasteagle_jax.run import DrafterChoice, RunConfig
+from fasteagle_jax.training import OptimizerConfig
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        target="smollm2-135m",
+        data=("runs/data/sharegpt.jsonl",),
+        steps=20_000,
+        batch_size=2,
+        length=512,
+        drafter=DrafterChoice(kind="eagle3", num_levels=7, draft_vocab_size=8192, from_target=True),
+        loss=LossConfig(share=0.25, within_draft=True),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=50),
+    )
