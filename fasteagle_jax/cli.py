@@ -19,6 +19,7 @@ VERBS = {  # verb: module, and what it does
     "batch": ("batch", "answer a file of requests, OpenAI's batch lines or simple ones"),
     "compile": ("compile_check", "say what memory a train step needs, from shapes alone"),
     "bench": ("bench", "measure plain against speculative decoding"),
+    "ablate": ("ablate", "train variants of a run and measure what is accepted of each"),
     "demo": ("demo", "train a small drafter and watch it decode beside plain decoding"),
 }
 

@@ -412,11 +412,11 @@ class Engine:
                     described = _described(request)
                     batch.slots = device.admit(self.target, batch.slots, np.int32(row), prefilled, described)
                     batch.active[row], batch.ended[row] = request, False
+                    called = time.perf_counter()
+                    jax.block_until_ready(batch.slots)  # prefill is neither the host's time nor a tree's
+                    self.device_seconds += time.perf_counter() - called
             # --- rounds -------------------------------------------------------------------------------------------
             text_is_read = any(request is not None and request.text is not None for request in batch.active)
-            called = time.perf_counter()
-            jax.block_until_ready(batch.slots)  # prefill is not to count as a tree's time
-            self.device_seconds += time.perf_counter() - called
             called = time.perf_counter()
             batch.slots, ran = device.advance(
                 self.target,

@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.checkpoint import Checkpoints
-from fasteagle_jax.commands import train_drafter
+from fasteagle_jax.commands import ablate, train_drafter
 from fasteagle_jax.commands.train_drafter import _spike_limit, main
 from fasteagle_jax.data import Conversation, ConversationWriter
 from fasteagle_jax.drafters.files import load_drafter
@@ -71,7 +71,7 @@ def start(arguments: list[str], largest_file: int | None = None) -> subprocess.P
 # They are forked from a process that has imported everything and started nothing, and share what they compile.
 LIVES = """
 import os, signal, sys, threading
-from fasteagle_jax.commands import train_drafter
+from fasteagle_jax.commands import ablate, train_drafter
 from fasteagle_jax.data import PackedData
 whole_batch = PackedData.batch
 for word in sys.argv[1].split(","):
@@ -402,6 +402,37 @@ def test_eagle3_trains_by_the_same_trainer_and_a_finished_run_is_not_overwritten
     assert drafter.config.kind == "eagle3" and drafter.head.shape == target.model.head_rows().shape
     assert not np.array_equal(drafter.head[...], target.model.head_rows())  # its own by now
     assert "is finished" in complaint(main, *asked)
+
+
+def test_ablate_measures_variants_of_a_run_and_trains_none_twice(
+    data_file: Path, tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, complaint: Callable[..., str]
+) -> None:
+    talker = make_target(tmp_path / "talker", stop_rate=-9.0)
+    asked = [
+        "--config",
+        CONFIG,
+        "--folder",
+        tmp_path / "runs",
+        "--prompts",
+        questions,
+        "--max-new",
+        8,
+        "--tree",
+        "chain",
+    ]
+    asked += ["--temperature", 0, "--variant", "base", "--variant", "loss.last_level_only=True drafter.num_levels=2"]
+    changes = [f"target={talker}", f"data={data_file}", "steps=4"]
+    assert ablate.main([str(word) for word in [*asked, "--json", tmp_path / "a.json", *changes]]) == 0
+    monkeypatch.setattr(ablate, "train", lambda *_: pytest.fail("it is trained already"))
+    assert ablate.main([str(word) for word in [*asked, "--json", tmp_path / "b.json", *changes]]) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report == json.loads((tmp_path / "b.json").read_text())
+    assert {each["variant"]: len(each["by_depth"]) for each in report["measured"]} == {
+        "base": 3,
+        "loss.last_level_only=True drafter.num_levels=2": 2,
+    }
+    assert all(each["acceptance_length"] >= 1 for each in report["measured"])
+    assert "loss.first is not a key" in complaint(ablate.main, *asked, "--variant", "loss.first=1", *changes)
 
 
 def test_mistakes_end_in_one_line_before_anything_is_written(

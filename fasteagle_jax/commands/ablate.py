@@ -1,0 +1,187 @@
+"""Train variants of a run that differ in a few settings, and measure what the real decode accepts of each.
+
+A variant is one or more changes of the configuration, `base` is none. All see the same data in the same order for the
+same number of steps. --folder keeps a run a variant, so that the same command goes on after an interruption, and more
+variants can be added. Acceptance length is new tokens over target passes; by depth: of the guesses whose predecessor
+was accepted, those accepted. Above temperature 0 it is measured with and without shared noise.
+
+examples:
+  fasteagle ablate --config configs/smollm2_135m.py --folder runs/ablate/supervision --prompts mt_bench.jsonl \\
+      --variant base --variant loss.last_level_only=True steps=300
+  fasteagle ablate --config configs/smollm2_135m.py --folder runs/ablate/feature --prompts mt_bench.jsonl \\
+      --variant base --variant loss.smooth_l1=0.1 --variant loss.smooth_l1=1 --json feature.json steps=300
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fasteagle_jax.commands.sweep import machine
+from fasteagle_jax.commands.terminal import Parser, check_new, program, whole, write_new
+from fasteagle_jax.commands.train_drafter import train
+from fasteagle_jax.drafters.files import load_drafter
+from fasteagle_jax.engine import Engine
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.metrics import Acceptance
+from fasteagle_jax.requests import SamplingParams
+from fasteagle_jax.run import RunConfig, apply_changes, load_config
+from fasteagle_jax.sources import read_prompts
+from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, stop_token_ids
+from fasteagle_jax.tree import Tree
+
+BASE = "base"
+LAST = 50  # steps whose mean loss is reported
+SLOTS = 8
+
+
+@program
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains and measures as the command line says; returns the exit code."""
+    parser = Parser(prog="fasteagle ablate", description=__doc__)
+    parser.add_argument("--config", required=True, help="a Python file with get_config() -> RunConfig")
+    parser.add_argument("--folder", required=True, type=Path, help="for the runs, one folder a variant")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        required=True,
+        metavar='"key=value ..."',
+        help=f"changes of the configuration, `{BASE}` for none; repeatable",
+    )
+    parser.add_argument("--prompts", action="append", required=True, metavar="SOURCE", help="held out; repeatable")
+    parser.add_argument("--limit", type=whole(1), default=16, metavar="N", help="prompts a source (default 16)")
+    parser.add_argument("--max-new", type=whole(2), default=64, metavar="T", help="tokens an answer (default 64)")
+    parser.add_argument("--tree", action="append", metavar="T", help="repeatable (default chain and best_first:16)")
+    parser.add_argument("--temperature", type=float, action="append", metavar="X", help="repeatable (default 0 and 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="a new file for all numbers")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="of all variants, e.g. steps=300")
+    return ablate(parser.parse_args(argv))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What was accepted of a variant's drafts in one way of decoding."""
+
+    variant: str
+    tree: str
+    temperature: float
+    shared_noise: bool
+    acceptance_length: float
+    by_depth: list[float | None]
+
+
+def ablate(args: argparse.Namespace) -> int:
+    """Trains what is not trained yet, measures, prints a table and writes the JSON; returns the exit code."""
+    # --- what was asked for -----------------------------------------------------------------------------------
+    check_new(args.json)
+    base = apply_changes(load_config(args.config), args.changes)
+    variants = {name: _variant(base, name) for name in dict.fromkeys(args.variant)}
+    trees = [Tree.parse(text) for text in args.tree or ("chain", "best_first:16")]
+    temperatures = list(dict.fromkeys(args.temperature or [0.0, 1.0]))
+    for temperature in temperatures:
+        SamplingParams(temperature=temperature)
+    prompts = [prompt for source in args.prompts for prompt in read_prompts(source, args.limit)]
+    if not prompts:
+        raise UserError("no prompt in any source: name other sources")
+
+    # --- training ---------------------------------------------------------------------------------------------
+    for name, config in variants.items():
+        run = args.folder / _folder_name(name)
+        if not (run / "drafter").exists():
+            print(f"variant {name}: {run}", file=sys.stderr)
+            train(config, run)
+
+    # --- decoding ---------------------------------------------------------------------------------------------
+    loaded = load_target(base.target, jnp.float32)
+    tokenizer = load_tokenizer(loaded.checkpoint.path)
+    stop = stop_token_ids(tokenizer, loaded.checkpoint.path)
+    asked = [encode_chat(tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
+    room = max(map(len, asked)) + args.max_new
+    found, losses = [], {}
+    for name in variants:
+        run = args.folder / _folder_name(name)
+        losses[name] = _last_loss(run)
+        drafter = load_drafter(run / "drafter", loaded.checkpoint.config, loaded.fingerprint)
+        for tree in trees:
+            for shared in (True, False) if any(temperatures) else (True,):
+                engine = Engine(
+                    loaded.model, drafter, tokenizer, stop, slots=SLOTS, max_len=room, tree=tree, shared_noise=shared
+                )
+                for temperature in temperatures if shared else filter(None, temperatures):
+                    counts = _decode(engine, asked, temperature, args.max_new)
+                    depths = [None if np.isnan(share) else round(share, 4) for share in counts.by_depth]
+                    found.append(Measured(name, str(tree), temperature, shared, counts.length, depths))
+        jax.clear_caches()  # programs of this drafter
+
+    # --- results ----------------------------------------------------------------------------------------------
+    _print(found, losses, base, len(asked))
+    if args.json:
+        report = {
+            "machine": machine(),
+            "jax": jax.__version__,
+            "target": loaded.fingerprint,
+            "config": args.config,
+            "changes": args.changes,
+            "steps": base.steps,
+            "tokens": base.steps * base.batch_size * base.length,
+            "seed": base.seed,
+            "prompts": [prompt.id for prompt in prompts],
+            "max_new": args.max_new,
+            "losses": losses,
+            "measured": [dataclasses.asdict(each) for each in found],
+        }
+        write_new(args.json, json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def _variant(base: RunConfig, name: str) -> RunConfig:
+    return base if name == BASE else apply_changes(base, name.split())
+
+
+def _folder_name(variant: str) -> str:
+    return re.sub(r"[^\w.=-]+", "_", variant)
+
+
+def _last_loss(run: Path) -> float:
+    """The mean training loss of the last steps."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return float(np.mean([record["loss"] for record in records[-LAST:]]))
+
+
+def _decode(engine: Engine, prompts: Sequence[list[int]], temperature: float, max_new: int) -> Acceptance:
+    params = [
+        SamplingParams(temperature=temperature, seed=seed, max_new_tokens=max_new) for seed in range(len(prompts))
+    ]
+    took = [completion.statistics for completion in engine.generate(prompts, params)]
+    accepted_at = tuple(map(sum, zip(*(t.accepted_at for t in took), strict=True)))
+    return Acceptance(sum(t.rounds for t in took), accepted_at)
+
+
+def _print(found: Sequence[Measured], losses: dict[str, float], base: RunConfig, num_prompts: int) -> None:
+    tokens = base.steps * base.batch_size * base.length
+    table = Table(title=f"acceptance length; {base.steps} steps, {tokens} tokens, {num_prompts} prompts, {machine()}")
+    ways = list(dict.fromkeys((each.tree, each.temperature, each.shared_noise) for each in found))
+    table.add_column("variant")
+    table.add_column("loss", justify="right")
+    for tree, temperature, shared in ways:
+        table.add_column(f"{tree}\nT={temperature:g}{'' if shared else ' own ranking'}", justify="right")
+    by_depth = {each.variant: each.by_depth for each in reversed(found)}  # of the first way
+    table.add_column("by depth, first way")
+    for variant, loss in losses.items():
+        row: list[Any] = [each for each in found if each.variant == variant]
+        depths = " ".join("-" if share is None else f"{share:.2f}" for share in by_depth[variant])
+        table.add_row(variant, f"{loss:.3f}", *(f"{each.acceptance_length:.2f}" for each in row), depths)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
