@@ -18,7 +18,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fasteagle_jax.fetch import wheel_file
 
 Message = dict[str, str]  # {"role", "content"}
 
+RUN = 13  # words in a row that two texts have by copying
 PIECE_BYTES = 1 << 20  # of a JSON list at a time
 _BEFORE_LIST = re.compile(r"\s*\[\s*")
 _BETWEEN_RECORDS = re.compile(r"[\s,]*")
@@ -89,6 +90,27 @@ def read_dialogues(source: str) -> Iterator[list[Message]]:
     if num_given < num_records:
         dropped = num_records - num_given
         log.warning("%s: dropped %d of %d records without an answer", source, dropped, num_records)
+
+
+class HeldOut:
+    """Questions to be measured with, and so not to be trained on.
+
+    A text counts as one of them if a run of 13 words is in both (Brown et al., arXiv 2005.14165, appendix C); a shorter
+    text if it is the question. Case, spaces and punctuation do not count.
+    """
+
+    def __init__(self, questions: Iterable[str]) -> None:
+        self._runs = {run for question in questions for run in _runs(question)}
+
+    def holds(self, text: str) -> bool:
+        """Whether a text counts as one of the questions."""
+        return any(run in self._runs for run in _runs(text))
+
+
+def _runs(text: str) -> Iterator[tuple[str, ...]]:
+    """All runs of RUN words; of a shorter text all its words."""
+    words = re.findall(r"\w+", text.casefold())
+    return (tuple(words[i : i + RUN]) for i in range(max(len(words) - RUN, 0) + 1)) if words else iter(())
 
 
 def _short_name(source: str) -> str:

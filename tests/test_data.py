@@ -88,6 +88,15 @@ def test_records_without_what_is_asked_for_are_dropped_and_counted(tmp_path, cap
     assert "dropped 2 of 3" in caplog.text
 
 
+def test_a_held_out_question_is_known_by_thirteen_words_in_a_row_or_as_a_whole():
+    long = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
+    held_out = sources.HeldOut([long, "Why is the sky blue?"])
+    assert held_out.holds("Q: natalia sold clips to 48 of her friends - in April. And then she?")  # 13 of its words
+    assert not held_out.holds("Natalia sold clips to 48 of her friends in April. And then he?")  # 12
+    assert held_out.holds("why is the SKY blue") and not held_out.holds("Why is the sky blue? And the sea?")
+    assert not held_out.holds("") and not sources.HeldOut([""]).holds("")
+
+
 @pytest.mark.parametrize("piece_bytes", [1, 7, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_json_list_gives_its_whole_records_wherever_it_is_cut(tmp_path, monkeypatch, piece_bytes, indent):

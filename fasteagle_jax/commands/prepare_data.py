@@ -48,7 +48,7 @@ from fasteagle_jax.engine import Engine
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import write_text
 from fasteagle_jax.requests import Completion, SamplingParams
-from fasteagle_jax.sources import read_dialogues, read_prompts
+from fasteagle_jax.sources import HeldOut, read_dialogues, read_prompts
 from fasteagle_jax.targets.readers import fingerprint, open_checkpoint
 from fasteagle_jax.tokenizer import assistant_spans, load_tokenizer, prefix_spans, user_header_ids
 
@@ -74,6 +74,13 @@ def _parser() -> Parser:
     )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON lines, resumed if it exists")
     parser.add_argument("--limit", type=whole(1), metavar="N", help="samples to try, over all sources together")
+    parser.add_argument(
+        "--held-out",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="questions to measure with later: samples that hold one are left out; repeatable",
+    )
     length = parser.add_argument_group("length, in tokens")
     length.add_argument(
         "--max-length", type=whole(32), default=512, metavar="T", help="of a whole conversation (default %(default)s)"
@@ -105,6 +112,7 @@ def prepare(args: argparse.Namespace) -> None:
     share = join(args)
     params_of(args, Talk(0, "", [""], []))  # checks the values before anything is loaded
     sources = _read_sources(args.prompts, args.dialogues, args.limit)
+    _leave_out(sources, args.held_out)
     total = min(args.limit or 2**62, sum(2**62 if s.samples is None else len(s.samples) for s in sources))
     output, total_here = share.of_file(args.output), len(range(share.process, total, share.processes))
 
@@ -126,6 +134,8 @@ def prepare(args: argparse.Namespace) -> None:
         "max_new": args.max_new,
         "keep_truncated": args.keep_truncated,
     }
+    if args.held_out:
+        settings["held_out"] = [_named("held-out", source) for source in args.held_out]
     if share.processes > 1:
         settings["share"] = share._asdict()
     manifest = Manifest.of(output, settings)
@@ -229,6 +239,18 @@ def _read_sources(prompts: Sequence[str], dialogues: Sequence[str], limit: int |
         if times > 1:
             raise UserError(f"{times} sources hold a sample {id!r}: name a source once, rename one of two files")
     return sources
+
+
+def _leave_out(sources: list[Source], held_out: Sequence[str]) -> None:
+    """Takes the samples that hold a held-out question away."""
+    questions = HeldOut(turn for source in held_out for prompt in read_prompts(source) for turn in prompt.turns)
+    for i, source in enumerate(sources):
+        if not held_out or source.samples is None:
+            continue
+        kept = [sample for sample in source.samples if not any(map(questions.holds, sample.asked()))]
+        if left_out := len(source.samples) - len(kept):
+            print(f"{source.named['name']}: left out {left_out} of {len(source.samples)} samples", file=sys.stderr)
+        sources[i] = Source(source.named, kept)
 
 
 def _named(kind: str, source: str) -> dict[str, str]:

@@ -29,6 +29,10 @@ class Sample:
     turns: list[str] | None
     messages: list[Message] | None = None
 
+    def asked(self) -> list[str]:
+        """What the user says in it."""
+        return [m["content"] for m in self.messages or () if m["role"] == "user"] + (self.turns or [])
+
 
 @dataclasses.dataclass
 class Talk:

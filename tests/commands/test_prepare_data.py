@@ -191,6 +191,17 @@ def test_truncated_answers_are_dropped_unless_kept(prepare):
     assert len(read_conversations(kept)) == 14
 
 
+def test_held_out_questions_are_left_out(prepare, prompts_file, tmp_path, capsys):
+    records = [json.loads(line) for line in prompts_file.read_text().splitlines()]
+    (tmp_path / "held.jsonl").write_text(
+        json.dumps({"turns": ["Something else", records[3]["turns"][0].upper()]}) + "\n"
+    )
+    ids = {c.id for c in read_conversations(prepare("a.jsonl", "--held-out", tmp_path / "held.jsonl"))}
+    assert "left out 1 of 14 samples" in capsys.readouterr().err
+    every = {c.id for c in read_conversations(prepare("b.jsonl"))}
+    assert ids == every - {f"questions/{records[3]['question_id']}"} != every
+
+
 def test_long_prompts_are_dropped_and_counted(prepare, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "word " * 60}) + "\n" + json.dumps({"prompt": "Hi"}) + "\n")
