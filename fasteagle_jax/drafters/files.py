@@ -20,13 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
-from fasteagle_jax.drafters.table import class_of
+from fasteagle_jax.drafters.table import AXES, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import sync
+from fasteagle_jax.sharding import make_on, place
 
 ARCHITECTURES = {"fasteagle": "FastEagleDrafter", "eagle3": "LlamaForCausalLMEagle3"}  # by kind
 
@@ -101,10 +103,11 @@ def load_drafter(
     dtype: Any = jnp.float32,
     *,
     stacked: bool | None = None,
+    mesh: Mesh | None = None,
 ) -> Any:
     """The drafter in `folder`, for the target of this configuration and fingerprint.
 
-    `stacked` is as of targets.loading.load_target. Raises UserError for a folder that is not a drafter, a
+    `stacked` and `mesh` are as of targets.loading.load_target. Raises UserError for a folder that is not a drafter, a
     damaged file, or a drafter for another target.
     """
     folder = Path(folder)
@@ -128,15 +131,15 @@ def load_drafter(
 
     if stacked is None:
         stacked = jax.default_backend() != "cpu"
-    drafter = class_of(config)(config, jax.random.key(0), dtype, stacked=False)
+    drafter = make_on(mesh, AXES, lambda: class_of(config)(config, jax.random.key(0), dtype, stacked=False))
     fill(drafter, tensors, str(folder / "model.safetensors"))
-    return drafter if not stacked else drafter.stacked_form()
+    return drafter if not stacked else make_on(mesh, AXES, lambda drafter: drafter.stacked_form(), drafter)
 
 
 def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
-    """Puts stored tensors into an unstacked drafter; UserError, with `source`, where they do not fit it."""
+    """Puts stored tensors into an unstacked drafter, where its arrays are; UserError, with `source`, for misfits."""
     derived = {"t2d"}  # what d2t says
-    expected = {name: value.shape for name, value in _tensors(drafter).items() if name not in derived}
+    expected = {name: param.shape[::-1] if transposed else param.shape for name, param, transposed in _places(drafter)}
     found = {name: value.shape for name, value in tensors.items() if name not in derived}
     if expected != found:
         wrong = sorted(set(expected.items()) ^ set(found.items()))
@@ -145,7 +148,9 @@ def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
         value = tensors[name].T if transposed else tensors[name]
         if name == "d2t":
             value = value + np.arange(len(value))
-        param[...] = jnp.asarray(value, param[...].dtype)
+        sharding, dtype = param[...].sharding, param[...].dtype
+        on_mesh = isinstance(sharding, NamedSharding)
+        param[...] = place(value.astype(dtype), sharding, value.shape) if on_mesh else jnp.asarray(value, dtype)
 
 
 def read_config(folder: Path) -> tuple[DrafterConfig, str]:
