@@ -12,7 +12,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fasteagle_jax.sharding import by_shard
+
 NOTHING = -1  # the position of a slot that holds none
+# The logical axes of a cache's arrays by name (see sharding.RULES), a stack's first dimension left out.
+AXES = {
+    "k": ("rows", "kv_heads", None, None),
+    "v": ("rows", "kv_heads", None, None),
+    "positions": ("rows", None),
+    "cursor": ("rows",),
+    "length": ("rows",),
+}
+_AXES_BY_DIMS = {5: (None, *AXES["k"]), 4: AXES["k"], 3: (None, *AXES["positions"]), 2: AXES["positions"], 1: ("rows",)}
 
 
 class Cache(NamedTuple):
@@ -161,18 +172,22 @@ def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:
     stacked = not isinstance(slots[0], list)
     batch_dim = 1 if stacked else 0
 
-    def write_row(b: jax.Array, slots: Any) -> Any:
-        # One dynamic_update_slice a row stays in place; a scatter or a vmapped update would copy the whole cache.
-        def write(into: jax.Array, tokens: jax.Array) -> jax.Array:
-            row = jax.lax.dynamic_slice_in_dim(tokens, b, 1, axis=batch_dim).astype(into.dtype)
-            start = [jnp.zeros((), jnp.int32)] * into.ndim
-            start[batch_dim] = b
-            start[batch_dim + (2 if into.ndim - batch_dim == 4 else 1)] = starts[b]
-            return jax.lax.dynamic_update_slice(into, row, start)
+    def write_rows(slots: Any, tokens: Any, starts: jax.Array) -> Any:
+        def write_row(b: jax.Array, slots: Any) -> Any:
+            # One dynamic_update_slice a row stays in place; a scatter or a vmapped update would copy the whole cache.
+            def write(into: jax.Array, tokens: jax.Array) -> jax.Array:
+                row = jax.lax.dynamic_slice_in_dim(tokens, b, 1, axis=batch_dim).astype(into.dtype)
+                start = [jnp.zeros((), jnp.int32)] * into.ndim
+                start[batch_dim] = b
+                start[batch_dim + (2 if into.ndim - batch_dim == 4 else 1)] = starts[b]
+                return jax.lax.dynamic_update_slice(into, row, start)
 
-        return jax.tree.map(write, slots, tuple(tokens))
+            return jax.tree.map(write, slots, tokens)
 
-    return jax.lax.fori_loop(0, starts.shape[0], write_row, tuple(slots))
+        return jax.lax.fori_loop(0, starts.shape[0], write_row, slots)
+
+    # Left to the compiler, a turn whose row may be anybody's would bring the devices' shards together.
+    return by_shard(write_rows, _AXES_BY_DIMS, tuple(slots), tuple(tokens), starts)
 
 
 def _take_tokens(x: jax.Array, rows: jax.Array) -> jax.Array:

@@ -15,14 +15,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fasteagle_jax import cache
 from fasteagle_jax.cache import Cache, commit
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
 from fasteagle_jax.sampling import Sampling, choose
+from fasteagle_jax.sharding import by_shard, constrain_all
 from fasteagle_jax.tree import NO_PARENT, Draft, Tree, visible_nodes, walk
 
 NO_TOKEN = -1
 NO_STOP = -2  # fills a row's stop tokens up: no token has this id
+# The logical axes of what decoding keeps (see sharding.RULES).
+AXES = cache.AXES | {
+    "features": ("rows", None, None),
+    "tokens": ("rows", None),
+    "count": ("rows",),
+    "emitted": ("rows", None),
+    "depths": ("rows", None),
+    "logprobs": ("rows", None),
+    "scored": ("rows",),
+    "num_emitted": ("rows",),
+    "done": ("rows",),
+}
 
 
 class Statistics(NamedTuple):
@@ -165,7 +179,7 @@ def prefill(
         )
         drafter_cache = carry.drafter_cache
         drafter_cache = drafter.extend(tied, known, drafter_cache) if drafts else drafter.skip(known, drafter_cache)
-        return Prefilled(target_cache, drafter_cache, hidden, features)
+        return constrain_all(Prefilled(target_cache, drafter_cache, hidden, features), AXES)
 
     # Without the barrier XLA knows that the caches are zeros and, where the loop has one turn, folds attention over
     # them at compile time, which took minutes.
@@ -236,10 +250,9 @@ def decode_round(
 
     Without a tree the round is plain: one token, and the drafter, if there is one, skips it.
     """
-    batch, num_accepted = state.new.tokens.shape  # A of the state: a tree may bring fewer
+    num_accepted = state.new.tokens.shape[1]  # A of the state: a tree may bring fewer
     drafts = drafter is not None and tree is not None
     num_levels = tree.num_levels(drafter.num_levels) if drafts else 0  # type: ignore[union-attr]
-    row = jnp.arange(batch)[:, None]
 
     with jax.named_scope("draft"):
         if drafts:
@@ -256,7 +269,7 @@ def decode_round(
         logits = target.logits(out.hidden)
         chosen = choose(logits, positions + 1, sampling)  # [B, M]
         path = walk(draft, chosen, num_levels)
-        picked = chosen[row, path.nodes]  # [B, N+1], the tokens of this round, valid up to `accepted`
+        picked = jnp.take_along_axis(chosen, path.nodes, axis=1)  # [B, N+1], this round's tokens, up to `accepted`
 
     with jax.named_scope("commit"):
         index = jnp.arange(num_levels + 1)
@@ -269,29 +282,44 @@ def decode_round(
         slot = state.num_emitted[:, None] + index
         real = index < count[:, None]
         depths = jnp.where(index == count[:, None] - 1, 0, index + 1)
-        emitted = state.emitted.at[row, slot].set(jnp.where(real, picked, NO_TOKEN))
-        logprobs = state.logprobs
-        if logprobs is not None:
-            logprobs = logprobs.at[row, slot].set(_logprobs(logits[row, path.nodes], picked, state.scored))
+        told: tuple[Any, ...] = jnp.where(real, picked, NO_TOKEN), jnp.where(real, depths, NO_TOKEN), None
+        if state.logprobs is not None:
+            told = *told[:2], _logprobs(_at(logits, path.nodes), picked, state.scored)
+        emitted, depths, logprobs = _write((state.emitted, state.depths, state.logprobs), told, slot)
         num_emitted = state.num_emitted + count
         done = state.done | (until_stop <= count) | (num_emitted >= stop.max_new)
 
         unused = ((0, 0), (0, num_accepted - num_levels - 1))
         features = state.new.features
         if drafter is not None:
-            features = jnp.pad(out.features[row, path.nodes], (*unused, (0, 0)))
+            features = jnp.pad(_at(out.features, path.nodes), (*unused, (0, 0)))
         new = Accepted(features, jnp.pad(picked, unused), count)
     return State(
         target_cache,
         drafter_cache,
         new,
         emitted,
-        state.depths.at[row, slot].set(jnp.where(real, depths, NO_TOKEN)),
+        depths,
         logprobs,
         state.scored,
         num_emitted,
         done,
     )
+
+
+def _at(x: jax.Array, nodes: jax.Array) -> jax.Array:
+    """x [B, M, X] at nodes int32 [B, A]: [B, A, X]."""
+    return jnp.take_along_axis(x, nodes[..., None], axis=1)
+
+
+def _write(into: Any, told: Any, slots: jax.Array) -> Any:
+    """Arrays [B, slots] with those told [B, A] at slots int32 [B, A]."""
+
+    def write(into: Any, told: Any, slots: jax.Array) -> Any:
+        row = jnp.arange(slots.shape[0])[:, None]
+        return jax.tree.map(lambda x, new: x.at[row, slots].set(new), into, told)
+
+    return by_shard(write, {2: ("rows", None)}, into, told, slots)
 
 
 def _root_only(new: Accepted) -> Draft:
@@ -345,7 +373,7 @@ def decode_rounds(
     def one(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         now, ran = carry
         now = decode_round(target, drafter, tied, now, sampling, stop, tree=tree, shared_noise=shared_noise)
-        return now, ran + 1
+        return constrain_all(now, AXES), ran + 1
 
     return jax.lax.while_loop(unfinished, one, (state, jnp.zeros((), jnp.int32)))
 

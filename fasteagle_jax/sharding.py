@@ -1,7 +1,7 @@
 """Where arrays live on a mesh of devices: one table from the models' logical axes to the mesh's.
 
-Mesh axes: `data` splits batches and nothing else, `fsdp` splits batches and weights, `tensor` splits heads, MLPs and
-the vocabulary. Models name logical axes (their AXES); only RULES knows the mesh.
+Mesh axes: `data` splits batches and nothing else, `fsdp` splits weights and in training batches, `tensor` splits heads,
+MLPs and the vocabulary. Models name logical axes (their AXES); only RULES knows the mesh.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fasteagle_jax.errors import UserError
@@ -21,8 +22,10 @@ from fasteagle_jax.errors import UserError
 MESH_AXES = ("data", "fsdp", "tensor")
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "rows": "data",  # of decoding: over fsdp too, every round would gather the weights
     "embed": "fsdp",  # H, the stream's width, of weights
     "heads": "tensor",  # all heads of a projection, side by side
+    "kv_heads": "tensor",  # K, of a cache
     "mlp": "tensor",
     "vocab": "tensor",
     None: None,
@@ -43,6 +46,14 @@ class MeshShape:
         sizes = dataclasses.astuple(self)
         if any(not isinstance(n, int) or (n < 1 and n != -1) for n in sizes) or sizes.count(-1) > 1:
             raise UserError(f"mesh {self}: give whole numbers of at least 1, and -1 (what is left) at most once")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The MeshShape that `data,fsdp,tensor` in numbers says; UserError for another text."""
+        sizes = [size.strip() for size in text.split(",")]
+        if len(sizes) != 3 or not all(size.removeprefix("-").isdecimal() for size in sizes):
+            raise UserError(f"mesh {text!r} is not understood: write data,fsdp,tensor, e.g. 1,8,1")
+        return cls(*map(int, sizes))
 
     def __str__(self) -> str:
         return f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}"
@@ -131,6 +142,52 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if mesh.empty or all(RULES[axis] is None for axis in logical):
         return x
     return jax.lax.with_sharding_constraint(x, spec(mesh, logical, x.shape))  # type: ignore[arg-type]
+
+
+def constrain_all(tree: Any, axes: Axes) -> Any:
+    """A pytree with its arrays where `shardings` says, inside a program under `jax.set_mesh`; the pytree elsewhere."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree, axes))
+
+
+def by_shard(function: Callable[..., Any], axes: Mapping[int, tuple[str | None, ...]], *args: Any) -> Any:
+    """What `function(*args)` gives where each device works on its own shards alone; just that without a mesh.
+
+    `axes` has the logical axes of arrays by their number of dimensions. The result is split as the first argument is.
+    """
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*args)
+    specs = jax.tree.map(lambda x: spec(mesh, axes[x.ndim], x.shape), args)
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
+
+
+def top_k(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k` of rows x [B, ..., V], V of the logical axis `last`: on a mesh, only shards' k best are exchanged."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.lax.top_k(x, k)
+    split = spec(mesh, ("rows", *[None] * (x.ndim - 2), last), x.shape)
+    *leading, axis = split
+
+    def of_shard(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, index = jax.lax.top_k(x, min(k, x.shape[-1]))
+        if axis is None:
+            return values, index
+        index += jax.lax.axis_index(axis) * x.shape[-1]
+        # In the shards' order, so that of equal values the first one comes first, as without a mesh.
+        values, index = (jax.lax.all_gather(part, axis, axis=x.ndim - 1, tiled=True) for part in (values, index))
+        values, best = jax.lax.top_k(values, k)
+        return values, jnp.take_along_axis(index, best, axis=-1)
+
+    return jax.shard_map(of_shard, in_specs=split, out_specs=PartitionSpec(*leading, None), check_vma=False)(x)
+
+
+def process_values(mesh: Mesh | None, value: float) -> np.ndarray:
+    """float32, the value that each of the mesh's processes has; all of them must ask together."""
+    if mesh is None or len({d.process_index for d in mesh.devices.flat}) == 1:
+        return np.asarray([value], np.float32)
+    return np.asarray(multihost_utils.process_allgather(np.float32(value)))
 
 
 def fetch(tree: Any) -> Any:

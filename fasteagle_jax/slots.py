@@ -17,7 +17,12 @@ from fasteagle_jax.cache import Cache, Ring
 from fasteagle_jax.decode import NO_STOP, Prefilled, State, Stop
 from fasteagle_jax.interfaces import Accepted, Tied
 from fasteagle_jax.sampling import Sampling
+from fasteagle_jax.sharding import constrain_all
 from fasteagle_jax.tree import Tree
+
+# The logical axes of slots and of what is prefilled. What the host reads between calls is whole everywhere.
+READ = ("emitted", "depths", "logprobs", "num_emitted", "done")
+AXES = {name: axes for name, axes in decode.AXES.items() if name not in READ}
 
 
 class Slots(NamedTuple):
@@ -64,7 +69,8 @@ def empty_slots(
         ~row(bool),
     )
     sampling = Sampling(row(jnp.float32), row(jnp.int32), row(jnp.float32) + 1, row(jnp.float32), row(jnp.uint32))
-    return Slots(state, sampling, Stop(row(jnp.int32), row(jnp.int32, num_stop_tokens) + NO_STOP))
+    stop = Stop(row(jnp.int32), row(jnp.int32, num_stop_tokens) + NO_STOP)
+    return constrain_all(Slots(state, sampling, stop), AXES)
 
 
 @functools.partial(jax.jit, static_argnames=("num_slots", "drafter_slots", "most_written"))
@@ -72,7 +78,7 @@ def nothing_prefilled(
     target: Any, drafter: Any | None, *, num_slots: int, drafter_slots: int, most_written: int
 ) -> Prefilled:
     """`decode.nothing_prefilled` of one row, compiled."""
-    return decode.nothing_prefilled(target, drafter, 1, num_slots, most_written, drafter_slots)
+    return constrain_all(decode.nothing_prefilled(target, drafter, 1, num_slots, most_written, drafter_slots), AXES)
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "drafts"))
@@ -89,7 +95,8 @@ def prefill(
     drafts: bool,
 ) -> Prefilled:
     """`decode.prefill`, compiled; `begun` stays as it is."""
-    return decode.prefill(target, drafter, tied, begun, prompt, length, first, chunk=chunk, drafts=drafts)
+    made = decode.prefill(target, drafter, tied, begun, prompt, length, first, chunk=chunk, drafts=drafts)
+    return constrain_all(made, AXES)
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
@@ -113,7 +120,7 @@ def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, requ
         start[dim] = slot
         return jax.lax.dynamic_update_slice(into, row.astype(into.dtype), start)  # a prompt's cache is shorter
 
-    return jax.tree.map(insert, slots, new, _batch_dims(slots))
+    return constrain_all(jax.tree.map(insert, slots, new, _batch_dims(slots)), AXES)
 
 
 @functools.partial(jax.jit, static_argnames=("tree", "shared_noise"), donate_argnames=("slots",))
@@ -143,14 +150,14 @@ def advance(
         tree=tree,
         shared_noise=shared_noise,
     )
-    return slots._replace(state=state), ran
+    return constrain_all((slots._replace(state=state), ran), AXES)
 
 
 @jax.jit
 def take_rows(slots: Slots, rows: jax.Array, taken: jax.Array) -> Slots:
     """New slots, one for each of `rows` int32 [B']; those not `taken` bool [B'] are free."""
     new = jax.tree.map(lambda x, dim: jnp.take(x, rows, axis=dim), slots, _batch_dims(slots))
-    return new._replace(state=new.state._replace(done=new.state.done | ~taken))
+    return constrain_all(new._replace(state=new.state._replace(done=new.state.done | ~taken)), AXES)
 
 
 def _batch_dims(slots: Slots) -> Any:

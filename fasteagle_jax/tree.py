@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.sharding import top_k
 
 NO_PARENT = -1
 KINDS = ("chain", "backbone", "best_first")
@@ -94,7 +95,7 @@ def build(tree: Tree, root: jax.Array, scores: jax.Array, token_ids: jax.Array |
 
 def _top_tokens(scores: jax.Array, k: int, token_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Scores and target ids [B, N, k] of the k best of each level, best first."""
-    values, index = jax.lax.top_k(scores, k)
+    values, index = top_k(scores, k, "vocab")
     return values, (index if token_ids is None else token_ids[index]).astype(jnp.int32)
 
 
@@ -160,15 +161,15 @@ def _best_first(nodes: int, root: jax.Array, scores: jax.Array, token_ids: jax.A
         here = table.level == level
         own = values[:, level, table.rank[here]]
         total = jnp.concatenate([total, total[:, table.parent[here]] + own], axis=1)
-    _, picked = jax.lax.top_k(total, budget)  # [B, M-1], best first
+    _, picked = top_k(total, budget)  # [B, M-1], best first
     picked = jnp.sort(picked, axis=-1)  # by candidate index: parents before children, levels in order
 
     parent_candidate = jnp.asarray(table.parent)[picked]  # [B, M-1]
     is_parent = parent_candidate[:, :, None] == picked[:, None, :]  # [B, child, node]
     parents = jnp.where(parent_candidate == NO_PARENT, 0, 1 + jnp.argmax(is_parent, axis=-1))
     levels = jnp.asarray(table.level)[picked]
-    row = jnp.arange(batch)[:, None]
-    tokens = guesses[row, levels, jnp.asarray(table.rank)[picked]]
+    flat = levels * guesses.shape[2] + jnp.asarray(table.rank)[picked]
+    tokens = jnp.take_along_axis(guesses.reshape(batch, -1), flat, axis=1)
     zero = jnp.zeros((batch, 1), jnp.int32)
     return Draft(
         jnp.concatenate([root[:, None], tokens], axis=1),

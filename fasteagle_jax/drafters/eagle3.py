@@ -35,6 +35,7 @@ from fasteagle_jax.layers import (
     rotation,
 )
 from fasteagle_jax.packed import Packed
+from fasteagle_jax.sharding import top_k
 from fasteagle_jax.tree import NO_PARENT, Draft, Tree
 
 AXES = LAYER_AXES | {"fc": (None, "embed"), "head": ("vocab", "embed")}
@@ -201,7 +202,6 @@ class Eagle3(DrafterModule):
         batch = h.shape[0]
         ids = draft_ids(tied)
         frontier, candidates = _growth(tree, len(ids))
-        row = jnp.arange(batch)[:, None]
         eps = self.config.rms_norm_eps
         past = self._past(cache, jnp.maximum(cache.length - 1, 0)[:, None])  # every node sees what its root does
 
@@ -217,7 +217,7 @@ class Eagle3(DrafterModule):
             # --- candidates: the children of the nodes -----------------------------------------------------------
             logits = head_logits(rms_norm(nodes.hidden, self.norm[...], eps), tied.head)  # [B, f, V]
             at = jnp.broadcast_to(cache.length[:, None] + depth, nodes.score.shape)
-            values_k, index = jax.lax.top_k(rank(logits, at, ids, ranking), candidates)  # [B, f, k]
+            values_k, index = top_k(rank(logits, at, ids, ranking), candidates, "vocab")  # [B, f, k]
             score = (nodes.score[..., None] + values_k).reshape(batch, -1)  # [B, f*k]
             parents = jnp.repeat(nodes.place, candidates, axis=1)
             tokens = ids[index].reshape(batch, -1).astype(jnp.int32)
@@ -225,10 +225,10 @@ class Eagle3(DrafterModule):
             if depth == num_levels:
                 break
             # --- the best of them become nodes --------------------------------------------------------------------
-            best_score, best = jax.lax.top_k(score, min(frontier, score.shape[1]))  # [B, f']
+            best_score, best = top_k(score, min(frontier, score.shape[1]))  # [B, f']
             parent = best // candidates  # among the nodes
             h = jnp.take_along_axis(nodes.hidden, parent[..., None], axis=1)
-            e = tied.embedding[tokens[row, best]].astype(h.dtype)
+            e = tied.embedding[jnp.take_along_axis(tokens, best, axis=1)].astype(h.dtype)
             position = jnp.broadcast_to((cache.length - 1 + depth)[:, None], best.shape)
             q, k, v = self._keys(e, h, position)
             keys.append(k)
@@ -295,7 +295,7 @@ def _chosen(root: jax.Array, scored: Sequence[_Scored], num_nodes: int) -> Draft
     parents = jnp.concatenate([s.parents for s in scored], axis=1)
     depths = jnp.concatenate([jnp.full(s.tokens.shape, s.depth, jnp.int32) for s in scored], axis=1)
     score = jnp.concatenate([s.score for s in scored], axis=1)
-    _, picked = jax.lax.top_k(score, min(num_nodes - 1, score.shape[1]))
+    _, picked = top_k(score, min(num_nodes - 1, score.shape[1]))
     picked = jnp.sort(picked, axis=1)  # [B, M-1], parents before children
     its_parent = jnp.take_along_axis(parents, picked, axis=1)  # a place: 0 for the root, else 1 + the index
     among = its_parent[:, :, None] == 1 + picked[:, None]  # [B, child, node]
