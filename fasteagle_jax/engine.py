@@ -12,10 +12,12 @@ quarter of them while no more are in use, and so on) one `advance` a tree shape,
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,11 +26,13 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fasteagle_jax import slots as device
+from fasteagle_jax.config import DrafterConfig, LlamaConfig
 from fasteagle_jax.decode import NO_STOP, Prefilled, State, Stop
+from fasteagle_jax.drafters import table
 from fasteagle_jax.drafters.files import load_drafter, read_config
-from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.memory import Memory, available, bytes_of
 from fasteagle_jax.pace import Pace, shapes
@@ -41,6 +45,8 @@ from fasteagle_jax.requests import (
     sample_seed,
 )
 from fasteagle_jax.sampling import Sampling
+from fasteagle_jax.sharding import process_values, shardings
+from fasteagle_jax.targets import llama
 from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.targets.readers import open_checkpoint
@@ -127,7 +133,11 @@ class _Request:
 
 
 class Engine:
-    """A target with a drafter or without, and slots for requests."""
+    """A target with a drafter or without, and slots for requests.
+
+    On a mesh the models are split over `tensor` and `fsdp`, the rows over `data`, their heads over `tensor`. Where it
+    has several processes' devices, each of them calls the engine with the same requests and gets the same answers.
+    """
 
     def __init__(
         self,
@@ -142,6 +152,7 @@ class Engine:
         chunk: int | None = None,
         shared_noise: bool = True,
         fingerprint: str = "",
+        mesh: Mesh | None = None,
     ) -> None:
         """An engine of models at hand; `load` makes one by names.
 
@@ -157,21 +168,28 @@ class Engine:
           chunk: C, prompt tokens a forward pass of the prefill takes; None for 64 on a CPU and 256 elsewhere.
           shared_noise: let the drafter rank its guesses with the target's own noise at temperature > 0.
           fingerprint: of the target's weights.
+          mesh: `sharding.make_mesh`'s, over all devices of all processes or over some of this one's; the models are
+            put there if they are not. None for one device.
 
         Raises:
-          UserError: sizes that cannot be, or do not fit into memory.
+          UserError: sizes that cannot be, do not fit into memory, or that the mesh does not divide.
         """
         positions = target.config.max_positions
         self.max_len = min(positions, 2048) if max_len is None else max_len
         self.chunk = (64 if jax.default_backend() == "cpu" else 256) if chunk is None else chunk
         check_sizes(slots, self.max_len, positions)
+        self.mesh = mesh
+        if mesh is not None:
+            check_mesh(mesh, slots, target.config, getattr(drafter, "config", None))
+            target = jax.device_put(target, shardings(mesh, target, llama.AXES))
+            drafter = jax.device_put(drafter, shardings(mesh, drafter, table.AXES))
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
         self.fingerprint = fingerprint
         self.num_slots = slots
         self.shared_noise = shared_noise
         self.buckets = prompt_buckets(self.max_len, self.chunk)
-        self.row_counts = row_counts(slots)
+        self.row_counts = row_counts(slots, 1 if mesh is None else mesh.shape["data"])
         self.trees: tuple[Tree | None, ...] = (None,)
         if drafter is not None and tree == "auto":
             self.trees = shapes(drafter.num_levels)
@@ -183,10 +201,12 @@ class Engine:
         self._cache_slots = self.max_len + self._most_written
         self.memory = self._needed()
         taken = self.memory.target + self.memory.drafter  # weights that are there already
-        free = available()
+        free = _available(mesh)
         self.memory.check(None if free is None else free + taken, "lower slots or max_len, or use bfloat16")
 
         self._tied = None if drafter is None else drafter.tie(target)  # the embedding is the target's own array
+        if mesh is not None:
+            self._tied = jax.device_put(self._tied, shardings(mesh, self._tied, llama.AXES))
         self._nothing: dict[int, Prefilled] = {}  # of each bucket
         self._beginnings: collections.OrderedDict[tuple[int, bool, tuple[int, ...]], Prefilled] = (
             collections.OrderedDict()
@@ -202,6 +222,7 @@ class Engine:
         slots: int = 8,
         max_len: int | None = None,
         tree: Tree | str | None = "auto",
+        mesh: Mesh | None = None,
         dtype: Any = None,
     ) -> Self:
         """An engine of a target by its name and a drafter by its folder.
@@ -209,7 +230,7 @@ class Engine:
         Args:
           target: a name ("smollm2-135m"), Hugging Face folder, hub name or GGUF file.
           drafter: the folder of a drafter trained for it; None decodes plainly.
-          slots, max_len, tree: as of `Engine`.
+          slots, max_len, tree, mesh: as of `Engine`; the weights go straight into their shards.
           dtype: of weights and caches; None for float32 on a CPU and bfloat16 elsewhere.
 
         Raises:
@@ -225,17 +246,18 @@ class Engine:
         config = checkpoint.config
         check_sizes(slots, max_len or 1, config.max_positions)
         sizes = jax.eval_shape(lambda: Llama(config, jax.random.key(0), dtype))
-        drafter_sizes = None
+        drafter_config = drafter_sizes = None
         if drafter is not None:
             drafter_config = read_config(Path(drafter))[0]
-            drafter_sizes = jax.eval_shape(lambda: class_of(drafter_config)(drafter_config, jax.random.key(0), dtype))
-        needed = bytes_of((sizes, drafter_sizes))
-        free = available()
-        if free is not None and needed > free:
-            Memory(bytes_of(sizes), bytes_of(drafter_sizes), 0, 0, 0, 0).check(free, "use bfloat16 or a larger device")
-        loaded = load_target(target, dtype)
+            kind = table.class_of(drafter_config)
+            drafter_sizes = jax.eval_shape(lambda: kind(drafter_config, jax.random.key(0), dtype))
+        if mesh is not None:
+            check_mesh(mesh, slots, config, drafter_config)
+        weights = bytes_of(sizes, mesh, llama.AXES), bytes_of(drafter_sizes, mesh, table.AXES)
+        Memory(*weights, 0, 0, 0, 0).check(_available(mesh), "use bfloat16 or a larger device")
+        loaded = load_target(target, dtype, mesh=mesh)
         tokenizer = load_tokenizer(loaded.checkpoint.path)
-        model = None if drafter is None else load_drafter(drafter, config, loaded.fingerprint, dtype)
+        model = None if drafter is None else load_drafter(drafter, config, loaded.fingerprint, dtype, mesh=mesh)
         return cls(
             loaded.model,
             model,
@@ -245,6 +267,7 @@ class Engine:
             max_len=max_len,
             tree=tree,
             fingerprint=loaded.fingerprint,
+            mesh=mesh,
         )
 
     @property
@@ -373,7 +396,8 @@ class Engine:
             for rows in self.row_counts:
                 self._probe([prompt], rows, self.trees[0], max_new=2)
         for a, b in itertools.permutations(self.row_counts, 2):
-            device.take_rows(self._empty(a), np.zeros(b, np.int32), np.zeros(b, bool))
+            with self._on_mesh():
+                _Batch(self._empty(a), [None] * a).resized(b)
 
     # --- scheduling ---------------------------------------------------------------------------------------------
 
@@ -399,7 +423,8 @@ class Engine:
                 if fixed is None:
                     self._measure(wanted)
                     started = time.perf_counter()
-                batch = _Batch(self._empty(wanted), [None] * wanted) if batch is None else batch.resized(wanted)
+                with self._on_mesh():
+                    batch = _Batch(self._empty(wanted), [None] * wanted) if batch is None else batch.resized(wanted)
             tree = self._choose(batch.rows) if fixed is None else fixed[1]
             # --- prompts into free rows ---------------------------------------------------------------------------
             for row in batch.free():
@@ -410,7 +435,8 @@ class Engine:
                     drafts = tree is not None
                     prefilled = self._prefill(request.prompt, others, drafts=drafts, keep=request.streamed)
                     described = _described(request)
-                    batch.slots = device.admit(self.target, batch.slots, np.int32(row), prefilled, described)
+                    with self._on_mesh():
+                        batch.slots = device.admit(self.target, batch.slots, np.int32(row), prefilled, described)
                     batch.active[row], batch.ended[row] = request, False
                     called = time.perf_counter()
                     jax.block_until_ready(batch.slots)  # prefill is neither the host's time nor a tree's
@@ -418,17 +444,18 @@ class Engine:
             # --- rounds -------------------------------------------------------------------------------------------
             text_is_read = any(request is not None and request.text is not None for request in batch.active)
             called = time.perf_counter()
-            batch.slots, ran = device.advance(
-                self.target,
-                self.drafter,
-                self._tied,
-                batch.slots,
-                np.asarray(batch.ended),
-                np.int32(min(rounds, ROUNDS_BETWEEN_TEXT) if text_is_read else rounds),
-                np.asarray(bool(waiting)),
-                tree=tree,
-                shared_noise=self.shared_noise,
-            )
+            with self._on_mesh():
+                batch.slots, ran = device.advance(
+                    self.target,
+                    self.drafter,
+                    self._tied,
+                    batch.slots,
+                    np.asarray(batch.ended),
+                    np.int32(min(rounds, ROUNDS_BETWEEN_TEXT) if text_is_read else rounds),
+                    np.asarray(bool(waiting)),
+                    tree=tree,
+                    shared_noise=self.shared_noise,
+                )
             num_rounds = int(ran)  # waits for the device
             now = time.perf_counter()
             compiled = (batch.rows, tree) in self._ran
@@ -473,7 +500,10 @@ class Engine:
     # --- trees --------------------------------------------------------------------------------------------------
 
     def _choose(self, rows: int) -> Tree | None:
-        return self.trees[0] if len(self.trees) == 1 else self._pace.choose(rows)
+        if len(self.trees) == 1:
+            return self.trees[0]
+        fastest = self.trees.index(self._pace.choose(rows))
+        return self.trees[int(process_values(self.mesh, fastest)[0])]  # all by the first one's clock
 
     def _measure(self, rows: int) -> None:
         """Sees to it that the speed of every tree is known for so many rows, where there is a choice."""
@@ -494,7 +524,11 @@ class Engine:
             pass
         self.seconds, self.device_seconds = spent
 
-    # --- caches -------------------------------------------------------------------------------------------------
+    # --- arrays -------------------------------------------------------------------------------------------------
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Where programs are run: they find the mesh, if there is one."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     @property
     def _num_levels(self) -> int:
@@ -543,11 +577,13 @@ class Engine:
         padded[0, : len(prompt)] = prompt
         length = np.asarray([len(prompt)], np.int32)
         args = (self.target, self.drafter, self._tied, begun, padded, length, np.int32(first))
-        return device.prefill(*args, chunk=self.chunk, drafts=drafts)
+        with self._on_mesh():
+            return device.prefill(*args, chunk=self.chunk, drafts=drafts)
 
     def _nothing_prefilled(self, bucket: int) -> Prefilled:
         if bucket not in self._nothing:
-            self._nothing[bucket] = self._new_caches(bucket)
+            with self._on_mesh():
+                self._nothing[bucket] = self._new_caches(bucket)
         return self._nothing[bucket]
 
     def _new_caches(self, bucket: int) -> Prefilled:
@@ -561,18 +597,24 @@ class Engine:
 
     def _needed(self) -> Memory:
         """What the engine will take, from shapes alone."""
-        state = jax.eval_shape(lambda: self._empty(self.num_slots)).state
 
-        prefilled = [bytes_of(jax.eval_shape(functools.partial(self._new_caches, bucket))) for bucket in self.buckets]
-        tied = self.target.embedding if self.drafter is None else jax.eval_shape(self.drafter.tie, self.target)
+        def size(tree: Any, axes: Any) -> int:
+            return bytes_of(tree, self.mesh, axes)
+
+        state = jax.eval_shape(lambda: self._empty(self.num_slots)).state
+        empty = [jax.eval_shape(functools.partial(self._new_caches, bucket)) for bucket in self.buckets]
+        prefilled = [size(caches, device.AXES) for caches in empty]
+        embedding = {"embedding": self.target.embedding[...]}
+        tied = embedding if self.drafter is None else jax.eval_shape(self.drafter.tie, self.target)
         nodes = max(1 if tree is None else tree.num_nodes(self._num_levels) for tree in self.trees)
+        logits = {"logits": jax.ShapeDtypeStruct((self.num_slots, nodes, self.target.config.vocab_size), jnp.float32)}
         return Memory(
-            target=bytes_of(self.target),
-            drafter=bytes_of(self.drafter) + bytes_of(tied) - bytes_of(self.target.embedding),
-            target_cache=bytes_of(state.target_cache),
-            drafter_cache=bytes_of(state.drafter_cache),
+            target=size(self.target, llama.AXES),
+            drafter=size(self.drafter, table.AXES) + size(tied, llama.AXES) - size(embedding, llama.AXES),
+            target_cache=size(state.target_cache, device.AXES),
+            drafter_cache=size(state.drafter_cache, device.AXES),
             prefill=sum(prefilled) + SHARED_BEGINNINGS * prefilled[-1],
-            work=WORK * 4 * self.num_slots * nodes * self.target.config.vocab_size,
+            work=WORK * size(logits, {"logits": ("rows", None, "vocab")}),
         )
 
 
@@ -651,6 +693,28 @@ def check_sizes(slots: int, max_len: int, positions: int) -> None:
         raise UserError(f"max_len is {max_len!r}: give a whole number up to the target's {positions} positions")
 
 
+def check_mesh(mesh: Mesh, slots: int, target: LlamaConfig, drafter: DrafterConfig | None) -> None:
+    """Raises UserError where the mesh does not divide the slots, or the heads of K/V of a model."""
+    data, tensor = mesh.shape["data"], mesh.shape["tensor"]
+    if slots % data:
+        raise UserError(f"slots is {slots}, which data {data} of the mesh does not divide: use a multiple of {data}")
+    for name, config in (("target", target), ("drafter", drafter)):
+        if config is not None and config.num_kv_heads % tensor:
+            both = math.gcd(target.num_kv_heads, target.num_kv_heads if drafter is None else drafter.num_kv_heads)
+            good = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0 and mesh.size % n == 0)
+            raise UserError(
+                f"tensor {tensor} of the mesh does not divide the {name}'s {config.num_kv_heads} heads of K/V: "
+                f"use tensor {good}"
+            )
+
+
+def _available(mesh: Mesh | None) -> int | None:
+    """`available` on the device, of all processes, that has the least."""
+    free = available(mesh)
+    least = float(process_values(mesh, math.inf if free is None else free).min())
+    return None if math.isinf(least) else int(least)
+
+
 def prompt_buckets(max_len: int, chunk: int) -> tuple[int, ...]:
     """The sizes of cache that prompts are prefilled in: 4, 16, 64, ... chunks, the last one for all prompts."""
     most = -(-max_len // chunk) * chunk
@@ -658,12 +722,15 @@ def prompt_buckets(max_len: int, chunk: int) -> tuple[int, ...]:
     return (*sizes, most)
 
 
-def row_counts(slots: int) -> tuple[int, ...]:
-    """The numbers of rows that are computed: all slots, and quarters thereof as long as that saves something."""
-    counts = [slots]
+def row_counts(slots: int, ways: int = 1) -> tuple[int, ...]:
+    """The numbers of rows that are computed: all slots, and quarters thereof as long as that saves something.
+
+    Where rows are split `ways`, each part has equally many.
+    """
+    counts = [slots // ways]
     while counts[-1] > LEAST_ROWS:
         counts.append(-(-counts[-1] // 4))
-    return tuple(counts)
+    return tuple(ways * count for count in counts)
 
 
 def _chunks_alike(a: tuple[int, ...], b: tuple[int, ...], chunk: int) -> int:

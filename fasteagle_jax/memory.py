@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.sharding import Axes, shardings
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on the device."""
+    """Bytes on the device, or on each one of a mesh."""
 
     target: int  # weights
     drafter: int  # weights
@@ -51,14 +54,20 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def bytes_of(tree: Any) -> int:
-    """The size of all arrays, or jax.ShapeDtypeStructs, of a pytree."""
-    return sum(int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+def bytes_of(tree: Any, mesh: Mesh | None = None, axes: Axes | None = None) -> int:
+    """The size of all arrays, or jax.ShapeDtypeStructs, of a pytree; on a mesh, of what each device has of them."""
+    leaves = jax.tree.leaves(tree)
+    shapes = [x.shape for x in leaves]
+    if mesh is not None:
+        of_leaves = jax.tree.leaves(shardings(mesh, tree, axes or {}))
+        shapes = [sharding.shard_shape(shape) for sharding, shape in zip(of_leaves, shapes, strict=True)]
+    return sum(math.prod(shape) * np.dtype(x.dtype).itemsize for shape, x in zip(shapes, leaves, strict=True))
 
 
-def available() -> int | None:
-    """Bytes that can still be taken on the first device; None where that is not known."""
-    statistics = jax.local_devices()[0].memory_stats()
+def available(mesh: Mesh | None = None) -> int | None:
+    """Bytes that can still be taken on the first device, or on each of a mesh's; None where that is not known."""
+    devices = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
+    statistics = devices[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return int(statistics["bytes_limit"]) - int(statistics.get("bytes_in_use", 0))
     if jax.default_backend() != "cpu":
@@ -76,4 +85,4 @@ def available() -> int | None:
             free.append(int(limit) - int((group / "memory.current").read_text()))
     except (OSError, ValueError):
         pass
-    return min(free, default=None)
+    return min(free) // len(devices) if free else None  # simulated devices share it

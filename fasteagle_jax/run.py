@@ -150,10 +150,7 @@ def _value(text: str, kind: str, key: str) -> Any:
     if kind == "str":
         return text
     if kind == "MeshShape | None":
-        sizes = text.split(",")
-        if text != "None" and (len(sizes) != 3 or not all(size.strip().lstrip("-").isdigit() for size in sizes)):
-            raise UserError(f"{key}={text} is no mesh: write data,fsdp,tensor, e.g. 1,8,1, or None")
-        return None if text == "None" else MeshShape(*map(int, sizes))
+        return None if text == "None" else MeshShape.parse(text)
     if kind == "tuple[str, ...]":
         return tuple(part for part in text.split(",") if part)
     try:

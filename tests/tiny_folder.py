@@ -11,8 +11,9 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
+from fasteagle_jax.drafters.fasteagle import default_config
 from fasteagle_jax.drafters.files import save_drafter
+from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.targets.loading import load_target
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -27,11 +28,12 @@ HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, WIDE, POSITIONS = 16, 2, 4, 2, 8, 32,
 
 
 def make_target(
-    folder: Path, *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, stop_rate: float = 5.5
+    folder: Path, *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, stop_rate: float = 5.5, spare: int = 0
 ) -> Path:
     """The folder with config.json, model.safetensors and the tokenizer's files in it.
 
-    At temperature 1 an answer has very roughly 1500 / exp(stop_rate) tokens.
+    At temperature 1 an answer has very roughly 1500 / exp(stop_rate) tokens. The target has `spare` tokens more than
+    the tokenizer, as many have.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -48,7 +50,7 @@ def make_target(
         chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
-    vocab = backend.get_vocab_size()
+    vocab = backend.get_vocab_size() + spare
 
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -65,11 +67,11 @@ def make_target(
         "tie_word_embeddings": False,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(_weights(np.random.default_rng(seed), vocab, stop_rate), folder / "model.safetensors")
+    save_file(_weights(np.random.default_rng(seed), vocab, vocab - spare - 1, stop_rate), folder / "model.safetensors")
     return folder
 
 
-def _weights(rng: np.random.Generator, vocab: int, stop_rate: float) -> dict[str, np.ndarray]:
+def _weights(rng: np.random.Generator, vocab: int, end: int, stop_rate: float) -> dict[str, np.ndarray]:
     def normal(*shape: int) -> np.ndarray:
         return (rng.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32)
 
@@ -77,11 +79,11 @@ def _weights(rng: np.random.Generator, vocab: int, stop_rate: float) -> dict[str
     weights: dict[str, Any] = {"model.embed_tokens.weight": normal(vocab, HIDDEN) * 4, "model.norm.weight": ones}
     head = normal(vocab, HIDDEN) * 8
     # All embeddings are large in the first place, where the final norm therefore leaves about sqrt(H): a constant that
-    # gives the last token, the end of a turn, a logit of about `stop_rate`.
+    # gives the tokenizer's last token, the end of a turn, a logit of about `stop_rate`.
     weights["model.embed_tokens.weight"][:, 0] = 30
     head[:, 0] = 0
-    head[vocab - 1] = 0
-    head[vocab - 1, 0] = stop_rate / HIDDEN**0.5
+    head[end] = 0
+    head[end, 0] = stop_rate / HIDDEN**0.5
     weights["lm_head.weight"] = head
     for i in range(LAYERS):
         layer = f"model.layers.{i}."
@@ -99,9 +101,9 @@ def _weights(rng: np.random.Generator, vocab: int, stop_rate: float) -> dict[str
     return weights
 
 
-def make_drafter(folder: Path, target_folder: Path) -> Path:
-    """The folder with a random drafter of two levels for a target by `make_target`."""
+def make_drafter(folder: Path, target_folder: Path, **changes: Any) -> Path:
+    """The folder with a random drafter of two levels, but for `changes`, for a target by `make_target`."""
     target = load_target(str(target_folder))
-    config = default_config(target.checkpoint.config, num_levels=2)
-    save_drafter(FastEagle(config, jax.random.key(1)), folder, target.fingerprint, {})
+    config = default_config(target.checkpoint.config, **({"num_levels": 2} | changes))
+    save_drafter(class_of(config)(config, jax.random.key(1)), folder, target.fingerprint, {})
     return folder

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
@@ -22,6 +24,7 @@ from fasteagle_jax.engine import Engine, Piece
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.metrics import Acceptance
 from fasteagle_jax.requests import Completion, SamplingParams
+from fasteagle_jax.sharding import MeshShape, make_mesh
 from fasteagle_jax.text import TextStream
 from fasteagle_jax.tree import Tree
 
@@ -50,7 +53,7 @@ def add_answer_options(parser: Any, max_new: int) -> None:
 
 
 def add_engine_options(parser: Any, default_tree: str) -> None:
-    """Adds --target, --dtype, --drafter, --tree and --max-len, to be read with `load_engine`."""
+    """Adds --target, --dtype, --drafter, --tree, --max-len and --mesh, to be read with `load_engine`."""
     group = parser.add_argument_group("models")
     add_target_options(group)
     add_draft_options(group, default_tree)
@@ -59,6 +62,12 @@ def add_engine_options(parser: Any, default_tree: str) -> None:
         type=whole(2),
         metavar="T",
         help="the most tokens of a conversation, answers included (default the target's positions, at most 2048)",
+    )
+    group.add_argument(
+        "--mesh",
+        metavar="D,F,T",
+        help="use this process's devices together: rows (slots) split over D, weights over F x T, heads over T; "
+        "-1 for what is left (default one device)",
     )
 
 
@@ -78,6 +87,11 @@ def tree_named(text: str) -> Tree | str | None:
     if text in ("auto", "plain"):
         return "auto" if text == "auto" else None
     return Tree.parse(text)
+
+
+def mesh_named(text: str | None) -> Mesh | None:
+    """What `Engine` takes for the value of --mesh: a mesh of this process's devices."""
+    return None if text is None else make_mesh(MeshShape.parse(text), jax.local_devices())
 
 
 def params_of(args: argparse.Namespace) -> SamplingParams:
@@ -102,7 +116,15 @@ def sampling_params(args: argparse.Namespace, stop: Sequence[str] = ()) -> Sampl
 
 def load_engine(args: argparse.Namespace, tree: Tree | str | None, slots: int) -> Engine:
     """The engine that the options name, its trees measured if there is a choice."""
-    engine = Engine.load(args.target, args.drafter, slots=slots, max_len=args.max_len, tree=tree, dtype=args.dtype)
+    engine = Engine.load(
+        args.target,
+        args.drafter,
+        slots=slots,
+        max_len=args.max_len,
+        tree=tree,
+        mesh=mesh_named(args.mesh),
+        dtype=args.dtype,
+    )
     if len(engine.trees) > 1:
         print("measuring which tree is the fastest", file=sys.stderr)
         logging.getLogger(Engine.__module__).setLevel(logging.INFO)  # it says what it measured

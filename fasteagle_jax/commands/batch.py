@@ -16,11 +16,12 @@ text), simple ones "id", "text", "tokens", "finish_reason" and more (with n > 1 
 "statistics". A line that cannot be answered gets a record with an "error" that names the line, and the rest goes on.
 
 The same command after an interruption, by whatever means, goes on where it stopped. OUTPUT.manifest.json beside the
-output says how it was made; other settings need another output. --slots, --drafter and --tree change no token and may
-change.
+output says how it was made; other settings need another output. --slots, --drafter, --tree and --mesh change no token
+and may change.
 
 Several processes share the lines: process i of n answers those whose number modulo n is i, into a file of its own,
-answers-00000-of-00002.jsonl. They meet once, to learn their numbers, and then do not wait for each other.
+answers-00000-of-00002.jsonl. They meet once, to learn their numbers, and then do not wait for each other: each has an
+engine of its own, and a --mesh is of its own devices.
 
 examples:
   fasteagle batch --input requests.jsonl --output answers.jsonl --slots 16
@@ -54,7 +55,7 @@ from fasteagle_jax.batch_file import (
     read_requests,
     refusal_record,
 )
-from fasteagle_jax.commands.answers import add_engine_options, sampling_params, tree_named
+from fasteagle_jax.commands.answers import add_engine_options, mesh_named, sampling_params, tree_named
 from fasteagle_jax.commands.manifest import manifest_path, read_manifest
 from fasteagle_jax.commands.shares import Share, add_share_options, join
 from fasteagle_jax.commands.terminal import (
@@ -110,7 +111,10 @@ def answer_file(args: argparse.Namespace) -> int:
 
     # --- the engine -------------------------------------------------------------------------------------------
     dtype = dtype_named(args.dtype)
-    engine = Engine.load(args.target, args.drafter, slots=args.slots, max_len=args.max_len, tree=tree, dtype=dtype)
+    mesh = mesh_named(args.mesh)
+    engine = Engine.load(
+        args.target, args.drafter, slots=args.slots, max_len=args.max_len, tree=tree, mesh=mesh, dtype=dtype
+    )
     template = str(engine.tokenizer.chat_template or "")
     with args.input.open("rb") as requests:
         digest, numbers = _survey(requests, share)

@@ -538,6 +538,7 @@ def test_what_cannot_be_is_one_line(refused, tmp_path):
     assert "temperature is -1" in refused(source, output, "--temperature", "-1")
     assert "tree 'bush'" in refused(source, output, "--tree", "bush")
     assert "no folder" in refused(source, output, "--drafter", tmp_path / "nowhere")
+    assert "slots is 4, which data 8 of the mesh does not" in refused(source, output, "--mesh", "8,1,1")
     assert "cannot join the other processes" in refused(source, output, "--coordinator", "localhost:1")
     assert not output.parent.exists()
 

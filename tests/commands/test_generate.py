@@ -43,6 +43,11 @@ def test_a_drafter_changes_no_answer(generate, talkative, temperature, tree):
     assert "acceptance" not in said
 
 
+def test_a_mesh_changes_no_answer(generate, talkative):
+    asked = ["--prompt", "Why?", "--prompt", "When?", "--target", talkative[0]]
+    assert generate(*asked, "--mesh", "2,2,2")[0] == generate(*asked)[0]
+
+
 def test_for_several_prompts_the_tree_is_measured_and_for_one_it_is_not(generate, talkative):
     target, drafter = talkative
     asked = ["--prompt", "Why?", "--target", target, "--max-new", 40]
@@ -218,6 +223,9 @@ def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, prompts
     assert "name its folder with --drafter" in complaint(main, *given, "--show-drafts")
     shown = [*given, "--drafter", drafter_folder, "--show-drafts", "--output", tmp_path / "new.jsonl"]
     assert "--show-drafts with --output" in complaint(main, *shown)
+    assert "mesh '2x4' is not understood: write data,fsdp,tensor" in complaint(main, *given, "--mesh", "2x4")
+    assert "does not fit 8 devices" in complaint(main, *given, "--mesh", "1,1,2")
+    assert "slots is 1, which data 8 of the mesh does not" in complaint(main, *given, "--mesh", "8,1,1")
 
 
 def test_a_corrupt_prompt_is_named_by_file_and_line(complaint, target_folder, tmp_path):

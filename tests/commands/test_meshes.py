@@ -8,10 +8,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +24,7 @@ from fasteagle_jax.run import RunConfig, apply_changes, load_config
 from fasteagle_jax.sharding import MeshShape, make_mesh
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.targets.readers import open_checkpoint
+from tests.two_processes import run_two_processes
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = ROOT / "configs" / "tiny.py"
@@ -149,30 +146,10 @@ def test_weights_go_straight_into_their_shards(target_folder):
 
 
 def test_two_processes_of_four_devices_are_one_device(one_device, target_folder, data_file, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     run = tmp_path / "run"
-    words = changes(target_folder, data_file, "data=2 fsdp=2 tensor=2")
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "4",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-    }
     script = "import sys; from fasteagle_jax.commands.train_drafter import main; sys.exit(main(sys.argv[1:]))"
-    processes = []
-    for i in range(2):
-        share = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", str(i)]
-        arguments = ["--config", str(CONFIG), "--run", str(run), *share, *words]
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", script, *arguments], env=environment, stderr=subprocess.PIPE, text=True
-            )
-        )
-    said = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    words = ["--config", str(CONFIG), "--run", str(run)]
+    run_two_processes(script, words, changes(target_folder, data_file, "data=2 fsdp=2 tensor=2"))
     np.testing.assert_allclose(losses(run), losses(one_device), **CLOSE)
     assert_same_drafter(run, one_device)
 
