@@ -5,7 +5,7 @@ first message of a prompt of several turns is used. Times are of whole decodes, 
 The ratio of a repeat is speculative tokens/s over plain tokens/s, over all prompts. Every token is compared.
 
 --sweep slots measures the engine instead: throughput, plain and with trees, over numbers of slots; --sweep memory says
-what its caches take.
+what its caches take; --sweep rows what a target pass over several rows costs, and a round with each tree of `auto`.
 
 Exit code 1 says that in float32 a token differed.
 
@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from fasteagle_jax.commands import sweep
+from fasteagle_jax.commands import sweep, verify_cost
 from fasteagle_jax.commands.models import Models, add_target_options, check_fits, decode, load_models
 from fasteagle_jax.commands.terminal import Parser, add_filter_options, check_new, program, whole, write_new
 from fasteagle_jax.commands.timing import Compilations, Spread
@@ -63,7 +63,7 @@ def _parser() -> Parser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="a new file for all numbers")
     sweep_options = parser.add_argument_group("sweeps of the engine")
     sweep_options.add_argument(
-        "--sweep", choices=("slots", "memory"), help="over --slots, instead of the table of trees"
+        "--sweep", choices=("slots", "memory", "rows"), help="instead of the table of trees"
     )
     sweep_options.add_argument("--slots", type=whole(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="B")
     sweep_options.add_argument(
@@ -111,6 +111,8 @@ def bench(args: argparse.Namespace) -> int:
 
     if args.sweep == "slots":
         return sweep.throughput(args, models, [case.tokens for case in cases], named)
+    if args.sweep == "rows":
+        return verify_cost.rows(args, models, cases[0].tokens)
     if args.sweep == "memory":
         return sweep.memory(args, models, next((text for text in named if text != "auto"), "best_first:8"))
 

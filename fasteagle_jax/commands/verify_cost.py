@@ -1,0 +1,120 @@
+"""`fasteagle bench --sweep rows`: what a target pass over several rows costs against one row, and whole rounds.
+
+A tree of M nodes is a pass over M rows. With the acceptance, these ratios decide which tree pays on a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from fasteagle_jax.cache import Cache
+from fasteagle_jax.commands.models import CHUNK, Models, pad
+from fasteagle_jax.commands.sweep import machine
+from fasteagle_jax.commands.terminal import write_new
+from fasteagle_jax.commands.timing import Spread
+from fasteagle_jax.decode import State, advance, make_stop, start
+from fasteagle_jax.pace import shapes
+from fasteagle_jax.sampling import Sampling, choose, make_sampling
+from fasteagle_jax.tree import Tree
+
+ROWS = (1, 2, 4, 8, 16, 32)
+ROUNDS = 4  # timed together
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of a pass or a round, over the repeats."""
+
+    name: str
+    milliseconds: Spread
+    ratio: Spread  # to a pass over one row, or to a plain round, in the same repeat
+
+
+@functools.partial(jax.jit, static_argnames="num_rows")
+def verify_pass(target: Any, cache: Cache, sampling: Sampling, *, num_rows: int) -> jax.Array:
+    """The tokens int32 [1, M] chosen after each of M = `num_rows` rows: forward pass, head and choice."""
+    tokens = jnp.arange(num_rows)[None]
+    positions = cache.length[:, None] + tokens
+    out = target(tokens, positions, jnp.tril(jnp.ones((1, num_rows, num_rows), bool)), cache)
+    return choose(target.logits(out.hidden), positions + 1, sampling)
+
+
+def rows(args: argparse.Namespace, models: Models, prompt: Sequence[int]) -> int:
+    """Times passes over ROWS and rounds of the trees of `auto` after the prompt, in turns; returns the exit code."""
+    prompts, lengths = pad([prompt])
+    sampling = make_sampling(1, (args.temperature or [0.0])[0], args.top_k, args.top_p, args.seed, args.min_p)
+    max_new = max(args.max_len - prompts.shape[1], 1)
+    stop = make_stop(1, max_new)
+
+    def begin(tree: Tree | None) -> tuple[Any, State, Any]:
+        drafter = None if tree is None else models.drafter
+        its = {"max_new": max_new, "tree": tree or Tree(), "chunk": CHUNK}
+        return (drafter, *start(models.target, drafter, prompts, lengths, sampling, stop, **its))
+
+    def time_rounds(tree: Tree | None) -> float:
+        drafter, state, tied = begun[tree]
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # `advance` consumes it
+        count = jnp.asarray(ROUNDS)
+        run = functools.partial(advance, tree=tree or Tree())
+        return _seconds(run, models.target, drafter, tied, state, sampling, stop, count) / ROUNDS
+
+    begun = {tree: begin(tree) for tree in shapes(models.drafter.num_levels)}  # type: ignore[union-attr]
+    cache = begun[None][1].target_cache
+    passes: dict[str, Callable[[], float]] = {
+        f"pass, rows: {m}": functools.partial(_seconds, verify_pass, models.target, cache, sampling, num_rows=m)
+        for m in ROWS
+    }
+    rounds: dict[str, Callable[[], float]] = {
+        "round, " + (f"{tree}, levels: {tree.levels}" if tree else "plain"): functools.partial(time_rounds, tree)
+        for tree in begun
+    }
+    ways = passes | rounds
+    for way in ways.values():  # compiled, its memory touched
+        way()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(args.repeats):
+        turn = repeat % len(ways)  # no way always comes first
+        for name in [*list(ways)[turn:], *list(ways)[:turn]]:
+            seconds[name].append(ways[name]())
+
+    costs = []
+    for group in (passes, rounds):
+        one = seconds[next(iter(group))]
+        for name in group:
+            ratios = [mine / its for mine, its in zip(seconds[name], one, strict=True)]
+            costs.append(Cost(name, Spread.of([1e3 * second for second in seconds[name]]), Spread.of(ratios)))
+    _print(f"batch 1, {cache.num_slots} slots, {models.dtype}, {machine()}", costs)
+    if args.json:
+        report = {"machine": machine(), "jax": jax.__version__, "dtype": models.dtype, "repeats": args.repeats}
+        report["costs"] = [dataclasses.asdict(cost) for cost in costs]
+        write_new(args.json, json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def _seconds(run: Callable[..., Any], *args: Any, **static: Any) -> float:
+    """Of one call, to its result."""
+    started = time.perf_counter()
+    jax.block_until_ready(run(*args, **static))
+    return time.perf_counter() - started
+
+
+def _print(title: str, costs: Sequence[Cost]) -> None:
+    table = Table(title=title)
+    for name in ("", "ms (min to max)", "ratio (min to max)"):
+        table.add_column(name, justify="right" if name else "left")
+    for cost in costs:
+        spreads = (cost.milliseconds, cost.ratio)
+        table.add_row(cost.name, *(f"{s.median:.2f} ({s.min:.2f} to {s.max:.2f})" for s in spreads))
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
