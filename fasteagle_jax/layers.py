@@ -18,6 +18,7 @@ from flax import nnx
 
 from fasteagle_jax.config import RopeConfig
 
+FEW_ROWS = 32  # up to which a product's time is mostly that of reading its weights
 BLOCK = 128  # slots of a cache that attention reads at a time where it can stop early
 MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that max() stays finite too
 
@@ -65,6 +66,17 @@ def _matmul_backward(saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Arra
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def _product_of_rows(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum("ni,oi->no", x, w, preferred_element_type=jnp.float32)
+
+
+def _product_from_left(x: jax.Array, w: jax.Array) -> jax.Array:
+    # XLA's CPU compiler streams the left matrix row by row, which memory likes best: 0.7 of the time for 2 to 32 rows.
+    # It turns the product around again where it can see the transpositions, hence the barriers.
+    product = jnp.einsum("oi,in->on", w, jax.lax.optimization_barrier(x.T), preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(product).T
+
+
 @jax.custom_vjp
 def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """float32 logits [..., V] of hidden states [..., H] under a frozen head, one row [H] a token: [V, H].
@@ -75,7 +87,10 @@ def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     x = hidden.reshape(num_rows, -1).astype(head.dtype)
     if num_rows == 1 and head.dtype == jnp.bfloat16:
         x = jnp.concatenate([x] * 2)  # as in _product_of_a_row
-    logits = jnp.einsum("nh,vh->nv", x, head, preferred_element_type=jnp.float32)
+    if 1 < num_rows <= FEW_ROWS and head.dtype == jnp.float32:
+        logits = jax.lax.platform_dependent(x, head, cpu=_product_from_left, default=_product_of_rows)
+    else:
+        logits = _product_of_rows(x, head)
     return logits[:num_rows].reshape(*hidden.shape[:-1], head.shape[0])
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from fasteagle_jax.config import RopeConfig
 from fasteagle_jax.layers import (
+    FEW_ROWS,
     DecoderLayer,
     LayerConfig,
     Past,
@@ -158,6 +159,12 @@ def test_head_logits_pass_gradients_to_the_hidden_states_and_none_to_the_frozen_
     to_hidden, to_head = gradient(dy)
     np.testing.assert_allclose(to_hidden, dy @ head, **CLOSE)
     np.testing.assert_array_equal(to_head, np.zeros_like(head))
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
+def test_head_logits_are_the_same_products_for_any_number_of_rows(num_rows):
+    hidden, head = jnp.asarray(normal(0, num_rows, 8)), jnp.asarray(normal(1, 40, 8))
+    np.testing.assert_allclose(jax.jit(head_logits)(hidden, head), hidden @ head.T, **CLOSE)
 
 
 def test_rms_norm_divides_by_the_root_mean_square():
