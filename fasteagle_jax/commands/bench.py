@@ -62,9 +62,7 @@ def _parser() -> Parser:
     parser.add_argument("--repeats", type=whole(1), default=3, metavar="R", help="default 3")
     parser.add_argument("--json", type=Path, metavar="FILE", help="a new file for all numbers")
     sweep_options = parser.add_argument_group("sweeps of the engine")
-    sweep_options.add_argument(
-        "--sweep", choices=("slots", "memory", "rows"), help="instead of the table of trees"
-    )
+    sweep_options.add_argument("--sweep", choices=("slots", "memory", "rows"), help="instead of the table of trees")
     sweep_options.add_argument("--slots", type=whole(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="B")
     sweep_options.add_argument(
         "--max-len", type=whole(2), default=1024, metavar="T", help="of a request (default 1024)"
