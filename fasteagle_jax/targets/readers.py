@@ -82,8 +82,9 @@ def open_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Sixteen hex digits that tell this target from others, alike for all file formats of the same values.
 
-    Hashes the configuration, all names and shapes, and, in float32, the norm weights and the first embedding
-    rows: megabytes, not the whole model.
+    Hashes the configuration, all names and shapes, and, in float32, the norm weights and the first rows of the
+    embedding and of a head of its own: megabytes, not the whole model. A target of which only layers' matrices differ
+    (an adapter merged into it) has the same.
     """
     config = dataclasses.asdict(checkpoint.config)
     del config["max_positions"]  # a limit of use, which users change, and no property of the weights
@@ -94,7 +95,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     names = [name for name in checkpoint.names() if name not in ignored and not name.endswith("inv_freq")]
     digest = hashlib.sha256(json.dumps([config, [(name, checkpoint.shape(name)) for name in names]]).encode())
     for name in names:
-        if name.endswith("norm.weight") or name == "model.embed_tokens.weight":
+        if name.endswith("norm.weight") or name in ("model.embed_tokens.weight", "lm_head.weight"):
             num_rows = None if name.endswith("norm.weight") else _FINGERPRINT_ROWS
             digest.update(checkpoint.read(name, num_rows).astype("<f4").tobytes())
     return digest.hexdigest()[:16]

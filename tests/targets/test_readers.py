@@ -391,7 +391,11 @@ def test_the_fingerprint_is_of_the_values_and_not_of_the_file(tmp_path):
     for name in ("model.norm.weight", "model.embed_tokens.weight"):
         changed = wide | {name: wide[name] + 1}
         prints.add(readers.fingerprint(readers.open_checkpoint(write_folder(tmp_path / name, changed))))
-    assert len(prints) == 5
+    for i in range(2):  # a head of its own counts as well
+        own = wide | {"lm_head.weight": wide["model.embed_tokens.weight"] + i}
+        folder = write_folder(tmp_path / f"own{i}", own, tie_word_embeddings=False)
+        prints.add(readers.fingerprint(readers.open_checkpoint(folder)))
+    assert len(prints) == 7
 
 
 # Where targets are found
