@@ -280,6 +280,10 @@ class PackedData:
             found.append(order[start:end])
         return found
 
+    def num_tokens(self, step: int) -> int:
+        """The tokens of a step's batch, padding left out."""
+        return sum(int(self.lengths[pieces].sum()) for pieces in self.pieces(step))
+
     def filled(self, rows: Sequence[Sequence[int] | np.ndarray]) -> Batch:
         """The batch [number of rows, T] with these pieces in its rows."""
         shape = len(rows), self.T

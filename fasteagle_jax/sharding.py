@@ -202,11 +202,22 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def place_batch(mesh: Mesh | None, batch: Any) -> Any:
-    """A pytree of NumPy arrays [B, ...], which every process has whole, on the devices: its rows over the mesh."""
+def place_batch(mesh: Mesh | None, make: Callable[[slice], Any], size: int) -> Any:
+    """The global batch of `size` rows of which `make(rows)` gives some, a pytree of NumPy arrays [rows, ...].
+
+    Rows lie over the mesh; every process makes those of its own devices alone.
+    """
     if mesh is None:
-        return jax.tree.map(jnp.asarray, batch)
-    return jax.tree.map(lambda x: place(x, batch_sharding(mesh, x.ndim), x.shape), batch)
+        return jax.tree.map(jnp.asarray, make(slice(0, size)))
+    indices = batch_sharding(mesh, 1).addressable_devices_indices_map((size,)).values()
+    own = sorted({index[0].indices(size)[:2] for index in indices if index is not None})
+
+    def whole(*parts: np.ndarray) -> jax.Array:
+        found = dict(zip(own, parts, strict=True))
+        shape = (size, *parts[0].shape[1:])
+        return place(lambda index: found[index[0].indices(size)[:2]], batch_sharding(mesh, len(shape)), shape)
+
+    return jax.tree.map(whole, *(make(slice(*rows)) for rows in own))
 
 
 def place(value: np.ndarray | Callable[[Any], np.ndarray], sharding: NamedSharding, shape: Sequence[int]) -> jax.Array:

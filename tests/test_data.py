@@ -484,6 +484,7 @@ def test_hosts_build_only_their_rows_and_together_the_whole_batch(hosts):
         assert [len(part.tokens) for part in parts] == list(np.diff(cuts))
         joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(whole)}
         assert equal(data.Batch(**joined), whole)
+        assert packed.num_tokens(step) == (whole.segments > 0).sum()
 
 
 def test_rows_of_eight_thousand_tokens_hold_samples_longer_than_a_thousand():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -36,7 +37,15 @@ from tqdm import tqdm
 from fasteagle_jax.checkpoint import Checkpoints, newest_record
 from fasteagle_jax.commands.shares import add_share_options, connect
 from fasteagle_jax.commands.terminal import Parser, program
-from fasteagle_jax.data import PackedData, coverage, draft_vocabulary, read_conversations, read_prompts, token_counts
+from fasteagle_jax.data import (
+    Batch,
+    PackedData,
+    coverage,
+    draft_vocabulary,
+    read_conversations,
+    read_prompts,
+    token_counts,
+)
 from fasteagle_jax.drafters.files import save_drafter
 from fasteagle_jax.drafters.table import AXES
 from fasteagle_jax.errors import UserError
@@ -199,12 +208,10 @@ def _train(
                     break
                 profiler.at(index + 1)
                 began = time.perf_counter()
-                batch = data.batch(index)
-                num_tokens = int((batch.segments > 0).sum())
-                on_device = place_batch(mesh, batch)
-                values = None if store is None else place_batch(mesh, store.batch(index))
+                batch, values = _place(mesh, data, store, index)
+                num_tokens = data.num_tokens(index)
                 waited = time.perf_counter() - began
-                state, result = step(state, target, on_device, _spike_limit(config.spike_factor, log.records), values)
+                state, result = step(state, target, batch, _spike_limit(config.spike_factor, log.records), values)
                 loss, norm = float(result.loss), float(result.norm)
                 came = sigterm.came_anywhere()
                 seconds = time.perf_counter() - began
@@ -413,6 +420,12 @@ class _Profile:
             jax.profiler.stop_trace()
 
 
+def _place(mesh: Mesh | None, data: PackedData, store: Features | None, step: int) -> tuple[Batch, Any]:
+    """A step's batch on the devices, and the target's values where they are stored."""
+    batch = place_batch(mesh, functools.partial(data.batch, step), data.B)
+    return batch, None if store is None else place_batch(mesh, functools.partial(store.batch, step), data.B)
+
+
 def _save_drafter(drafter: Any, folder: epath.Path, fingerprint: str, info: Record) -> None:
     if not in_bucket(folder):
         save_drafter(drafter, folder, fingerprint, info)
@@ -448,8 +461,7 @@ def _new_drafter(
         )
     rms = None
     if choice.scale_features:
-        first = place_batch(mesh, data.batch(0))
-        values = None if store is None else place_batch(mesh, store.batch(0))
+        first, values = _place(mesh, data, store, 0)
         rms = jax.jit(feature_rms, static_argnums=2)(target, first, sizes.feature_layers, values)
 
     def make(target: Any, rms: Any) -> Any:
