@@ -30,7 +30,6 @@ class Packed(NamedTuple):
     segments: jax.Array  # int32 [B, T], 0 is padding
     window: int | None = None  # W: itself and the W - 1 before it; None for all
     kind: str = "auto"  # of KINDS
-    recompute: bool = True  # scores of a block in the backward pass; False where the layer is recomputed anyway
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """`packed_attention`, as layers take it."""
@@ -88,8 +87,9 @@ def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: 
         own = jax.lax.dynamic_slice_in_dim(q, i * block, block, axis=1)
         return attend(own, packed.visible(i * block, block))
 
-    # A loop, since blocks side by side could all be alive at once.
-    blocks = jax.lax.map(jax.checkpoint(one_block) if packed.recompute else one_block, jnp.arange(num_tokens // block))
+    # A loop, since blocks side by side could all be alive at once. Scores are computed again in the backward pass: it
+    # would keep those of all blocks.
+    blocks = jax.lax.map(jax.checkpoint(one_block), jnp.arange(num_tokens // block))
     return jnp.moveaxis(blocks, 0, 1).reshape(q.shape)  # [blocks, B, Q, heads, D] before
 
 

@@ -27,6 +27,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "heads": "tensor",  # all heads of a projection, side by side
     "kv_heads": "tensor",  # K, of a cache
     "mlp": "tensor",
+    "fused": "tensor",  # what a drafter's own projections give to its stream
     "vocab": "tensor",
     None: None,
 }
@@ -188,6 +189,15 @@ def process_values(mesh: Mesh | None, value: float) -> np.ndarray:
     if mesh is None or len({d.process_index for d in mesh.devices.flat}) == 1:
         return np.asarray([value], np.float32)
     return np.asarray(multihost_utils.process_allgather(np.float32(value)))
+
+
+def training_rows(x: jax.Array, visible: Any) -> jax.Array:
+    """x [B, T, H] with its rows over data and fsdp where `visible` is training's, a function; x in decoding.
+
+    Every layer says so of its output. Unsaid, the compiler splits H as that of the weights is, and all devices compute
+    all rows: eight times the memory on eight of them.
+    """
+    return constrain(x, "batch", None, None) if callable(visible) else x
 
 
 def fetch(tree: Any) -> Any:

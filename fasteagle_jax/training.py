@@ -181,7 +181,7 @@ REMAT: dict[str, Any] = {
 
 def target_outputs(target: Any, batch: Batch, feature_layers: tuple[int, ...], attention: str = "auto") -> TargetValues:
     """The frozen target's features and final hidden states of a packed batch."""
-    attend = Packed(batch.segments, None, attention, recompute=False)
+    attend = Packed(batch.segments, None, attention)
     out = target(batch.tokens, batch.positions, attend, None, feature_layers)
     return jax.lax.stop_gradient(TargetValues(out.features, out.hidden))
 
@@ -222,7 +222,7 @@ def _loss_at(
     batch = part.batch
     out = part.values or target_outputs(target, batch, drafter.feature_layers, ways.attention)
     next_tokens = jnp.roll(batch.tokens, -1, axis=1)  # at a segment's end it is wrong, and no loss looks there
-    attend = Packed(batch.segments, drafter.config.window, ways.attention, recompute=ways.remat == "none")
+    attend = Packed(batch.segments, drafter.config.window, ways.attention)
     hidden, _ = drafter.hidden_states(
         target.embedding[...], out.features, next_tokens, batch.positions, attend, remat=REMAT[ways.remat]
     )

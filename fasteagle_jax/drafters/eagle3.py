@@ -35,10 +35,10 @@ from fasteagle_jax.layers import (
     rotation,
 )
 from fasteagle_jax.packed import Packed
-from fasteagle_jax.sharding import top_k
+from fasteagle_jax.sharding import constrain, top_k
 from fasteagle_jax.tree import NO_PARENT, Draft, Tree
 
-AXES = LAYER_AXES | {"fc": (None, "embed"), "head": ("vocab", "embed")}
+AXES = LAYER_AXES | {"fc": ("embed", "fused"), "head": ("vocab", "embed")}
 CANDIDATES = 10  # f and k of a dynamic tree, as published
 
 
@@ -180,6 +180,7 @@ class Eagle3(DrafterModule):
                 keys, values = [*keys, k], [*values, v]
                 return self._rest(h, _attend_to_own_path(q, keys, values, visible)), keys, values
 
+            h = constrain(h, "batch", None, None)
             h, keys, values = (run if remat is None else jax.checkpoint(run, policy=remat))(h, e, keys, values)
             states.append(rms_norm(h, self.norm[...], self.config.rms_norm_eps))
         return jnp.stack(states) if self.stacked else states, None

@@ -35,9 +35,10 @@ from fasteagle_jax.layers import (
     unstack,
 )
 from fasteagle_jax.sampling import gumbel_noise
+from fasteagle_jax.sharding import training_rows
 from fasteagle_jax.tree import Draft, Tree, build
 
-AXES = LAYER_AXES | {"fc": (None, "embed"), "fuse": (None, "embed"), "reinject": (None, "embed")}
+AXES = LAYER_AXES | {name: ("embed", "fused") for name in ("fc", "fuse", "reinject")}
 EMBEDDING_SHARE = 0.1  # of the stream's size that the embedding starts with, beside levels that never saw one there
 
 
@@ -145,6 +146,7 @@ class FastEagle(DrafterModule):
         g = self.fused(features)
         e = embedding[next_tokens].astype(dtype)
         fused = matmul(jnp.concatenate([g, e], axis=-1), self.fuse[...])  # h_1 = L_1(FC([g_t, e_t+1]))
+        fused = training_rows(fused, visible)
         ones = jnp.ones((c.hidden_size,), jnp.float32)
         again = rms_norm(fused, ones, c.rms_norm_eps) if c.reinject else None
         turn = rotation(positions, c.rope, c.head_dim)
@@ -160,6 +162,7 @@ class FastEagle(DrafterModule):
             if again is not None:
                 h = h + matmul(again, level.reinject[...])
             h, kv = level.layer(h, turn, visible, level_past)  # h_i = L_i(h_i-1)
+            h = training_rows(h, visible)
             return h, (rms_norm(h, level.norm[...], c.rms_norm_eps), kv)
 
         if remat is not None:

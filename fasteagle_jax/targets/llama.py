@@ -26,6 +26,7 @@ from fasteagle_jax.layers import (
     run_layers,
     unstack,
 )
+from fasteagle_jax.sharding import training_rows
 
 
 class TargetOutput(NamedTuple):
@@ -108,13 +109,15 @@ class Llama(nnx.Module):
         """
         c = self.config
         x = self.embedding[...][tokens].astype(self.activation_dtype)  # [B, Q, H]
+        x = training_rows(x, visible)
         turn = rotation(positions, c.rope, c.head_dim)
         past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_layers)
         seen, filled = (cache.seen(), cache.filled()) if cache is not None else (jnp.zeros(()), None)
 
         def layer_step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             weights, kv = layer
-            return weights(x, turn, visible, None if kv is None else Past(kv[0], kv[1], seen, filled))
+            x, fresh = weights(x, turn, visible, None if kv is None else Past(kv[0], kv[1], seen, filled))
+            return training_rows(x, visible), fresh
 
         # The stack is cut where a feature is read, so that nothing is kept of the other layers.
         cuts = [0, *sorted({f for f in feature_layers if f > 0}), c.num_layers]
