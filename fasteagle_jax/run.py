@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -268,12 +269,16 @@ def write_file(path: epath.Path, text: str) -> None:
 
 def check_writable(folder: epath.Path) -> None:
     """Makes the folder; UserError where nothing can be written to it."""
-    probe = folder / ".writable"
+    probe = folder / f".writable-{uuid.uuid4().hex}"  # every process of a run tries
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except Exception as error:  # clients of buckets raise many kinds, ImportError among them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        remedy = "pip install gcsfs, log in, and check the bucket's name and rights" if in_bucket(folder) else ""
+        remedy = (
+            "pip install gcsfs google-cloud-storage, log in, and check the bucket's name and rights"
+            if in_bucket(folder)
+            else ""
+        )
         raise UserError(f"cannot write to {folder} ({reason}): {remedy or 'name a folder of yours'}") from error

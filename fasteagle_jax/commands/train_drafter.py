@@ -131,11 +131,11 @@ def _train(
     is_first = jax.process_index() == 0  # it writes; the others compute
     quiet = quiet or not is_first
     check_wandb(config.wandb)
+    check_writable(run)
     saved = newest_record(run / "checkpoints")
     _check_config(saved, config, run, allow_change=allow_change)
     if (run / "drafter").exists():
         raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
-    check_writable(run)
     dtype = jnp.dtype(config.dtype)
     loaded = load_target(config.target, dtype, mesh=mesh)
     target = loaded.model

@@ -16,9 +16,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from etils import epath
+from etils.epath.backend import fsspec_backend
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import load_file, save_file
 
-from fasteagle_jax.checkpoint import Checkpoints
+from fasteagle_jax.checkpoint import Checkpoints, newest_record
 from fasteagle_jax.commands import ablate, train_drafter
 from fasteagle_jax.commands.train_drafter import _spike_limit, main
 from fasteagle_jax.data import Conversation, ConversationWriter
@@ -51,7 +55,7 @@ def data_file(tmp_path: Path) -> Path:
     return path
 
 
-def command(target: Path, data: Path, run: Path, *changes: str) -> list[str]:
+def command(target: Path, data: Path, run: Path | epath.Path, *changes: str) -> list[str]:
     """The program's arguments."""
     return ["--config", str(CONFIG), "--run", str(run), f"target={target}", f"data={data}", *changes]
 
@@ -104,14 +108,14 @@ def lead_lives(lives: list[tuple[str, int, float]], arguments: list[str], cache:
     return process.stdout.splitlines()
 
 
-def records(run: Path) -> list[dict]:
+def records(run: Path | epath.Path) -> list[dict]:
     """What metrics.jsonl says, of every step once."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in found] == list(range(1, len(found) + 1))
     return found
 
 
-def losses(run: Path) -> dict[int, tuple[float, float]]:
+def losses(run: Path | epath.Path) -> dict[int, tuple[float, float]]:
     """Loss and gradient norm by step, as written."""
     return {record["step"]: (record["loss"], record["gradient_norm"]) for record in records(run)}
 
@@ -389,6 +393,43 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     assert losses(full) == losses(whole)
 
 
+class Bucket(MemoryFileSystem):
+    """What gcsfs is to fsspec, in memory: objects by their whole names, none of which is ever appended to."""
+
+    store: dict = {}
+    pseudo_dirs = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(str(path).removeprefix("gs:/"))
+
+    def open(self, path: str, mode: str = "rb", **options: object) -> object:
+        assert "a" not in mode and "+" not in mode
+        return super().open(path, mode, **options)
+
+
+def test_a_run_in_a_bucket_goes_on_and_leaves_there_what_one_in_a_folder_leaves(
+    target_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the checkpoints: Orbax writes these to buckets through clients of its own."""
+    here, there, kept = tmp_path / "here", epath.Path("gs://drafters/runs/there"), epath.Path(tmp_path / "kept")
+    changes = ["steps=4", "save_every=2", "tensorboard=False"]
+    assert main(command(target_folder, data_file, here, *changes)) == 0
+    monkeypatch.setattr(type(fsspec_backend), "_get_filesystem", lambda self, name: files[name])
+    files = {"gcs": Bucket(), "file": LocalFileSystem()}
+    monkeypatch.setattr(train_drafter, "Checkpoints", lambda _, keep=None: Checkpoints(kept, keep))
+    monkeypatch.setattr(train_drafter, "newest_record", lambda _: newest_record(kept))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_drafter._Sigterm, "came_anywhere", lambda self: True)
+        assert main(command(target_folder, data_file, there, *changes)) == 0
+    assert len(records(there)) == 1 and not (there / "drafter").exists()
+    assert main(command(target_folder, data_file, there, *changes)) == 0
+    assert losses(there) == losses(here)
+    assert {path.name for path in there.iterdir()} == {path.name for path in here.iterdir()} - {"checkpoints"}
+    for name in ("config.json", "drafter/model.safetensors", "drafter/config.json"):
+        assert (there / name).read_bytes() == (here / name).read_bytes()
+
+
 def test_eagle3_trains_by_the_same_trainer_and_a_finished_run_is_not_overwritten(
     target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
 ) -> None:
@@ -453,5 +494,7 @@ def test_mistakes_end_in_one_line_before_anything_is_written(
     silent.write_text('{"id": "x", "tokens": [1, 2, 3], "assistant": []}\n')
     assert "has an assistant's turn" in complaint(main, *command(target_folder, silent, run))
     assert "cannot write to" in complaint(main, *command(target_folder, data_file, data_file / "run"))
+    absent = epath.Path("gs://no-such-bucket-of-anyone/run")
+    assert "cannot write to gs://" in complaint(main, *command(target_folder, data_file, absent))
     if importlib.util.find_spec("wandb") is None:
         assert "pip install wandb" in complaint(main, *command(target_folder, data_file, run, "wandb=drafters"))
