@@ -20,6 +20,7 @@ VERBS = {  # verb: module, and what it does
     "compile": ("compile_check", "say what memory a train step needs, from shapes alone"),
     "bench": ("bench", "measure plain against speculative decoding"),
     "ablate": ("ablate", "train variants of a run and measure what is accepted of each"),
+    "bench-train": ("bench_train", "measure a train step against the same with other values"),
     "demo": ("demo", "train a small drafter and watch it decode beside plain decoding"),
 }
 

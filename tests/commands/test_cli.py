@@ -21,7 +21,7 @@ def test_every_verb_explains_itself_with_an_example(verb, capsys):
     assert help_text.startswith(f"usage: fasteagle {verb}")
 
 
-@pytest.mark.parametrize("verb", ["prepare-data", "prepare-features", "generate", "chat", "bench"])
+@pytest.mark.parametrize("verb", ["prepare-data", "prepare-features", "generate", "chat", "bench", "bench-train"])
 def test_the_examples_of_the_help_are_understood(verb, capsys):
     import importlib
     import shlex
