@@ -1,8 +1,9 @@
-"""What every test runs under: a CPU that looks like eight devices, exact float32 products, nothing cached on disk."""
+"""What every test runs under: a CPU that looks like eight devices, exact float32 products, nothing compiled earlier."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Nearly all the time goes into LLVM, for programs that run for milliseconds: unoptimised, the tests take half as long.
 # XLA's own passes, fusions among them, stay. `XLA_FLAGS= pytest` runs what users run; everything passes there too.
@@ -17,8 +18,19 @@ if "JAX_PLATFORMS" not in os.environ:
 jax.config.update("jax_num_cpu_devices", 8)
 # Tests compare a pass over many rows with one over few: both must round alike, on accelerators too.
 jax.config.update("jax_default_matmul_precision", "highest")
-# A program compiled by another jaxlib or for another CPU must not decide a test.
-jax.config.update("jax_enable_compilation_cache", False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs for this session, in which many tests, and the processes they start, run the same ones.
+
+    No longer: a program compiled by another jaxlib or for another CPU must not decide a test.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="programs-")
+    config.add_cleanup(folder.cleanup)
+    kept = {"jax_compilation_cache_dir": folder.name, "jax_persistent_cache_min_compile_time_secs": 0.3}
+    for name, value in kept.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture
