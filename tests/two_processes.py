@@ -12,8 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def run_two_processes(script: str, words: Sequence[str], more: Sequence[str] = ()) -> None:
-    """Runs a Python text twice, each time with these words and the options by which both meet; both must succeed."""
+def run_two_processes(script: str, words: Sequence[str], more: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """What a Python text says on stdout and stderr, run twice, each time with these words and the options by which both
+    meet; both must succeed."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -28,6 +29,13 @@ def run_two_processes(script: str, words: Sequence[str], more: Sequence[str] = (
     for i in range(2):
         share = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", str(i)]
         command = [sys.executable, "-c", script, *words, *share, *more]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=240)[1] for process in processes]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+    try:
+        said = [process.communicate(timeout=500) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # where one has failed, the other would wait for it for ever
+            process.communicate()
     assert [process.returncode for process in processes] == [0, 0], said
+    return said
