@@ -1,8 +1,10 @@
-"""Files that are whole or not there: written aside, synced, renamed."""
+"""Files and folders that are whole or not there: written aside, synced, renamed."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,24 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder to fill with files, which then is put at `path` in one step; a failure leaves nothing there.
+
+    Raises OSError where `path` exists and holds anything.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield aside
+        for file in aside.iterdir():
+            sync(file)
+        os.rename(aside, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

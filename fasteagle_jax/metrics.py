@@ -39,9 +39,9 @@ class Acceptance:
 
     @property
     def by_depth(self) -> tuple[float, ...]:
-        """The share of guesses of each depth accepted, of those whose predecessor was; nan where none was."""
+        """The share of guesses of each depth accepted, of those whose predecessor was; nan where none was tried."""
         reached = (self.rounds, *self.accepted_at[:-1])
-        return tuple(a / b if b else float("nan") for a, b in zip(self.accepted_at, reached, strict=True))
+        return tuple(a / b if b else float("nan") for a, b in zip(self.accepted_at, reached, strict=False))
 
 
 def measure_acceptance(

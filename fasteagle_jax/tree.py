@@ -20,6 +20,7 @@ from fasteagle_jax.sharding import top_k
 
 NO_PARENT = -1
 KINDS = ("chain", "backbone", "best_first")
+_SIZES = {"chain": ("levels",), "backbone": ("width", "levels"), "best_first": ("nodes", "levels")}  # as written
 
 
 class Draft(NamedTuple):
@@ -55,17 +56,19 @@ class Tree:
 
     @classmethod
     def parse(cls, text: str) -> Tree:
-        """The Tree that `chain`, `backbone:4` (width) or `best_first:16` (nodes) names."""
-        kind, _, size = text.partition(":")
-        if not size:
-            return cls(kind)
-        if not size.isdigit() or kind == "chain":
-            raise UserError(f"tree {text!r} is not understood: write chain, backbone:WIDTH or best_first:NODES")
-        return cls(kind, width=int(size)) if kind == "backbone" else cls(kind, nodes=int(size))
+        """The Tree that `chain`, `backbone:4` (width) or `best_first:16` (nodes) names; `:3` behind it, its levels."""
+        kind, *sizes = text.split(":")
+        names = _SIZES.get(kind, ())
+        if kind in KINDS and (len(sizes) > len(names) or not all(size.isdigit() for size in sizes)):
+            raise UserError(
+                f"tree {text!r} is not understood: write chain, backbone:WIDTH or best_first:NODES, "
+                "and :LEVELS behind it for the first levels alone"
+            )
+        return cls(kind, **dict(zip(names, map(int, sizes), strict=False)))
 
     def __str__(self) -> str:
-        size = {"chain": "", "backbone": f":{self.width}", "best_first": f":{self.nodes}"}[self.kind]
-        return self.kind + size
+        sizes = (getattr(self, name) for name in _SIZES[self.kind])
+        return ":".join([self.kind, *(str(size) for size in sizes if size is not None)])
 
     def num_levels(self, drafter_levels: int) -> int:
         """N as used: the drafter's levels, cut to `levels`."""

@@ -174,7 +174,7 @@ def test_levels_cut_the_tree_to_the_first_levels(kind):
     jax.tree.map(np.testing.assert_array_equal, cut, build(Tree(kind, nodes=7), jnp.arange(2), scores[:, :2]))
 
 
-@pytest.mark.parametrize("text", ["chain", "backbone:3", "best_first:12"])
+@pytest.mark.parametrize("text", ["chain", "backbone:3", "best_first:12", "chain:2", "best_first:12:5"])
 def test_a_trees_text_reads_back_as_the_tree(text):
     assert str(Tree.parse(text)) == text
 
@@ -183,7 +183,7 @@ def test_a_trees_text_reads_back_as_the_tree(text):
     ("text", "remedy"),
     [
         ("bush", "use one of chain"),
-        ("chain:3", "write chain"),
+        ("chain:3:4", "write chain"),
         ("backbone:x", "write chain"),
         ("best_first:1", "at least 2"),
         ("backbone:0", "at least 1"),

@@ -1,46 +1,58 @@
-"""Measure plain against speculative decoding: the same prompts, weights and machine, in turns in one run.
+"""Measure drafters against plain decoding: the same prompts, weights and machine, in turns in one process.
 
-Each prompt is decoded by itself (batch 1), plainly and with every tree, before the next one is; --repeats times. The
-first message of a prompt of several turns is used. Times are of whole decodes, prefill included and compilation not.
-The ratio of a repeat is speculative tokens/s over plain tokens/s, over all prompts. Every token is compared.
+Every turn of every conversation is decoded by itself (batch 1), plainly and by every drafter, before the next one is;
+--repeats times, after a warm-up. The context of a second turn holds the target's own first answer. Times are of whole
+answers, prefill included and compilation not. The speed-up of a repeat is a drafter's tokens/s over plain decoding's,
+over all prompts of a task. Every token is compared.
 
---sweep slots measures the engine instead: throughput, plain and with trees, over numbers of slots; --sweep memory says
-what its caches take; --sweep rows what a target pass over several rows costs, and a round with each tree of `auto`.
+Tasks are files of --prompts-folder by name (mt_bench for mt_bench.jsonl), other files, or data sets of the hub.
+Drafters are NAME=FOLDER, each with its tree behind it: chain, backbone:WIDTH or best_first:NODES, and :LEVELS behind
+that for the first levels alone. simulated=0.8/0.7/0.6 is one that is accepted so often at each depth, at no cost.
+
+--sweep levels,nodes,tree measures each drafter with other trees. --sweep slots measures the engine: throughput over
+numbers of slots; --sweep memory says what its caches take.
 
 Exit code 1 says that in float32 a token differed.
 
 example:
-  fasteagle bench --drafter runs/smollm2/drafter --prompts mt_bench.jsonl --prompts gsm8k.jsonl --limit 20 \\
-      --tree chain --tree best_first:16 --temperature 0 --temperature 1 --json bench.json
-  fasteagle bench --drafter runs/smollm2/drafter --prompts mt_bench.jsonl --sweep slots --slots 1 8 64 --plot slots.png
+  fasteagle bench --tasks mt_bench,humaneval,gsm8k --prompts-folder prompts --temperature 0,1 --results runs/bench \\
+      --drafters fasteagle=runs/fasteagle/drafter@best_first:16,eagle3=runs/eagle3/drafter@best_first:16:5
+  fasteagle bench --tasks gsm8k.jsonl --drafters fasteagle=runs/fasteagle/drafter --sweep levels,nodes,tree
+  fasteagle bench --tasks gsm8k.jsonl --drafters simulated=0.8/0.7/0.6@chain
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
-import math
-import statistics
+import os
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
-from fasteagle_jax.commands import sweep, verify_cost
-from fasteagle_jax.commands.models import Models, add_target_options, check_fits, decode, load_models
-from fasteagle_jax.commands.terminal import Parser, add_filter_options, check_new, program, whole, write_new
-from fasteagle_jax.commands.timing import Compilations, Spread
-from fasteagle_jax.data import read_prompts
+from fasteagle_jax.commands import sweep
+from fasteagle_jax.commands.contest import Contest, Measured, Result
+from fasteagle_jax.commands.figures import (
+    ablation_figure,
+    acceptance_figure,
+    show_results,
+    show_splits,
+    speedup_figure,
+    split_figure,
+)
+from fasteagle_jax.commands.models import Models, add_target_options, check_fits, load_models
+from fasteagle_jax.commands.split import Split, Splitter
+from fasteagle_jax.commands.terminal import Parser, add_filter_options, check_new, program, whole, writing
+from fasteagle_jax.commands.ways import Way, check_folders, load_drafters, parse_ways, read_tasks
+from fasteagle_jax.data import Prompt
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.metrics import Acceptance
+from fasteagle_jax.files import new_folder
 from fasteagle_jax.sampling import Sampling, make_sampling
 from fasteagle_jax.tokenizer import encode_chat
 from fasteagle_jax.tree import Tree
@@ -56,243 +68,203 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="fasteagle bench", description=__doc__)
-    parser.add_argument("--prompts", action="append", required=True, metavar="SOURCE", help="repeatable")
-    parser.add_argument("--limit", type=whole(1), metavar="N", help="prompts of each source")
+    parser.add_argument("--tasks", type=_words, required=True, metavar="T,...", help="names, files or data sets")
+    parser.add_argument("--prompts-folder", type=Path, metavar="FOLDER", help="where tasks are, a .jsonl file each")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="prompts of each task")
     parser.add_argument("--max-new", type=whole(2), default=128, metavar="T", help="tokens an answer (default 128)")
     parser.add_argument("--repeats", type=whole(1), default=3, metavar="R", help="default 3")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="a new file for all numbers")
-    sweep_options = parser.add_argument_group("sweeps of the engine")
-    sweep_options.add_argument("--sweep", choices=("slots", "memory", "rows"), help="instead of the table of trees")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="a new folder for numbers and figures")
+    sweep_options = parser.add_argument_group("sweeps")
+    sweep_options.add_argument(
+        "--sweep", type=_sweeps, default=[], metavar="S", help="levels,nodes,tree, or some of them; or slots; or memory"
+    )
     sweep_options.add_argument("--slots", type=whole(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="B")
     sweep_options.add_argument(
-        "--max-len", type=whole(2), default=1024, metavar="T", help="of a request (default 1024)"
+        "--max-len", type=whole(2), default=1024, metavar="T", help="of a request of the engine (default 1024)"
     )
     sweep_options.add_argument("--window", type=whole(1), default=512, metavar="W", help="of --sweep memory (512)")
-    sweep_options.add_argument("--plot", type=Path, metavar="FILE", help="a new PNG, for --sweep slots")
     models = parser.add_argument_group("models")
     add_target_options(models)
-    models.add_argument("--drafter", type=Path, required=True, metavar="FOLDER")
     models.add_argument(
-        "--tree",
-        action="append",
-        metavar="T",
-        help="chain, backbone:WIDTH or best_first:NODES; repeatable (default best_first:16)",
+        "--drafters",
+        type=_words,
+        required=True,
+        metavar="D,...",
+        help="NAME=FOLDER[@TREE] or simulated=RATES[@TREE]; plain is always there"
+        " (default tree best_first:16; of --sweep slots auto)",
     )
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--temperature", type=float, action="append", metavar="X", help="repeatable (default 0, which is greedy)"
+        "--temperature", type=_numbers, default=[0.0], metavar="X,...", help="default 0, which is greedy"
     )
     add_filter_options(group)
     return parser
 
 
+def _words(text: str) -> list[str]:
+    return [word for word in (part.strip() for part in text.split(",")) if word]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return list(dict.fromkeys(float(word) for word in _words(text)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: write 0,1") from None
+
+
+def _sweeps(text: str) -> list[str]:
+    words = _words(text)
+    if words not in (["slots"], ["memory"]) and not (words and set(words) <= set(sweep.ABLATIONS)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not known: write some of {','.join(sweep.ABLATIONS)}, or slots, or memory"
+        )
+    return list(dict.fromkeys(words))
+
+
 def bench(args: argparse.Namespace) -> int:
-    """Measures, prints the table, writes the JSON; returns the exit code."""
+    """Measures, prints the tables, writes the results; returns the exit code."""
     # --- what was asked for -----------------------------------------------------------------------------------
-    named = list(dict.fromkeys(args.tree or (["auto", "best_first:8"] if args.sweep else ["best_first:16"])))
-    trees = [] if args.sweep else [Tree.parse(text) for text in named]
-    temperatures = list(dict.fromkeys(args.temperature or [0.0]))
-    check_new(args.json)
-    check_new(args.plot)
-    for temperature in temperatures:
+    of_engine = args.sweep in (["slots"], ["memory"])
+    ways = parse_ways(args.drafters, "auto" if args.sweep == ["slots"] else "best_first:16")
+    for way in ways:
+        if way.tree not in (None, "auto") or not of_engine and way.tree:
+            Tree.parse(way.tree)
+    if len(ways) == 1:
+        raise UserError("plain decoding alone is nothing to compare: name a drafter, NAME=FOLDER")
+    check_new(args.results)
+    for temperature in args.temperature:
         make_sampling(1, temperature, args.top_k, args.top_p, args.seed, args.min_p)
-    prompts = [(source, prompt) for source in args.prompts for prompt in read_prompts(source, args.limit)]
-    if not prompts:
-        raise UserError("no prompt in any source: name other sources")
+    check_folders(ways)
+    tasks = read_tasks(args.tasks, args.prompts_folder, args.limit)
+    models = load_models(args, None)
+    drafters = load_drafters(models, ways)
+    for prompts in tasks.values():
+        for prompt in prompts:  # the longest turn; those with answers in them are known later
+            said = [{"role": "user", "content": "\n".join(prompt.turns)}]
+            check_fits(models, prompt.id, encode_chat(models.tokenizer, said), args.max_new * len(prompt.turns))
 
-    models = load_models(args, args.drafter)
-    cases = []
-    for i, (_, prompt) in enumerate(prompts):
-        tokens = encode_chat(models.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
-        check_fits(models, prompt.id, tokens, args.max_new)
-        cases.append(Case(prompt.id, tokens, (args.seed + i) % 2**32))
-
-    if args.sweep == "slots":
-        return sweep.throughput(args, models, [case.tokens for case in cases], named)
-    if args.sweep == "rows":
-        return verify_cost.rows(args, models, cases[0].tokens)
-    if args.sweep == "memory":
-        return sweep.memory(args, models, next((text for text in named if text != "auto"), "best_first:8"))
-
-    # --- decoding ---------------------------------------------------------------------------------------------
-    def run(case: Case, tree: Tree | None, temperature: float) -> Run:
-        sampling = make_sampling(1, temperature, args.top_k, args.top_p, case.seed, args.min_p)
-        return _run(models, case, tree, sampling, args.max_new)
-
-    ways: list[Tree | None] = [None, *trees]
-    runs: dict[tuple[float, Tree | None], list[list[Run]]] = {}  # by repeat, by prompt
-    with tqdm(total=len(temperatures) * (1 + args.repeats) * len(cases), unit="prompt", disable=None) as bar:
-        late = 0
-        for temperature in temperatures:
-            # Everything runs once untimed: compiled, its memory touched.
-            for case in cases:
-                for way in ways:
-                    run(case, way, temperature)
-                bar.update()
-            for repeat in range(args.repeats):
-                of_repeat: dict[Tree | None, list[Run]] = {way: [] for way in ways}
-                with Compilations() as compilations:
-                    for i, case in enumerate(cases):
-                        turn = (repeat + i) % len(ways)  # no way always comes first
-                        for way in ways[turn:] + ways[:turn]:
-                            of_repeat[way].append(run(case, way, temperature))
-                        bar.update()
-                late += compilations.number
-                for way in ways:
-                    runs.setdefault((temperature, way), []).append(of_repeat[way])
+    # --- measuring --------------------------------------------------------------------------------------------
+    if of_engine:
+        first_turns = [
+            encode_chat(models.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+            for prompts in tasks.values()
+            for prompt in prompts
+        ]
+        measured = sweep.throughput if args.sweep == ["slots"] else sweep.memory
+        outcome = measured(args, models, drafters, ways, first_turns)
+    else:
+        outcome = _compare(args, models, drafters, ways, tasks)
 
     # --- results ----------------------------------------------------------------------------------------------
-    results = [
-        compare(temperature, tree, runs[temperature, None], runs[temperature, tree])
-        for temperature in temperatures
-        for tree in trees
-    ]
     report = {
-        "device": sweep.machine(),
-        "dtype": models.dtype,
+        "machine": sweep.machine(),
         "jax": jax.__version__,
+        "dtype": models.dtype,
         "target": models.fingerprint,
-        "drafter": dataclasses.asdict(models.drafter.config) if models.drafter is not None else None,
-        "prompts": [case.id for case in cases],
-        "prompt_tokens": [len(case.tokens) for case in cases],
-        "max_new": args.max_new,
-        "repeats": args.repeats,
-        "seed": args.seed,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "batch": 1,
-        "compilations_while_timed": late,
-        "results": [dataclasses.asdict(result) for result in results],
+        "arguments": {name: value if isinstance(value, list) else _plain(value) for name, value in vars(args).items()},
+        "drafters": {
+            way.name: dataclasses.asdict(drafters[way.folder].config) if way.folder else {"rates": way.rates}
+            for way in ways[1:]
+        },
+        **outcome.report,
     }
-    _print_table(report, results)
-    if late:
-        print(f"warning: {late} programs were compiled while timed: the times are too long", file=sys.stderr)
-    if args.json:
-        write_new(args.json, json.dumps(report, indent=2) + "\n")
-    differing = max(result.differing_prompts for result in results)
-    if differing and models.dtype == "float32":
-        print(f"warning: {differing} of {len(cases)} prompts differ, in float32 none should", file=sys.stderr)
+    if args.results:
+        with writing(args.results), new_folder(args.results) as folder:
+            (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+            for name, figure in outcome.figures.items():
+                figure().savefig(folder / f"{name}.png", dpi=120)
+    if outcome.differing and models.dtype == "float32":
+        print(f"warning: {outcome.differing} answers differ, in float32 none should", file=sys.stderr)
         return TOKENS_DIFFER
     return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A prompt in tokens."""
-
-    id: str
-    tokens: list[int]
-    seed: int
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    return os.fspath(value) if isinstance(value, Path) else value
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One decode of one prompt."""
+def _compare(
+    args: argparse.Namespace,
+    models: Models,
+    drafters: Mapping[Path, Any],
+    ways: list[Way],
+    tasks: Mapping[str, Sequence[Prompt]],
+) -> sweep.Outcome:
+    """The tasks by every way at every temperature; in a sweep, by every way with other trees."""
+    ablations: list[sweep.Ablation] = []
+    if args.sweep:
+        levels = {way: drafters[way.folder].num_levels if way.folder else len(way.rates) for way in ways[1:]}
+        ablations = [point for key in args.sweep for way in ways[1:] for point in sweep.ablation(key, way, levels[way])]
+        ways = [ways[0], *dict.fromkeys(point.way for point in ablations)]
+    contest = Contest(models, drafters, ways, args.max_new)
+    splitters = [] if args.sweep else [Splitter(contest, way) for way in ways]
+    turns = sum(len(prompt.turns) for prompts in tasks.values() for prompt in prompts)
+    results: list[Result] = []
+    splits: list[Split] = []
+    cases: list[dict[str, Any]] = []
+    late = 0
+    with tqdm(total=len(args.temperature) * turns * (1 + args.repeats), unit="answer", disable=None) as bar:
+        for temperature in args.temperature:
 
-    seconds: float
-    tokens: list[int]
-    acceptance: Acceptance
+            def sampling(index: int, temperature: float = temperature) -> Sampling:
+                seed = (args.seed + index) % 2**32
+                return make_sampling(1, temperature, args.top_k, args.top_p, seed, args.min_p)
 
+            conversations = []
+            for case in contest.conversations(tasks, sampling):
+                conversations.append(case)
+                bar.update()
+            contest.warm_up(conversations)
+            measured = contest.measure(conversations, args.repeats, bar.update)
+            late += measured.compilations
+            results += measured.results(temperature)
+            cases += _records(measured, temperature)
+            longest = max(conversations, key=lambda case: len(case.answer))
+            if len(longest.answer) > 1:  # there is a round
+                splits += [splitter.measure(longest, temperature) for splitter in splitters]
+    if late:
+        print(f"warning: {late} programs were compiled while timed: the times are too long", file=sys.stderr)
 
-def _run(models: Models, case: Case, tree: Tree | None, sampling: Sampling, max_new: int) -> Run:
-    """Decodes a prompt, plainly where there is no tree, between two looks at the clock."""
-    drafter = None if tree is None else models.drafter
-    jax.block_until_ready(sampling)
-    started = time.perf_counter()
-    out = decode(
-        models.target,
-        drafter,
-        [case.tokens],
-        sampling,
-        max_new=max_new,
-        stop_tokens=models.stop_tokens,
-        tree=tree or Tree(),
-    )
-    out.tokens.block_until_ready()
-    seconds = time.perf_counter() - started
-    tokens = np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist()
-    return Run(seconds, tokens, Acceptance.of(out.statistics))
-
-
-# --- results ----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """Plain against one tree at one temperature; lists are by repeat or, where named so, by prompt."""
-
-    temperature: float
-    tree: str
-    plain_tokens_per_second: list[float]
-    tokens_per_second: list[float]
-    ratio: Spread
-    acceptance_length: float | None  # tokens a target pass; the one that prefill makes is not counted
-    acceptance_by_depth: list[float | None]  # share accepted, of those whose predecessor was
-    new_tokens: int
-    target_passes: int
-    differing_prompts: int  # where any token differs in any repeat
-    new_tokens_by_prompt: list[int]
-    target_passes_by_prompt: list[int]
-
-
-def compare(temperature: float, tree: Tree, plain: list[list[Run]], speculative: list[list[Run]]) -> Result:
-    """The Result of runs by repeat and prompt."""
-    plain_rates, rates = ([_rate(runs) for runs in repeats] for repeats in (plain, speculative))
-    first = speculative[0]
-    acceptance = first[0].acceptance
-    for run in first[1:]:
-        acceptance += run.acceptance
-    differing = {
-        i
-        for a, b in zip(plain, speculative, strict=True)
-        for i, (x, y) in enumerate(zip(a, b, strict=True))
-        if x.tokens != y.tokens
-    }
-    return Result(
-        temperature,
-        str(tree),
-        plain_rates,
-        rates,
-        Spread.of([b / a for a, b in zip(plain_rates, rates, strict=True)]),
-        _number(acceptance.length),
-        [_number(share) for share in acceptance.by_depth],
-        sum(len(run.tokens) for run in first),
-        acceptance.rounds,
-        len(differing),
-        [len(run.tokens) for run in first],
-        [run.acceptance.rounds for run in first],
-    )
-
-
-def _rate(runs: list[Run]) -> float:
-    """Tokens a second over all prompts."""
-    return sum(len(run.tokens) for run in runs) / sum(run.seconds for run in runs)
-
-
-def _number(value: float) -> float | None:
-    """The value, or None for nan, which JSON has not."""
-    return None if math.isnan(value) else value
-
-
-def _print_table(report: dict[str, Any], results: list[Result]) -> None:
-    title = (
-        f"{len(report['prompts'])} prompts, {report['max_new']} new tokens at most, batch 1, {report['dtype']},"
-        f" {report['device']}"
-    )
-    table = Table(title=title)
-    for name in ("temperature", "tree", "plain tok/s", "tok/s", "ratio (min to max)", "tau", "by depth", "differ"):
-        table.add_column(name, justify="left" if name in ("tree", "by depth") else "right")
-    for r in results:
-        table.add_row(
-            f"{r.temperature:g}",
-            r.tree,
-            f"{statistics.median(r.plain_tokens_per_second):.1f}",
-            f"{statistics.median(r.tokens_per_second):.1f}",
-            f"{r.ratio.median:.2f} ({r.ratio.min:.2f} to {r.ratio.max:.2f})",
-            "-" if r.acceptance_length is None else f"{r.acceptance_length:.2f}",
-            " ".join("-" if share is None else f"{share:.2f}" for share in r.acceptance_by_depth),
-            str(r.differing_prompts),
-        )
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    figures: dict[str, Callable[[], Any]] = {}
+    for temperature in args.temperature:
+        its = [result for result in results if result.temperature == temperature]
+        title = f"temperature {temperature:g}, {args.max_new} new tokens at most, {models.dtype}, {sweep.machine()}"
+        if args.sweep:
+            sweep.show_ablations(title, args.sweep, ablations, its)
+        else:
+            show_results(title, its)
+    if args.sweep:
+        for key in args.sweep:
+            figures[key] = functools.partial(ablation_figure, key, *sweep.points(key, ablations, results))
+    else:
+        figures["speedup"] = functools.partial(speedup_figure, results)
+        figures["acceptance"] = functools.partial(acceptance_figure, results)
+        if splits:
+            show_splits(splits)
+            figures["time"] = functools.partial(split_figure, splits)
     print("tau: tokens a target pass, without the token that prefill makes; by depth: of those whose predecessor held")
+    report = {
+        "compilations_while_timed": late,
+        "results": [result.record() for result in results],
+        "time_of_a_round": [split.record() for split in splits],
+        "ablations": [point.record() for point in ablations],
+        "cases": cases,
+    }
+    differing = len({(result.temperature, id) for result in results for id in result.differing})
+    return sweep.Outcome(report, figures, differing)
+
+
+def _records(measured: Measured, temperature: float) -> list[dict[str, Any]]:
+    """Each case for JSON: its sizes, and the target passes by way."""
+    return [
+        {
+            "temperature": temperature,
+            "task": case.task,
+            "id": case.id,
+            "prompt_tokens": len(case.tokens),
+            "new_tokens": len(case.answer),
+            "target_passes": {str(way): runs[0][i].acceptance.rounds for way, runs in measured.runs.items()},
+        }
+        for i, case in enumerate(measured.cases)
+    ]

@@ -1,5 +1,6 @@
-"""`fasteagle bench --sweep`: the engine over numbers of slots.
+"""`fasteagle bench --sweep`: a drafter over its trees, and the engine over numbers of slots.
 
+`levels`, `nodes`, `tree`: the benchmark with other trees; `tree` compares the kinds at equal numbers of nodes.
 `slots`: throughput, plain against trees, on the same requests in turns in one run, and every token compared.
 `memory`: what caches and programs take, with the drafter's window and without; nothing is decoded.
 """
@@ -8,113 +9,197 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
-import json
 import os
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from fasteagle_jax import slots as device
+from fasteagle_jax.commands.contest import MEAN, Result, spread
+from fasteagle_jax.commands.figures import show
 from fasteagle_jax.commands.models import Models
-from fasteagle_jax.commands.terminal import write_new
 from fasteagle_jax.commands.timing import Spread
+from fasteagle_jax.commands.ways import PLAIN, Way
 from fasteagle_jax.engine import Engine
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.metrics import Acceptance
 from fasteagle_jax.requests import Completion, SamplingParams
+from fasteagle_jax.tree import Tree
 
 LEAST_REQUESTS = 8
-TOKENS_DIFFER = 1  # exit code
-PLAIN = "plain"
 MIB = 2**20
+NODES = (4, 8, 12, 16, 24, 32)  # of --sweep nodes
+WIDTHS = (2, 4)  # of --sweep tree: backbone's, whose nodes the others then have
+ABLATIONS = ("levels", "nodes", "tree")
 
 
-def throughput(args: argparse.Namespace, models: Models, prompts: Sequence[list[int]], trees: Sequence[str]) -> int:
-    """Measures tokens a second over args.slots, prints the table, writes JSON and plot; returns the exit code."""
+class Outcome(NamedTuple):
+    """What a measurement gives."""
+
+    report: dict[str, Any]  # for JSON
+    figures: dict[str, Callable[[], Any]]  # by file name
+    differing: int  # answers that are not plain decoding's
+
+
+def machine() -> str:
+    """What it was measured on, in words."""
+    return f"{jax.devices()[0].device_kind} ({jax.default_backend()}, {os.cpu_count()} CPU cores)"
+
+
+# --- trees ------------------------------------------------------------------------------------------------------
+
+
+class Ablation(NamedTuple):
+    """A point of a sweep over trees."""
+
+    sweep: str  # of ABLATIONS
+    drafter: str  # its name
+    value: int | str
+    way: Way
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"sweep": self.sweep, "drafter": self.drafter, "value": self.value, "tree": self.way.tree}
+
+
+def ablation(key: str, way: Way, num_levels: int) -> list[Ablation]:
+    """The points of a sweep for a drafter of N levels; what is not swept is as in its own tree."""
+    assert way.tree is not None
+    own = Tree.parse(way.tree)
+    trees: dict[int | str, Tree] = {}
+    if key == "levels":
+        trees = {n: dataclasses.replace(own, levels=n) for n in range(1, num_levels + 1)}
+    elif key == "nodes":
+        trees = {n: Tree("best_first", nodes=n, levels=own.levels) for n in NODES}
+    else:
+        levels = own.num_levels(num_levels)
+        kinds = [Tree("chain", levels=own.levels)]
+        kinds += [Tree("backbone", width=width, levels=own.levels) for width in WIDTHS]
+        for tree in kinds:
+            nodes = tree.num_nodes(levels)
+            trees |= {str(t): t for t in (tree, Tree("best_first", nodes=nodes, levels=own.levels))}
+    return [Ablation(key, way.name, x, dataclasses.replace(way, tree=str(tree))) for x, tree in trees.items()]
+
+
+def points(
+    key: str, ablations: Sequence[Ablation], results: Sequence[Result]
+) -> tuple[list[tuple[str, Any, Result]], list[Result]]:
+    """(drafter, value, result) of a sweep, and plain decoding's results; of several tasks, their mean."""
+    several = any(result.task == MEAN for result in results)
+    chosen = [result for result in results if not several or result.task == MEAN]
+    its = [
+        (point.drafter, point.value, result)
+        for point in ablations
+        for result in chosen
+        if point.sweep == key and result.way == point.way
+    ]
+    return its, [result for result in chosen if result.way.name == PLAIN]
+
+
+def show_ablations(title: str, keys: Sequence[str], ablations: Sequence[Ablation], results: Sequence[Result]) -> None:
+    """Prints a table a sweep of the results at one temperature."""
+    for key in keys:
+        rows = []
+        its, plain = points(key, ablations, results)
+        for name, value, r in [(PLAIN, "", plain[0]), *its]:
+            rows.append(
+                (
+                    name,
+                    str(value),
+                    "" if r.way.tree is None else str(_num_nodes(r)),
+                    f"{Spread.of(r.tokens_per_second).median:.1f}",
+                    "" if name == PLAIN else spread(r.speedup),
+                    "-" if r.acceptance_length is None else f"{r.acceptance_length:.2f}",
+                    f"{len(r.differing)} of {r.cases}",
+                )
+            )
+        columns = ("drafter", key, "nodes", "tok/s", "speed-up (min to max)", "tau", "differ")
+        show(title, columns, rows)
+
+
+def _num_nodes(result: Result) -> int:
+    assert result.way.tree is not None
+    return Tree.parse(result.way.tree).num_nodes(len(result.accepted_at))
+
+
+# --- slots ------------------------------------------------------------------------------------------------------
+
+
+def throughput(
+    args: argparse.Namespace,
+    models: Models,
+    drafters: Mapping[Path, Any],
+    ways: Sequence[Way],
+    prompts: Sequence[list[int]],
+) -> Outcome:
+    """Measures tokens a second over args.slots and prints the table."""
+    _check_trained(ways)
     params = SamplingParams(
-        temperature=(args.temperature or [0.0])[0],
+        temperature=args.temperature[0],
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
         seed=args.seed,
         max_new_tokens=args.max_new,
     )
-    points = []
+    found = []
     for slots in tqdm(args.slots, unit="number of slots", disable=None):
-        ways = {PLAIN: _engine(args, models, slots, None)} | {
-            tree: _engine(args, models, slots, tree) for tree in trees
-        }
+        engines = {way: _engine(args, models, drafters, slots, way) for way in ways}
         num_requests = max(LEAST_REQUESTS, 2 * slots)
         asked = list(itertools.islice(itertools.cycle(prompts), num_requests))
         its = [dataclasses.replace(params, seed=(args.seed + i) % 2**32) for i in range(num_requests)]
-        for engine in ways.values():  # compiled, measured, its memory touched
+        for engine in engines.values():  # compiled, measured, its memory touched
             engine.warm_up()
             engine.generate(asked[:slots], its[:slots])
             engine.seconds = engine.device_seconds = 0.0
-        rates: dict[str, list[float]] = {way: [] for way in ways}
-        made: dict[str, list[Completion]] = {}
+        rates: dict[Way, list[float]] = {way: [] for way in ways}
+        made: dict[Way, list[Completion]] = {}
         for repeat in range(args.repeats):
-            order = list(ways)[repeat % len(ways) :] + list(ways)[: repeat % len(ways)]  # no way always comes first
-            for way in order:
+            turn = repeat % len(ways)  # no way always comes first
+            for way in [*ways[turn:], *ways[:turn]]:
                 started = time.perf_counter()
-                made[way] = ways[way].generate(asked, its)
+                made[way] = engines[way].generate(asked, its)
                 seconds = time.perf_counter() - started
                 rates[way].append(sum(len(completion.tokens) for completion in made[way]) / seconds)
-        for way, engine in ways.items():
+        for way, engine in engines.items():
             took = [completion.statistics for completion in made[way]]
             counts = Acceptance(
                 sum(t.rounds for t in took), tuple(map(sum, zip(*(t.accepted_at for t in took), strict=True)))
             )
-            points.append(
+            found.append(
                 Point(
                     slots,
-                    way,
+                    str(way),
                     num_requests,
                     rates[way],
-                    Spread.of([a / b for a, b in zip(rates[way], rates[PLAIN], strict=True)]),
+                    Spread.of([a / b for a, b in zip(rates[way], rates[ways[0]], strict=True)]),
                     counts.length,
                     1 - engine.device_seconds / engine.seconds,
-                    sum(a.tokens != b.tokens for a, b in zip(made[way], made[PLAIN], strict=True)),
+                    sum(a.tokens != b.tokens for a, b in zip(made[way], made[ways[0]], strict=True)),
                     dataclasses.asdict(engine.memory),
                 )
             )
-        del ways, engine
+        del engines, engine
         jax.clear_caches()  # programs of other numbers of slots are not run again
     title = (
         f"{args.max_new} new tokens at most, max_len {args.max_len}, temperature {params.temperature:g},"
         f" {models.dtype}, {machine()}"
     )
-    _print_throughput(title, points)
+    _print_throughput(title, found)
     report = {
-        "machine": machine(),
-        "jax": jax.__version__,
-        "dtype": models.dtype,
-        "target": models.fingerprint,
         "params": dataclasses.asdict(params),
-        "max_len": args.max_len,
-        "repeats": args.repeats,
         "prompt_tokens": [len(prompt) for prompt in prompts],
-        "points": [dataclasses.asdict(point) for point in points],
+        "points": [dataclasses.asdict(point) for point in found],
     }
-    if args.json:
-        write_new(args.json, json.dumps(report, indent=2) + "\n")
-    if args.plot:
-        plot(points, title, args.plot)
-    differing = sum(point.differing for point in points)
-    if differing and models.dtype == "float32":
-        print(f"warning: {differing} answers differ, in float32 none should", file=sys.stderr)
-        return TOKENS_DIFFER
-    return 0
+    return Outcome(report, {"slots": functools.partial(plot, found, title)}, sum(point.differing for point in found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,39 +217,40 @@ class Point:
     memory: dict[str, int]  # bytes, as stated by the engine
 
 
-def machine() -> str:
-    """What it was measured on, in words."""
-    return f"{jax.devices()[0].device_kind} ({jax.default_backend()}, {os.cpu_count()} CPU cores)"
+def _check_trained(ways: Sequence[Way]) -> None:
+    for way in ways:
+        if way.rates:
+            raise UserError(f"{way.name} is simulated, request by request: the engine takes drafters of folders alone")
 
 
-def _engine(args: argparse.Namespace, models: Models, slots: int, tree: str | None) -> Engine:
-    drafter = models.drafter if tree is not None else None
+def _engine(args: argparse.Namespace, models: Models, drafters: Mapping[Path, Any], slots: int, way: Way) -> Engine:
+    drafter = None if way.folder is None else drafters[way.folder]
     ends = models.stop_tokens
-    return Engine(models.target, drafter, models.tokenizer, ends, slots=slots, max_len=args.max_len, tree=tree)
+    return Engine(models.target, drafter, models.tokenizer, ends, slots=slots, max_len=args.max_len, tree=way.tree)
 
 
 def _print_throughput(title: str, points: Sequence[Point]) -> None:
-    table = Table(title=title)
-    names = ("slots", "requests", "way", "tok/s (min to max)", "ratio (min to max)", "tau", "host", "differ")
-    for name in names:
-        table.add_column(name, justify="left" if name == "way" else "right")
+    rows = []
     for p in points:
         rate = Spread.of(p.tokens_per_second)
-        table.add_row(
-            str(p.slots),
-            str(p.requests),
-            p.way,
-            f"{rate.median:.1f} ({rate.min:.1f} to {rate.max:.1f})",
-            "" if p.way == PLAIN else f"{p.ratio.median:.2f} ({p.ratio.min:.2f} to {p.ratio.max:.2f})",
-            f"{p.acceptance_length:.2f}",
-            f"{p.host_share:.1%}",
-            str(p.differing),
+        rows.append(
+            (
+                p.way,
+                str(p.slots),
+                str(p.requests),
+                f"{rate.median:.1f} ({rate.min:.1f} to {rate.max:.1f})",
+                "" if p.way == PLAIN else f"{p.ratio.median:.2f} ({p.ratio.min:.2f} to {p.ratio.max:.2f})",
+                f"{p.acceptance_length:.2f}",
+                f"{p.host_share:.1%}",
+                str(p.differing),
+            )
         )
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    columns = ("drafter", "slots", "requests", "tok/s (min to max)", "ratio (min to max)", "tau", "host", "differ")
+    show(title, columns, rows, left=1)
 
 
-def plot(points: Sequence[Point], title: str, path: Path) -> None:
-    """A PNG of throughput over slots, a line a way, with the spread of the repeats."""
+def plot(points: Sequence[Point], title: str) -> Any:
+    """A figure of throughput over slots, a line a way, with the spread of the repeats."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -183,30 +269,40 @@ def plot(points: Sequence[Point], title: str, path: Path) -> None:
     axes.set_title(title, fontsize="small")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
-def memory(args: argparse.Namespace, models: Models, tree: str) -> int:
-    """Prints what engines of args.slots take, as stated and as compiled; returns the exit code."""
-    if models.drafter is None:
-        raise UserError("--sweep memory is about a drafter's cache: give --drafter")
-    table = Table(title=f"MiB; max_len {args.max_len}, tree {tree}, {models.dtype}")
-    names = ("slots", "window", "weights", "target cache", "drafter cache", "work, stated", "arguments", "temporaries")
-    for name in names:
-        table.add_column(name, justify="right")
-    records = []
-    for window, slots in itertools.product((None, args.window), args.slots):
-        drafter = nnx.merge(*nnx.split(models.drafter))
+def memory(
+    args: argparse.Namespace,
+    models: Models,
+    drafters: Mapping[Path, Any],
+    ways: Sequence[Way],
+    prompts: Sequence[list[int]],
+) -> Outcome:
+    """Prints what engines of args.slots take with each drafter, as stated and as compiled."""
+    _check_trained(ways)
+    rows, records = [], []
+    for way, window, slots in itertools.product(ways[1:], (None, args.window), args.slots):
+        assert way.folder is not None
+        drafter = nnx.merge(*nnx.split(drafters[way.folder]))
         drafter.config = dataclasses.replace(drafter.config, window=window)
         engine = Engine(
-            models.target, drafter, models.tokenizer, models.stop_tokens, slots=slots, max_len=args.max_len, tree=tree
+            models.target,
+            drafter,
+            models.tokenizer,
+            models.stop_tokens,
+            slots=slots,
+            max_len=args.max_len,
+            tree=way.tree or "best_first:8",
         )
         stated = engine.memory
         compiled = compiled_round(engine)
         record = {
+            "drafter": way.name,
+            "tree": way.tree,
             "slots": slots,
             "window": window,
             **dataclasses.asdict(stated),
@@ -222,12 +318,11 @@ def memory(args: argparse.Namespace, models: Models, tree: str) -> int:
             record["arguments"],
             record["temporaries"],
         )
-        table.add_row(str(slots), "none" if window is None else str(window), *(f"{size / MIB:.0f}" for size in sizes))
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
-    if args.json:
-        report = {"machine": machine(), "jax": jax.__version__, "max_len": args.max_len, "tree": tree}
-        write_new(args.json, json.dumps({**report, "points": records}, indent=2) + "\n")
-    return 0
+        size_words = (f"{size / MIB:.0f}" for size in sizes)
+        rows.append((str(way), str(slots), "none" if window is None else str(window), *size_words))
+    names = ("slots", "window", "weights", "target cache", "drafter cache", "work, stated", "arguments", "temporaries")
+    show(f"MiB; max_len {args.max_len}, {models.dtype}", ("drafter", *names), rows, left=1)
+    return Outcome({"points": records}, {}, 0)
 
 
 def compiled_round(engine: Engine) -> Any:

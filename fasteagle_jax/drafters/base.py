@@ -25,6 +25,8 @@ class Constant(nnx.Variable):
 class DrafterModule(nnx.Module):
     """A drafter that reads features [F*H] at every stream position and keeps its keys and values in a Ring."""
 
+    architecture: str  # its name in a config.json
+
     def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any):
         c = config
         num_features = len(c.feature_layers) * c.hidden_size
@@ -59,6 +61,14 @@ class DrafterModule(nnx.Module):
         slots = ring_slots(num_slots, c.window, most_written)
         dtype = self.fc[...].dtype
         return as_ring(empty_cache(num_layers, batch, c.num_kv_heads, slots, c.head_dim, dtype, stacked=stacked))
+
+    def stored(self) -> list[tuple[str, Any, bool]]:
+        """(name in the file, variable, transposed) of every tensor that is stored, of the unstacked form.
+
+        By default all of them, as they are, by their places in the module.
+        """
+        places = ((path, node) for path, node in nnx.iter_graph(self) if isinstance(node, nnx.Variable))
+        return [(".".join(map(str, path)), node, False) for path, node in places]
 
     def skip(self, new: Accepted, cache: Ring) -> Ring:
         """The cache after the accepted tokens, whose stream positions it will never hold."""

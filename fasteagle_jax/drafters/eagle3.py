@@ -41,9 +41,27 @@ from fasteagle_jax.tree import NO_PARENT, Draft, Tree
 AXES = LAYER_AXES | {"fc": ("embed", "fused"), "head": ("vocab", "embed")}
 CANDIDATES = 10  # f and k of a dynamic tree, as published
 
+_STORED = {  # name in the file: attribute, transposed
+    "fc.weight": ("fc", True),
+    "midlayer.input_layernorm.weight": ("embedding_norm", False),
+    "midlayer.hidden_norm.weight": ("hidden_norm", False),
+    "midlayer.self_attn.q_proj.weight": ("q", True),
+    "midlayer.self_attn.k_proj.weight": ("k", True),
+    "midlayer.self_attn.v_proj.weight": ("v", True),
+    "midlayer.self_attn.o_proj.weight": ("o", True),
+    "midlayer.post_attention_layernorm.weight": ("mlp_norm", False),
+    "midlayer.mlp.gate_proj.weight": ("gate", True),
+    "midlayer.mlp.up_proj.weight": ("up", True),
+    "midlayer.mlp.down_proj.weight": ("down", True),
+    "norm.weight": ("norm", False),
+    "lm_head.weight": ("head", False),
+}
+
 
 class Eagle3(DrafterModule):
     """The drafter. Its head is its own and trained; the embedding is the target's."""
+
+    architecture = "LlamaForCausalLMEagle3"
 
     def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
         c = config
@@ -105,6 +123,11 @@ class Eagle3(DrafterModule):
         other = nnx.merge(*nnx.split(self))
         other.stacked = stacked
         return other
+
+    def stored(self) -> list[tuple[str, Any, bool]]:
+        """As of DrafterModule, under the names that its authors gave."""
+        places = [(name, getattr(self, attribute), turned) for name, (attribute, turned) in _STORED.items()]
+        return places if self.token_ids is None else [*places, ("d2t", self.token_ids, False)]
 
     def tie(self, target: Any) -> Tied:
         """The target's embedding, and its own head."""

@@ -10,6 +10,7 @@ and the cache of verified positions needs no rollback.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -42,6 +43,21 @@ AXES = LAYER_AXES | {name: ("embed", "fused") for name in ("fc", "fuse", "reinje
 EMBEDDING_SHARE = 0.1  # of the stream's size that the embedding starts with, beside levels that never saw one there
 
 
+_LEVEL = {  # name in the file: attribute path of a Level, transposed
+    "input_layernorm.weight": (("layer", "input_norm"), False),
+    "self_attn.q_proj.weight": (("layer", "q"), True),
+    "self_attn.k_proj.weight": (("layer", "k"), True),
+    "self_attn.v_proj.weight": (("layer", "v"), True),
+    "self_attn.o_proj.weight": (("layer", "o"), True),
+    "post_attention_layernorm.weight": (("layer", "mlp_norm"), False),
+    "mlp.gate_proj.weight": (("layer", "gate"), True),
+    "mlp.up_proj.weight": (("layer", "up"), True),
+    "mlp.down_proj.weight": (("layer", "down"), True),
+    "norm.weight": (("norm",), False),
+    "reinject.weight": (("reinject",), True),
+}
+
+
 class Level(nnx.Module):
     """One level of the cascade: a decoder layer, the norm before the head, and optionally the input added again."""
 
@@ -55,6 +71,8 @@ class Level(nnx.Module):
 
 class FastEagle(DrafterModule):
     """The drafter. `levels` is one stacked Level (leading axis N) or, unstacked, a list of N of them."""
+
+    architecture = "FastEagleDrafter"
 
     def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
         c = config
@@ -182,16 +200,22 @@ class FastEagle(DrafterModule):
 
         A tree of fewer levels runs the first levels alone, on no more newly accepted tokens than it can bring itself.
         """
-        num_levels = tree.num_levels(self.num_levels)
+        logits, cache = self.guesses(tied, new, cache, tree.num_levels(self.num_levels))
+        return self.grow(tied, new, cache, logits, tree, ranking), cache
+
+    def guesses(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
+        """The first half of `draft`: each level's logits float32 [B, N, V], and the cache."""
         new, skipped = newest(new, num_levels + 1)
         cache = cache._replace(length=cache.length + skipped)
         hidden, cache = self._advance(tied, new, cache, num_levels)  # [B, N, H]
-        logits = head_logits(hidden, tied.head)  # float32 [B, N, V]
-        # The pending token is at cache.length, so level i guesses the token at cache.length + i.
-        positions = cache.length[:, None] + 1 + jnp.arange(num_levels)
+        return head_logits(hidden, tied.head), cache
+
+    def grow(self, tied: Tied, new: Accepted, cache: Ring, logits: jax.Array, tree: Tree, ranking: Ranking) -> Draft:
+        """The second half: the tree of those logits. The pending token is at cache.length."""
+        positions = cache.length[:, None] + 1 + jnp.arange(logits.shape[1])  # level i guesses the token i further on
         last = jnp.maximum(new.count - 1, 0)
         root = jnp.take_along_axis(new.tokens, last[:, None], axis=1)[:, 0]
-        return build(tree, root, rank(logits, positions, draft_ids(tied), ranking), tied.token_ids), cache
+        return build(tree, root, rank(logits, positions, draft_ids(tied), ranking), tied.token_ids)
 
     def _advance(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
         """The first levels' hidden states [B, N, H] at the last accepted position, and the cache with all positions."""
@@ -221,6 +245,18 @@ class FastEagle(DrafterModule):
         other = nnx.merge(*nnx.split(self))
         other.levels = stack(list(self.levels))
         return other
+
+    def stored(self) -> list[tuple[str, Any, bool]]:
+        """As of DrafterModule: levels are numbered from 0."""
+        places: list[tuple[str, Any, bool]] = [("fc.weight", self.fc, True), ("fuse.weight", self.fuse, True)]
+        if self.token_ids is not None:
+            places.append(("token_ids", self.token_ids, False))
+        for i, level in enumerate(self.levels):
+            for name, (path, transposed) in _LEVEL.items():
+                param = functools.reduce(getattr, path, level)
+                if param is not None:
+                    places.append((f"levels.{i}.{name}", param, transposed))
+        return places
 
 
 def newest(new: Accepted, most: int) -> tuple[Accepted, jax.Array]:

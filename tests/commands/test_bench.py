@@ -1,68 +1,117 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
-from fasteagle_jax.commands.bench import Run, Spread, compare, main
+from fasteagle_jax.commands.bench import main
+from fasteagle_jax.commands.contest import MEAN, Case, Measured, Run
+from fasteagle_jax.commands.sweep import ablation
+from fasteagle_jax.commands.ways import Way, parse_ways
 from fasteagle_jax.metrics import Acceptance
-from fasteagle_jax.tree import Tree
+from fasteagle_jax.sampling import make_sampling
 
 
-def test_a_bench_reports_each_tree_at_each_temperature(talkative, prompts_file, tmp_path, capsys):
-    path = tmp_path / "bench.json"
-    argv = ["--target", talkative[0], "--drafter", talkative[1], "--prompts", prompts_file, "--limit", 3]
-    argv += ["--tree", "chain", "--tree", "best_first:4", "--temperature", 0, "--temperature", 1]
-    argv += ["--max-new", 12, "--repeats", 2, "--json", path]
-    assert main([str(word) for word in argv]) == 0
+@pytest.fixture
+def tasks(tmp_path) -> Path:
+    """A folder of two tasks, one of two turns; all prompts are padded to the same length, to compile once."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "talk.jsonl").write_text(
+        json.dumps({"question_id": 7, "turns": ["Hi? Please answer in one word.", "And then?"]}) + "\n"
+    )
+    sums = [{"question_id": i, "turns": [f"What is {i} + {i}? In one word, please."]} for i in range(4)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sums))
+    return folder
+
+
+def run(*argv: object) -> int:
+    return main([str(word) for word in argv])
+
+
+def test_a_bench_reports_each_drafter_on_each_task_at_each_temperature(talkative, tasks, tmp_path, capsys):
+    target, drafter = talkative
+    ways = f"plain,a={drafter}@best_first:4"
+    argv = ["--target", target, "--tasks", "talk,sums", "--prompts-folder", tasks, "--limit", 2, "--drafters", ways]
+    assert run(*argv, "--temperature", "0,1", "--max-new", 12, "--repeats", 2, "--results", tmp_path / "results") == 0
     printed = capsys.readouterr().out
-    assert "best_first:4" in printed and "tau" in printed
-    report = json.loads(path.read_text())
-    assert report["compilations_while_timed"] == 0
-    assert report["prompts"] == ["questions/0", "questions/1", "questions/2"]
-    assert report["dtype"] == "float32" and report["drafter"]["num_levels"] == 2
+    assert "a best_first:4" in printed and "overhead" in printed
+    for name in ("speedup", "acceptance", "time"):
+        assert (tmp_path / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "results/results.json").read_text())
+    assert report["compilations_while_timed"] == 0 and report["drafters"]["a"]["num_levels"] == 2
+    cases = [case for case in report["cases"] if case["temperature"] == 1]
+    assert [case["id"] for case in cases] == ["talk/7/1", "talk/7/2", "sums/0", "sums/1"]
+    assert cases[1]["prompt_tokens"] > cases[0]["prompt_tokens"] + 10  # the first turn and its answer are in it
+
+    names = [("plain", None), ("a", "best_first:4")]
     results = report["results"]
-    assert [(r["temperature"], r["tree"]) for r in results] == [
-        (0, "chain"),
-        (0, "best_first:4"),
-        (1, "chain"),
-        (1, "best_first:4"),
-    ]
+    keys = [(r["temperature"], r["task"], r["drafter"], r["tree"]) for r in results]
+    assert keys == [(x, task, *name) for x in (0, 1) for task in ("talk", "sums", MEAN) for name in names]
     for r in results:
-        assert r["differing_prompts"] == 0
-        assert len(r["tokens_per_second"]) == len(r["plain_tokens_per_second"]) == 2
-        assert 0 < r["ratio"]["min"] <= r["ratio"]["median"] <= r["ratio"]["max"]
-        assert 1 <= r["acceptance_length"] <= 3
-        assert len(r["acceptance_by_depth"]) == 2
-        assert r["new_tokens"] == sum(r["new_tokens_by_prompt"]) == 36
-        # One token a prompt comes from prefill.
-        assert r["new_tokens"] - 3 == pytest.approx(r["acceptance_length"] * r["target_passes"])
+        assert r["differing"] == [] and r["cases"] == (4 if r["task"] == MEAN else 2)
+        assert len(r["tokens_per_second"]) == len(r["speedup"]) == 2 and min(r["speedup"]) > 0
+        assert r["new_tokens"] == (48 if r["task"] == MEAN else 24)
+        # One token an answer comes from prefill.
+        assert r["new_tokens"] - r["cases"] == r["target_passes"] + sum(r["accepted_at"])
+        if r["drafter"] == "plain":
+            assert r["speedup"] == [1, 1] and r["acceptance_length"] == 1
+
+    splits = report["time_of_a_round"]
+    assert [(s["temperature"], s["drafter"], s["tree"]) for s in splits] == [
+        (x, *name) for x in (0, 1) for name in names
+    ]
+    for s in splits:
+        parts = {"target", "tree", "choose", "commit"} | ({"draft"} if s["tree"] else set())
+        assert set(s["parts"]) == parts and s["nodes"] == (4 if s["tree"] else 1)
+        assert s["rest"] == pytest.approx(s["round"]["median"] - sum(part["median"] for part in s["parts"].values()))
 
 
 def test_a_result_counts_tokens_seconds_and_differences():
-    def run(seconds, tokens, rounds=2, accepted=(1, 0)):
-        return Run(seconds, tokens, Acceptance(rounds, accepted))
+    def one(seconds, tokens, accepted=(1, 0)):
+        return Run(seconds, seconds / 4, seconds / 2, tokens, Acceptance(2, accepted))
 
-    plain = [[run(2.0, [1, 2, 3, 4]), run(2.0, [1, 2, 3, 4])], [run(1.0, [1, 2, 3, 4]), run(1.0, [1, 2, 3, 4])]]
-    fast = [[run(1.0, [1, 2, 3, 4]), run(1.0, [1, 2, 3, 4])], [run(1.0, [1, 2, 3, 4]), run(1.0, [1, 2, 9, 4])]]
-    result = compare(0.0, Tree("chain"), plain, fast)
-    assert result.plain_tokens_per_second == [2, 4]
-    assert result.tokens_per_second == [4, 4]
-    assert result.ratio == Spread(1.0, 1.5, 2.0)
-    assert result.differing_prompts == 1
-    assert result.acceptance_length == 1.5
-    assert result.acceptance_by_depth == [0.5, 0.0]
+    sampling, answer = make_sampling(1), [1, 2, 3, 4]
+    cases = [Case(task, task + "/0", [1], sampling, answer) for task in ("x", "y")]
+    plain, way = parse_ways(["a=folder"], "chain")
+    runs = {
+        plain: [[one(2.0, answer, ()), one(2.0, answer, ())], [one(1.0, answer, ()), one(1.0, answer, ())]],
+        way: [[one(1.0, answer), one(0.5, answer, (2, 1))], [one(1.0, answer), one(0.5, [1, 2, 9, 4], (2, 1))]],
+    }
+    results = {(r.task, r.way): r for r in Measured(cases, runs, 0).results(0.0)}
+    assert results["x", plain].tokens_per_second == [2, 4]
+    assert results["x", way].speedup == [2, 1] and results["y", way].speedup == [4, 2]
+    assert results["x", way].rounds_speedup == [2, 1]
+    assert results["x", way].differing == [] and results["y", way].differing == ["y/0"]
+    assert results["x", way].prefill_share == 0.25 and results["x", way].host_share == 0.25
+    whole = results[MEAN, way]
+    assert whole.speedup == [3, 1.5] and whole.tokens_per_second == [6, 6]
+    assert whole.acceptance_length == (1.5 + 2.5) / 2
+    assert whole.acceptance_by_depth == [0.75, 1 / 3]
+    assert whole.differing == ["y/0"] and whole.cases == 2
 
 
-def test_a_sweep_over_slots_reports_each_way_and_plots_it(talkative, prompts_file, tmp_path, capsys):
-    argv = ["--target", talkative[0], "--drafter", talkative[1], "--prompts", prompts_file, "--limit", 3]
-    argv += ["--sweep", "slots", "--slots", 1, 2, "--tree", "best_first:4", "--max-len", 256]
-    argv += ["--max-new", 12, "--repeats", 2, "--json", tmp_path / "s.json", "--plot", tmp_path / "s.png"]
-    assert main([str(word) for word in argv]) == 0
+def test_trees_of_a_sweep_have_equal_budgets():
+    way = Way("a", "best_first:16", Path("folder"))
+    assert [point.way.tree for point in ablation("nodes", way, 7)] == [
+        f"best_first:{n}" for n in (4, 8, 12, 16, 24, 32)
+    ]
+    assert [point.value for point in ablation("levels", way, 7)] == list(range(1, 8))
+    kinds = [point.way.tree for point in ablation("tree", way, 7)]
+    assert kinds == ["chain", "best_first:8", "backbone:2", "best_first:15", "backbone:4", "best_first:29"]
+
+
+def test_a_sweep_over_slots_reports_each_way_and_plots_it(talkative, tasks, tmp_path, capsys):
+    argv = ["--target", talkative[0], "--drafters", f"a={talkative[1]}@best_first:4", "--tasks", "sums"]
+    argv += ["--prompts-folder", tasks, "--limit", 3, "--sweep", "slots", "--slots", 1, 2, "--max-len", 256]
+    argv += ["--max-new", 12, "--repeats", 2, "--results", tmp_path / "results"]
+    assert run(*argv) == 0
     assert "best_first:4" in capsys.readouterr().out
-    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
-    points = json.loads((tmp_path / "s.json").read_text())["points"]
-    assert [(p["slots"], p["way"]) for p in points] == [(n, way) for n in (1, 2) for way in ("plain", "best_first:4")]
+    assert (tmp_path / "results/slots.png").read_bytes().startswith(b"\x89PNG")
+    points = json.loads((tmp_path / "results/results.json").read_text())["points"]
+    assert [(p["slots"], p["way"]) for p in points] == [(n, way) for n in (1, 2) for way in ("plain", "a best_first:4")]
     for p in points:
         assert p["differing"] == 0 and p["requests"] == 8
         assert len(p["tokens_per_second"]) == 2 and 0 < p["host_share"] < 1
@@ -70,33 +119,59 @@ def test_a_sweep_over_slots_reports_each_way_and_plots_it(talkative, prompts_fil
     assert points[2]["memory"]["target_cache"] == 2 * points[0]["memory"]["target_cache"]
 
 
-def test_a_sweep_over_memory_shows_that_a_windows_cache_does_not_grow(talkative, prompts_file, tmp_path):
+def test_a_sweep_over_memory_shows_that_a_windows_cache_does_not_grow(talkative, tasks, tmp_path):
     caches = {}
     for max_len in (300, 600):
-        path = tmp_path / f"{max_len}.json"
-        argv = ["--target", talkative[0], "--drafter", talkative[1], "--prompts", prompts_file, "--json", path]
-        argv += ["--sweep", "memory", "--slots", 2, "--max-len", max_len, "--window", 16]
-        assert main([str(word) for word in argv]) == 0
-        for point in json.loads(path.read_text())["points"]:
+        folder = tmp_path / str(max_len)
+        argv = ["--target", talkative[0], "--drafters", f"a={talkative[1]}", "--tasks", tasks / "sums.jsonl"]
+        argv += ["--sweep", "memory", "--slots", 2, "--max-len", max_len, "--window", 16, "--results", folder]
+        assert run(*argv) == 0
+        for point in json.loads((folder / "results.json").read_text())["points"]:
             caches[max_len, point["window"]] = point["drafter_cache"]
             assert point["arguments"] > point["target"] + point["drafter"] + point["target_cache"]
     assert caches[300, 16] == caches[600, 16] < caches[300, None] < caches[600, None]
 
 
-def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, prompts_file, tmp_path):
-    given = ["--target", target_folder, "--drafter", drafter_folder, "--prompts", prompts_file]
-    there = tmp_path / "there.json"
-    there.write_text("keep")
-    assert "exists" in complaint(main, *given, "--json", there)
-    assert "temperature is -1.0" in complaint(main, *given, "--temperature", "-1")
+def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, talkative, tasks, tmp_path):
+    models = ["--target", target_folder, "--drafters", f"a={drafter_folder}"]
+    given = [*models, "--tasks", "sums", "--prompts-folder", tasks]
+    (tmp_path / "there").mkdir()
+    assert f"{tmp_path / 'there'} exists" in complaint(main, *given, "--results", tmp_path / "there")
+    assert "temperature is -1.0" in complaint(main, *given, "--temperature=-1")
+    assert "'warm' is not a list of numbers" in complaint(main, *given, "--temperature", "warm")
     assert "top_p is 0.0" in complaint(main, *given, "--top-p", 0)
-    assert "tree 'oak'" in complaint(main, *given, "--tree", "oak")
-    assert "no folder" in complaint(main, *given, "--drafter", tmp_path / "nowhere")
-    assert "cannot read" in complaint(main, *given, "--prompts", tmp_path / "nowhere.jsonl")
+    assert "'0' is not a whole number of at least 1" in complaint(main, *given, "--repeats", 0)
+    assert "'levels,slots' is not known" in complaint(main, *given, "--sweep", "levels,slots")
     assert "exceed the target's 1024 positions" in complaint(main, *given, "--max-new", 1000)
-    assert "required: --drafter" in complaint(main, "--prompts", prompts_file)
-    long = tmp_path / "long.jsonl"
-    long.write_text(json.dumps({"prompt": "a" * 1000}))
-    assert "long/0 has" in complaint(main, *given[:4], "--prompts", long)
-    long.write_text('{"prompt": ')
-    assert f"{long}:1: not JSON" in complaint(main, *given[:4], "--prompts", long)
+    assert "prompt talk/7 has" in complaint(main, *given, "--tasks", "talk", "--max-new", 500)  # its second turn
+
+    def drafters(words: str) -> str:
+        return complaint(main, *given, "--drafters", words)
+
+    assert "drafter 'medusa' is not known: write plain, NAME=FOLDER" in drafters("medusa")
+    assert "(fasteagle, eagle3)" in drafters("fasteagle")
+    assert "no folder" in drafters(f"a={tmp_path / 'nowhere'}")
+    assert "holds no config.json" in drafters(f"a={tmp_path}")
+    assert "tree 'oak' is not known" in drafters(f"a={drafter_folder}@oak")
+    assert "acceptance '0.8/2' is not understood" in drafters("simulated=0.8/2")
+    assert "two drafters have the name a" in drafters(f"a={drafter_folder},a={talkative[1]}")
+    assert "plain decoding alone" in drafters("plain")
+    assert "was trained for target" in drafters(f"a={talkative[1]}")
+    assert "simulated is simulated" in complaint(main, *given, "--sweep", "slots", "--drafters", "simulated=0.5")
+    damaged = shutil.copytree(drafter_folder, tmp_path / "damaged") / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-4] + b"\0\0\0\1")
+    assert f"{damaged} has the SHA-256" in drafters(f"a={damaged.parent}")
+
+    assert "task 'sum' is not known" in complaint(main, *given, "--tasks", "sum")
+    assert "has sums, talk; or give a file" in complaint(main, *given, "--tasks", "sums,sum")
+    assert "name its folder with --prompts-folder" in complaint(main, *models, "--tasks", "sums")
+    assert "holds no .jsonl file" in complaint(main, *models, "--tasks", "sums", "--prompts-folder", tmp_path / "there")
+    assert "cannot read" in complaint(main, *given, "--tasks", tmp_path / "nowhere.jsonl")
+    assert "required: --drafters" in complaint(main, "--tasks", "sums")
+    bad = tasks / "bad.jsonl"
+    bad.write_text('{"turns": ["Hi."]}\n{"turns": \n')
+    assert f"{bad}:2: not JSON" in complaint(main, *given, "--tasks", "bad")
+    bad.write_text('{"turns": ["Hi."]}\n{"turns": [3]}\n')
+    assert f"{bad}:2: turns[0] is a int" in complaint(main, *given, "--tasks", "bad")
+    bad.write_text("")
+    assert "no prompt in" in complaint(main, *given, "--tasks", "bad")

@@ -243,7 +243,7 @@ def test_damaged_files_are_refused(saved):
     file = saved / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    refused(saved, "model.safetensors cannot be read")
+    refused(saved, "model.safetensors has the SHA-256")
     file.unlink()
     refused(saved, "model.safetensors cannot be read")
     file.write_bytes(whole)
@@ -258,6 +258,10 @@ def test_tensors_that_do_not_fit_the_configuration_are_named(saved):
     del tensors["levels.1.self_attn.q_proj.weight"]
     tensors["levels.7.norm.weight"] = np.ones(16, np.float32)
     save_file(tensors, file)
+    refused(saved, "model.safetensors has the SHA-256 [0-9a-f]{16}..., its config.json says")
+    config = json.loads((saved / "config.json").read_text())
+    del config["sha256"]  # as in folders of older versions
+    (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as caught:
         load_drafter(saved, tiny_config(), "0123")
     for name in ("levels.0.norm.weight (9,)", "levels.1.self_attn.q_proj.weight", "levels.7.norm.weight"):

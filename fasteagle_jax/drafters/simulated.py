@@ -1,0 +1,107 @@
+"""A drafter whose acceptance is given: it costs nothing and knows the target's answer, but for chosen mistakes.
+
+B rows · N levels · S slots · K ranks of a level · V vocabulary.
+What decoding costs beside a drafter, and what a drafter of some acceptance would bring, can be measured with it before
+anything is trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fasteagle_jax.cache import Cache
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.interfaces import Accepted, Ranking, Tied
+from fasteagle_jax.sampling import gumbel_noise
+from fasteagle_jax.tree import Draft, Tree, build
+
+RANK_STEP = 20.0  # by which each next guess of a level scores less: a tree takes the chain of the best ones first
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Simulated:
+    """An `interfaces.Drafter` whose guess at depth d is right with probability `rates[d - 1]`, if those before it are.
+
+    `sequences` int32 [B, S] are prompt and answer in a row. Whether a guess is right is drawn by (seed, position of the
+    pending token, depth), so no draw is used twice. Where it is wrong, nothing in the tree is right at that depth. A
+    tree of fewer nodes than N + 1 cannot hold all levels, and accepts none of those that it has not.
+    """
+
+    sequences: jax.Array
+    rates: jax.Array  # float32 [N]
+    seed: jax.Array  # uint32 [B]
+    vocab_size: int = dataclasses.field(metadata=dict(static=True))
+    feature_layers: tuple[int, ...] = dataclasses.field(default=(0,), metadata=dict(static=True))  # read, not used
+
+    @property
+    def num_levels(self) -> int:
+        """N."""
+        return self.rates.shape[0]
+
+    def tie(self, target: Any) -> Tied:
+        """Rows of the target, of which it uses none."""
+        return Tied(target.embedding[...], target.head_rows(), None)
+
+    def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Cache:
+        """A Cache that is a position and nothing else."""
+        return Cache([], [], jnp.zeros((batch,), jnp.int32))
+
+    def extend(self, tied: Tied, new: Accepted, cache: Cache) -> Cache:
+        """The position after the accepted tokens."""
+        return self.skip(new, cache)
+
+    def skip(self, new: Accepted, cache: Cache) -> Cache:
+        """The position after the accepted tokens."""
+        return cache._replace(length=cache.length + new.count)
+
+    def draft(self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking) -> tuple[Draft, Cache]:
+        """The sequence's next tokens, or wrong ones from the first mistake on, as a tree (see interfaces.Drafter)."""
+        cache = self.skip(new, cache)
+        num_levels = tree.num_levels(self.num_levels)
+        batch, num_slots = self.sequences.shape
+        at = cache.length[:, None] + 1 + jnp.arange(num_levels)  # [B, N]; the pending token is at cache.length
+        true = jnp.take_along_axis(self.sequences, jnp.minimum(at, num_slots - 1), axis=1)
+        noise = gumbel_noise(self.seed, cache.length, jnp.arange(num_levels))  # [B, N]
+        uniform = jnp.exp(-jnp.exp(-noise))  # the Gumbel distribution's function of its own draw
+        wrong = (uniform >= self.rates[:num_levels]).astype(jnp.int32)
+        num_ranks = min(tree.num_nodes(num_levels), self.vocab_size - 1)  # K, no more than a level can have nodes
+        rank = jnp.arange(num_ranks)
+        guesses = (true[..., None] + wrong[..., None] + rank) % self.vocab_size  # [B, N, K], all of a level different
+        scores = jnp.broadcast_to(-RANK_STEP * rank, guesses.shape)
+
+        last = jnp.maximum(new.count - 1, 0)[:, None]
+        root = jnp.take_along_axis(new.tokens, last, axis=1)
+        ranks = build(tree, root[:, 0], scores)  # whose tokens are ranks, but the root's
+        row, level = jnp.arange(batch)[:, None], jnp.maximum(ranks.depths - 1, 0)
+        tokens = jnp.where(ranks.depths == 0, root, guesses[row, level, jnp.where(ranks.depths == 0, 0, ranks.tokens)])
+        return ranks._replace(tokens=tokens.astype(jnp.int32)), cache
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """The rates that `0.8/0.7/0.6` names, one a level; UserError where they are none."""
+    try:
+        rates = tuple(float(part) for part in text.split("/"))
+    except ValueError:
+        rates = ()
+    if not rates or not all(0 <= rate <= 1 for rate in rates):
+        raise UserError(f"acceptance {text!r} is not understood: write one number of 0 to 1 a level, 0.8/0.7/0.6")
+    return rates
+
+
+def simulated(
+    rates: Sequence[float], prompt: Sequence[int], answer: Sequence[int], num_slots: int, vocab_size: int, seed: int = 0
+) -> Simulated:
+    """A Simulated drafter for one row, whose plain answer to `prompt` is `answer`; S is `num_slots`."""
+    known = [*prompt, *answer][:num_slots]
+    sequences = np.zeros((1, num_slots), np.int32)
+    sequences[0, : len(known)] = known
+    return Simulated(
+        jnp.asarray(sequences), jnp.asarray(rates, jnp.float32), jnp.asarray([seed], jnp.uint32), vocab_size
+    )
