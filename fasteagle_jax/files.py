@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +31,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises OSError where `path` exists and holds anything.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    aside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    aside.mkdir()
     try:
         yield aside
         for file in aside.iterdir():

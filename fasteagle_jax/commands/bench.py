@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import json
 import os
@@ -157,6 +158,7 @@ def bench(args: argparse.Namespace) -> int:
 
     # --- results ----------------------------------------------------------------------------------------------
     report = {
+        "date": datetime.date.today().isoformat(),
         "machine": sweep.machine(),
         "jax": jax.__version__,
         "dtype": models.dtype,

@@ -29,7 +29,18 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left
 
 def show_results(title: str, results: Sequence[Result]) -> None:
     """Prints a row for each result."""
-    columns = ("task", "drafter", "tok/s", "speed-up (min to max)", "rounds alone", "tau", "by depth", "differ")
+    columns = (
+        "task",
+        "drafter",
+        "tok/s",
+        "speed-up (min to max)",
+        "rounds alone",
+        "tau",
+        "by depth",
+        "prefill",
+        "host",
+        "differ",
+    )
     rows = []
     for r in results:
         plain = r.way.name == PLAIN
@@ -42,6 +53,8 @@ def show_results(title: str, results: Sequence[Result]) -> None:
                 "" if plain else f"{Spread.of(r.rounds_speedup).median:.2f}",
                 "-" if r.acceptance_length is None else f"{r.acceptance_length:.2f}",
                 " ".join("-" if share is None else f"{share:.2f}" for share in r.acceptance_by_depth),
+                f"{r.prefill_share:.0%}",
+                f"{r.host_share:.1%}",
                 f"{len(r.differing)} of {r.cases}",
             )
         )
