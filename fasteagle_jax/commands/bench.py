@@ -24,6 +24,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -49,7 +50,7 @@ from fasteagle_jax.commands.figures import (
 )
 from fasteagle_jax.commands.models import Models, add_target_options, check_fits, load_models
 from fasteagle_jax.commands.split import Split, Splitter
-from fasteagle_jax.commands.terminal import Parser, add_filter_options, check_new, program, whole, writing
+from fasteagle_jax.commands.terminal import Parser, add_filter_options, check_new, program, whole
 from fasteagle_jax.commands.ways import Way, check_folders, load_drafters, parse_ways, read_tasks
 from fasteagle_jax.data import Prompt
 from fasteagle_jax.errors import UserError
@@ -145,33 +146,32 @@ def bench(args: argparse.Namespace) -> int:
             check_fits(models, prompt.id, encode_chat(models.tokenizer, said), args.max_new * len(prompt.turns))
 
     # --- measuring --------------------------------------------------------------------------------------------
-    if of_engine:
-        first_turns = [
-            encode_chat(models.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
-            for prompts in tasks.values()
-            for prompt in prompts
-        ]
-        measured = sweep.throughput if args.sweep == ["slots"] else sweep.memory
-        outcome = measured(args, models, drafters, ways, first_turns)
-    else:
-        outcome = _compare(args, models, drafters, ways, tasks)
-
-    # --- results ----------------------------------------------------------------------------------------------
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": sweep.machine(),
-        "jax": jax.__version__,
-        "dtype": models.dtype,
-        "target": models.fingerprint,
-        "arguments": {name: value if isinstance(value, list) else _plain(value) for name, value in vars(args).items()},
-        "drafters": {
-            way.name: dataclasses.asdict(drafters[way.folder].config) if way.folder else {"rates": way.rates}
-            for way in ways[1:]
-        },
-        **outcome.report,
-    }
-    if args.results:
-        with writing(args.results), new_folder(args.results) as folder:
+    results = contextlib.nullcontext() if args.results is None else new_folder(args.results)
+    with results as folder:  # made now: what cannot be written is found out at once
+        if of_engine:
+            first_turns = [
+                encode_chat(models.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+                for prompts in tasks.values()
+                for prompt in prompts
+            ]
+            measured = sweep.throughput if args.sweep == ["slots"] else sweep.memory
+            outcome = measured(args, models, drafters, ways, first_turns)
+        else:
+            outcome = _compare(args, models, drafters, ways, tasks)
+        report = {
+            "date": datetime.date.today().isoformat(),
+            "machine": sweep.machine(),
+            "jax": jax.__version__,
+            "dtype": models.dtype,
+            "target": models.fingerprint,
+            "arguments": {name: os.fspath(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+            "drafters": {
+                way.name: dataclasses.asdict(drafters[way.folder].config) if way.folder else {"rates": way.rates}
+                for way in ways[1:]
+            },
+            **outcome.report,
+        }
+        if folder is not None:
             (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
             for name, figure in outcome.figures.items():
                 figure().savefig(folder / f"{name}.png", dpi=120)
@@ -179,11 +179,6 @@ def bench(args: argparse.Namespace) -> int:
         print(f"warning: {outcome.differing} answers differ, in float32 none should", file=sys.stderr)
         return TOKENS_DIFFER
     return 0
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
-    return os.fspath(value) if isinstance(value, Path) else value
 
 
 def _compare(
