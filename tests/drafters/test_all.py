@@ -160,6 +160,7 @@ def test_a_drafter_saved_again_is_the_same_in_every_byte(loaded, drafter, kind, 
         load_drafter(tmp_path / "again", loaded.checkpoint.config, loaded.fingerprint)
 
 
+@pytest.mark.parametrize("kind", KINDS[1:], indirect=True)  # FastEagle: see tests/test_engine.py
 def test_the_engine_answers_as_without_a_drafter(loaded, drafter, tokenizer, plain):
     engine = Engine(loaded.model, drafter, tokenizer, (), slots=1, max_len=64, tree="best_first:8", chunk=CHUNK)
     rows = [dict(temperature=0.0), dict(temperature=0.0), dict(temperature=1.0), dict(temperature=1.0, top_p=0.9)]
