@@ -106,7 +106,7 @@ def load_drafter(
 def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
     """Puts stored tensors into an unstacked drafter, where its arrays are; UserError, with `source`, for misfits."""
     derived = {"t2d"}  # what d2t says
-    expected = {name: param.shape[::-1] if transposed else param.shape for name, param, transposed in _places(drafter)}
+    expected = {name: param.shape[::-1] if transposed else param.shape for name, param, transposed in drafter.stored()}
     found = {name: value.shape for name, value in tensors.items() if name not in derived}
     if expected != found:
         wrong = sorted(set(expected.items()) ^ set(found.items()))
