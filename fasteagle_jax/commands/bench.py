@@ -10,7 +10,8 @@ Drafters are NAME=FOLDER, each with its tree behind it: chain, backbone:WIDTH or
 that for the first levels alone. simulated=0.8/0.7/0.6 is one that is accepted so often at each depth, at no cost.
 
 --sweep levels,nodes,tree measures each drafter with other trees. --sweep slots measures the engine: throughput over
-numbers of slots; --sweep memory says what its caches take.
+numbers of slots; --sweep memory says what its caches take. --sweep rows measures what a target pass over several rows
+costs, and a round with each tree of `auto`.
 
 Exit code 1 says that in float32 a token differed.
 
@@ -38,7 +39,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from fasteagle_jax.commands import sweep
+from fasteagle_jax.commands import sweep, verify_cost
 from fasteagle_jax.commands.contest import Contest, Measured, Result
 from fasteagle_jax.commands.figures import (
     ablation_figure,
@@ -60,6 +61,11 @@ from fasteagle_jax.tokenizer import encode_chat
 from fasteagle_jax.tree import Tree
 
 TOKENS_DIFFER = 1  # exit code
+ALONE = {
+    "slots": sweep.throughput,
+    "memory": sweep.memory,
+    "rows": verify_cost.rows,
+}  # sweeps of other things than tasks
 
 
 @program
@@ -78,7 +84,11 @@ def _parser() -> Parser:
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="a new folder for numbers and figures")
     sweep_options = parser.add_argument_group("sweeps")
     sweep_options.add_argument(
-        "--sweep", type=_sweeps, default=[], metavar="S", help="levels,nodes,tree, or some of them; or slots; or memory"
+        "--sweep",
+        type=_sweeps,
+        default=[],
+        metavar="S",
+        help="levels,nodes,tree, or some of them; or slots, memory or rows",
     )
     sweep_options.add_argument("--slots", type=whole(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="B")
     sweep_options.add_argument(
@@ -116,9 +126,9 @@ def _numbers(text: str) -> list[float]:
 
 def _sweeps(text: str) -> list[str]:
     words = _words(text)
-    if words not in (["slots"], ["memory"]) and not (words and set(words) <= set(sweep.ABLATIONS)):
+    if ",".join(words) not in ALONE and not (words and set(words) <= set(sweep.ABLATIONS)):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not known: write some of {','.join(sweep.ABLATIONS)}, or slots, or memory"
+            f"{text!r} is not known: write some of {','.join(sweep.ABLATIONS)}, or {' or '.join(ALONE)}"
         )
     return list(dict.fromkeys(words))
 
@@ -126,10 +136,10 @@ def _sweeps(text: str) -> list[str]:
 def bench(args: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the results; returns the exit code."""
     # --- what was asked for -----------------------------------------------------------------------------------
-    of_engine = args.sweep in (["slots"], ["memory"])
+    alone = ALONE.get(",".join(args.sweep))
     ways = parse_ways(args.drafters, "auto" if args.sweep == ["slots"] else "best_first:16")
     for way in ways:
-        if way.tree not in (None, "auto") or not of_engine and way.tree:
+        if way.tree not in (None, "auto") or not alone and way.tree:
             Tree.parse(way.tree)
     if len(ways) == 1:
         raise UserError("plain decoding alone is nothing to compare: name a drafter, NAME=FOLDER")
@@ -148,14 +158,13 @@ def bench(args: argparse.Namespace) -> int:
     # --- measuring --------------------------------------------------------------------------------------------
     results = contextlib.nullcontext() if args.results is None else new_folder(args.results)
     with results as folder:  # made now: what cannot be written is found out at once
-        if of_engine:
+        if alone:
             first_turns = [
                 encode_chat(models.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
                 for prompts in tasks.values()
                 for prompt in prompts
             ]
-            measured = sweep.throughput if args.sweep == ["slots"] else sweep.memory
-            outcome = measured(args, models, drafters, ways, first_turns)
+            outcome = alone(args, models, drafters, ways, first_turns)
         else:
             outcome = _compare(args, models, drafters, ways, tasks)
         report = {

@@ -141,7 +141,7 @@ def throughput(
     prompts: Sequence[list[int]],
 ) -> Outcome:
     """Measures tokens a second over args.slots and prints the table."""
-    _check_trained(ways)
+    check_trained(ways)
     params = SamplingParams(
         temperature=args.temperature[0],
         top_k=args.top_k,
@@ -217,7 +217,8 @@ class Point:
     memory: dict[str, int]  # bytes, as stated by the engine
 
 
-def _check_trained(ways: Sequence[Way]) -> None:
+def check_trained(ways: Sequence[Way]) -> None:
+    """Raises UserError for simulated drafters, which know one answer alone."""
     for way in ways:
         if way.rates:
             raise UserError(f"{way.name} is simulated, request by request: the engine takes drafters of folders alone")
@@ -283,7 +284,7 @@ def memory(
     prompts: Sequence[list[int]],
 ) -> Outcome:
     """Prints what engines of args.slots take with each drafter, as stated and as compiled."""
-    _check_trained(ways)
+    check_trained(ways)
     rows, records = [], []
     for way, window, slots in itertools.product(ways[1:], (None, args.window), args.slots):
         assert way.folder is not None

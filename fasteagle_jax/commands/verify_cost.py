@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,9 +21,9 @@ from rich.table import Table
 
 from fasteagle_jax.cache import Cache
 from fasteagle_jax.commands.models import CHUNK, Models, pad
-from fasteagle_jax.commands.sweep import machine
-from fasteagle_jax.commands.terminal import write_new
+from fasteagle_jax.commands.sweep import Outcome, check_trained, machine
 from fasteagle_jax.commands.timing import Spread
+from fasteagle_jax.commands.ways import Way
 from fasteagle_jax.decode import State, advance, make_stop, start
 from fasteagle_jax.pace import shapes
 from fasteagle_jax.sampling import Sampling, choose, make_sampling
@@ -51,15 +51,23 @@ def verify_pass(target: Any, cache: Cache, sampling: Sampling, *, num_rows: int)
     return choose(target.logits(out.hidden), positions + 1, sampling)
 
 
-def rows(args: argparse.Namespace, models: Models, prompt: Sequence[int]) -> int:
-    """Times passes over ROWS and rounds of the trees of `auto` after the prompt, in turns; returns the exit code."""
-    prompts, lengths = pad([prompt])
-    sampling = make_sampling(1, (args.temperature or [0.0])[0], args.top_k, args.top_p, args.seed, args.min_p)
+def rows(
+    args: argparse.Namespace,
+    models: Models,
+    drafters: Mapping[Path, Any],
+    ways: Sequence[Way],
+    prompts_asked: Sequence[list[int]],
+) -> Outcome:
+    """Times passes over ROWS, and rounds of the first drafter's trees of `auto`, after the first prompt, in turns."""
+    check_trained(ways)
+    trained = drafters[ways[1].folder]  # type: ignore[index]
+    prompts, lengths = pad(prompts_asked[:1])
+    sampling = make_sampling(1, args.temperature[0], args.top_k, args.top_p, args.seed, args.min_p)
     max_new = max(args.max_len - prompts.shape[1], 1)
     stop = make_stop(1, max_new)
 
     def begin(tree: Tree | None) -> tuple[Any, State, Any]:
-        drafter = None if tree is None else models.drafter
+        drafter = None if tree is None else trained
         its = {"max_new": max_new, "tree": tree or Tree(), "chunk": CHUNK}
         return (drafter, *start(models.target, drafter, prompts, lengths, sampling, stop, **its))
 
@@ -70,7 +78,7 @@ def rows(args: argparse.Namespace, models: Models, prompt: Sequence[int]) -> int
         run = functools.partial(advance, tree=tree or Tree())
         return _seconds(run, models.target, drafter, tied, state, sampling, stop, count) / ROUNDS
 
-    begun = {tree: begin(tree) for tree in shapes(models.drafter.num_levels)}  # type: ignore[union-attr]
+    begun = {tree: begin(tree) for tree in shapes(trained.num_levels)}
     cache = begun[None][1].target_cache
     passes: dict[str, Callable[[], float]] = {
         f"pass, rows: {m}": functools.partial(_seconds, verify_pass, models.target, cache, sampling, num_rows=m)
@@ -80,14 +88,14 @@ def rows(args: argparse.Namespace, models: Models, prompt: Sequence[int]) -> int
         "round, " + (f"{tree}, levels: {tree.levels}" if tree else "plain"): functools.partial(time_rounds, tree)
         for tree in begun
     }
-    ways = passes | rounds
-    for way in ways.values():  # compiled, its memory touched
+    timed = passes | rounds
+    for way in timed.values():  # compiled, its memory touched
         way()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
     for repeat in range(args.repeats):
-        turn = repeat % len(ways)  # no way always comes first
-        for name in [*list(ways)[turn:], *list(ways)[:turn]]:
-            seconds[name].append(ways[name]())
+        turn = repeat % len(timed)  # no way always comes first
+        for name in [*list(timed)[turn:], *list(timed)[:turn]]:
+            seconds[name].append(timed[name]())
 
     costs = []
     for group in (passes, rounds):
@@ -96,11 +104,7 @@ def rows(args: argparse.Namespace, models: Models, prompt: Sequence[int]) -> int
             ratios = [mine / its for mine, its in zip(seconds[name], one, strict=True)]
             costs.append(Cost(name, Spread.of([1e3 * second for second in seconds[name]]), Spread.of(ratios)))
     _print(f"batch 1, {cache.num_slots} slots, {models.dtype}, {machine()}", costs)
-    if args.json:
-        report = {"machine": machine(), "jax": jax.__version__, "dtype": models.dtype, "repeats": args.repeats}
-        report["costs"] = [dataclasses.asdict(cost) for cost in costs]
-        write_new(args.json, json.dumps(report, indent=2) + "\n")
-    return 0
+    return Outcome({"costs": [dataclasses.asdict(cost) for cost in costs]}, {}, 0)
 
 
 def _seconds(run: Callable[..., Any], *args: Any, **static: Any) -> float:

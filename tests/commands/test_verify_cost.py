@@ -15,11 +15,10 @@ def test_a_sweep_over_rows_holds_every_pass_and_round_against_the_plain_one(
 ):
     monkeypatch.setattr(verify_cost, "ROWS", (1, 2))
     monkeypatch.setattr(verify_cost, "shapes", lambda num_levels: (None, Tree(nodes=4, levels=num_levels)))
-    path = tmp_path / "rows.json"
-    argv = ["--target", talkative[0], "--drafter", talkative[1], "--prompts", prompts_file, "--limit", 1]
-    argv += ["--sweep", "rows", "--max-len", 128, "--repeats", 2, "--json", path]
+    argv = ["--target", talkative[0], "--drafters", f"f={talkative[1]}", "--tasks", prompts_file, "--limit", 1]
+    argv += ["--sweep", "rows", "--max-len", 128, "--repeats", 2, "--results", tmp_path / "rows"]
     assert main([str(word) for word in argv]) == 0
-    costs = json.loads(path.read_text())["costs"]
+    costs = json.loads((tmp_path / "rows" / "results.json").read_text())["costs"]
     names = ["pass, rows: 1", "pass, rows: 2", "round, plain", "round, best_first:4, levels: 2"]
     assert [cost["name"] for cost in costs] == names
     for one, several in (costs[:2], costs[2:]):
