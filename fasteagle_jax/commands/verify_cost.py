@@ -85,7 +85,7 @@ def rows(
         for m in ROWS
     }
     rounds: dict[str, Callable[[], float]] = {
-        "round, " + (f"{tree}, levels: {tree.levels}" if tree else "plain"): functools.partial(time_rounds, tree)
+        f"round, {tree or 'plain'}": functools.partial(time_rounds, tree)
         for tree in begun
     }
     timed = passes | rounds

@@ -19,7 +19,7 @@ def test_a_sweep_over_rows_holds_every_pass_and_round_against_the_plain_one(
     argv += ["--sweep", "rows", "--max-len", 128, "--repeats", 2, "--results", tmp_path / "rows"]
     assert main([str(word) for word in argv]) == 0
     costs = json.loads((tmp_path / "rows" / "results.json").read_text())["costs"]
-    names = ["pass, rows: 1", "pass, rows: 2", "round, plain", "round, best_first:4, levels: 2"]
+    names = ["pass, rows: 1", "pass, rows: 2", "round, plain", "round, best_first:4:2"]
     assert [cost["name"] for cost in costs] == names
     for one, several in (costs[:2], costs[2:]):
         assert one["ratio"] == {"min": 1, "median": 1, "max": 1}
