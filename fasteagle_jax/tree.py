@@ -98,7 +98,9 @@ def build(tree: Tree, root: jax.Array, scores: jax.Array, token_ids: jax.Array |
 
 def _top_tokens(scores: jax.Array, k: int, token_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Scores and target ids [B, N, k] of the k best of each level, best first."""
-    values, index = top_k(scores, k, "vocab")
+    # Without the barrier XLA's CPU compiler may move a slice of the values to before top_k, no longer sees what it is,
+    # and sorts the whole vocabulary: with 8 nodes, 14 ms of a [1, 7, 8192] instead of half of one.
+    values, index = jax.lax.optimization_barrier(top_k(scores, k, "vocab"))
     return values, (index if token_ids is None else token_ids[index]).astype(jnp.int32)
 
 

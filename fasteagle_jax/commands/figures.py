@@ -152,6 +152,9 @@ def split_figure(splits: Sequence[Split]) -> Any:
             ]
             axes.bar(names, heights, bottom=bottoms, label=part, color=COLOURS[part])
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+        rounds = [split.round for split in its]
+        errors = [[s.median - s.min for s in rounds], [s.max - s.median for s in rounds]]
+        axes.errorbar(names, [s.median for s in rounds], yerr=errors, fmt="k_", capsize=3, label="the whole, measured")
     panels[0].set_ylabel("milliseconds of a round")
     panels[-1].legend(fontsize="small")
     return figure

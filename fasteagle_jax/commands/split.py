@@ -51,9 +51,9 @@ class Split:
 
     @property
     def overhead(self) -> float:
-        """The share of a round that is neither the target's nor the drafter's pass."""
+        """The share that is neither the target's nor the drafter's pass; a rest below 0 makes it no smaller."""
         passes = sum(self.parts[name].median for name in ("target", "draft") if name in self.parts)
-        return 1 - passes / self.round.median
+        return 1 - passes / max(self.round.median, self.round.median - self.rest)
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
