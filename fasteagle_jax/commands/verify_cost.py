@@ -85,8 +85,7 @@ def rows(
         for m in ROWS
     }
     rounds: dict[str, Callable[[], float]] = {
-        f"round, {tree or 'plain'}": functools.partial(time_rounds, tree)
-        for tree in begun
+        f"round, {tree or 'plain'}": functools.partial(time_rounds, tree) for tree in begun
     }
     timed = passes | rounds
     for way in timed.values():  # compiled, its memory touched

@@ -259,19 +259,39 @@ def two_real_layers(tmp_path_factory) -> Path:
     return folder
 
 
+FEW = [
+    "drafter.num_levels=2",
+    "drafter.draft_vocab_size=1024",
+    "length=16",
+    "loss.share=0.1",
+    "optimizer.learning_rate=1e-4",
+]
+
+
+@pytest.fixture(scope="module")
+def real_losses(two_real_layers, data_file, tmp_path_factory) -> np.ndarray:
+    """On one device."""
+    run = tmp_path_factory.mktemp("real") / "run"
+    train(config(*changes(two_real_layers, data_file, "", *FEW)), run, quiet=True)
+    return losses(run)
+
+
 @pytest.mark.real
-def test_twenty_steps_with_two_real_layers_are_the_same_on_meshes(two_real_layers, data_file, tmp_path):
+@pytest.mark.parametrize("mesh", [MESHES[-1], *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[:-1])])
+def test_twenty_steps_with_two_real_layers_are_the_same_on_meshes(
+    real_losses, two_real_layers, data_file, tmp_path, mesh
+):
     """Three K/V heads of 64 channels over two devices: what does not divide evenly is split all the same."""
-    more = [
-        "drafter.num_levels=2",
-        "drafter.draft_vocab_size=1024",
-        "length=16",
-        "loss.share=0.1",
-        "optimizer.learning_rate=1e-4",
-    ]
-    expected = None
-    for i, mesh in enumerate(("", "data=2 fsdp=2 tensor=2")):
-        run = tmp_path / str(i)
-        train(config(*changes(two_real_layers, data_file, mesh, *more)), run, quiet=True)
-        expected = losses(run) if expected is None else expected
-        np.testing.assert_allclose(losses(run), expected, **CLOSE)
+    train(config(*changes(two_real_layers, data_file, mesh, *FEW)), tmp_path / "run", quiet=True)
+    np.testing.assert_allclose(losses(tmp_path / "run"), real_losses, **CLOSE)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_twenty_steps_with_two_real_layers_are_the_same_in_two_processes(
+    real_losses, two_real_layers, data_file, tmp_path
+):
+    script = "import sys; from fasteagle_jax.commands import train_drafter; sys.exit(train_drafter.main(sys.argv[1:]))"
+    words = changes(two_real_layers, data_file, MESHES[-1], *FEW)
+    run_two_processes(script, ["--config", str(CONFIG), "--run", str(tmp_path / "run")], words)
+    np.testing.assert_allclose(losses(tmp_path / "run"), real_losses, **CLOSE)
