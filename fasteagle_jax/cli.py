@@ -17,7 +17,7 @@ VERBS = {  # verb: module, and what it does
     "generate": ("generate", "answer prompts, sped up by a drafter"),
     "chat": ("chat", "talk with a target at the terminal, sped up by a drafter"),
     "batch": ("batch", "answer a file of requests, OpenAI's batch lines or simple ones"),
-    "compile": ("compile_check", "say what memory a train step needs, from shapes alone"),
+    "compile": ("compile_check", "say what a run's programs need of a chip, from shapes alone"),
     "bench": ("bench", "measure plain against speculative decoding"),
     "ablate": ("ablate", "train variants of a run and measure what is accepted of each"),
     "bench-train": ("bench_train", "measure a train step against the same with other values"),

@@ -5,30 +5,14 @@ N levels · L layers · H hidden width · F feature layers · T tokens a row · 
 
 from __future__ import annotations
 
+from fasteagle_jax.chips import chip
 from fasteagle_jax.config import DrafterConfig, LlamaConfig
-
-# Dense bfloat16 products a second of one jax.Device, by the start of its device_kind; the makers' data sheets.
-# A device of TPU v2 and v3 is a core, half a chip.
-PEAK = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Of a device at its best; None where that is not known, as of a CPU."""
-    return next((flops for kind, flops in PEAK.items() if device_kind.startswith(kind)), None)
+    known = chip(device_kind)
+    return None if known is None else known.flops
 
 
 def flops_per_token(target: LlamaConfig, drafter: DrafterConfig, length: int, share: float) -> float:

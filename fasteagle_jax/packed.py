@@ -56,7 +56,7 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -
     if kind not in KINDS:
         raise UserError(f"attention {kind!r} is not known: use one of {', '.join(KINDS)}")
     if kind == "auto":
-        kind = {"tpu": "splash", "gpu": "cudnn"}.get(jax.default_backend(), "xla")
+        kind = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "xla")
         if (kind == "splash" and _tile(q.shape[1]) is None) or (kind == "cudnn" and q.dtype == jnp.float32):
             kind = "xla"
     if kind == "splash":
@@ -65,6 +65,12 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -
         mask = packed.visible()[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     return _in_blocks(q, k, v, packed)
+
+
+def platform() -> str:
+    """What the program is traced for: the platform of the mesh's devices, which need not be here, or the default."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: int = BLOCK) -> jax.Array:
@@ -104,7 +110,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Arr
     tile = _tile(q.shape[1])
     if tile is None:
         raise UserError(f"splash attention over {q.shape[1]} tokens: use a length that is a multiple of {TILES[-1]}")
-    interpret = jax.default_backend() != "tpu"
+    interpret = platform() != "tpu"
     run = functools.partial(_splash_shard, window=packed.window, tile=tile, interpret=interpret)
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape.values()) == 1:

@@ -1,39 +1,34 @@
-"""Compile a run's train step from shapes alone and say what memory a device needs: no weights, no data, no accelerator.
+"""Compile a run's programs from shapes alone and say what a device needs: no weights, no data, no accelerator.
 
-The devices are simulated CPU devices, as many as the configuration's mesh has; a TPU's or GPU's compiler may need
-somewhat more or less for temporaries.
+With --topology the compiler is that of the slice's TPU (libtpu, which runs on any Linux machine); without, the devices
+are simulated CPU devices, as many as the mesh has, and a TPU's or GPU's compiler may need somewhat more or less.
+docs/tpu.md explains the figures.
 
 examples:
-  fasteagle compile --config configs/llama31_8b.py
-  fasteagle compile --config configs/llama31_8b.py loss.chunk=16384    # the loss at all positions at once
+  fasteagle compile --config configs/llama31_8b.py --topology v5e:2x4
+  fasteagle compile --config configs/llama31_8b.py --topology v6e:2x4 --program decode --batch 32 --tree plain
+  fasteagle compile --config configs/llama31_8b.py loss.chunk=16384    # simulated; the loss at all positions at once
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
+from fasteagle_jax import topology
+from fasteagle_jax.chips import GIB
 from fasteagle_jax.commands.terminal import Parser, check_new, program, whole, write_new
-from fasteagle_jax.data import Batch
-from fasteagle_jax.drafters.table import AXES, class_of
+from fasteagle_jax.compiling import PROGRAMS, Decoding, Report, compile_program
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.run import RunConfig, apply_changes, drafter_config, load_config, train_step
-from fasteagle_jax.sharding import MeshShape, batch_sharding, check_batch, make_mesh, shardings
-from fasteagle_jax.targets import llama
-from fasteagle_jax.targets.llama import Llama
-from fasteagle_jax.training import first_state, make_optimizer
-
-GIB = 2**30
+from fasteagle_jax.run import apply_changes, load_config
+from fasteagle_jax.sharding import MeshShape
+from fasteagle_jax.tree import Tree
 
 
 @program
@@ -41,78 +36,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compiles as the command line says; returns the exit code."""
     parser = Parser(prog="fasteagle compile", description=__doc__)
     parser.add_argument("--config", required=True, help="a Python file with get_config() -> RunConfig")
-    parser.add_argument("--devices", type=whole(1), metavar="N", help="default: as many as the mesh has")
+    parser.add_argument("--topology", metavar="SLICE", help="e.g. v5e:2x4; default: simulated devices")
+    parser.add_argument(
+        "--program", type=_programs, default=PROGRAMS, metavar="P", help="of prefill,decode,train (default: all)"
+    )
+    parser.add_argument(
+        "--devices", type=whole(1), metavar="N", help="simulated ones; default: as many as the mesh has"
+    )
+    parser.add_argument("--mesh", type=_mesh, metavar="D,F,T", help="data, fsdp and tensor; default: see docs/tpu.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="a new file for the numbers")
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--batch", type=whole(1), default=1, metavar="B", help="rows (default 1)")
+    group.add_argument("--tree", default="best_first:60", metavar="T", help="or plain (default best_first:60)")
+    group.add_argument("--cache", type=whole(2), default=2048, metavar="S", help="slots a row (default 2048)")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="as of fasteagle train")
     args = parser.parse_args(argv)
     check_new(args.json)
     config = apply_changes(load_config(args.config), args.changes)
-    report = compile_train_step(config, args.devices)
-    for name, value in report.items():
-        print(f"{name:24} {value / GIB:8.2f} GiB" if name.endswith("_bytes") else f"{name:24} {value}")
+    tree = None if args.tree == "plain" else Tree.parse(args.tree)
+    decoding = Decoding(args.batch, tree, args.cache, min(256, args.cache // 4))
+    mesh = args.mesh or config.mesh or MeshShape(1, 1, 1)
+    devices = topology.devices(args.topology) if args.topology else simulated_devices(args.devices or _size(mesh))
+    reports = []
+    for name in args.program:
+        reports.append(compile_program(config, name, devices, decoding, args.mesh))
+        print(describe(reports[-1]))
     if args.json:
-        write_new(args.json, json.dumps(report, indent=2) + "\n")
+        write_new(args.json, json.dumps([report.to_json() for report in reports], indent=2) + "\n")
     return 0
 
 
-def compile_train_step(config: RunConfig, num_devices: int | None = None) -> dict[str, Any]:
-    """What the train step takes on each device, in bytes, and how long it took to compile."""
-    if config.target_config is None:
-        raise UserError("the configuration has no target_config: name the target's sizes there")
-    shape = config.mesh or MeshShape(1, 1, 1)
-    known = math.prod(n for n in (shape.data, shape.fsdp, shape.tensor) if n > 0)
-    num_devices = num_devices or known
-    devices = _devices(num_devices)
-    mesh = make_mesh(shape, devices)
-    check_batch(mesh, config.batch_size // config.accumulate)
-    sizes, dtype = drafter_config(config.drafter, config.target_config), jnp.dtype(config.dtype)
-
-    def on_mesh(tree: Any, axes: Any) -> Any:
-        placed = shardings(mesh, tree, axes)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed)
-
-    optimizer = make_optimizer(config.optimizer, config.steps)
-
-    def start() -> Any:
-        drafter = class_of(sizes)(sizes, jax.random.key(0))
-        graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
-        return graph, first_state(params, optimizer, config.optimizer.ema), constants
-
-    graph, state, constants = nnx.eval_shape(start)
-    state = on_mesh(state, AXES)
-    target_config = config.target_config
-    target = on_mesh(jax.eval_shape(lambda: Llama(target_config, jax.random.key(0), dtype)), llama.AXES)
-    constants = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), constants)
-    rows = (config.batch_size, config.length)
-    split = batch_sharding(mesh, 2)
-    batch = Batch(*(jax.ShapeDtypeStruct(rows, kind, sharding=split) for kind in (jnp.int32,) * 3 + (jnp.bool_,)))
-    placed = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec())
-    step = train_step(config, graph, constants, optimizer, placed)
-    began = time.perf_counter()
-    with jax.set_mesh(mesh):
-        compiled = step.lower(state, target, batch).compile()
-    memory = compiled.memory_analysis()
-
-    def a_device(tree: Any) -> int:
-        shards = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(tree)]
-        return sum(math.prod(s) * x.dtype.itemsize for s, x in zip(shards, jax.tree.leaves(tree), strict=True))
-
-    return {
-        "mesh": str(shape),
-        "devices": num_devices,
-        "tokens_a_step": config.batch_size * config.length,
-        "loss_chunk": config.loss.chunk,
-        "target_bytes": a_device(target),
-        "drafter_bytes": a_device(state.params),
-        "optimizer_bytes": a_device(state.optimizer),
-        "arguments_bytes": int(memory.argument_size_in_bytes),
-        "temporaries_bytes": int(memory.temp_size_in_bytes),
-        "compile_seconds": round(time.perf_counter() - began, 1),
-    }
+def describe(report: Report) -> str:
+    """The Report in lines to be read."""
+    r, gib = report, lambda size: f"{size / GIB:.2f} GiB"
+    lines = [
+        f"{r.program}: {r.shapes}; {r.devices} x {r.device_kind}, {r.mesh}; compiled in {r.compile_seconds:.0f} s",
+        "  weights      " + ", ".join(f"{name} {gib(size)}" for name, size in r.weights.items()),
+        f"  caches       {gib(r.caches)}",
+        f"  temporaries  {gib(r.temporaries)}",
+        f"  peak         {gib(r.peak)}" + (f" of {gib(r.hbm)}: {r.peak / r.hbm:.0%}" if r.hbm else ""),
+        f"  moved        {r.cost.bytes / 1e9:.3f} GB, {r.bytes_ratio:.2f} of the ideal {r.ideal_bytes / 1e9:.3f} GB",
+        f"  products     {r.cost.product_flops / 1e9:.1f} GFLOP, "
+        f"{r.cost.product_flops / r.necessary_flops:.2f} of the necessary {r.necessary_flops / 1e9:.1f}",
+    ]
+    for kind, own in r.cost.collectives.items():
+        lines.append(f"  {kind:12} {own.number:.0f}, {own.bytes / 1e6:.2f} MB")
+    if r.estimate is not None:
+        parts = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in r.seconds.items())
+        lines.append(f"  estimate     {1e3 * r.estimate:.2f} ms, bound by {r.bound} ({parts})")
+    if r.cost.host_calls:
+        lines.append(f"  host         {r.cost.host_calls} calls to the host in the program")
+    return "\n".join(lines)
 
 
-def _devices(number: int) -> list[Any]:
-    """So many devices, simulated on a CPU if nothing has used one yet."""
+def simulated_devices(number: int) -> list[Any]:
+    """So many CPU devices, simulated if nothing has used one yet."""
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", number)
@@ -122,3 +100,21 @@ def _devices(number: int) -> list[Any]:
     if len(devices) < number:
         raise UserError(f"the mesh has {number} devices, and there are {len(devices)}: give the command by itself")
     return devices[:number]
+
+
+def _size(mesh: MeshShape) -> int:
+    return math.prod(n for n in (mesh.data, mesh.fsdp, mesh.tensor) if n > 0)
+
+
+def _programs(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in PROGRAMS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(PROGRAMS)}")
+    return names
+
+
+def _mesh(text: str) -> MeshShape:
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(size.strip().lstrip("-").isdigit() for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mesh: write data,fsdp,tensor, e.g. 1,8,1")
+    return MeshShape(*map(int, sizes))

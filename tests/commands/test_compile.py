@@ -1,4 +1,4 @@
-"""`fasteagle compile`: a train step's memory from shapes alone."""
+"""`fasteagle compile`: programs' memory, bytes and operations from shapes alone, on simulated devices."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 
 import pytest
 
-from fasteagle_jax.commands.compile_check import compile_train_step, main
+from fasteagle_jax.commands.compile_check import main, simulated_devices
+from fasteagle_jax.compiling import Decoding, Report, compile_program
 from fasteagle_jax.config import LlamaConfig
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.losses import LossConfig
 from fasteagle_jax.run import DrafterChoice, RunConfig
 from fasteagle_jax.sharding import MeshShape
+from fasteagle_jax.tree import Tree
 
 VOCAB = 4096
 
@@ -26,27 +28,32 @@ def config(**changes) -> RunConfig:
     return RunConfig(**(given | changes))
 
 
+def trained(config: RunConfig) -> Report:
+    return compile_program(config, "train", simulated_devices(1 if config.mesh is None else 8))
+
+
 def test_weights_are_split_over_the_mesh_and_the_loss_keeps_to_its_chunk():
-    split, whole = compile_train_step(config()), compile_train_step(config(mesh=None), 1)
-    assert whole["target_bytes"] / 8 <= split["target_bytes"] < whole["target_bytes"] / 7.5  # norms are everywhere
+    split, whole = trained(config()), trained(config(mesh=None))
+    a, b = split.weights, whole.weights
+    assert b["target"] / 8 <= a["target"] < b["target"] / 7.5  # norms are everywhere
     norms = 2 * 3 * 64  # the matrices are split 8 ways, the levels' norms not
-    assert split["drafter_bytes"] == (whole["drafter_bytes"] - 4 * norms) // 8 + 4 * norms
-    counters = whole["optimizer_bytes"] - 2 * whole["drafter_bytes"]  # two moments, and what counts steps
-    assert split["optimizer_bytes"] == 2 * split["drafter_bytes"] + counters
-    at_once = compile_train_step(config(mesh=None, loss=LossConfig(chunk=1024)), 1)
+    assert a["drafter"] == (b["drafter"] - 4 * norms) // 8 + 4 * norms
+    counters = b["optimizer"] - 2 * b["drafter"]  # two moments, and what counts steps
+    assert a["optimizer"] == 2 * a["drafter"] + counters
+    at_once = trained(config(mesh=None, loss=LossConfig(chunk=1024)))
     logits = 8 * 128 * VOCAB * 4  # float32 [B, T, V]
-    assert at_once["temporaries_bytes"] > whole["temporaries_bytes"] + 2 * logits
+    assert at_once.temporaries > whole.temporaries + 2 * logits
     larger = dataclasses.replace(config().target_config, vocab_size=2 * VOCAB)
-    twice = compile_train_step(config(mesh=None, target_config=larger), 1)
-    assert twice["temporaries_bytes"] < whole["temporaries_bytes"] + logits / 4
+    twice = trained(config(mesh=None, target_config=larger))
+    assert twice.temporaries < whole.temporaries + logits / 4
 
 
 def test_a_device_of_fsdp_has_the_activations_of_its_own_rows_alone():
     """Weights are split along the same mesh axis as rows; the compiler, unguided, split the stream as it does those."""
     wide = dataclasses.replace(config().target_config, vocab_size=256, intermediate_size=1024, num_layers=2)
-    split = compile_train_step(config(target_config=wide, mesh=MeshShape(1, 8, 1), length=512, remat="full"))
+    split = trained(config(target_config=wide, mesh=MeshShape(1, 8, 1), length=512, remat="full"))
     all_rows = 8 * 512 * 1024 * 4  # gate's float32 [B, T, wide]
-    assert split["temporaries_bytes"] < 2 * all_rows
+    assert split.temporaries < 2 * all_rows
 
 
 def test_mistakes_are_one_line(complaint, tmp_path):
@@ -54,11 +61,18 @@ def test_mistakes_are_one_line(complaint, tmp_path):
     path.write_text("from fasteagle_jax.run import RunConfig\ndef get_config(): return RunConfig('t', ('d',), 1)\n")
     assert "no target_config" in complaint(main, "--config", path)
     with pytest.raises(UserError, match="the mesh has 16 devices, and there are 8"):
-        compile_train_step(config(mesh=MeshShape(1, 16, 1), batch_size=16))
+        simulated_devices(16)
+    with pytest.raises(UserError, match="tensor 4 does not divide the 2 heads of K/V: use tensor 1, 2"):
+        compile_program(
+            config(), "decode", simulated_devices(8), Decoding(1, Tree("chain"), 64, 16), MeshShape(2, 1, 4)
+        )
 
 
 def test_the_report_is_printed_and_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("fasteagle_jax.commands.compile_check.load_config", lambda path: config())
-    assert main(["--config", "any", "--json", str(tmp_path / "r.json"), "length=64"]) == 0
-    assert "temporaries_bytes" in capsys.readouterr().out
-    assert json.loads((tmp_path / "r.json").read_text())["tokens_a_step"] == 8 * 64
+    words = ["--config", "any", "--json", str(tmp_path / "r.json"), "--cache", "64", "--tree", "chain", "length=64"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("temporaries") == 3
+    prefill, decode, train = json.loads((tmp_path / "r.json").read_text())
+    assert train["shapes"] == "8 x 64 tokens" and decode["mesh"] == "data 1 x fsdp 4 x tensor 2"
+    assert prefill["caches"] == decode["caches"] > 0

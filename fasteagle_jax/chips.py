@@ -1,0 +1,61 @@
+"""Accelerators: what one `jax.Device` of each kind holds and does at its best.
+
+Sources: Google Cloud's pages on TPU versions (v2 to TPU7x, "key specifications") and NVIDIA's data sheets (dense
+bfloat16, without sparsity). HBM of v5e to TPU7x is what libtpu lets a program use, as its out-of-memory error says it.
+A device of TPU v2 and v3 is a core, half a chip, and so is one of TPU7x.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device."""
+
+    flops: float  # dense bfloat16 products a second
+    hbm: float | None = None  # bytes that a program may use
+    bandwidth: float | None = None  # of HBM, bytes a second
+    link: float | None = None  # to one neighbour, one way, bytes a second: the chip's bidirectional figure / 2 / ports
+
+
+# By the start of the device_kind; the first that fits counts.
+CHIPS = {
+    "TPU v2": Chip(22.5e12, 7.5 * GIB, 350e9),
+    "TPU v3": Chip(61.5e12, 15.5 * GIB, 450e9),
+    "TPU v4": Chip(275e12, 31.25 * GIB, 1228e9, 50e9),
+    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819e9, 50e9),
+    "TPU v5": Chip(459e12, 95.74 * GIB, 2765e9, 100e9),
+    "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1638e9, 100e9),
+    "TPU7x": Chip(1153.5e12, 94.75 * GIB, 3690e9, 100e9),
+    "NVIDIA A100": Chip(312e12),
+    "NVIDIA L40S": Chip(362e12),
+    "NVIDIA L4": Chip(121e12),
+    "NVIDIA H100 PCIe": Chip(756e12, 80e9, 2000e9, 450e9),
+    "NVIDIA H100": Chip(989e12, 80e9, 3350e9, 450e9),
+    "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9),
+    "NVIDIA B200": Chip(2250e12, 180e9, 7700e9, 900e9),
+}
+
+
+def chip(device_kind: str) -> Chip | None:
+    """Of a device's kind; None where it is not known, as of a CPU."""
+    return next((chip for kind, chip in CHIPS.items() if device_kind.startswith(kind)), None)
+
+
+# Slices that a program can be compiled for without having one, smallest first.
+SLICES = {
+    "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
+    "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8"),
+    "v5p": ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
+    "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8"),
+    "tpu7x": ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
+}
+
+
+def slice_names() -> list[str]:
+    """All of them, as `v5e:2x4`."""
+    return [f"{generation}:{shape}" for generation, shapes in SLICES.items() for shape in shapes]

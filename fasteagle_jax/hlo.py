@@ -1,0 +1,681 @@
+"""What a compiled program costs, read from its optimised HLO: bytes of HBM, operations, collectives.
+
+XLA's own `cost_analysis` counts the body of a loop once. Here a loop counts as often as it runs, which its own counter
+says: the scalars that its condition reads are computed from the program's constants. What data alone can say (how many
+rounds until a text ends) counts once, and is counted in `Cost.unknown_loops`.
+
+Bytes are those of arrays as laid out, tiles' padding included, that an operation outside of a fusion reads or writes in
+HBM; what stays in a faster memory on the chip costs nothing. A slice of a large array costs the slice, a write in place
+what is written. All numbers are of one device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from typing import Any, Literal, NamedTuple
+
+Branch = Literal["least", "most"]
+HBM = (0,)  # memory spaces of a layout, S(n): 0 is HBM (or a GPU's or CPU's memory), others are on the chip or the host
+MOST_TURNS = 1_000_000  # of a loop that is run for its counter alone
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """One kind of exchange between devices."""
+
+    number: float = 0  # how often
+    bytes: float = 0  # of the larger of what goes in and what comes out, of all of them
+    sent: float = 0  # bytes that a device sends, at the least, on a ring
+    steps: float = 0  # neighbours that one message passes after another, on a ring that goes both ways
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a program does on one device."""
+
+    bytes: float = 0  # read from and written to HBM
+    product_flops: float = 0  # of matrix products and convolutions: 2 for a multiplication and an addition
+    other_flops: float = 0  # of arithmetic between elements and of reductions; some products end up here
+    collectives: dict[str, Collectives] = dataclasses.field(default_factory=dict)
+    unknown_loops: int = 0  # loops in the program whose turns only data can tell, counted as one
+    host_calls: int = 0  # callbacks, infeeds and transfers to the host in the program
+
+    @property
+    def flops(self) -> float:
+        """All of them."""
+        return self.product_flops + self.other_flops
+
+    def __add__(self, other: Cost) -> Cost:
+        kinds = {*self.collectives, *other.collectives}
+        none = Collectives()
+        return Cost(
+            self.bytes + other.bytes,
+            self.product_flops + other.product_flops,
+            self.other_flops + other.other_flops,
+            {
+                kind: _added(self.collectives.get(kind, none), other.collectives.get(kind, none))
+                for kind in sorted(kinds)
+            },
+            self.unknown_loops + other.unknown_loops,
+            self.host_calls + other.host_calls,
+        )
+
+    def times(self, turns: int) -> Cost:
+        """Of so many turns of a loop; what counts places in the program stays."""
+        scaled = {
+            kind: Collectives(*(turns * value for value in dataclasses.astuple(own)))
+            for kind, own in self.collectives.items()
+        }
+        return dataclasses.replace(
+            self,
+            bytes=turns * self.bytes,
+            product_flops=turns * self.product_flops,
+            other_flops=turns * self.other_flops,
+            collectives=scaled,
+        )
+
+
+def _added(a: Collectives, b: Collectives) -> Collectives:
+    return Collectives(*(x + y for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)))
+
+
+def cost(text: str, branch: Branch = "most") -> Cost:
+    """The Cost of a compiled program, given `jax.stages.Compiled.as_text()`.
+
+    `branch` says which branch of a conditional runs: the one that reads and writes least (a decode that is greedy), or
+    most (a train step that is applied).
+    """
+    program = _parse(text)
+    return _Counter(program, branch).computation(program.entry, {})
+
+
+def heaviest(text: str, branch: Branch = "most", most: int = 20) -> list[tuple[float, str, str, str]]:
+    """The operations that move the most bytes: (bytes, opcode, shape, where in the source program), largest first."""
+    program = _parse(text)
+    counter = _Counter(program, branch)
+    found: list[tuple[float, str, str, str]] = []
+    counter.log = found
+    counter.computation(program.entry, {})
+    return sorted(found, key=lambda entry: -entry[0])[:most]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+class Array(NamedTuple):
+    """An array's shape as laid out."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    minor_to_major: tuple[int, ...]
+    tile: tuple[int, ...]
+    space: int
+
+    @property
+    def size(self) -> int:
+        """Elements, padding aside."""
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> float:
+        """As laid out: the minor dimensions filled up to whole tiles."""
+        major_to_minor = [self.dims[i] for i in reversed(self.minor_to_major)] or list(self.dims)
+        for i in range(1, min(len(self.tile), len(major_to_minor)) + 1):
+            major_to_minor[-i] = -(-major_to_minor[-i] // self.tile[-i]) * self.tile[-i]
+        return math.prod(major_to_minor) * _bits(self.dtype) / 8
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    shape: tuple[Array, ...]  # of one array, or of all of a tuple's, flat
+    is_tuple: bool
+    opcode: str
+    operands: tuple[str, ...]
+    inside: str  # the brackets' text: a constant's value, a parameter's number
+    attributes: str
+    is_root: bool
+
+    @property
+    def where(self) -> str:
+        """The operation's name in the source program."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def part(self) -> int:
+        """Of a get-tuple-element."""
+        found = re.search(r"\bindex=(\d+)", self.attributes)
+        assert found, self.attributes
+        return int(found[1])
+
+    def called(self, name: str) -> str:
+        """The computation that an attribute such as `body` names."""
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else ""
+
+
+class Program(NamedTuple):
+    """Computations by name, each its instructions by name, in order."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+    def root(self, name: str) -> Instruction:
+        """A computation's last instruction."""
+        return next(i for i in self.computations[name].values() if i.is_root)
+
+
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
+
+
+def _arrays(text: str) -> tuple[Array, ...]:
+    return tuple(_array(found) for found in _ARRAY.finditer(text))
+
+
+def _array(found: re.Match[str]) -> Array:
+    dtype, dims, layout = found[1], found[2], found[3] or ""
+    sizes = tuple(int(d.strip().lstrip("<=")) for d in dims.split(",") if d.strip())
+    order, _, details = layout.partition(":")
+    minor_to_major = tuple(int(i) for i in order.split(",") if i.strip().isdigit())
+    tile = re.search(r"T\(([\d,]+)\)", details)
+    space = re.search(r"S\((\d+)\)", details)
+    return Array(
+        dtype,
+        sizes,
+        minor_to_major,
+        tuple(int(t) for t in tile[1].split(",")) if tile else (),
+        int(space[1]) if space else 0,
+    )
+
+
+def _bits(dtype: str) -> int:
+    if dtype == "pred":
+        return 8
+    if dtype in ("token", "opaque"):
+        return 0
+    found = re.match(r"[a-z]+(\d+)", dtype)
+    return int(found[1]) if found else 0
+
+
+def _parse(text: str) -> Program:
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY ")) and line.endswith("{"):
+            name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
+            current = computations.setdefault(name, {})
+            if line.startswith("ENTRY "):
+                entry = name
+        elif current is not None and line.startswith("}"):
+            current = None
+        elif current is not None and " = " in line:
+            instruction = _instruction(line)
+            current[instruction.name] = instruction
+    return Program(computations, entry)
+
+
+def _instruction(line: str) -> Instruction:
+    line = re.sub(r"/\*index=\d+\*/", "", line.strip())
+    is_root = line.startswith("ROOT ")
+    name, _, rest = line.removeprefix("ROOT ").partition(" = ")
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opcode, _, _ = rest.partition("(")
+    close = _closing(rest, len(opcode))
+    inside = rest[len(opcode) + 1 : close]
+    operands = () if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.\-]+)", inside))
+    attributes = rest[close + 1 :]
+    return Instruction(
+        name.lstrip("%"), _arrays(shape), shape.startswith("("), opcode, operands, inside, attributes, is_root
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """The index of the bracket that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if depth == 0:
+            return i
+    raise ValueError(f"unbalanced brackets: {text[:80]}")
+
+
+# --- counting ---------------------------------------------------------------------------------------------------
+
+# A computation's argument where it is known: an int, a list of these for a tuple, None for anything else.
+Value = Any
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+    "opt-barrier", "optimization-barrier", "add-dependency", "domain",
+}  # fmt: skip
+_ELEMENTWISE = {
+    "add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "exponential", "exponential-minus-one",
+    "log", "log-plus-one", "logistic", "tanh", "rsqrt", "sqrt", "cosine", "sine", "negate", "remainder", "erf", "atan2",
+}  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+_ON_HOST = re.compile(r"callback|infeed|outfeed|MoveToHost|MoveToDevice", re.IGNORECASE)
+
+
+class _Counter:
+    def __init__(self, program: Program, branch: Branch):
+        self.program = program
+        self.branch = branch
+        self.log: list[tuple[float, str, str, str]] | None = None
+
+    def computation(self, name: str, arguments: dict[int, Value]) -> Cost:
+        """The cost of running a computation once, outside of fusions; `arguments` are those that are known."""
+        body = self.program.computations[name]
+        total = Cost()
+        for instruction in body.values():
+            total += self.instruction(instruction, body, arguments)
+        return total
+
+    def instruction(self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value]) -> Cost:
+        if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")):
+            return Cost()
+        if i.opcode == "while":
+            return self.loop(i, body, arguments)
+        if i.opcode == "conditional":
+            return self.conditional(i, body, arguments)
+        if i.opcode in ("call", "async-start"):
+            inner = i.called("to_apply") or i.called("calls")
+            values = {n: self.value(operand, body, arguments) for n, operand in enumerate(i.operands)}
+            if self.program.root(inner).opcode != "custom-call":
+                return self.computation(inner, values)
+        own = Cost(self.bytes(i, body), host_calls=bool(_is_on_host(i)))
+        if self.log is not None and own.bytes:
+            shape = ", ".join(f"{a.dtype}{list(a.dims)}" for a in i.shape[:3])
+            self.log.append((own.bytes, i.opcode, shape, i.where))
+        return own + self.arithmetic(i, body)
+
+    def conditional(self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value]) -> Cost:
+        listed = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
+        names = (
+            re.findall(r"%([\w.\-]+)", listed[1])
+            if listed
+            else [i.called("true_computation"), i.called("false_computation")]
+        )
+        log, self.log = self.log, None
+        costs = []
+        for name, operand in zip(names, i.operands[1:], strict=True):
+            costs.append(self.computation(name, {0: self.value(operand, body, arguments)}))
+        self.log = log
+        pick = min if self.branch == "least" else max
+        index = costs.index(pick(costs, key=lambda c: (c.bytes, c.flops)))
+        if log is None:
+            return costs[index]
+        return self.computation(names[index], {0: self.value(i.operands[1 + index], body, arguments)})
+
+    def loop(self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value]) -> Cost:
+        start = self.value(i.operands[0], body, arguments)
+        turns = self.turns(i, start)
+        carried = self.carried(i, start)
+        if turns is None:
+            return self.computation(i.called("body"), {0: carried}) + Cost(unknown_loops=1)
+        if turns == 0:
+            return Cost()
+        if self.log is None:
+            return self.computation(i.called("body"), {0: carried}).times(turns)
+        before = len(self.log)
+        once = self.computation(i.called("body"), {0: carried})
+        self.log[before:] = [(turns * size, *rest) for size, *rest in self.log[before:]]  # type: ignore[misc]
+        return once.times(turns)
+
+    # --- scalars: what a loop's counter will be -----------------------------------------------------------------
+
+    def value(self, name: str, body: dict[str, Instruction], arguments: dict[int, Value]) -> Value:
+        """What an instruction gives where that follows from constants: an int, a list of these of a tuple, or None."""
+        return _Scalars(self.program, body, arguments).value(name)
+
+    def turns(self, i: Instruction, start: Value) -> int | None:
+        """How often a loop's body runs."""
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', i.attributes)
+        if known:
+            return int(known[1])
+        if not isinstance(start, list):
+            return None
+        condition, body = i.called("condition"), i.called("body")
+        of_condition, of_body = self.program.computations[condition], self.program.computations[body]
+        root = self.program.root(body)
+        needed = self.read_by(condition, body)
+        now: list[Value] = list(start)
+        for turn in range(MOST_TURNS):
+            goes_on = self.value(self.program.root(condition).name, of_condition, {0: now})
+            if goes_on is None:
+                return None
+            if not goes_on:
+                return turn
+            scalars = _Scalars(self.program, of_body, {0: now})
+            now = [scalars.value(name) if n in needed else None for n, name in enumerate(_tuple_parts(root, of_body))]
+        return None
+
+    def read_by(self, condition: str, body: str) -> set[int]:
+        """The entries of a loop's tuple that decide how long it runs, directly or by way of others."""
+        needed = {i.part for i in self.program.computations[condition].values() if i.opcode == "get-tuple-element"}
+        of_body = self.program.computations[body]
+        parts = _tuple_parts(self.program.root(body), of_body)
+        todo, seen = list(needed), set()
+        while todo:
+            reached, stack = set(), [parts[todo.pop()]]
+            while stack:
+                i = of_body[stack.pop()]
+                if i.name in seen:
+                    continue
+                seen.add(i.name)
+                if i.opcode == "get-tuple-element" and of_body[i.operands[0]].opcode == "parameter":
+                    reached.add(i.part)
+                elif len(i.shape) == 1 and i.shape[0].size == 1:
+                    stack += [operand for operand in i.operands if operand in of_body]
+            todo += reached - needed
+            needed |= reached
+        return needed
+
+    def carried(self, i: Instruction, start: Value) -> Value:
+        """What of the loop's tuple is the same in every turn."""
+        if not isinstance(start, list):
+            return None
+        of_body = self.program.computations[i.called("body")]
+        parts = _tuple_parts(self.program.root(i.called("body")), of_body)
+        kept = []
+        for n, name in enumerate(parts):
+            part = of_body[name]
+            same = part.opcode == "get-tuple-element" and part.part == n
+            kept.append(start[n] if same and of_body[part.operands[0]].opcode == "parameter" else None)
+        return kept
+
+    # --- bytes --------------------------------------------------------------------------------------------------
+
+    def bytes(self, i: Instruction, body: dict[str, Instruction]) -> float:
+        """What an instruction outside of a fusion reads and writes in HBM."""
+        operands = [body[name] for name in i.operands]
+        if i.opcode == "fusion":
+            return self.fused_bytes(i, operands)
+        if i.opcode == "custom-call":
+            return _custom_call_bytes(i, operands)
+        written = _in_hbm(i.shape)
+        if i.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
+            # Its shape is (to, from, context) or ((from), to, context): the slice, or all, is read and written.
+            arrays = [a for a in i.shape if a.size > 1] or list(i.shape[:1])
+            moved = min(a.bytes for a in arrays)
+            source = operands[0].shape[0]
+            others = [a.space for a in arrays if a.space != source.space]
+            return moved * ((source.space in HBM) + ((others or [source.space])[0] in HBM))
+        if i.opcode in _SLICES:
+            return min(_in_hbm(operands[0].shape), _size(i.shape)) + written
+        if i.opcode == "dynamic-update-slice":
+            return _in_hbm(operands[1].shape) + min(_size(operands[1].shape), written)
+        if i.opcode == "scatter":
+            updates = _size(operands[-1].shape)
+            return _in_hbm(operands[-1].shape) + min(2 * updates, 2 * written)
+        if i.opcode.endswith("-start"):
+            return sum(_in_hbm(o.shape) for o in operands) * 2
+        return sum(_in_hbm(o.shape) for o in operands) + written
+
+    def fused_bytes(self, i: Instruction, operands: list[Instruction]) -> float:
+        inner = self.program.computations[i.called("calls")]
+        users = _users(inner)
+        total = 0.0
+        for parameter in (p for p in inner.values() if p.opcode == "parameter"):
+            operand = operands[int(parameter.inside)]
+            whole = _in_hbm(operand.shape)
+            if whole:
+                total += min(whole, self.read(parameter.name, inner, users, whole))
+        return total + self.written(i, inner)
+
+    def read(
+        self, name: str, inner: dict[str, Instruction], users: dict[str, list[Instruction]], whole: float
+    ) -> float:
+        """Bytes of a fusion's parameter that are read: those of slices, where only these are used."""
+        total = 0.0
+        for user in users.get(name, []):
+            if user.opcode in ("bitcast", "copy", "reshape") and not user.is_root:
+                total += self.read(user.name, inner, users, whole)
+            elif user.opcode in _SLICES and user.operands[0] == name:
+                total += _size(user.shape)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                pass  # written in place
+            elif user.opcode == "fusion":
+                nested = self.program.computations[user.called("calls")]
+                for n, operand in enumerate(user.operands):
+                    if operand == name:
+                        parameter = next(p for p in nested.values() if p.opcode == "parameter" and int(p.inside) == n)
+                        total += self.read(parameter.name, nested, _users(nested), whole)
+            else:
+                return whole
+        return total
+
+    def written(self, i: Instruction, inner: dict[str, Instruction]) -> float:
+        root = next(r for r in inner.values() if r.is_root)
+        parts = _tuple_parts(root, inner) if root.opcode == "tuple" else [root.name]
+        if len(parts) != len(i.shape):
+            return _in_hbm(i.shape)
+        total = 0.0
+        for array, name in zip(i.shape, parts, strict=True):
+            if array.space in HBM:
+                total += min(array.bytes, self.updated(inner[name], inner, array.bytes))
+        return total
+
+    def updated(self, part: Instruction, inner: dict[str, Instruction], whole: float) -> float:
+        while part.opcode in ("bitcast", "copy", "reshape") and part.operands[0] in inner:
+            part = inner[part.operands[0]]
+        if part.opcode == "dynamic-update-slice":
+            return _size(inner[part.operands[1]].shape)
+        if part.opcode == "fusion":
+            nested = self.program.computations[part.called("calls")]
+            root = next(r for r in nested.values() if r.is_root)
+            return whole if root.opcode == "tuple" else self.updated(root, nested, whole)
+        return whole
+
+    # --- operations ---------------------------------------------------------------------------------------------
+
+    def arithmetic(self, i: Instruction, body: dict[str, Instruction]) -> Cost:
+        """FLOPs and collectives of an instruction, those of a fusion's inside."""
+        if i.opcode in ("fusion", "call", "async-start"):
+            inner = self.program.computations[i.called("calls") or i.called("to_apply")]
+            total = Cost()
+            for instruction in inner.values():
+                total += self.arithmetic(instruction, inner)
+            return total
+        kind = i.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            return Cost(collectives={kind: _collective(kind, i, [body[name] for name in i.operands])})
+        if i.opcode == "dot":
+            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
+            dims = body[i.operands[0]].shape[0].dims
+            depth = math.prod(dims[int(d)] for d in contracted[1].split(",") if d) if contracted else 1
+            return Cost(product_flops=2 * i.shape[0].size * depth)
+        if i.opcode == "convolution":
+            return Cost(product_flops=_convolution(i, *(body[name].shape[0] for name in i.operands[:2])))
+        if i.opcode in _ELEMENTWISE:
+            return Cost(other_flops=i.shape[0].size)
+        if i.opcode == "reduce":
+            return Cost(other_flops=body[i.operands[0]].shape[0].size)
+        if i.opcode == "custom-call":
+            return Cost(product_flops=_estimate(i).get("flops", 0))
+        return Cost()
+
+
+def _users(computation: dict[str, Instruction]) -> dict[str, list[Instruction]]:
+    users: dict[str, list[Instruction]] = {}
+    for i in computation.values():
+        for operand in dict.fromkeys(i.operands):
+            users.setdefault(operand, []).append(i)
+    return users
+
+
+def _tuple_parts(root: Instruction, body: dict[str, Instruction]) -> list[str]:
+    while root.opcode in ("opt-barrier", "bitcast") and root.is_tuple:
+        root = body[root.operands[0]]
+    return list(root.operands)
+
+
+def _in_hbm(arrays: tuple[Array, ...]) -> float:
+    return sum(array.bytes for array in arrays if array.space in HBM)
+
+
+def _size(arrays: tuple[Array, ...]) -> float:
+    return sum(array.bytes for array in arrays)
+
+
+def _is_on_host(i: Instruction) -> bool:
+    if i.opcode in ("infeed", "outfeed", "send", "recv"):
+        return True
+    target = re.search(r'custom_call_target="([^"]*)"', i.attributes)
+    return i.opcode == "custom-call" and bool(target and _ON_HOST.search(target[1]))
+
+
+def _estimate(i: Instruction) -> dict[str, float]:
+    """A kernel's own cost estimate, as Pallas hands it on."""
+    found = re.search(r'"cost_estimate":(\{[^{}]*\})', i.attributes)
+    return {key: float(value) for key, value in json.loads(found[1]).items()} if found else {}
+
+
+def _custom_call_bytes(i: Instruction, operands: list[Instruction]) -> float:
+    target = re.search(r'custom_call_target="([^"]*)"', i.attributes)
+    if target and target[1] in ("AllocateBuffer", "ConcatBitcast", "Sharding", "AssumeGatherIndicesInBound"):
+        return 0.0
+    estimate = _estimate(i).get("bytes_accessed", 0)
+    return estimate or sum(_in_hbm(o.shape) for o in operands) + _in_hbm(i.shape)
+
+
+def _collective(kind: str, i: Instruction, operands: list[Instruction]) -> Collectives:
+    """What one exchange sends, on a ring (Chan et al. 2007, "Collective communication", for the bounds)."""
+    size = max(sum(_size(o.shape) for o in operands), 0.0)
+    if kind == "all-gather":
+        size = max(a.bytes for a in i.shape) if i.opcode.endswith("-start") else _size(i.shape)
+    ways = _group_size(i.attributes)
+    share = (ways - 1) / ways
+    rounds = {"all-reduce": 2.0, "collective-permute": 1.0}.get(kind, 1.0)
+    sent = size if kind in ("collective-permute", "collective-broadcast") else rounds * share * size
+    steps = 1.0 if kind == "collective-permute" else rounds * ways / 2
+    return Collectives(1, size, sent, steps)
+
+
+def _group_size(attributes: str) -> int:
+    """Devices that take part in one exchange."""
+    found = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
+    if found:
+        return int(found[2])
+    found = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    if found:
+        return len(found[1].split(","))
+    found = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    if found:  # mesh['axis_0'=8,'axis_1'=2] {'axis_0'}; a part of an axis is 'axis_0':(1)2
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in axes)
+    return 2
+
+
+def _convolution(i: Instruction, left: Array, right: Array) -> float:
+    """2 x the products that a convolution adds up, padding and holes of dilation aside.
+
+    XLA's compilers write products with batch dimensions as convolutions with windows, of which most is padding.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
+    assert labels, i.attributes[:80]
+    of_left, of_right, of_out = labels[1], labels[2], labels[3]
+    window = re.search(r"window=\{([^}]*)\}", i.attributes)
+    fields = dict(part.split("=") for part in window[1].split()) if window else {}
+    total = 2.0 * i.shape[0].dims[of_out.index("b")] * i.shape[0].dims[of_out.index("f")]
+    total *= right.dims[of_right.index("i")]
+    groups = re.search(r"batch_group_count=(\d+)", i.attributes)
+    if groups:
+        total /= int(groups[1])
+    spatial = sorted(c for c in of_out if c.isdigit())
+    for n, label in enumerate(spatial):
+        kernel, size = right.dims[of_right.index(label)], left.dims[of_left.index(label)]
+        out = i.shape[0].dims[of_out.index(label)]
+
+        def field(name: str, default: str, n: int = n) -> str:
+            return fields[name].split("x")[n] if name in fields else default
+
+        stride, hole, spread = int(field("stride", "1")), int(field("rhs_dilate", "1")), int(field("lhs_dilate", "1"))
+        low = int(field("pad", "0_0").split("_")[0])
+        taps = 0
+        for tap in range(kernel):
+            at = (o * stride + tap * hole - low for o in range(out))
+            taps += sum(1 for p in at if p % spread == 0 and 0 <= p // spread < size)
+        total *= taps
+    return total
+
+
+class _Scalars:
+    """The scalars of one computation that follow from constants and known arguments."""
+
+    def __init__(self, program: Program, body: dict[str, Instruction], arguments: dict[int, Value]):
+        self.program = program
+        self.body = body
+        self.arguments = arguments
+        self.known: dict[str, Value] = {}
+
+    def value(self, name: str) -> Value:
+        """See _Counter.value."""
+        if name not in self.known:
+            self.known[name] = None  # while it is being computed
+            self.known[name] = self._compute(self.body[name])
+        return self.known[name]
+
+    def _compute(self, i: Instruction) -> Value:
+        if i.opcode == "parameter":
+            return self.arguments.get(int(i.inside))
+        if i.opcode == "tuple":
+            return [self.value(name) for name in i.operands]
+        if i.opcode == "get-tuple-element":
+            whole = self.value(i.operands[0])
+            return whole[i.part] if isinstance(whole, list) else None
+        if i.opcode in ("opt-barrier", "optimization-barrier"):
+            return self.value(i.operands[0])
+        if i.is_tuple or len(i.shape) != 1 or i.shape[0].size != 1:
+            return None
+        if i.opcode == "constant":
+            return _literal(i.inside)
+        if i.opcode in ("copy", "bitcast", "reshape", "convert", "copy-done"):
+            return self.value(i.operands[0])
+        if i.opcode in ("fusion", "call"):
+            inner = self.program.computations[i.called("calls") or i.called("to_apply")]
+            arguments = {n: self.value(name) for n, name in enumerate(i.operands)}
+            return _Scalars(self.program, inner, arguments).value(next(r.name for r in inner.values() if r.is_root))
+        values = [self.value(name) for name in i.operands]
+        if any(not isinstance(v, int) for v in values):
+            return None
+        return _operate(i, values)
+
+
+def _literal(text: str) -> int | None:
+    text = text.strip().strip("{} ")
+    if text in ("true", "false"):
+        return int(text == "true")
+    return int(text) if re.fullmatch(r"-?\d+", text) else None
+
+
+def _operate(i: Instruction, v: list[int]) -> int | None:
+    if i.opcode == "compare":
+        direction = re.search(r"direction=(\w+)", i.attributes)
+        a, b = v
+        return int({"LT": a < b, "LE": a <= b, "GT": a > b, "GE": a >= b, "EQ": a == b, "NE": a != b}[direction[1]])  # type: ignore[index]
+    if i.opcode == "select":
+        return v[1] if v[0] else v[2]
+    if i.opcode == "not" and i.shape[0].dtype == "pred":
+        return int(not v[0])
+    simple = {
+        "add": lambda: v[0] + v[1],
+        "subtract": lambda: v[0] - v[1],
+        "multiply": lambda: v[0] * v[1],
+        "maximum": lambda: max(v),
+        "minimum": lambda: min(v),
+        "and": lambda: v[0] & v[1],
+        "or": lambda: v[0] | v[1],
+        "negate": lambda: -v[0],
+    }
+    return simple[i.opcode]() if i.opcode in simple else None
