@@ -12,10 +12,13 @@ what is written. All numbers are of one device.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 Branch = Literal["least", "most"]
 HBM = (0,)  # memory spaces of a layout, S(n): 0 is HBM (or a GPU's or CPU's memory), others are on the chip or the host
@@ -276,11 +279,14 @@ class _Counter:
         """The cost of running a computation once, outside of fusions; `arguments` are those that are known."""
         body = self.program.computations[name]
         total = Cost()
+        channels: set[str] = set()
         for instruction in body.values():
-            total += self.instruction(instruction, body, arguments)
+            total += self.instruction(instruction, body, arguments, channels)
         return total
 
-    def instruction(self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value]) -> Cost:
+    def instruction(
+        self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value], channels: set[str]
+    ) -> Cost:
         if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")):
             return Cost()
         if i.opcode == "while":
@@ -296,7 +302,7 @@ class _Counter:
         if self.log is not None and own.bytes:
             shape = ", ".join(f"{a.dtype}{list(a.dims)}" for a in i.shape[:3])
             self.log.append((own.bytes, i.opcode, shape, i.where))
-        return own + self.arithmetic(i, body)
+        return own + self.arithmetic(i, body, channels)
 
     def conditional(self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value]) -> Cost:
         listed = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
@@ -423,6 +429,10 @@ class _Counter:
 
     def fused_bytes(self, i: Instruction, operands: list[Instruction]) -> float:
         inner = self.program.computations[i.called("calls")]
+        if self.program.root(i.called("calls")).opcode == "custom-call" and any(
+            part.opcode in COLLECTIVES for part in inner.values()
+        ):
+            return 0.0  # the beginning or end of an exchange, which is counted by itself
         users = _users(inner)
         total = 0.0
         for parameter in (p for p in inner.values() if p.opcode == "parameter"):
@@ -444,6 +454,8 @@ class _Counter:
                 total += _size(user.shape)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 pass  # written in place
+            elif user.opcode in COLLECTIVES or (user.opcode == "tuple" and user.is_root):
+                pass  # counted with the exchange; handed on
             elif user.opcode == "fusion":
                 nested = self.program.computations[user.called("calls")]
                 for n, operand in enumerate(user.operands):
@@ -461,7 +473,7 @@ class _Counter:
             return _in_hbm(i.shape)
         total = 0.0
         for array, name in zip(i.shape, parts, strict=True):
-            if array.space in HBM:
+            if array.space in HBM and inner[name].opcode not in (*COLLECTIVES, "parameter"):
                 total += min(array.bytes, self.updated(inner[name], inner, array.bytes))
         return total
 
@@ -478,17 +490,27 @@ class _Counter:
 
     # --- operations ---------------------------------------------------------------------------------------------
 
-    def arithmetic(self, i: Instruction, body: dict[str, Instruction]) -> Cost:
-        """FLOPs and collectives of an instruction, those of a fusion's inside."""
+    def arithmetic(self, i: Instruction, body: dict[str, Instruction], channels: set[str], fused: bool = False) -> Cost:
+        """FLOPs and collectives of an instruction, those of a fusion's inside.
+
+        An exchange that goes on behind several fusions stands in each of them; its channel says that it is one.
+        """
         if i.opcode in ("fusion", "call", "async-start"):
             inner = self.program.computations[i.called("calls") or i.called("to_apply")]
             total = Cost()
             for instruction in inner.values():
-                total += self.arithmetic(instruction, inner)
+                total += self.arithmetic(instruction, inner, channels, fused=True)
             return total
         kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            return Cost(collectives={kind: _collective(kind, i, [body[name] for name in i.operands])})
+            channel = re.search(r"channel_id=(\d+)", i.attributes)
+            if fused and channel:
+                if channel[1] in channels:
+                    return Cost()
+                channels.add(channel[1])
+            operands = [body[name] for name in i.operands]
+            moved = sum(_in_hbm(o.shape) for o in operands) + _in_hbm(i.shape) if fused else 0
+            return Cost(moved, collectives={kind: _collective(kind, i, operands)})
         if i.opcode == "dot":
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
             dims = body[i.operands[0]].shape[0].dims
@@ -602,12 +624,18 @@ def _convolution(i: Instruction, left: Array, right: Array) -> float:
 
         stride, hole, spread = int(field("stride", "1")), int(field("rhs_dilate", "1")), int(field("lhs_dilate", "1"))
         low = int(field("pad", "0_0").split("_")[0])
-        taps = 0
-        for tap in range(kernel):
-            at = (o * stride + tap * hole - low for o in range(out))
-            taps += sum(1 for p in at if p % spread == 0 and 0 <= p // spread < size)
-        total *= taps
+        total *= _taps(kernel, size, out, stride, hole, spread, low)
     return total
+
+
+@functools.cache
+def _taps(kernel: int, size: int, out: int, stride: int, hole: int, spread: int, low: int) -> int:
+    """Pairs of an output and a kernel entry along one dimension that meet an input entry."""
+    number = 0
+    for tap in range(kernel):
+        at = np.arange(out) * stride + tap * hole - low
+        number += int(((at % spread == 0) & (at >= 0) & (at // spread < size)).sum())
+    return number
 
 
 class _Scalars:
