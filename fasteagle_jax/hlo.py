@@ -213,18 +213,31 @@ def _bits(dtype: str) -> int:
 def _parse(text: str) -> Program:
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if line.startswith(("%", "ENTRY ")) and line.endswith("{"):
             name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
             current = computations.setdefault(name, {})
             if line.startswith("ENTRY "):
                 entry = name
-        elif current is not None and line.startswith("}"):
+        elif line == "}":
             current = None
         elif current is not None and " = " in line:
             instruction = _instruction(line)
             current[instruction.name] = instruction
     return Program(computations, entry)
+
+
+def _whole_lines(text: str) -> list[str]:
+    """Lines, those that a kernel's metadata breaks put together again."""
+    lines: list[str] = []
+    inside = False
+    for line in text.splitlines():
+        if inside and line != "}" and not line.startswith("  "):
+            lines[-1] += line
+            continue
+        inside = line != "}" and (inside or (line.startswith(("%", "ENTRY ")) and line.endswith("{")))
+        lines.append(line)
+    return lines
 
 
 def _instruction(line: str) -> Instruction:
