@@ -313,9 +313,12 @@ class DecoderLayer(nnx.Module):
         groups = c.num_heads // c.num_kv_heads
 
         h = rms_norm(x, self.input_norm[...], c.rms_norm_eps)
-        q = _affine(h, self.q, self.q_bias).reshape(batch, num_tokens, c.num_heads, c.head_dim)
-        k = _affine(h, self.k, self.k_bias).reshape(batch, num_tokens, c.num_kv_heads, c.head_dim)
-        v = _affine(h, self.v, self.v_bias).reshape(batch, num_tokens, c.num_kv_heads, c.head_dim)
+        q, k, v = _affine(h, self.q, self.q_bias), _affine(h, self.k, self.k_bias), _affine(h, self.v, self.v_bias)
+        # Or XLA's TPU compiler takes the split into heads into the product, and copies all layers' weights for it.
+        q, k, v = jax.lax.optimization_barrier((q, k, v))
+        q = q.reshape(batch, num_tokens, c.num_heads, c.head_dim)
+        k = k.reshape(batch, num_tokens, c.num_kv_heads, c.head_dim)
+        v = v.reshape(batch, num_tokens, c.num_kv_heads, c.head_dim)
         # Attention runs in the weights' (and so the cache's) dtype, whether a key is fresh or read back.
         dtype = self.k[...].dtype
         q, k, v = rotate(q, turn).astype(dtype), rotate(k, turn).astype(dtype), v.astype(dtype)

@@ -57,14 +57,31 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -
         raise UserError(f"attention {kind!r} is not known: use one of {', '.join(KINDS)}")
     if kind == "auto":
         kind = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "xla")
-        if (kind == "splash" and _tile(q.shape[1]) is None) or (kind == "cudnn" and q.dtype == jnp.float32):
+        if (kind == "splash" and _tile(q.shape[1]) is None) or (kind == "cudnn" and _no_cudnn(q, k, v)):
             kind = "xla"
     if kind == "splash":
         return _splash(q, k, v, packed)
     if kind == "cudnn":
-        mask = packed.visible()[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        if missing := _no_cudnn(q, k, v):
+            raise UserError(f"cuDNN's attention cannot be had ({missing}): use attention auto or xla")
+        return _cudnn(q, k, v, packed.visible())
     return _in_blocks(q, k, v, packed)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation="cudnn")
+
+
+def _no_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> str:
+    """Why cuDNN does not take the arrays, in a few words; empty where it does."""
+    if q.dtype == jnp.float32:
+        return "it takes no float32"
+    try:
+        visible = jax.ShapeDtypeStruct((q.shape[0], q.shape[1], k.shape[1]), jnp.bool_)
+        jax.eval_shape(_cudnn, q, k, v, visible)
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # not installed; too old; not these shapes
+        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return ""
 
 
 def platform() -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from fasteagle_jax import tree as library
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.sharding import MeshShape, make_mesh
 from fasteagle_jax.tree import NO_PARENT, Draft, Tree
 
 # One program each instead of one an operation.
@@ -192,3 +193,17 @@ def test_a_trees_text_reads_back_as_the_tree(text):
 def test_a_tree_that_cannot_be_says_what_to_write(text, remedy):
     with pytest.raises(UserError, match=remedy):
         Tree.parse(text)
+
+
+@pytest.mark.parametrize("kind", ["backbone:4", "best_first:12"])
+def test_a_vocabulary_split_over_devices_gives_the_same_tree_ties_included(kind: str) -> None:
+    scores = jnp.asarray(np.random.default_rng(0).integers(-9, 0, (3, 4, 240)), jnp.float32)
+    root, tree = jnp.arange(3), Tree.parse(kind)
+    whole = build(tree, root, scores)
+    mesh = make_mesh(MeshShape(1, 2, 4))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(scores, jax.NamedSharding(mesh, jax.P(None, None, "tensor")))
+        compiled = build.lower(tree, root, split).compile()
+        for a, b in zip(whole, compiled(root, split), strict=True):
+            assert (a == b).all()
+    assert "f32[3,4,240]" not in compiled.as_text()  # no device holds all scores
