@@ -38,6 +38,6 @@ def get_config() -> RunConfig:
         remat="full",
         length=2048,
         drafter=DrafterChoice(num_levels=7, draft_vocab_size=32_000, window=2048),
-        loss=LossConfig(),
+        loss=LossConfig(chunk=2048),  # 512 rows a chip: each chunk reads the head anew
         optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=2_000),
     )

@@ -177,6 +177,8 @@ def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:
             # One dynamic_update_slice a row stays in place; a scatter or a vmapped update would copy the whole cache.
             def write(into: jax.Array, tokens: jax.Array) -> jax.Array:
                 row = jax.lax.dynamic_slice_in_dim(tokens, b, 1, axis=batch_dim).astype(into.dtype)
+                # XLA's TPU compiler fails where it sees that all rows of tokens go, in turn, to all rows of slots.
+                row = jax.lax.optimization_barrier(row)
                 start = [jnp.zeros((), jnp.int32)] * into.ndim
                 start[batch_dim] = b
                 start[batch_dim + (2 if into.ndim - batch_dim == 4 else 1)] = starts[b]

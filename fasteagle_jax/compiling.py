@@ -117,11 +117,7 @@ def _roofline(cost: hlo.Cost, device: Chip | None) -> dict[str, float]:
 
 
 class OutOfMemory(UserError):
-    """A program that does not fit; `excess` bytes too many on each device."""
-
-    def __init__(self, message: str, needed: float, limit: float):
-        super().__init__(message)
-        self.needed, self.limit = needed, limit
+    """A program that does not fit."""
 
 
 # --- the programs -----------------------------------------------------------------------------------------------
@@ -177,7 +173,7 @@ def compile_text(
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            raise _out_of_memory(error, devices) or error from None
+            raise out_of_memory(error, devices[0].device_kind, len(devices)) or error from None
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     text = compiled.as_text()
@@ -412,25 +408,21 @@ def _check_heads(config: RunConfig, mesh: Mesh) -> None:
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _out_of_memory(error: Exception, devices: Sequence[Any]) -> OutOfMemory | None:
+def out_of_memory(error: Exception, device_kind: str, num_devices: int) -> OutOfMemory | None:
     """The compiler's RESOURCE_EXHAUSTED as one line; None for another error."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return None
-    sizes = [float(n) * _UNITS[unit] for n, unit in re.findall(r"([\d.]+)([KMGT]?)\b(?= of | exceeds|\)| hbm)", text)]
-    used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", text)
-    if used:
-        needed, limit = float(used[1]) * _UNITS[used[2]], float(used[3]) * _UNITS[used[4]]
-    elif len(sizes) >= 2:
-        needed, limit = max(sizes), min(sizes)
-    else:
-        return OutOfMemory(f"out of memory: {text.splitlines()[0][:200]}", math.inf, math.nan)
-    few = smallest_slice(needed * len(devices), devices[0].device_kind, len(devices))
+    size = r"([\d.]+)([KMGT]?)"
+    found = re.search(rf"Used {size} of {size}", text) or re.search(rf"\({size}\) exceeds[^(]*\({size}\)", text)
+    if not found:
+        return OutOfMemory(f"does not fit: {text.splitlines()[0][:200]}")
+    needed, limit = float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]]
+    larger = smallest_slice(needed * num_devices, device_kind, num_devices)
+    remedy = f"try {larger}" if larger else "no slice here is large enough"
     return OutOfMemory(
         f"does not fit: {needed / GIB:.2f} GiB a chip of the {limit / GIB:.2f} there are, "
-        f"{(needed - limit) / GIB:.2f} GiB too much: " + (f"try {few}" if few else "no slice here is large enough"),
-        needed,
-        limit,
+        f"{(needed - limit) / GIB:.2f} GiB too much: {remedy}"
     )
 
 

@@ -178,6 +178,7 @@ class Program(NamedTuple):
         return next(i for i in self.computations[name].values() if i.is_root)
 
 
+_ENDS = re.compile(r"\}(,|$)")  # a computation; one for another kind of core says so here
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
 
 
@@ -219,7 +220,7 @@ def _parse(text: str) -> Program:
             current = computations.setdefault(name, {})
             if line.startswith("ENTRY "):
                 entry = name
-        elif line == "}":
+        elif _ENDS.match(line):
             current = None
         elif current is not None and " = " in line:
             instruction = _instruction(line)
@@ -232,10 +233,10 @@ def _whole_lines(text: str) -> list[str]:
     lines: list[str] = []
     inside = False
     for line in text.splitlines():
-        if inside and line != "}" and not line.startswith("  "):
+        if inside and not _ENDS.match(line) and not line.startswith("  "):
             lines[-1] += line
             continue
-        inside = line != "}" and (inside or (line.startswith(("%", "ENTRY ")) and line.endswith("{")))
+        inside = not _ENDS.match(line) and (inside or (line.startswith(("%", "ENTRY ")) and line.endswith("{")))
         lines.append(line)
     return lines
 

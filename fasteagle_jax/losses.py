@@ -176,6 +176,8 @@ def _scan(
     with_gradient: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, Any]]:
     """((loss, sums), gradients of the loss in `chosen` and `own_head`), each None where it is not wanted."""
+    # Brought together once, where `fsdp` splits the weights' other dimension: not anew for every chunk and level.
+    head, draft_head = constrain(head, "vocab", None), constrain(draft_head, "vocab", None)
     whole_vocabulary = draft_head.shape == head.shape
     trains_head = own_head is not None and with_gradient
     drafters = draft_head if own_head is None else own_head

@@ -20,6 +20,7 @@ from fasteagle_jax.sharding import MeshShape
 pytestmark = pytest.mark.tpu
 SLICES = ("v5e:2x4", "v6e:2x4")
 TOLERANCE = 0.05  # of a golden figure
+TRAIN_FLOPS = 1.1  # over what flops.py counts: recomputation of the levels is not in it
 
 
 def config(num_layers: int = 8) -> RunConfig:
@@ -30,7 +31,40 @@ def config(num_layers: int = 8) -> RunConfig:
 
 
 @functools.cache
-def report(slice_name: str, program: str) -> Report:
+def compiled(slice_name: str, program: str) -> Report:
     mesh = MeshShape(1, 1, 8) if program == "decode" else None
     with jax.default_matmul_precision("default"):
         return compile_program(config(), program, topology.devices(slice_name), Decoding(), mesh)
+
+
+# Bytes over ideal ones, and the mebibytes of temporaries at most.
+DECODE = {"v5e:2x4": (1.00, 64), "v6e:2x4": (1.00, 64)}
+
+
+@pytest.mark.parametrize("slice_name", SLICES)
+def test_a_decode_round_moves_the_weights_and_the_cache_once(slice_name: str) -> None:
+    found = compiled(slice_name, "decode")
+    ratio, temporaries = DECODE[slice_name]
+    assert found.bytes_ratio == pytest.approx(ratio, rel=TOLERANCE)
+    assert found.hbm is not None and found.peak < found.hbm
+    assert found.temporaries < temporaries * 2**20  # no copy of the stacked weights or the cache in another layout
+    assert found.cost.host_calls == 0
+    exchanges = found.cost.collectives
+    # Two sums a layer, of attention and of the MLP, in target and drafter; a few small ones for embedding and choice.
+    assert 2 * (8 + 3) <= exchanges["all-reduce"].number <= 2 * (8 + 3) + 12
+    assert set(exchanges) <= {"all-reduce", "all-gather", "collective-permute", "all-to-all"}
+    rest = sum(own.bytes for kind, own in exchanges.items() if kind != "all-reduce")
+    assert rest < 4 * 2**20  # neither weights nor the vocabulary's scores are gathered
+
+
+@pytest.mark.parametrize("slice_name", SLICES)
+def test_a_train_step_fits_and_computes_what_is_necessary(slice_name: str) -> None:
+    found = compiled(slice_name, "train")
+    assert found.hbm is not None and found.peak < found.hbm
+    logits = 8 * 2048 * 128_256 * 4 / found.devices  # a device's part of [B, T, V]
+    assert found.temporaries < 3 * logits
+    assert found.cost.product_flops / found.necessary_flops == pytest.approx(TRAIN_FLOPS, rel=TOLERANCE)
+    assert found.cost.host_calls == 0
+    gathered = found.cost.collectives["all-gather"].bytes
+    weights = 2 * (found.weights["target"] + found.weights["drafter"]) * found.devices
+    assert gathered < 2 * weights  # each layer's once forward and once or twice backward, the head once

@@ -8,13 +8,16 @@ examples:
   fasteagle compile --config configs/llama31_8b.py --topology v5e:2x4
   fasteagle compile --config configs/llama31_8b.py --topology v6e:2x4 --program decode --batch 32 --tree plain
   fasteagle compile --config configs/llama31_8b.py loss.chunk=16384    # simulated; the loss at all positions at once
+  fasteagle compile --table runs/compiled    # the targets of docs/tpu.md on its slices; kept, so that it can go on
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from fasteagle_jax.chips import GIB
 from fasteagle_jax.commands.terminal import Parser, check_new, program, whole, write_new
 from fasteagle_jax.compiling import PROGRAMS, Decoding, Report, compile_program
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.run import apply_changes, load_config
+from fasteagle_jax.run import RunConfig, apply_changes, load_config
 from fasteagle_jax.sharding import MeshShape
 from fasteagle_jax.tree import Tree
 
@@ -35,7 +38,10 @@ from fasteagle_jax.tree import Tree
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles as the command line says; returns the exit code."""
     parser = Parser(prog="fasteagle compile", description=__doc__)
-    parser.add_argument("--config", required=True, help="a Python file with get_config() -> RunConfig")
+    parser.add_argument("--config", help="a Python file with get_config() -> RunConfig")
+    parser.add_argument(
+        "--table", type=Path, metavar="FOLDER", help="compile the table of docs/tpu.md, what is not in the folder yet"
+    )
     parser.add_argument("--topology", metavar="SLICE", help="e.g. v5e:2x4; default: simulated devices")
     parser.add_argument(
         "--program", type=_programs, default=PROGRAMS, metavar="P", help="of prefill,decode,train (default: all)"
@@ -51,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     group.add_argument("--cache", type=whole(2), default=2048, metavar="S", help="slots a row (default 2048)")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="as of fasteagle train")
     args = parser.parse_args(argv)
+    if args.table:
+        print(table(args.table))
+        return 0
+    if not args.config:
+        raise UserError("no configuration: give --config, e.g. configs/llama31_8b.py")
     check_new(args.json)
     config = apply_changes(load_config(args.config), args.changes)
     tree = None if args.tree == "plain" else Tree.parse(args.tree)
@@ -87,6 +98,65 @@ def describe(report: Report) -> str:
     if r.cost.host_calls:
         lines.append(f"  host         {r.cost.host_calls} calls to the host in the program")
     return "\n".join(lines)
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+# Configurations of configs/ (DeepSeek-R1-Distill-LLaMA-8B has LLaMA-3.1-8B's sizes) and the slices they are tried on.
+TARGETS = {
+    "llama31_8b": ("v5e:2x2", "v5e:2x4", "v6e:2x4", "v5p:2x2x1", "tpu7x:2x2x1"),
+    "vicuna_13b": ("v5e:2x4", "v6e:2x4", "v5p:2x2x1"),
+    "llama33_70b": ("v5e:4x4", "v6e:2x4", "v5p:2x2x1", "v5p:2x2x4"),
+}
+COLUMNS: dict[str, tuple[str, Decoding, int]] = {  # program, decoding, tokens a row
+    "decode, batch 1": ("decode", Decoding(1), 0),
+    "decode, batch 32": ("decode", Decoding(32), 0),
+    "train, 2048": ("train", Decoding(), 2048),
+    "train, 8192": ("train", Decoding(), 8192),
+}
+
+
+def table(folder: Path) -> str:
+    """The table of TARGETS by their slices in Markdown; programs that have no file in the folder are compiled."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "| target | slice | program | fits | bytes ratio | FLOPs ratio | estimate, ms | bound by |",
+        "|---" * 8 + "|",
+    ]
+    for name, slices in TARGETS.items():
+        config = load_config(f"configs/{name}.py")
+        for slice_name in slices:
+            for title, (program_name, decoding, length) in COLUMNS.items():
+                own = config if not length else dataclasses.replace(config, length=length)
+                if own.target_config is None or own.length > own.target_config.max_positions:
+                    continue
+                path = (
+                    folder / f"{name}-{slice_name.replace(':', '-')}-{title.replace(', ', '-').replace(' ', '')}.json"
+                )
+                if not path.exists():
+                    write_new(path, json.dumps(_figures(own, slice_name, program_name, decoding), indent=2) + "\n")
+                    print(f"{path} written", file=sys.stderr)
+                lines.append(f"| {name} | {slice_name} | {title} | " + _cells(json.loads(path.read_text())) + " |")
+    return "\n".join(lines)
+
+
+def _figures(config: RunConfig, slice_name: str, program_name: str, decoding: Decoding) -> dict[str, Any]:
+    try:
+        return compile_program(config, program_name, topology.devices(slice_name), decoding).to_json()
+    except UserError as error:
+        return {"error": str(error)}
+
+
+def _cells(figures: dict[str, Any]) -> str:
+    if "error" in figures:
+        return f"no: {figures['error']} | | | | "
+    share = f"{figures['peak'] / GIB:.1f} of {figures['hbm'] / GIB:.1f} GiB"
+    products = figures["cost"]["product_flops"] / figures["necessary_flops"]
+    moved = f"{figures['bytes_ratio']:.2f}" if figures["program"] == "decode" else ""
+    return f"{share} | {moved} | {products:.2f} | {1e3 * figures['estimate']:.1f} | {figures['bound']}"
+
+
+# --- words of the command line ----------------------------------------------------------------------------------
 
 
 def simulated_devices(number: int) -> list[Any]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 import json
 
+import jax
 import pytest
 
+from fasteagle_jax import compiling
 from fasteagle_jax.commands.compile_check import main, simulated_devices
 from fasteagle_jax.compiling import Decoding, Report, compile_program
 from fasteagle_jax.config import LlamaConfig
@@ -17,6 +21,12 @@ from fasteagle_jax.sharding import MeshShape
 from fasteagle_jax.tree import Tree
 
 VOCAB = 4096
+
+
+@pytest.fixture(autouse=True)
+def eight_devices() -> None:
+    """Before a command asks for as many as its mesh has."""
+    assert len(jax.devices()) == 8
 
 
 def config(**changes) -> RunConfig:
@@ -66,6 +76,30 @@ def test_mistakes_are_one_line(complaint, tmp_path):
         compile_program(
             config(), "decode", simulated_devices(8), Decoding(1, Tree("chain"), 64, 16), MeshShape(2, 1, 4)
         )
+
+
+def test_a_slice_that_is_not_there_or_a_compiler_that_is_not_is_one_line(complaint, monkeypatch):
+    said = complaint(main, "--config", "configs/llama31_8b.py", "--topology", "v5e:3x3")
+    assert "topology 'v5e:3x3' is not known: use one of v4:2x2x1" in said and "v6e:2x4" in said
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    said = complaint(main, "--config", "configs/llama31_8b.py", "--topology", "v5e:2x4")
+    assert "libtpu is not installed: pip install 'fasteagle-jax[tpu]'" in said
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1.2")
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ['libtpu==0.0.42.*; extra == "tpu"'])
+    said = complaint(main, "--config", "configs/llama31_8b.py", "--topology", "v5e:2x4")
+    assert f"libtpu 0.0.1.2 does not go with jax {jax.__version__}, which needs 0.0.42.*: pip install" in said
+    assert "pip install 'fasteagle-jax[cuda]'" in complaint(main, "--config", "configs/tiny.py", "--topology", "h100")
+
+
+def test_what_is_too_large_says_by_how_much_and_which_slice_is_not() -> None:
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.25G of 15.75G hbm. Exceeded by 4.50G."
+    error = compiling.out_of_memory(RuntimeError(said), "TPU v5 lite", 8)
+    assert str(error) == "does not fit: 20.25 GiB a chip of the 15.75 there are, 4.50 GiB too much: try v5e:4x4"
+    said = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (1.56T) exceeds available HBM (31.25G)."
+    error = compiling.out_of_memory(RuntimeError(said), "TPU v6 lite", 8)
+    assert "1566.19 GiB too much: no slice here is large enough" in str(error)
+    assert compiling.out_of_memory(RuntimeError("INTERNAL: bug"), "TPU v5 lite", 8) is None
 
 
 def test_the_report_is_printed_and_written(monkeypatch, tmp_path, capsys):
