@@ -36,17 +36,6 @@ from fasteagle_jax.tree import Tree
 PROGRAMS = ("prefill", "decode", "train")
 HOP = 1e-6  # seconds to a neighbour: the least that a message takes (J. Austin et al., How to Scale Your Model)
 
-# The logical axes of what changes while decoding, by name (see sharding.RULES).
-ROWS = ("temperature", "top_k", "top_p", "min_p", "seed", "max_new", "length", "cursor", "count", "num_emitted", "done")
-STATE_AXES: dict[str, tuple[str | None, ...]] = {
-    **{name: ("batch",) for name in (*ROWS, "scored")},
-    **{name: ("batch", None) for name in ("tokens", "emitted", "depths", "logprobs", "positions")},
-    "features": ("batch", None, None),
-    "k": ("batch", "heads", None, None),
-    "v": ("batch", "heads", None, None),
-}
-TIED_AXES = {"embedding": ("vocab", "embed"), "head": ("vocab", "embed")}
-
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
@@ -263,7 +252,7 @@ def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
 def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
     target, drafter, tied, state, sampling, stop = _decoding_arguments(config, mesh, decoding)
     rows = jax.ShapeDtypeStruct((decoding.batch, decoding.chunk), jnp.int32)
-    asked = on_mesh(mesh, {"tokens": rows, "length": _int32(decoding.batch)}, STATE_AXES)
+    asked = on_mesh(mesh, {"tokens": rows, "length": _int32(decoding.batch)}, decode.AXES)
 
     def start(target: Any, drafter: Any, prompts: Any, lengths: Any, sampling: Any, stop: Any) -> Any:
         return _start(config, decoding, target, drafter, prompts, lengths, sampling, stop)[0]
@@ -291,8 +280,8 @@ def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tu
         dtype = jnp.dtype(config.dtype)
         drafter = on_mesh(mesh, jax.eval_shape(lambda: class_of(sizes)(sizes, jax.random.key(0), dtype)), AXES)
     batch = decoding.batch
-    sampling = on_mesh(mesh, jax.eval_shape(lambda: make_sampling(batch)), STATE_AXES)
-    stop = on_mesh(mesh, decode.Stop(_int32(batch), _int32(batch, 2)), STATE_AXES)
+    sampling = on_mesh(mesh, jax.eval_shape(lambda: make_sampling(batch)), decode.AXES)
+    stop = on_mesh(mesh, decode.Stop(_int32(batch), _int32(batch, 2)), decode.AXES)
 
     def start(target: Any, drafter: Any, prompts: Any, lengths: Any, sampling: Any, stop: Any) -> Any:
         return _start(config, decoding, target, drafter, prompts, lengths, sampling, stop)
@@ -301,8 +290,8 @@ def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tu
     state, tied = jax.eval_shape(start, target, drafter, prompts, lengths, sampling, stop)
     if tied is not None:  # the target's own arrays are not there twice
         same = tied.head.shape == _head(target).shape
-        tied = on_mesh(mesh, tied._replace(embedding=None, head=None if same else tied.head), TIED_AXES)
-    return target, drafter, tied, on_mesh(mesh, state, STATE_AXES), sampling, stop
+        tied = on_mesh(mesh, tied._replace(embedding=None, head=None if same else tied.head), llama.AXES)
+    return target, drafter, tied, on_mesh(mesh, state, decode.AXES), sampling, stop
 
 
 def _start(

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--devices", type=whole(1), metavar="N", help="simulated ones; default: as many as the mesh has"
     )
-    parser.add_argument("--mesh", type=_mesh, metavar="D,F,T", help="data, fsdp and tensor; default: see docs/tpu.md")
+    parser.add_argument("--mesh", metavar="D,F,T", help="data, fsdp and tensor; default: see docs/tpu.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="a new file for the numbers")
     group = parser.add_argument_group("decoding")
     group.add_argument("--batch", type=whole(1), default=1, metavar="B", help="rows (default 1)")
@@ -66,11 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = apply_changes(load_config(args.config), args.changes)
     tree = None if args.tree == "plain" else Tree.parse(args.tree)
     decoding = Decoding(args.batch, tree, args.cache, min(256, args.cache // 4))
-    mesh = args.mesh or config.mesh or MeshShape(1, 1, 1)
-    devices = topology.devices(args.topology) if args.topology else simulated_devices(args.devices or _size(mesh))
+    mesh = None if args.mesh is None else MeshShape.parse(args.mesh)
+    if args.topology:
+        devices = topology.devices(args.topology)
+    else:
+        devices = simulated_devices(args.devices or _size(mesh or config.mesh or MeshShape(1, 1, 1)))
     reports = []
     for name in args.program:
-        reports.append(compile_program(config, name, devices, decoding, args.mesh))
+        reports.append(compile_program(config, name, devices, decoding, mesh))
         print(describe(reports[-1]))
     if args.json:
         write_new(args.json, json.dumps([report.to_json() for report in reports], indent=2) + "\n")
@@ -109,8 +112,10 @@ TARGETS = {
     "llama33_70b": ("v5e:4x4", "v6e:2x4", "v5p:2x2x1", "v5p:2x2x4"),
 }
 COLUMNS: dict[str, tuple[str, Decoding, int]] = {  # program, decoding, tokens a row
-    "decode, batch 1": ("decode", Decoding(1), 0),
-    "decode, batch 32": ("decode", Decoding(32), 0),
+    "plain, batch 1": ("decode", Decoding(1, None), 0),
+    "60 nodes, batch 1": ("decode", Decoding(1), 0),
+    "plain, batch 32": ("decode", Decoding(32, None), 0),
+    "60 nodes, batch 32": ("decode", Decoding(32), 0),
     "train, 2048": ("train", Decoding(), 2048),
     "train, 8192": ("train", Decoding(), 8192),
 }
@@ -181,10 +186,3 @@ def _programs(text: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in PROGRAMS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(PROGRAMS)}")
     return names
-
-
-def _mesh(text: str) -> MeshShape:
-    sizes = text.split(",")
-    if len(sizes) != 3 or not all(size.strip().lstrip("-").isdigit() for size in sizes):
-        raise argparse.ArgumentTypeError(f"{text!r} is no mesh: write data,fsdp,tensor, e.g. 1,8,1")
-    return MeshShape(*map(int, sizes))
