@@ -13,6 +13,8 @@ that for the first levels alone. simulated=0.8/0.7/0.6 is one that is accepted s
 numbers of slots; --sweep memory says what its caches take. --sweep rows measures what a target pass over several rows
 costs, and a round with each tree of `auto`.
 
+--predict FOLDER measures nothing: it estimates speed-ups on TPUs from compiled programs (--predict --help).
+
 Exit code 1 says that in float32 a token differed.
 
 example:
@@ -50,6 +52,7 @@ from fasteagle_jax.commands.figures import (
     split_figure,
 )
 from fasteagle_jax.commands.models import Models, add_target_options, check_fits, load_models
+from fasteagle_jax.commands.predict import predict
 from fasteagle_jax.commands.split import Split, Splitter
 from fasteagle_jax.commands.terminal import Parser, add_filter_options, check_new, program, whole
 from fasteagle_jax.commands.ways import Way, check_folders, load_drafters, parse_ways, read_tasks
@@ -71,7 +74,10 @@ ALONE = {
 @program
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures as the command line says; returns the exit code."""
-    return bench(_parser().parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--predict" for word in words):  # measures nothing, and needs no model
+        return predict(words)
+    return bench(_parser().parse_args(words))
 
 
 def _parser() -> Parser:

@@ -145,6 +145,11 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def file_of(folder: Path, name: str, slice_name: str, title: str) -> Path:
+    """Where the table keeps one program's figures."""
+    return folder / "-".join((name, slice_name.replace(":", "-"), title.replace(",", "").replace(" ", "-") + ".json"))
+
+
 def _figures(config: RunConfig, slice_name: str, program_name: str, decoding: Decoding) -> dict[str, Any]:
     try:
         return compile_program(config, program_name, topology.devices(slice_name), decoding).to_json()

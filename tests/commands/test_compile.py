@@ -104,9 +104,9 @@ def test_what_is_too_large_says_by_how_much_and_which_slice_is_not() -> None:
 
 def test_the_report_is_printed_and_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("fasteagle_jax.commands.compile_check.load_config", lambda path: config())
-    words = ["--config", "any", "--json", str(tmp_path / "r.json"), "--cache", "64", "--tree", "chain", "length=64"]
-    assert main(words) == 0
-    assert capsys.readouterr().out.count("temporaries") == 3
-    prefill, decode, train = json.loads((tmp_path / "r.json").read_text())
-    assert train["shapes"] == "8 x 64 tokens" and decode["mesh"] == "data 1 x fsdp 4 x tensor 2"
+    words = ["--config", "any", "--json", str(tmp_path / "r.json"), "--cache", "64", "--tree", "chain"]
+    assert main([*words, "--program", "prefill,decode"]) == 0
+    assert capsys.readouterr().out.count("temporaries") == 2
+    prefill, decode = json.loads((tmp_path / "r.json").read_text())
+    assert decode["mesh"] == "data 1 x fsdp 4 x tensor 2"
     assert prefill["caches"] == decode["caches"] > 0

@@ -1,0 +1,63 @@
+"""What a drafter of some acceptance would bring on chips that are not there: `fasteagle bench --predict`.
+
+speed-up = tau x (estimated time of a plain round) / (estimated time of a round with its tree), of the programs that
+`fasteagle compile --table` compiled; tau = 1 + r1 + r1 r2 + ... of the rates at which the guesses of each depth are
+accepted where those before them are (`by depth` of fasteagle bench). docs/tpu.md says what the estimate leaves out.
+
+example:
+  fasteagle compile --table runs/compiled
+  fasteagle bench --predict runs/compiled --rates 0.8/0.75/0.7/0.65/0.6/0.6/0.6
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+
+from fasteagle_jax.commands.compile_check import TARGETS, file_of
+from fasteagle_jax.commands.terminal import Parser
+from fasteagle_jax.drafters.simulated import parse_rates
+from fasteagle_jax.errors import UserError
+
+
+def predict(argv: Sequence[str] | None) -> int:
+    """Prints the table as the command line says; returns the exit code."""
+    parser = Parser(prog="fasteagle bench --predict", description=__doc__)
+    parser.add_argument("--predict", type=Path, required=True, metavar="FOLDER", help="of fasteagle compile --table")
+    parser.add_argument("--rates", required=True, metavar="R/R/...", help="accepted at each depth, e.g. 0.8/0.7/0.6")
+    args = parser.parse_args(argv)
+    print(predictions(args.predict, parse_rates(args.rates)))
+    return 0
+
+
+def acceptance_length(rates: Sequence[float]) -> float:
+    """tau: tokens a round brings, the target's own included."""
+    return 1 + sum(itertools.accumulate(rates, operator.mul))
+
+
+def predictions(folder: Path, rates: Sequence[float]) -> str:
+    """In Markdown, for each target and slice of the folder, the estimated speed-up of a 60-node tree."""
+    tau = acceptance_length(rates)
+    head = ("target", "slice", "batch", "plain, ms", "60 nodes, ms", "speed-up", "tokens/s, all rows")
+    lines = [f"tau {tau:.2f}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (name, slices), batch in itertools.product(TARGETS.items(), (1, 32)):
+        for slice_name in slices:
+            titles = (f"plain, batch {batch}", f"60 nodes, batch {batch}")
+            times = [_estimate(file_of(folder, name, slice_name, title)) for title in titles]
+            if all(math.isfinite(t) for t in times):
+                plain, drafted = times
+                cells = f"{1e3 * plain:.2f} | {1e3 * drafted:.2f} | {tau * plain / drafted:.2f}"
+                lines.append(f"| {name} | {slice_name} | {batch} | {cells} | {batch * tau / drafted:.0f} |")
+    if len(lines) == 4:
+        raise UserError(f"{folder} holds no plain and drafted round: make them with fasteagle compile --table {folder}")
+    return "\n".join(lines)
+
+
+def _estimate(path: Path) -> float:
+    """Seconds of a compiled program; nan where it is not there or does not fit."""
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    return figures.get("estimate", math.nan)
