@@ -1,11 +1,12 @@
-# make venv | demo | test | test-tpu | lint | clean.   Needs python3 (3.11 or newer), pip and make; everything else goes into .venv.
+# make venv | demo | test | test-slow | test-tpu | lint | clean.
+# Needs python3 (3.11 or newer), pip and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Test processes. Two suit two cores and 8 GB; 0 runs all in one process.
 WORKERS ?= 2
 
-.PHONY: venv demo test test-tpu lint clean
+.PHONY: venv demo test test-slow test-tpu lint clean
 
 venv: $(VENV)/.installed-test
 
@@ -13,7 +14,11 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m infer.demo
 
 test: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu' -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow' -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# Repeats at length what others show in short.
+test-slow: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist load $(PYTEST_ARGS)
 
 # Compiles for TPUs with libtpu; needs none.
 test-tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu

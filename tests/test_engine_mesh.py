@@ -110,7 +110,9 @@ def test_on_eight_devices_answers_are_those_of_one(target, drafters, expected, s
     compilations.clear()
     made = answer(engine)
     compare(made, expected)
-    assert sum(sum(completion.statistics.accepted_at) for completion in made) > 30
+    accepted, alone = (sum(sum(c.statistics.accepted_at) for c in answers) for answers in (made, expected))
+    # The guesses are the same as well, but for a few that rounding turns; EAGLE-3's are others.
+    assert accepted == pytest.approx(alone, rel=0.05) if kind == "fasteagle" else accepted > 30
     assert len(compilations) <= engine.most_programs
     compilations.clear()
     answer(engine, 12)

@@ -36,7 +36,7 @@ from fasteagle_jax.layers import (
     unstack,
 )
 from fasteagle_jax.sampling import gumbel_noise
-from fasteagle_jax.sharding import training_rows
+from fasteagle_jax.sharding import constrain, training_rows
 from fasteagle_jax.tree import Draft, Tree, build
 
 AXES = LAYER_AXES | {name: ("embed", "fused") for name in ("fc", "fuse", "reinject")}
@@ -162,6 +162,7 @@ class FastEagle(DrafterModule):
         c = self.config
         dtype = features.dtype  # of all activations
         g = self.fused(features)
+        rows = "batch" if callable(visible) else "rows"  # as training splits them, and decoding
         e = embedding[next_tokens].astype(dtype)
         fused = matmul(jnp.concatenate([g, e], axis=-1), self.fuse[...])  # h_1 = L_1(FC([g_t, e_t+1]))
         fused = training_rows(fused, visible)
@@ -178,7 +179,9 @@ class FastEagle(DrafterModule):
                 k, v, held_positions = held
                 level_past = Past(k, v, seen_in_ring(held_positions, positions, c.window), filled)
             if again is not None:
-                h = h + matmul(again, level.reinject[...])
+                # Brought together first: where the stream is added to partial sums over fsdp, XLA's partitioner (jax
+                # 0.10.2) gave wrong numbers on data 2 x fsdp 2 x tensor 2.
+                h = h + constrain(matmul(again, level.reinject[...]), rows, None, None)
             h, kv = level.layer(h, turn, visible, level_past)  # h_i = L_i(h_i-1)
             h = training_rows(h, visible)
             return h, (rms_norm(h, level.norm[...], c.rms_norm_eps), kv)
