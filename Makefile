@@ -22,7 +22,7 @@ test-slow: $(VENV)/.installed-test
 
 # Compiles for TPUs with libtpu; needs none.
 test-tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu
-	JAX_PLATFORMS=cpu XLA_FLAGS= $(BIN)/python -m pytest -m tpu $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu XLA_FLAGS= $(BIN)/python -m pytest -m tpu -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

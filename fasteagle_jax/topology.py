@@ -17,7 +17,35 @@ INSTALL = {
     "tpu": "pip install 'fasteagle-jax[tpu]'",
     "cuda": "pip install 'fasteagle-jax[cuda]'",
 }
-GPUS = ("h100",)
+# As XLA's GPU compiler wants a GPU described (its GpuTargetConfigProto); NVIDIA's H100 SXM.
+GPUS = {
+    "h100": """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+}
 
 
 def topology_names() -> list[str]:
@@ -69,4 +97,10 @@ def _check_libtpu() -> None:
 
 
 def _gpus(name: str) -> list[Any]:
-    raise UserError(f"{name} needs the CUDA compiler's packages: {INSTALL['cuda']}")
+    """One GPU, by its description alone."""
+    if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+        raise UserError(f"{name} needs the CUDA compiler's packages: {INSTALL['cuda']}")
+    from jax.experimental import topologies
+
+    described = topologies.get_topology_desc("", "cuda", target_config=GPUS[name], topology="1x1x1")
+    return list(described.devices)

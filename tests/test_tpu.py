@@ -23,7 +23,8 @@ TOLERANCE = 0.05  # of a golden figure
 TRAIN_FLOPS = 1.1  # over what flops.py counts: recomputation of the levels is not in it
 
 
-def config(num_layers: int = 8) -> RunConfig:
+def config(num_layers: int = 11) -> RunConfig:
+    """Of 8B's widths; the features of 11 layers cut them into runs of 2, 3, 3 and 3, none of a single layer."""
     whole = load_config("configs/llama31_8b.py")
     assert whole.target_config is not None
     few = dataclasses.replace(whole.target_config, num_layers=num_layers)
@@ -51,7 +52,7 @@ def test_a_decode_round_moves_the_weights_and_the_cache_once(slice_name: str) ->
     assert found.cost.host_calls == 0
     exchanges = found.cost.collectives
     # Two sums a layer, of attention and of the MLP, in target and drafter; a few small ones for embedding and choice.
-    assert 2 * (8 + 3) <= exchanges["all-reduce"].number <= 2 * (8 + 3) + 12
+    assert 2 * (11 + 3) <= exchanges["all-reduce"].number <= 2 * (11 + 3) + 20
     assert set(exchanges) <= {"all-reduce", "all-gather", "collective-permute", "all-to-all"}
     rest = sum(own.bytes for kind, own in exchanges.items() if kind != "all-reduce")
     assert rest < 4 * 2**20  # neither weights nor the vocabulary's scores are gathered

@@ -107,9 +107,9 @@ def describe(report: Report) -> str:
 
 # Configurations of configs/ (DeepSeek-R1-Distill-LLaMA-8B has LLaMA-3.1-8B's sizes) and the slices they are tried on.
 TARGETS = {
-    "llama31_8b": ("v5e:2x2", "v5e:2x4", "v6e:2x4", "v5p:2x2x1", "tpu7x:2x2x1"),
-    "vicuna_13b": ("v5e:2x4", "v6e:2x4", "v5p:2x2x1"),
-    "llama33_70b": ("v5e:4x4", "v6e:2x4", "v5p:2x2x1", "v5p:2x2x4"),
+    "llama31_8b": ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"),
+    "vicuna_13b": ("v5e:2x4", "v6e:2x4"),
+    "llama33_70b": ("v5e:4x4", "v5p:2x2x1", "v5p:2x2x4"),
 }
 COLUMNS: dict[str, tuple[str, Decoding, int]] = {  # program, decoding, tokens a row
     "plain, batch 1": ("decode", Decoding(1, None), 0),
