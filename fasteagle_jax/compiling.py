@@ -33,6 +33,7 @@ from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.training import first_state, make_optimizer
 from fasteagle_jax.tree import Tree
 
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}}  # which times kernels, and so needs a GPU
 PROGRAMS = ("prefill", "decode", "train")
 HOP = 1e-6  # seconds to a neighbour: the least that a message takes (J. Austin et al., How to Scale Your Model)
 
@@ -160,7 +161,7 @@ def compile_text(
     with jax.set_mesh(mesh):
         lowered = made.step.lower(*made.arguments)
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(COMPILER_OPTIONS.get(devices[0].platform))
         except jax.errors.JaxRuntimeError as error:
             raise out_of_memory(error, devices[0].device_kind, len(devices)) or error from None
     seconds = time.perf_counter() - began
