@@ -59,5 +59,5 @@ def predictions(folder: Path, rates: Sequence[float]) -> str:
 
 def _estimate(path: Path) -> float:
     """Seconds of a compiled program; nan where it is not there or does not fit."""
-    figures = json.loads(path.read_text()) if path.exists() else {}
+    figures = json.loads(path.read_text())[0] if path.exists() else {}
     return figures.get("estimate", math.nan)

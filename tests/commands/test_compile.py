@@ -6,11 +6,13 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import sys
 
 import jax
 import pytest
 
 from fasteagle_jax import compiling
+from fasteagle_jax.commands import compile_check
 from fasteagle_jax.commands.compile_check import main, simulated_devices
 from fasteagle_jax.compiling import Decoding, Report, compile_program
 from fasteagle_jax.config import LlamaConfig
@@ -84,12 +86,12 @@ def test_a_slice_that_is_not_there_or_a_compiler_that_is_not_is_one_line(complai
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     said = complaint(main, "--config", "configs/llama31_8b.py", "--topology", "v5e:2x4")
     assert "libtpu is not installed: pip install 'fasteagle-jax[tpu]'" in said
+    assert "pip install 'fasteagle-jax[cuda]'" in complaint(main, "--config", "configs/tiny.py", "--topology", "h100")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1.2")
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ['libtpu==0.0.42.*; extra == "tpu"'])
     said = complaint(main, "--config", "configs/llama31_8b.py", "--topology", "v5e:2x4")
     assert f"libtpu 0.0.1.2 does not go with jax {jax.__version__}, which needs 0.0.42.*: pip install" in said
-    assert "pip install 'fasteagle-jax[cuda]'" in complaint(main, "--config", "configs/tiny.py", "--topology", "h100")
 
 
 def test_what_is_too_large_says_by_how_much_and_which_slice_is_not() -> None:
@@ -110,3 +112,23 @@ def test_the_report_is_printed_and_written(monkeypatch, tmp_path, capsys):
     prefill, decode = json.loads((tmp_path / "r.json").read_text())
     assert decode["mesh"] == "data 1 x fsdp 4 x tensor 2"
     assert prefill["caches"] == decode["caches"] > 0
+
+
+def test_the_table_keeps_what_is_compiled_and_goes_on_past_what_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(compile_check, "TARGETS", {"llama31_8b": ("v5e:2x4",)})
+    monkeypatch.setattr(compile_check, "COLUMNS", {"plain, batch 1": (), "train, 8192": ("length=8192",)})
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="--topology v5e:2x4: failed"):
+        compile_check.table(tmp_path)
+    crash = tmp_path / "crash"
+    crash.write_text("#!/bin/sh\nkill -ABRT $$\n")
+    crash.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(crash))
+    figures = dict(program="decode", peak=2**30, hbm=2**34, bytes_ratio=1.25, necessary_flops=2, estimate=0.001)
+    figures |= dict(cost={"product_flops": 3}, bound="memory")
+    compile_check.file_of(tmp_path, "llama31_8b", "v5e:2x4", "plain, batch 1").write_text(json.dumps([figures]))
+    lines = compile_check.table(tmp_path).splitlines()
+    assert lines[2:] == [
+        "| llama31_8b | v5e:2x4 | plain, batch 1 | 1.0 of 16.0 GiB | 1.25 | 1.50 | 1.0 | memory |",
+        "| llama31_8b | v5e:2x4 | train, 8192 | no: the compiler crashed | | | | |",
+    ]

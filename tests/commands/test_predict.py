@@ -18,8 +18,8 @@ def test_tau_is_one_and_the_chance_to_reach_each_depth() -> None:
 
 def test_the_speed_up_is_tau_by_the_rounds_cost(tmp_path, capsys) -> None:
     for title, seconds in (("plain, batch 1", 0.002), ("60 nodes, batch 1", 0.003)):
-        file_of(tmp_path, "llama31_8b", "v5e:2x4", title).write_text(json.dumps({"estimate": seconds}))
-    file_of(tmp_path, "llama31_8b", "v5e:2x4", "plain, batch 32").write_text(json.dumps({"error": "does not fit"}))
+        file_of(tmp_path, "llama31_8b", "v5e:2x4", title).write_text(json.dumps([{"estimate": seconds}]))
+    file_of(tmp_path, "llama31_8b", "v5e:2x4", "plain, batch 32").write_text(json.dumps([{"error": "does not fit"}]))
     assert main(["--predict", str(tmp_path), "--rates", "0.5/0.5"]) == 0
     said = capsys.readouterr().out
     assert "| llama31_8b | v5e:2x4 | 1 | 2.00 | 3.00 | 1.17 | 583 |" in said and said.count("v5e:2x4") == 1
