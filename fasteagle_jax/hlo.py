@@ -475,7 +475,10 @@ class _Counter:
                 for n, operand in enumerate(user.operands):
                     if operand == name:
                         parameter = next(p for p in nested.values() if p.opcode == "parameter" and int(p.inside) == n)
-                        total += self.read(parameter.name, nested, _users(nested), whole)
+                        if _is_handed_on(parameter.name, nested):  # laid out otherwise, and that is what is sliced
+                            total += self.read(user.name, inner, users, whole)
+                        else:
+                            total += self.read(parameter.name, nested, _users(nested), whole)
             else:
                 return whole
         return total
@@ -539,6 +542,14 @@ class _Counter:
         if i.opcode == "custom-call":
             return Cost(product_flops=_estimate(i).get("flops", 0))
         return Cost()
+
+
+def _is_handed_on(name: str, computation: dict[str, Instruction]) -> bool:
+    """Whether a computation gives one of its parameters back, at most in another layout."""
+    part = next(r for r in computation.values() if r.is_root)
+    while part.opcode in ("bitcast", "copy", "reshape"):
+        part = computation[part.operands[0]]
+    return part.name == name
 
 
 def _users(computation: dict[str, Instruction]) -> dict[str, list[Instruction]]:

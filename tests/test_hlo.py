@@ -81,13 +81,19 @@ def test_a_callback_is_a_call_to_the_host() -> None:
 # As libtpu writes it: layouts in tiles, S(1) on the chip, a counter whose bound comes in by the loop's tuple.
 TPU = """HloModule m, is_scheduled=true
 
+%other_tiles (given: bf16[32,4096,512]) -> bf16[32,4096,512] {
+  %given = bf16[32,4096,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %same = bf16[32,4096,512]{2,1,0:T(16,128)(2,1)} copy(%given)
+}
+
 %slice (stack: bf16[32,4096,512], i: s32[], x: bf16[4096]) -> bf16[512] {
   %x = bf16[4096]{0:T(1024)(128)(2,1)S(1)} parameter(2)
   %row = bf16[1,4096]{1,0:T(2,128)(2,1)S(1)} bitcast(%x)
   %stack = bf16[32,4096,512]{2,1,0:T(8,128)(2,1)} parameter(0)
   %i = s32[]{:T(128)S(6)} parameter(1)
   %zero = s32[]{:T(128)} constant(0)
-  %part = bf16[1,4096,512]{2,1,0:T(8,128)(2,1)} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,4096,512}
+  %laid_out = bf16[32,4096,512]{2,1,0:T(16,128)(2,1)} fusion(%stack), kind=kLoop, calls=%other_tiles
+  %part = bf16[1,4096,512]{2,1,0:T(8,128)(2,1)} dynamic-slice(%laid_out, %i, %zero, %zero), dynamic_slice_sizes={1,4096,512}
   %matrix = bf16[4096,512]{1,0:T(8,128)(2,1)} bitcast(%part)
   %y = bf16[1,512]{1,0:T(2,128)(2,1)S(1)} convolution(%row, %matrix), dim_labels=bf_io->bf
   ROOT %z = bf16[512]{0:T(512)(128)(2,1)S(1)} bitcast(%y)
