@@ -196,8 +196,8 @@ def test_no_collective_moves_a_cache_or_a_weight(target, drafters):
         if "/while/" in c.place:
             assert not lengths & {n for shape in c.shapes for n in shape}, c
             assert c.kind != "all-gather" or {shape[0] for shape in c.shapes} == {8}, c
-        else:  # once a call: what the host reads
-            assert c.kind == "all-gather" and set(c.shapes) <= {(16,), (16, 1064)}, c
+        else:  # once a call: what the host reads, and the features of the device's own rows
+            assert c.kind == "all-gather" and set(c.shapes) <= {(16,), (16, 1064), (8, 3, 48)}, c
     caches = engine.memory.target_cache + engine.memory.drafter_cache
     assert compiled.memory_analysis().alias_size_in_bytes >= caches  # written in place
 
