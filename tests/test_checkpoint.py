@@ -92,10 +92,15 @@ def test_what_a_killed_run_left_half_written_is_no_checkpoint(tmp_path: Path) ->
 
 
 def test_a_damaged_checkpoint_is_named_with_the_one_before(tmp_path: Path) -> None:
-    written(tmp_path, {1: None, 2: None})
+    # Of one array: where several reads fail, Orbax has closed its event loop when tensorstore tells it of the second.
+    state = {"w": jnp.ones((3, 2))}
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, {"step": step})
+        checkpoints.wait()
     for file in (tmp_path / "2" / "default").rglob("*"):
         if file.is_file() and not file.name.startswith("_"):
             file.write_bytes(b"")
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="remove the folder 2 .* step 1") as error:
-        checkpoints.restore(2, state_of(0))
+        checkpoints.restore(2, state)
     assert "\n" not in str(error.value)

@@ -667,13 +667,14 @@ def long_file(tmp_path):
     return write(tmp_path / "in.jsonl", *lines)
 
 
-def test_killed_at_20_random_moments_each_request_is_answered_once_and_as_without(child, long_file, tmp_path):
+@pytest.mark.parametrize("most", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_each_request_is_answered_once_and_as_without(child, long_file, tmp_path, most):
     reference, path = tmp_path / "reference.jsonl", tmp_path / "out.jsonl"
     assert ended(child(long_file, reference)) == 0
     expected = all_tokens(reference)
     rng = random.Random()  # other moments each time
     kills = 0
-    while kills < 20:
+    while kills < most:
         process = child(long_file, path)
         wait_to_grow(path, process, by=rng.randrange(1, 10_000))
         time.sleep(rng.random() * 0.02)

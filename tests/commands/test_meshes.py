@@ -277,7 +277,8 @@ def real_losses(two_real_layers, data_file, tmp_path_factory) -> np.ndarray:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("mesh", [MESHES[-1], *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[:-1])])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
 def test_twenty_steps_with_two_real_layers_are_the_same_on_meshes(
     real_losses, two_real_layers, data_file, tmp_path, mesh
 ):
