@@ -482,7 +482,15 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(run, tmp_path, monkeypatc
     assert all_tokens(path) == expected
 
 
-def test_ctrl_c_during_a_write_waits_for_its_end(run, tmp_path, monkeypatch):
+@pytest.fixture
+def listening():
+    """Python's own handler of Ctrl-C, also where a shell's `&` has the tests ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_during_a_write_waits_for_its_end(run, tmp_path, monkeypatch, listening):
     source = write(tmp_path / "in.jsonl", *mixed())
     expected = all_tokens(run(source, output="whole.jsonl"))
     write_line = AnswerFile._write
@@ -494,10 +502,9 @@ def test_ctrl_c_during_a_write_waits_for_its_end(run, tmp_path, monkeypatch):
             line = line[20:]
         write_line(self, line)
 
-    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(AnswerFile, "_write", write_slowly)
     path = run(source, code=130)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is listening
     last = run.said.err.strip().splitlines()[-1]
     assert last == "interrupted: 6 of 24 requests are answered; the same command goes on with the others"
     assert len(read(path)) == 6
