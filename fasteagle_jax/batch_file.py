@@ -33,6 +33,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import sync
+from fasteagle_jax.metrics import Acceptance
 from fasteagle_jax.requests import Completion, Prompt, SamplingParams
 from fasteagle_jax.sampling import MAX_SEED
 from fasteagle_jax.text import TextStream
@@ -439,12 +440,11 @@ def _openai_record(line: Line, response: Any, error: Any, statistics: Any) -> di
 
 def _statistics(completions: Sequence[Completion]) -> dict[str, Any]:
     of = [completion.statistics for completion in completions]
-    rounds = sum(its.rounds for its in of)
-    accepted_at = [sum(at) for at in zip(*(its.accepted_at for its in of), strict=True)]
+    counts = Acceptance.total(of)
     return {
-        "rounds": rounds,
-        "accepted_at": accepted_at,
-        "acceptance_length": round(1 + sum(accepted_at) / rounds, 4) if rounds else None,
+        "rounds": counts.rounds,
+        "accepted_at": list(counts.accepted_at),
+        "acceptance_length": round(counts.length, 4) if counts.rounds else None,
         "seconds": round(max(its.seconds for its in of), 4),
     }
 

@@ -27,7 +27,7 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.flops import flops_per_token
 from fasteagle_jax.run import RunConfig, drafter_config, train_step
 from fasteagle_jax.sampling import make_sampling
-from fasteagle_jax.sharding import MeshShape, batch_sharding, check_batch, make_mesh, shardings
+from fasteagle_jax.sharding import MeshShape, batch_sharding, check_batch, fitting_tensor, make_mesh, shardings
 from fasteagle_jax.targets import llama
 from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.training import first_state, make_optimizer
@@ -137,17 +137,6 @@ def compile_program(
     `mesh_shape`: None for `decode_mesh` or `training_mesh`. Raises UserError where a mesh does not
     fit, OutOfMemory where the program does not.
     """
-    return compile_text(config, program, devices, decoding, mesh_shape)[0]
-
-
-def compile_text(
-    config: RunConfig,
-    program: str,
-    devices: Sequence[Any],
-    decoding: Decoding = Decoding(),  # immutable
-    mesh_shape: MeshShape | None = None,
-) -> tuple[Report, str]:
-    """The Report, and the optimised HLO that it was read from."""
     if config.target_config is None:
         raise UserError("the configuration has no target_config: name the target's sizes there")
     if program == "train":
@@ -166,9 +155,8 @@ def compile_text(
             raise out_of_memory(error, devices[0].device_kind, len(devices)) or error from None
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    text = compiled.as_text()
     known = chip(devices[0].device_kind)
-    report = Report(
+    return Report(
         program=program,
         shapes=made.shapes,
         mesh=" x ".join(f"{name} {size}" for name, size in mesh.shape.items()),
@@ -186,12 +174,11 @@ def compile_text(
             + memory.generated_code_size_in_bytes
         ),
         hbm=None if known is None else known.hbm,
-        cost=hlo.cost(text, "most" if program == "train" else "least"),
+        cost=hlo.cost(compiled.as_text(), "most" if program == "train" else "least"),
         ideal_bytes=bytes_a_device(made.read),
         necessary_flops=made.necessary_flops / len(devices),
         compile_seconds=round(seconds, 1),
     )
-    return report, text
 
 
 def _train(config: RunConfig, mesh: Mesh, _: Decoding) -> Shapes:
@@ -391,8 +378,8 @@ def _kv_heads(config: RunConfig) -> int:
 def _check_heads(config: RunConfig, mesh: Mesh) -> None:
     heads, ways = _kv_heads(config), mesh.shape["tensor"]
     if heads % ways:
-        good = [str(n) for n in range(1, heads + 1) if heads % n == 0 and mesh.size % n == 0]
-        raise UserError(f"tensor {ways} does not divide the {heads} heads of K/V: use tensor {', '.join(good)}")
+        good = fitting_tensor(mesh, heads)
+        raise UserError(f"tensor {ways} does not divide the {heads} heads of K/V: use tensor {good}")
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -259,7 +259,7 @@ def decode_round(
             ranking = Ranking(sampling, shared_noise)
             draft, drafter_cache = drafter.draft(tied, state.new, state.drafter_cache, tree, ranking)  # type: ignore[union-attr]
         else:
-            draft = _root_only(state.new)
+            draft = root_only(state.new)
             drafter_cache = None if drafter is None else drafter.skip(state.new, state.drafter_cache)
 
     with jax.named_scope("verify"):
@@ -322,7 +322,7 @@ def _write(into: Any, told: Any, slots: jax.Array) -> Any:
     return by_shard(write, {2: ("rows", None)}, into, told, slots)
 
 
-def _root_only(new: Accepted) -> Draft:
+def root_only(new: Accepted) -> Draft:
     """The draft of plain decoding: the pending token alone."""
     last = jnp.maximum(new.count - 1, 0)[:, None]
     root = jnp.take_along_axis(new.tokens, last, axis=1)

@@ -45,7 +45,7 @@ from fasteagle_jax.requests import (
     sample_seed,
 )
 from fasteagle_jax.sampling import Sampling
-from fasteagle_jax.sharding import process_values, shardings
+from fasteagle_jax.sharding import fitting_tensor, process_values, shardings
 from fasteagle_jax.targets import llama
 from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.targets.loading import load_target
@@ -701,10 +701,9 @@ def check_mesh(mesh: Mesh, slots: int, target: LlamaConfig, drafter: DrafterConf
     for name, config in (("target", target), ("drafter", drafter)):
         if config is not None and config.num_kv_heads % tensor:
             both = math.gcd(target.num_kv_heads, target.num_kv_heads if drafter is None else drafter.num_kv_heads)
-            good = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0 and mesh.size % n == 0)
             raise UserError(
                 f"tensor {tensor} of the mesh does not divide the {name}'s {config.num_kv_heads} heads of K/V: "
-                f"use tensor {good}"
+                f"use tensor {fitting_tensor(mesh, both)}"
             )
 
 

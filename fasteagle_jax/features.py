@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ import numpy as np
 
 from fasteagle_jax.data import Batch, PackedData, best_fit
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.files import replacing, write_text
+from fasteagle_jax.files import replacing, sha256, write_text
 
 INDEX = "index.json"
 FILE_BYTES = 1 << 26  # of a file, unless a single piece is larger: a kill loses the work of one
@@ -103,7 +102,7 @@ def write_features(
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         path = folder / f"features-{i:05d}.npy"
         num_tokens = int(data.lengths[start:end].sum())
-        if i >= len(entries) or not path.is_file() or _sha256(path) != entries[i].sha256:
+        if i >= len(entries) or not path.is_file() or sha256(path) != entries[i].sha256:
             values = _values(data, np.arange(start, end), settings, compute)
             entry = Entry(path.name, end - start, num_tokens, _write_array(path, values))
             entries[i : i + 1] = [entry]
@@ -137,7 +136,7 @@ def _write_array(path: Path, values: np.ndarray) -> str:
     with replacing(path) as aside:
         with aside.open("wb") as file:
             np.save(file, values)
-        return _sha256(aside)
+        return sha256(aside)
 
 
 def _write_index(folder: Path, settings: FeatureSettings, entries: list[Entry]) -> None:
@@ -178,7 +177,7 @@ class Features:
         self._arrays = []
         for entry in entries:
             path = folder / entry.file
-            if not path.is_file() or _sha256(path) != entry.sha256:
+            if not path.is_file() or sha256(path) != entry.sha256:
                 raise UserError(f"{path} is {'corrupt' if path.is_file() else 'not there'}: {_GO_ON}")
             self._arrays.append(np.load(path, mmap_mode="r").view(self._dtype))
 
@@ -227,8 +226,3 @@ def _read_index(folder: Path, settings: FeatureSettings, *, missing_ok: bool = F
 
 def _damaged(folder: Path, error: object) -> UserError:
     return UserError(f"{folder / INDEX} is damaged ({error}): remove {folder} and make the features anew")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,6 +7,7 @@ prefill ends with is in neither count.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from fasteagle_jax.decode import Statistics, generate
@@ -28,9 +29,14 @@ class Acceptance:
         rounds, accepted_at = fetch((statistics.rounds, statistics.accepted_at))
         return cls(int(rounds.sum()), tuple(int(n) for n in accepted_at.sum(axis=0)))
 
+    @classmethod
+    def total(cls, counts: Sequence[Any]) -> Acceptance:
+        """The sum of what has `rounds` and `accepted_at`: Acceptance, RequestStatistics; at least one."""
+        accepted_at = zip(*(its.accepted_at for its in counts), strict=True)
+        return cls(sum(its.rounds for its in counts), tuple(map(sum, accepted_at)))
+
     def __add__(self, other: Acceptance) -> Acceptance:
-        accepted_at = tuple(a + b for a, b in zip(self.accepted_at, other.accepted_at, strict=True))
-        return Acceptance(self.rounds + other.rounds, accepted_at)
+        return Acceptance.total([self, other])
 
     @property
     def length(self) -> float:

@@ -125,6 +125,11 @@ def make_on(mesh: Mesh | None, axes: Axes, make: Callable[..., Any], *args: Any)
     return jax.jit(make, out_shardings=shardings(mesh, jax.eval_shape(make, *args), axes))(*args)
 
 
+def fitting_tensor(mesh: Mesh, heads: int) -> str:
+    """The sizes of `tensor` that divide so many heads and the mesh's devices, in words."""
+    return ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and mesh.size % n == 0)
+
+
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Of arrays [B, ...]: rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"], *[None] * (ndim - 1)))

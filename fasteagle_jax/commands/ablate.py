@@ -21,14 +21,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from fasteagle_jax.commands.figures import show
 from fasteagle_jax.commands.sweep import machine
 from fasteagle_jax.commands.terminal import Parser, check_new, program, whole, write_new
 from fasteagle_jax.commands.train_drafter import train
@@ -165,23 +163,18 @@ def _decode(engine: Engine, prompts: Sequence[list[int]], temperature: float, ma
     params = [
         SamplingParams(temperature=temperature, seed=seed, max_new_tokens=max_new) for seed in range(len(prompts))
     ]
-    took = [completion.statistics for completion in engine.generate(prompts, params)]
-    accepted_at = tuple(map(sum, zip(*(t.accepted_at for t in took), strict=True)))
-    return Acceptance(sum(t.rounds for t in took), accepted_at)
+    return Acceptance.total([completion.statistics for completion in engine.generate(prompts, params)])
 
 
 def _print(found: Sequence[Measured], losses: dict[str, float], base: RunConfig, num_prompts: int) -> None:
     tokens = base.steps * base.batch_size * base.length
-    table = Table(title=f"acceptance length; {base.steps} steps, {tokens} tokens, {num_prompts} prompts, {machine()}")
+    title = f"acceptance length; {base.steps} steps, {tokens} tokens, {num_prompts} prompts, {machine()}"
     ways = list(dict.fromkeys((each.tree, each.temperature, each.shared_noise) for each in found))
-    table.add_column("variant")
-    table.add_column("loss", justify="right")
-    for tree, temperature, shared in ways:
-        table.add_column(f"{tree}\nT={temperature:g}{'' if shared else ' own ranking'}", justify="right")
+    columns = [f"{tree}\nT={temperature:g}{'' if shared else ' own ranking'}" for tree, temperature, shared in ways]
     by_depth = {each.variant: each.by_depth for each in reversed(found)}  # of the first way
-    table.add_column("by depth, first way")
+    rows = []
     for variant, loss in losses.items():
-        row: list[Any] = [each for each in found if each.variant == variant]
+        its = [f"{each.acceptance_length:.2f}" for each in found if each.variant == variant]
         depths = " ".join("-" if share is None else f"{share:.2f}" for share in by_depth[variant])
-        table.add_row(variant, f"{loss:.3f}", *(f"{each.acceptance_length:.2f}" for each in row), depths)
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+        rows.append((variant, f"{loss:.3f}", *its, depths))
+    show(title, ("variant", "loss", *columns, "by depth, first way"), rows, left=1)

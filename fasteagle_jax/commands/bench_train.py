@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
+from fasteagle_jax.commands.figures import show
 from fasteagle_jax.commands.terminal import Parser, program, whole
 from fasteagle_jax.commands.timing import Spread
 from fasteagle_jax.data import Conversation, PackedData
@@ -41,13 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = compare(configs, args.steps, args.repeats)
     kind = jax.devices()[0].device_kind
     where = f"{kind}, {os.cpu_count()} CPU cores" if kind == "cpu" else kind
-    table = Table(title=f"{first.target}: train steps of {first.batch_size} x {first.length} tokens, {where}")
-    for heading in ("what", "tok/s (min to max)", "ratio (min to max)"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
+    rows = []
     for name, rates in zip(names, report, strict=True):
         ratios = [ours / theirs for ours, theirs in zip(rates, report[0], strict=True)]
-        table.add_row(name, _words(rates, 0), _words(ratios, 2) if rates is not report[0] else "")
-    Console().print(table)
+        rows.append((name, Spread.of(rates).words(0), Spread.of(ratios).words() if rates is not report[0] else ""))
+    title = f"{first.target}: train steps of {first.batch_size} x {first.length} tokens, {where}"
+    show(title, ("what", "tok/s (min to max)", "ratio (min to max)"), rows, left=1)
     return 0
 
 
@@ -104,8 +102,3 @@ def _start(config: RunConfig) -> Callable[[], None]:
         float(result.loss)
 
     return run
-
-
-def _words(values: Sequence[float], digits: int) -> str:
-    spread = Spread.of(values)
-    return f"{spread.median:.{digits}f} ({spread.min:.{digits}f} to {spread.max:.{digits}f})"

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from fasteagle_jax.commands.models import CHUNK, Models, check_fits, pad, prompt_slots
-from fasteagle_jax.commands.timing import Compilations, Spread
+from fasteagle_jax.commands.timing import Compilations
 from fasteagle_jax.commands.ways import PLAIN, Way
 from fasteagle_jax.data import Prompt
 from fasteagle_jax.decode import State, Statistics, Stop, advance, make_stop, slots_needed, start
@@ -221,7 +221,7 @@ def _result(
     answers: Sequence[list[int]],
 ) -> Result:
     """The Result of runs by repeat and case."""
-    counts = sum_of([run.acceptance for run in its[0]])  # in every repeat the same
+    counts = Acceptance.total([run.acceptance for run in its[0]])  # in every repeat the same
     seconds = sum(run.seconds for runs in its for run in runs)
     prefill = sum(run.prefill_seconds for runs in its for run in runs)
     rounds = sum(run.round_seconds for runs in its for run in runs)
@@ -253,7 +253,7 @@ def mean(results: Sequence[Result]) -> Result:
     def by_repeat(name: str) -> list[float]:
         return [sum(values) / num for values in zip(*(getattr(result, name) for result in results), strict=True)]
 
-    counts = sum_of([Acceptance(result.target_passes, tuple(result.accepted_at)) for result in results])
+    counts = Acceptance.total([Acceptance(result.target_passes, tuple(result.accepted_at)) for result in results])
     lengths = [result.acceptance_length for result in results if result.acceptance_length is not None]
     return Result(
         first.temperature,
@@ -285,20 +285,6 @@ def _round_rate(runs: Sequence[Run]) -> float:
     return sum(len(run.tokens) - 1 for run in runs) / seconds or math.nan
 
 
-def sum_of(counts: Sequence[Acceptance]) -> Acceptance:
-    """All of them together."""
-    total = counts[0]
-    for more in counts[1:]:
-        total += more
-    return total
-
-
 def number(value: float) -> float | None:
     """The value, or None for nan, which JSON has not."""
     return None if math.isnan(value) else value
-
-
-def spread(values: Sequence[float]) -> str:
-    """As words: the median, and the smallest and largest."""
-    its = Spread.of(values)
-    return f"{its.median:.2f} ({its.min:.2f} to {its.max:.2f})"

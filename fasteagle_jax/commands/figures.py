@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fasteagle_jax.commands.contest import MEAN, Result, spread
+from fasteagle_jax.commands.contest import MEAN, Result
 from fasteagle_jax.commands.split import PARTS, Split
 from fasteagle_jax.commands.timing import Spread
 from fasteagle_jax.commands.ways import PLAIN, Way
@@ -49,7 +49,7 @@ def show_results(title: str, results: Sequence[Result]) -> None:
                 r.task,
                 str(r.way),
                 f"{Spread.of(r.tokens_per_second).median:.1f}",
-                "" if plain else spread(r.speedup),
+                "" if plain else Spread.of(r.speedup).words(),
                 "" if plain else f"{Spread.of(r.rounds_speedup).median:.2f}",
                 "-" if r.acceptance_length is None else f"{r.acceptance_length:.2f}",
                 " ".join("-" if share is None else f"{share:.2f}" for share in r.acceptance_by_depth),
@@ -66,7 +66,7 @@ def show_splits(splits: Sequence[Split]) -> None:
     rows = []
     for s in splits:
         parts = ("" if name not in s.parts else f"{s.parts[name].median:.2f}" for name in PARTS)
-        whole = (f"{s.rest:.2f}", spread([s.round.min, s.round.median, s.round.max]), f"{s.overhead:.0%}")
+        whole = (f"{s.rest:.2f}", s.round.words(), f"{s.overhead:.0%}")
         rows.append((str(s.way), f"{s.temperature:g}", str(s.nodes), *parts, *whole))
     columns = ("drafter", "temperature", "nodes", *PARTS, "rest", "round (min to max)", "overhead")
     show("milliseconds of a round, medians of the parts alone and of the whole", columns, rows, left=1)

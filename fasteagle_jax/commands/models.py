@@ -14,14 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fasteagle_jax.commands.terminal import add_dtype_option, dtype_named
-from fasteagle_jax.decode import Generation, generate_jit, make_stop
 from fasteagle_jax.drafters.files import load_drafter
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.sampling import Sampling
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.targets.readers import DEFAULT_TARGET
 from fasteagle_jax.tokenizer import load_tokenizer, stop_token_ids
-from fasteagle_jax.tree import Tree
 
 CHUNK = 64  # C
 
@@ -71,22 +68,6 @@ def pad(prompts: Sequence[Sequence[int]]) -> tuple[jnp.ndarray, jnp.ndarray]:
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     return jnp.asarray(padded), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
-
-
-def decode(
-    target: Any,
-    drafter: Any | None,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    max_new: int,
-    stop_tokens: tuple[int, ...],
-    tree: Tree,
-) -> Generation:
-    """What `decode.generate` returns, in one of few compiled programs."""
-    tokens, lengths = pad(prompts)
-    stop = make_stop(len(prompts), max_new, stop_tokens)
-    return generate_jit(target, drafter, tokens, lengths, sampling, stop, max_new=max_new, tree=tree, chunk=CHUNK)
 
 
 def check_fits(models: Models, name: str, prompt: Sequence[int], max_new: int) -> None:

@@ -46,7 +46,7 @@ from fasteagle_jax.commands.terminal import Parser, add_sampling_options, dtype_
 from fasteagle_jax.data import Conversation, ConversationWriter
 from fasteagle_jax.engine import Engine
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.files import write_text
+from fasteagle_jax.files import sha256, write_text
 from fasteagle_jax.requests import Completion, SamplingParams
 from fasteagle_jax.sources import HeldOut, read_dialogues, read_prompts
 from fasteagle_jax.targets.readers import fingerprint, open_checkpoint
@@ -258,8 +258,7 @@ def _named(kind: str, source: str) -> dict[str, str]:
     path = Path(source)
     if not path.is_file():
         return {"kind": kind, "name": source}
-    with path.open("rb") as file:
-        return {"kind": kind, "name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"kind": kind, "name": path.name, "sha256": sha256(path)}
 
 
 def _take_turns(sources: Sequence[Source]) -> Iterator[Sample]:

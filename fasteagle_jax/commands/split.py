@@ -22,10 +22,10 @@ from fasteagle_jax.cache import commit
 from fasteagle_jax.commands.contest import Case, Contest, tree_of
 from fasteagle_jax.commands.timing import Spread
 from fasteagle_jax.commands.ways import Way
-from fasteagle_jax.decode import State, advance, decode_rounds
+from fasteagle_jax.decode import State, advance, decode_rounds, root_only
 from fasteagle_jax.interfaces import Ranking
 from fasteagle_jax.sampling import choose
-from fasteagle_jax.tree import NO_PARENT, Draft, visible_nodes, walk
+from fasteagle_jax.tree import Draft, visible_nodes, walk
 
 PARTS = ("target", "draft", "tree", "choose", "commit")
 ROUNDS = 8  # at once, of the whole
@@ -119,8 +119,7 @@ class Splitter:
 
         # --- draft and tree -------------------------------------------------------------------------------------
         def plain_draft(_: Any, new: Any) -> Any:
-            root = jnp.take_along_axis(new.tokens, jnp.maximum(new.count - 1, 0)[:, None], axis=1)
-            draft = Draft(root, jnp.full_like(root, NO_PARENT), jnp.zeros_like(root))
+            draft = root_only(new)
             return draft, visible_nodes(draft)
 
         def guess(cache: Any, drafter: Any, tied: Any, new: Any) -> Any:

@@ -23,7 +23,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from fasteagle_jax import slots as device
-from fasteagle_jax.commands.contest import MEAN, Result, spread
+from fasteagle_jax.commands.contest import MEAN, Result
 from fasteagle_jax.commands.figures import show
 from fasteagle_jax.commands.models import Models
 from fasteagle_jax.commands.timing import Spread
@@ -116,7 +116,7 @@ def show_ablations(title: str, keys: Sequence[str], ablations: Sequence[Ablation
                     str(value),
                     "" if r.way.tree is None else str(_num_nodes(r)),
                     f"{Spread.of(r.tokens_per_second).median:.1f}",
-                    "" if name == PLAIN else spread(r.speedup),
+                    "" if name == PLAIN else Spread.of(r.speedup).words(),
                     "-" if r.acceptance_length is None else f"{r.acceptance_length:.2f}",
                     f"{len(r.differing)} of {r.cases}",
                 )
@@ -170,10 +170,7 @@ def throughput(
                 seconds = time.perf_counter() - started
                 rates[way].append(sum(len(completion.tokens) for completion in made[way]) / seconds)
         for way, engine in engines.items():
-            took = [completion.statistics for completion in made[way]]
-            counts = Acceptance(
-                sum(t.rounds for t in took), tuple(map(sum, zip(*(t.accepted_at for t in took), strict=True)))
-            )
+            counts = Acceptance.total([completion.statistics for completion in made[way]])
             found.append(
                 Point(
                     slots,
@@ -233,14 +230,13 @@ def _engine(args: argparse.Namespace, models: Models, drafters: Mapping[Path, An
 def _print_throughput(title: str, points: Sequence[Point]) -> None:
     rows = []
     for p in points:
-        rate = Spread.of(p.tokens_per_second)
         rows.append(
             (
                 p.way,
                 str(p.slots),
                 str(p.requests),
-                f"{rate.median:.1f} ({rate.min:.1f} to {rate.max:.1f})",
-                "" if p.way == PLAIN else f"{p.ratio.median:.2f} ({p.ratio.min:.2f} to {p.ratio.max:.2f})",
+                Spread.of(p.tokens_per_second).words(1),
+                "" if p.way == PLAIN else p.ratio.words(),
                 f"{p.acceptance_length:.2f}",
                 f"{p.host_share:.1%}",
                 str(p.differing),

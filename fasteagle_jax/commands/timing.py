@@ -64,3 +64,7 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         """The spread of at least one value."""
         return cls(min(values), statistics.median(values), max(values))
+
+    def words(self, digits: int = 2) -> str:
+        """`median (min to max)`, with so many decimals."""
+        return f"{self.median:.{digits}f} ({self.min:.{digits}f} to {self.max:.{digits}f})"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 from fasteagle_jax.cache import Cache
+from fasteagle_jax.commands.figures import show
 from fasteagle_jax.commands.models import CHUNK, Models, pad
 from fasteagle_jax.commands.sweep import Outcome, check_trained, machine
 from fasteagle_jax.commands.timing import Spread
@@ -114,10 +112,5 @@ def _seconds(run: Callable[..., Any], *args: Any, **static: Any) -> float:
 
 
 def _print(title: str, costs: Sequence[Cost]) -> None:
-    table = Table(title=title)
-    for name in ("", "ms (min to max)", "ratio (min to max)"):
-        table.add_column(name, justify="right" if name else "left")
-    for cost in costs:
-        spreads = (cost.milliseconds, cost.ratio)
-        table.add_row(cost.name, *(f"{s.median:.2f} ({s.min:.2f} to {s.max:.2f})" for s in spreads))
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    rows = [(cost.name, cost.milliseconds.words(), cost.ratio.words()) for cost in costs]
+    show(title, ("", "ms (min to max)", "ratio (min to max)"), rows, left=1)

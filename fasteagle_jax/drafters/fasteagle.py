@@ -162,11 +162,11 @@ class FastEagle(DrafterModule):
         c = self.config
         dtype = features.dtype  # of all activations
         g = self.fused(features)
-        rows = "batch" if callable(visible) else "rows"  # as training splits them, and decoding
         e = embedding[next_tokens].astype(dtype)
         fused = matmul(jnp.concatenate([g, e], axis=-1), self.fuse[...])  # h_1 = L_1(FC([g_t, e_t+1]))
         fused = training_rows(fused, visible)
         ones = jnp.ones((c.hidden_size,), jnp.float32)
+        rows = "batch" if callable(visible) else "rows"  # as training splits them, and decoding
         again = rms_norm(fused, ones, c.rms_norm_eps) if c.reinject else None
         turn = rotation(positions, c.rope, c.head_dim)
         past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_levels)

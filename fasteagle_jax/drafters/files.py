@@ -10,7 +10,6 @@ model.safetensors, so that a damaged file is found out.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
 from fasteagle_jax.drafters.table import AXES, CLASSES, class_of
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.files import new_folder
+from fasteagle_jax.files import new_folder, sha256
 from fasteagle_jax.sharding import make_on, place
 
 TENSORS = "model.safetensors"
@@ -49,7 +48,7 @@ def save_drafter(drafter: Any, folder: str | os.PathLike[str], fingerprint: str,
                 "architectures": [drafter.architecture],
                 **dataclasses.asdict(drafter.config),
                 "target_fingerprint": fingerprint,
-                "sha256": _sha256(aside / TENSORS),
+                "sha256": sha256(aside / TENSORS),
                 **info,
             },
             indent=2,
@@ -72,8 +71,9 @@ def load_drafter(
     damaged file, or a drafter for another target.
     """
     folder = Path(folder)
-    config, made_for = read_config(folder)
-    path, stated = folder / TENSORS, _raw(folder).get("sha256")  # folders of older versions do not say
+    raw = _raw(folder)
+    config, made_for = _config_of(raw, folder)
+    path, stated = folder / TENSORS, raw.get("sha256")  # folders of older versions do not say
     for name in ("hidden_size", "vocab_size"):
         if getattr(config, name) != getattr(target_config, name):
             theirs = getattr(target_config, name)
@@ -87,7 +87,7 @@ def load_drafter(
             "use that target, or train a drafter for this one"
         )
     try:
-        found = _sha256(path)
+        found = sha256(path)
         if stated not in (None, found):
             raise UserError(
                 f"{path} has the SHA-256 {found[:16]}..., its config.json says {stated[:16]}...: copy it again"
@@ -106,12 +106,13 @@ def load_drafter(
 def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
     """Puts stored tensors into an unstacked drafter, where its arrays are; UserError, with `source`, for misfits."""
     derived = {"t2d"}  # what d2t says
-    expected = {name: param.shape[::-1] if transposed else param.shape for name, param, transposed in drafter.stored()}
+    stored = drafter.stored()
+    expected = {name: param.shape[::-1] if transposed else param.shape for name, param, transposed in stored}
     found = {name: value.shape for name, value in tensors.items() if name not in derived}
     if expected != found:
         wrong = sorted(set(expected.items()) ^ set(found.items()))
         raise UserError(f"{source} does not fit its config.json: {', '.join(f'{n} {s}' for n, s in wrong)}")
-    for name, param, transposed in drafter.stored():
+    for name, param, transposed in stored:
         value = tensors[name].T if transposed else tensors[name]
         if name == "d2t":
             value = value + np.arange(len(value))
@@ -122,7 +123,11 @@ def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
 
 def read_config(folder: Path) -> tuple[DrafterConfig, str]:
     """The sizes of the drafter in a folder, and the fingerprint of its target; UserError where it is none."""
-    path, raw = folder / "config.json", _raw(folder)
+    return _config_of(_raw(folder), folder)
+
+
+def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
+    path = folder / "config.json"
     if "target_fingerprint" not in raw:
         raise UserError(f"{path} names no target: bring the drafter in with fasteagle import")
     fields = {field.name for field in dataclasses.fields(DrafterConfig)}
@@ -144,11 +149,6 @@ def _raw(folder: Path) -> dict[str, Any]:
     if not isinstance(raw, dict) or not known & set(raw.get("architectures", ())):
         raise UserError(f"{path} is not of a {' or '.join(sorted(known))}: name a drafter's folder")
     return raw
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tensors(drafter: Any) -> dict[str, np.ndarray]:
