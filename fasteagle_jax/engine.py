@@ -379,7 +379,10 @@ class Engine:
         return tuple(int(t) for t in tokens)
 
     def serve(self, requests: Iterable[_Request]) -> Iterator[Completion]:
-        """The answers to requests as they are finished; requests are read as slots become free."""
+        """The answers to requests as they are finished; requests are read as slots become free.
+
+        Of those that wait, the one of the lowest number is next: a conversation that goes on overtakes new ones.
+        """
         for finished in self._serve(iter(requests), rounds=ROUNDS):
             yield from finished
 
@@ -413,6 +416,7 @@ class Engine:
         while True:
             started = time.perf_counter()
             waiting.extend(itertools.islice(requests, LOOKAHEAD * self.num_slots - len(waiting)))
+            waiting = collections.deque(sorted(waiting, key=lambda request: request.prompt_index))
             num_active = 0 if batch is None else batch.num_active
             if not waiting and not num_active:
                 return

@@ -215,6 +215,13 @@ def test_completions_come_as_they_are_finished(target, drafter, tokenizer):
 # --- text -------------------------------------------------------------------------------------------------------
 
 
+def test_of_waiting_requests_the_lowest_number_is_next(target, drafter, tokenizer):
+    engine = make_engine(target, drafter, tokenizer, slots=1)
+    params = SamplingParams(temperature=0, max_new_tokens=2)
+    asked = [request for number in (3, 1, 2) for request in engine.requests(number, [5, 6, 7], params)]
+    assert [completion.prompt_index for completion in engine.serve(iter(asked))] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_streamed_pieces_are_whole_characters_and_add_up_to_the_text(target, drafter, tokenizer, seed):
     engine = make_engine(target, drafter, tokenizer)
