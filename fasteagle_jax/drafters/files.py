@@ -5,6 +5,9 @@ EAGLE-3's have the names that its authors gave them, and a reduced draft vocabul
 from draft ids to the target's, and `t2d`, a mask. The target's frozen head and embedding are not stored. `config.json`
 names the target by a fingerprint of its weights, so that a drafter is never used with another, and holds the SHA-256 of
 model.safetensors, so that a damaged file is found out.
+
+Matrices may be stored smaller than they are computed with: in bfloat16, or in int8 with a float32 scale a row (an
+output), under the matrix's name and `.scale`. Only guesses depend on it: what is decoded stays the target's own.
 """
 
 from __future__ import annotations
@@ -30,19 +33,24 @@ from fasteagle_jax.files import new_folder, sha256
 from fasteagle_jax.sharding import make_on, place
 
 TENSORS = "model.safetensors"
+STORAGE = ("float32", "bfloat16", "int8")
+_SCALE = ".scale"
 
 
-def save_drafter(drafter: Any, folder: str | os.PathLike[str], fingerprint: str, info: dict[str, Any]) -> None:
+def save_drafter(
+    drafter: Any, folder: str | os.PathLike[str], fingerprint: str, info: dict[str, Any], storage: str = "float32"
+) -> None:
     """Writes a drafter to a new folder, whole or not at all.
 
-    The scale of the features is folded into fc. `info` goes into config.json beside the sizes.
+    The scale of the features is folded into fc. `info` goes into config.json beside the sizes. `storage`, one of
+    STORAGE, is how matrices are stored; float32 means as they are.
     Raises UserError where the folder exists.
     """
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} exists: name another output folder, or remove it")
     with new_folder(folder) as aside:
-        save_file(_tensors(drafter), aside / TENSORS)
+        save_file(packed(tensors_of(drafter), storage), aside / TENSORS)
         text = json.dumps(
             {
                 "architectures": [drafter.architecture],
@@ -99,7 +107,7 @@ def load_drafter(
     if stacked is None:
         stacked = jax.default_backend() != "cpu"
     drafter = make_on(mesh, AXES, lambda: class_of(config)(config, jax.random.key(0), dtype, stacked=False))
-    fill(drafter, tensors, str(path))
+    fill(drafter, unpacked(tensors), str(path))
     return drafter if not stacked else make_on(mesh, AXES, lambda drafter: drafter.stacked_form(), drafter)
 
 
@@ -151,7 +159,8 @@ def _raw(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _tensors(drafter: Any) -> dict[str, np.ndarray]:
+def tensors_of(drafter: Any) -> dict[str, np.ndarray]:
+    """A drafter's tensors by the names they are stored under, in the drafter's dtype."""
     drafter = drafter.unstacked()
     tensors = {}
     for name, param, transposed in drafter.stored():
@@ -163,3 +172,29 @@ def _tensors(drafter: Any) -> dict[str, np.ndarray]:
             value = (value - np.arange(len(value))).astype(np.int64)
         tensors[name] = np.ascontiguousarray(value.T if transposed else value)
     return tensors
+
+
+def packed(tensors: Mapping[str, np.ndarray], storage: str) -> dict[str, np.ndarray]:
+    """Tensors with their matrices as `storage`, one of STORAGE, has them; float32 leaves them as they are."""
+    stored: dict[str, np.ndarray] = {}
+    for name, value in tensors.items():
+        if value.ndim != 2 or storage == "float32":
+            stored[name] = value
+        elif storage == "bfloat16":
+            stored[name] = value.astype(jnp.bfloat16)
+        else:
+            largest = np.abs(value.astype(np.float32)).max(axis=1, keepdims=True)
+            scale = np.where(largest > 0, largest / 127, np.float32(1))  # [out, 1]
+            stored[name] = np.rint(value / scale).astype(np.int8)
+            stored[name + _SCALE] = scale
+    return stored
+
+
+def unpacked(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What was `packed`, int8 matrices in float32."""
+    scales = {name.removesuffix(_SCALE): value for name, value in stored.items() if name.endswith(_SCALE)}
+    return {
+        name: value * scales[name] if name in scales else value
+        for name, value in stored.items()
+        if not name.endswith(_SCALE)
+    }

@@ -13,6 +13,8 @@ from fasteagle_jax.checkpoint import Checkpoints
 from fasteagle_jax.commands.export import main
 from fasteagle_jax.commands.train_drafter import main as train
 from fasteagle_jax.data import Conversation, ConversationWriter
+from fasteagle_jax.drafters.files import load_drafter, tensors_of
+from fasteagle_jax.targets.readers import fingerprint, open_checkpoint
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "tiny.py"
 
@@ -66,6 +68,26 @@ def test_an_earlier_checkpoint_is_exported_by_its_step(run, tmp_path):
         trained["steps"] == 4
         and 0 < trained["tokens"] < json.loads((run / "drafter" / "config.json").read_text())["trained"]["tokens"]
     )
+
+
+@pytest.mark.parametrize(("storage", "error"), [("bfloat16", 2**-8), ("int8", 0.5 / 127)])
+def test_a_drafter_is_stored_smaller(run, target_folder, tmp_path, storage, error):
+    assert main(["--run", str(run), "--storage", storage, "--output", str(tmp_path / "small")]) == 0
+    target = open_checkpoint(str(target_folder))
+    full, small = (
+        tensors_of(load_drafter(folder, target.config, fingerprint(target), stacked=False))
+        for folder in (run / "drafter", tmp_path / "small")
+    )
+    assert full.keys() == small.keys()
+    for name, value in full.items():
+        if value.ndim != 2:
+            np.testing.assert_array_equal(small[name], value)
+        else:  # bfloat16 rounds each value, int8 by its row's largest
+            bound = error * (np.abs(value) if storage == "bfloat16" else np.abs(value).max(axis=1, keepdims=True))
+            assert (np.abs(small[name] - value) <= bound * 1.001).all()
+            assert not np.array_equal(small[name], value)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (run / "drafter", tmp_path / "small")]
+    assert sizes[1] < sizes[0] * (0.6 if storage == "bfloat16" else 0.5)
 
 
 @pytest.mark.parametrize(
