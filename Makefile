@@ -1,4 +1,4 @@
-# make venv | demo | test | test-slow | test-tpu | lint | clean.
+# make venv | demo | demo-train | test | test-slow | test-tpu | lint | clean.
 # Needs python3 (3.11 or newer), pip and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,12 +6,15 @@ BIN := $(VENV)/bin
 # Test processes. Two suit two cores and 8 GB; 0 runs all in one process.
 WORKERS ?= 2
 
-.PHONY: venv demo test test-slow test-tpu lint clean
+.PHONY: venv demo demo-train test test-slow test-tpu lint clean
 
 venv: $(VENV)/.installed-test
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m infer.demo
+
+demo-train: $(VENV)/.installed-demo
+	$(BIN)/python -m infer.demo --train
 
 test: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow' -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)

@@ -33,6 +33,7 @@ from fasteagle_jax.config import DrafterConfig, LlamaConfig
 from fasteagle_jax.decode import NO_STOP, Prefilled, State, Stop
 from fasteagle_jax.drafters import table
 from fasteagle_jax.drafters.files import load_drafter, read_config
+from fasteagle_jax.drafters.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.memory import Memory, available, bytes_of
 from fasteagle_jax.pace import Pace, shapes
@@ -217,7 +218,7 @@ class Engine:
     def load(
         cls,
         target: str,
-        drafter: str | Path | None = None,
+        drafter: str | Path | None = SHIPPED,
         *,
         slots: int = 8,
         max_len: int | None = None,
@@ -229,7 +230,8 @@ class Engine:
 
         Args:
           target: a name ("smollm2-135m"), Hugging Face folder, hub name or GGUF file.
-          drafter: the folder of a drafter trained for it; None decodes plainly.
+          drafter: the folder of a drafter trained for it; "shipped" is the one that comes with this package for the
+            target, if one does; None decodes plainly.
           slots, max_len, tree, mesh: as of `Engine`; the weights go straight into their shards.
           dtype: of weights and caches; None for float32 on a CPU and bfloat16 elsewhere.
 
@@ -240,15 +242,14 @@ class Engine:
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         dtype = jnp.dtype(dtype)
-        if drafter is not None and not Path(drafter).is_dir():
-            raise UserError(f"no folder {drafter}: name a drafter's folder")
         checkpoint = open_checkpoint(target)
+        folder = drafter_folder(drafter, checkpoint)
         config = checkpoint.config
         check_sizes(slots, max_len or 1, config.max_positions)
         sizes = jax.eval_shape(lambda: Llama(config, jax.random.key(0), dtype))
         drafter_config = drafter_sizes = None
-        if drafter is not None:
-            drafter_config = read_config(Path(drafter))[0]
+        if folder is not None:
+            drafter_config = read_config(folder)[0]
             kind = table.class_of(drafter_config)
             drafter_sizes = jax.eval_shape(lambda: kind(drafter_config, jax.random.key(0), dtype))
         if mesh is not None:
@@ -257,7 +258,7 @@ class Engine:
         Memory(*weights, 0, 0, 0, 0).check(_available(mesh), "use bfloat16 or a larger device")
         loaded = load_target(target, dtype, mesh=mesh)
         tokenizer = load_tokenizer(loaded.checkpoint.path)
-        model = None if drafter is None else load_drafter(drafter, config, loaded.fingerprint, dtype, mesh=mesh)
+        model = None if folder is None else load_drafter(folder, config, loaded.fingerprint, dtype, mesh=mesh)
         return cls(
             loaded.model,
             model,

