@@ -172,8 +172,14 @@ def compare(made: list[Completion], expected: dict[tuple[int, int], Expected], o
         assert len(completion.tokens) == 1 + took.rounds + sum(took.accepted_at) == len(completion.depths)
 
 
-@pytest.mark.parametrize("tree", ["auto", "best_first:8"])
-@pytest.mark.parametrize("slots", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("slots", "tree"),
+    [
+        *[(slots, "best_first:8") for slots in (1, 4, 16)],
+        (4, "auto"),
+        *[pytest.param(slots, "auto", marks=pytest.mark.slow) for slots in (1, 16)],
+    ],
+)
 def test_200_mixed_requests_are_answered_as_plain_decoding_answers_each_alone(
     target, drafter, tokenizer, requests, expected, slots, tree, compilations
 ):

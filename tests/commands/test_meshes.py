@@ -181,6 +181,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow  # the engine's test of two processes is the short form
 def test_two_processes_of_four_devices_are_one_device(one_device, target_folder, data_file, evaluation, tmp_path):
     """From the first step, and from a checkpoint of one process; each reads its own rows of the data alone."""
     run, resumed = tmp_path / "run", tmp_path / "resumed"
