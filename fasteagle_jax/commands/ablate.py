@@ -170,7 +170,7 @@ def _print(found: Sequence[Measured], losses: dict[str, float], base: RunConfig,
     tokens = base.steps * base.batch_size * base.length
     title = f"acceptance length; {base.steps} steps, {tokens} tokens, {num_prompts} prompts, {machine()}"
     ways = list(dict.fromkeys((each.tree, each.temperature, each.shared_noise) for each in found))
-    columns = [f"{tree}\nT={temperature:g}{'' if shared else ' own ranking'}" for tree, temperature, shared in ways]
+    columns = [f"{tree}, T={temperature:g}{'' if shared else ' own ranking'}" for tree, temperature, shared in ways]
     by_depth = {each.variant: each.by_depth for each in reversed(found)}  # of the first way
     rows = []
     for variant, loss in losses.items():

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,8 +19,8 @@ COLOURS = {"target": "C0", "draft": "C1", "tree": "C2", "choose": "C3", "commit"
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> None:
-    """Prints a table whose first `left` columns hold words."""
-    table = Table(title=title)
+    """Prints a table whose first `left` columns hold words, as Markdown has them."""
+    table = Table(title=title, box=box.MARKDOWN)
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i < left else "right")
     for row in rows:
