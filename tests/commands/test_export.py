@@ -61,6 +61,15 @@ def test_the_best_checkpoint_is_exported_with_its_average(talkative, tmp_path):
         np.testing.assert_array_equal(value, theirs[name])
 
 
+def test_an_eagle3_run_is_exported(run, target_folder, tmp_path):
+    changes = [f"target={target_folder}", f"data={run.parent / 'data.jsonl'}", "steps=2", "drafter.kind=eagle3"]
+    changes += ["drafter.reinject=False", "loss.within_draft=True"]
+    assert train(["--config", str(CONFIG), "--run", str(tmp_path / "run"), *changes]) == 0
+    assert main(["--run", str(tmp_path / "run"), "--output", str(tmp_path / "drafter")]) == 0
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "drafter" / file).read_bytes() == (tmp_path / "run" / "drafter" / file).read_bytes()
+
+
 def test_an_earlier_checkpoint_is_exported_by_its_step(run, tmp_path):
     assert main(["--run", str(run), "--step", "4", "--output", str(tmp_path / "drafter")]) == 0
     trained = json.loads((tmp_path / "drafter" / "config.json").read_text())["trained"]
