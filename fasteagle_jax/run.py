@@ -41,6 +41,7 @@ class DrafterChoice:
     reinject: bool = False
     window: int | None = None  # positions that a level attends to; None for all
     from_target: bool = False  # start the levels, or EAGLE-3's one layer, from the target's last layers
+    start: str = ""  # start from the drafter in this folder: its weights, draft vocabulary and first levels
     scale_features: bool = True  # divide each feature by its root mean square, measured on the first batch
 
 

@@ -152,6 +152,37 @@ def init_drafter(
     return jax.tree.map(jnp.copy, drafter)  # the train step donates: no buffer may be the target's, or be there twice
 
 
+def drafter_from(
+    config: DrafterConfig, trained: Any, *, feature_rms: jax.Array | None = None, stacked: bool = False
+) -> Any:
+    """A drafter to train, float32, with the weights of a trained one, of which it may have the first levels alone.
+
+    Args:
+      config: its sizes; all but the number of levels and the window must be the trained one's.
+      trained: a drafter as `load_drafter` gives it, its features' scale folded into fc.
+      feature_rms: as of `init_drafter`; the scale is taken out of fc again.
+      stacked: its form.
+
+    Raises UserError for sizes that differ.
+    """
+    free = {"window": config.window, "num_levels": min(config.num_levels, trained.config.num_levels)}
+    if (its := dataclasses.replace(trained.config, **free)) != config:
+        mine, theirs = dataclasses.asdict(config), dataclasses.asdict(its)
+        wrong = ", ".join(
+            f"{name} {theirs[name]} instead of {mine[name]}" for name in mine if mine[name] != theirs[name]
+        )
+        raise UserError(f"the drafter to start from has {wrong}: set the run's drafter sizes to its own")
+    drafter = class_of(config)(config, jax.random.key(0), stacked=False)
+    weights = {name: param for name, param, _ in trained.unstacked().stored()}
+    for name, param, _ in drafter.stored():
+        param[...] = jnp.asarray(weights[name][...], param[...].dtype)
+    if feature_rms is not None:
+        scale = jnp.repeat(1 / feature_rms, config.hidden_size)  # [F*H]
+        drafter.feature_scale[...] = scale
+        drafter.fc[...] = drafter.fc[...] / scale[:, None]
+    return drafter.stacked_form() if stacked else drafter
+
+
 def feature_rms(
     target: Any, batch: Batch, feature_layers: tuple[int, ...], values: TargetValues | None = None
 ) -> jax.Array:

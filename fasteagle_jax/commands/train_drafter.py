@@ -46,7 +46,7 @@ from fasteagle_jax.data import (
     read_prompts,
     token_counts,
 )
-from fasteagle_jax.drafters.files import save_drafter
+from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.drafters.table import AXES
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.features import Features, load_features
@@ -69,6 +69,7 @@ from fasteagle_jax.targets.loading import LoadedTarget, load_target
 from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.tracking import Log, Record, check_wandb, expected_length, finite, plot, rounded
 from fasteagle_jax.training import (
+    drafter_from,
     feature_rms,
     first_state,
     in_dtype,
@@ -448,8 +449,10 @@ def _new_drafter(
     """The drafter that the configuration describes, with its first weights, in the shards of a mesh."""
     target, choice = loaded.model, config.drafter
     sizes = drafter_config(choice, target.config)
-    token_ids = None
-    if sizes.draft_vocab_size < target.config.vocab_size:
+    trained = token_ids = None
+    if choice.start:
+        trained = load_drafter(choice.start, target.config, loaded.fingerprint, stacked=False, mesh=mesh)
+    elif sizes.draft_vocab_size < target.config.vocab_size:
         counts = token_counts(conversations, target.config.vocab_size, assistant_only=True)
         counted = counts
         if choice.vocabulary_data:
@@ -464,11 +467,13 @@ def _new_drafter(
         first, values = _place(mesh, data, store, 0)
         rms = jax.jit(feature_rms, static_argnums=2)(target, first, sizes.feature_layers, values)
 
-    def make(target: Any, rms: Any) -> Any:
+    def make(target: Any, rms: Any, trained: Any) -> Any:
+        if trained is not None:
+            return drafter_from(sizes, trained, feature_rms=rms, stacked=target.stacked)
         key, from_target = jax.random.key(config.seed), choice.from_target
         return init_drafter(sizes, target, key, token_ids=token_ids, feature_rms=rms, from_target=from_target)
 
-    return make_on(mesh, AXES, make, target, rms)
+    return make_on(mesh, AXES, make, target, rms, trained)
 
 
 class _Evaluation:

@@ -447,6 +447,22 @@ def test_eagle3_trains_by_the_same_trainer_and_a_finished_run_is_not_overwritten
     assert "is finished" in complaint(main, *asked)
 
 
+def test_a_run_starts_from_the_first_levels_of_a_trained_drafter(
+    target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(command(target_folder, data_file, first, "steps=2", "drafter.draft_vocab_size=64")) == 0
+    changes = ["steps=1", "drafter.draft_vocab_size=64", f"drafter.start={first / 'drafter'}"]
+    refused = command(target_folder, data_file, second, *changes, "drafter.num_levels=4")
+    assert "has num_levels 3 instead of 4: set" in complaint(main, *refused)
+    still = [*changes, "drafter.num_levels=2", "optimizer.learning_rate=1e-12"]
+    assert main(command(target_folder, data_file, second, *still)) == 0
+    theirs, mine = (load_file(run / "drafter" / "model.safetensors") for run in (first, second))
+    assert set(theirs) - set(mine) == {name for name in theirs if name.startswith("levels.2.")}
+    for name, value in mine.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=1e-6, atol=0)  # but for fc, out of its scale and back
+
+
 def test_ablate_measures_variants_of_a_run_and_trains_none_twice(
     data_file: Path, tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, complaint: Callable[..., str]
 ) -> None:
