@@ -18,7 +18,8 @@ from flax import nnx
 
 from fasteagle_jax.config import RopeConfig
 
-FEW_ROWS = 32  # up to which a product's time is mostly that of reading its weights
+FEW_ROWS = 64  # up to which a CPU multiplies faster from the left (see _product_from_left)
+FEW_HEAD_ROWS = 32  # the same under a head, whose product is large itself, and is transposed once more
 BLOCK = 128  # slots of a cache that attention reads at a time where it can stop early
 MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that max() stays finite too
 
@@ -77,6 +78,13 @@ def _product_from_left(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(product).T
 
 
+def _matmul_by_rows(x: jax.Array, w: jax.Array, few: int) -> jax.Array:
+    """x [n, in] times w [out, in], float32 [n, out]."""
+    if 1 < len(x) <= few and w.dtype == jnp.float32:
+        return jax.lax.platform_dependent(x, w, cpu=_product_from_left, default=_product_of_rows)
+    return _product_of_rows(x, w)
+
+
 @jax.custom_vjp
 def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """float32 logits [..., V] of hidden states [..., H] under a frozen head, one row [H] a token: [V, H].
@@ -87,10 +95,7 @@ def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     x = hidden.reshape(num_rows, -1).astype(head.dtype)
     if num_rows == 1 and head.dtype == jnp.bfloat16:
         x = jnp.concatenate([x] * 2)  # as in _product_of_a_row
-    if 1 < num_rows <= FEW_ROWS and head.dtype == jnp.float32:
-        logits = jax.lax.platform_dependent(x, head, cpu=_product_from_left, default=_product_of_rows)
-    else:
-        logits = _product_of_rows(x, head)
+    logits = _matmul_by_rows(x, head, FEW_HEAD_ROWS)
     return logits[:num_rows].reshape(*hidden.shape[:-1], head.shape[0])
 
 
@@ -264,11 +269,14 @@ LAYER_AXES = {
     "up_bias": ("mlp",),
 }
 
+MATRICES = tuple(name for name, axes in LAYER_AXES.items() if len(axes) == 2)
+
 
 class DecoderLayer(nnx.Module):
     """A Llama decoder layer: RMSNorm, grouped-query attention, RMSNorm, SwiGLU, each added to its input.
 
-    Weights are [in, out]. A stack of layers is this module with a leading axis on every leaf (see `run_layers`).
+    Weights are [in, out], or RowWeights. A stack of layers is this module with a leading axis on every leaf (see
+    `run_layers`).
     """
 
     def __init__(self, config: LayerConfig, key: jax.Array, dtype: Any = jnp.float32):
@@ -339,8 +347,42 @@ class DecoderLayer(nnx.Module):
         return x + _affine(jax.nn.silu(gate) * up, self.down, self.down_bias), (k, v)
 
 
+class RowWeight(nnx.Param):
+    """A frozen float32 matrix held [out, in], a row an output."""
+
+
+def rows_are_faster(dtype: Any) -> bool:
+    """Whether this backend decodes faster with RowWeights than with [in, out]; where layers are not stacked."""
+    return jax.default_backend() == "cpu" and dtype == jnp.float32
+
+
+def hold_rows(model: nnx.Module) -> None:
+    """Turns the matrices of a model's unstacked decoder layers into RowWeights, where these are faster.
+
+    It is for decoding: a training step's many rows and gradients gain nothing from it.
+    """
+    _hold(model, nnx.Param, RowWeight)
+
+
+def hold_columns(model: nnx.Module) -> None:
+    """Undoes `hold_rows`."""
+    _hold(model, RowWeight, nnx.Param)
+
+
+def _hold(model: nnx.Module, old: type[nnx.Param], new: type[nnx.Param]) -> None:
+    for _, layer in nnx.iter_modules(model):
+        for name in MATRICES if isinstance(layer, DecoderLayer) else ():
+            weight = getattr(layer, name)
+            if type(weight) is old and weight.ndim == 2 and rows_are_faster(weight.dtype):
+                setattr(layer, name, new(weight[...].T))
+
+
 def _affine(x: jax.Array, w: nnx.Param, b: nnx.Param | None) -> jax.Array:
-    y = matmul(x, w[...])
+    if isinstance(w, RowWeight):
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        y = _matmul_by_rows(rows, w[...], FEW_ROWS).reshape(*x.shape[:-1], -1).astype(x.dtype)
+    else:
+        y = matmul(x, w[...])
     return y if b is None else y + b[...].astype(y.dtype)
 
 

@@ -12,12 +12,17 @@ from flax import nnx
 
 from fasteagle_jax.config import RopeConfig
 from fasteagle_jax.layers import (
+    FEW_HEAD_ROWS,
     FEW_ROWS,
+    MATRICES,
     DecoderLayer,
     LayerConfig,
     Past,
+    RowWeight,
     attention,
     head_logits,
+    hold_columns,
+    hold_rows,
     matmul,
     rms_norm,
     rotate,
@@ -161,7 +166,7 @@ def test_head_logits_pass_gradients_to_the_hidden_states_and_none_to_the_frozen_
     np.testing.assert_array_equal(to_head, np.zeros_like(head))
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("num_rows", [1, 2, FEW_HEAD_ROWS, FEW_HEAD_ROWS + 1])
 def test_head_logits_are_the_same_products_for_any_number_of_rows(num_rows):
     hidden, head = jnp.asarray(normal(0, num_rows, 8)), jnp.asarray(normal(1, 40, 8))
     np.testing.assert_allclose(jax.jit(head_logits)(hidden, head), hidden @ head.T, **CLOSE)
@@ -198,6 +203,32 @@ def test_a_stack_and_a_list_of_layers_give_the_same_results(span):
     for stacked_part, parts in zip((k, v), zip(*results, strict=True), strict=True):
         np.testing.assert_allclose(stacked_part, jnp.stack(parts), **CLOSE)
     assert not np.allclose(out, x)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, FEW_ROWS, FEW_ROWS + 1])
+def test_a_layer_that_holds_rows_gives_the_same_results(num_tokens):
+    layer = DecoderLayer(LayerConfig(8, 12, 2, 1, 4, 1e-5, attention_bias=True, mlp_bias=True), jax.random.key(0))
+    held = nnx.merge(*nnx.split(layer))
+    hold_rows(held)
+    assert all(isinstance(getattr(held, name), RowWeight) for name in MATRICES)
+    x, positions = jnp.asarray(normal(0, 1, num_tokens, 8)), jnp.arange(num_tokens)[None]
+    turn, visible = rotation(positions, RopeConfig(), 4), jnp.tril(jnp.ones((1, num_tokens, num_tokens), bool))
+    run = jax.jit(lambda layer: layer(x, turn, visible, None))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), run(held), run(layer))
+
+
+def test_only_float32_matrices_of_single_layers_are_held_as_rows():
+    config = LayerConfig(8, 12, 2, 1, 4, 1e-5)
+    layer = DecoderLayer(config, jax.random.key(0))
+    held = nnx.merge(*nnx.split(layer))
+    hold_rows(held)
+    assert held.down.shape == layer.down.shape[::-1] and held.input_norm.shape == layer.input_norm.shape
+    hold_columns(held)
+    jax.tree.map(np.testing.assert_array_equal, held, layer)
+    half, stacked = DecoderLayer(config, jax.random.key(0), jnp.bfloat16), stack([layer, layer])
+    for other in (half, stacked):
+        hold_rows(other)
+        assert not any(isinstance(getattr(other, name), RowWeight) for name in MATRICES)
 
 
 def test_stack_undoes_unstack():

@@ -13,7 +13,7 @@ from fasteagle_jax.checkpoint import Checkpoints
 from fasteagle_jax.data import Batch, Conversation, PackedData
 from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.layers import rms_norm, rotation, unstack
+from fasteagle_jax.layers import hold_columns, rms_norm, rotation, unstack
 from fasteagle_jax.losses import LossConfig
 from fasteagle_jax.testing import tiny_target
 from fasteagle_jax.training import (
@@ -68,6 +68,7 @@ def small_drafter(target: object, **changes: object) -> FastEagle:
 def test_levels_start_as_the_targets_last_layers(stacked: bool) -> None:
     target = tiny_target(stacked=stacked)
     drafter = init_drafter(default_config(target.config, num_levels=LEVELS), target, jax.random.key(0))
+    hold_columns(target)  # as what is trained has them
     layers = unstack(target.layers, 5) if stacked else list(target.layers)
     levels = unstack(drafter.levels, LEVELS) if stacked else list(drafter.levels)
     for level, layer in zip(levels, layers[-LEVELS:], strict=True):

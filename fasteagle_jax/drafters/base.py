@@ -15,7 +15,7 @@ from fasteagle_jax.cache import Ring, as_ring, empty_cache, ring_slots
 from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.interfaces import Accepted, Tied
-from fasteagle_jax.layers import LayerConfig, matmul
+from fasteagle_jax.layers import LayerConfig, hold_columns, matmul
 
 
 class Constant(nnx.Variable):
@@ -84,6 +84,7 @@ def layer_config(config: DrafterConfig) -> LayerConfig:
 def copy_weights(into: nnx.Module, source: Any) -> None:
     """Gives a layer another one's weights, as float32; UserError where their sizes differ."""
     copied = jax.tree.map(lambda w: w.astype(jnp.float32), source)
+    hold_columns(copied)
     if jax.tree.leaves(jax.tree.map(jnp.shape, into)) != jax.tree.leaves(jax.tree.map(jnp.shape, copied)):
         raise UserError(
             "the drafter's layers differ in size or biases from the target's and cannot start from them: "

@@ -27,7 +27,9 @@ from fasteagle_jax.layers import (
     Attend,
     DecoderLayer,
     Past,
+    RowWeight,
     head_logits,
+    hold_columns,
     matmul,
     rms_norm,
     rotation,
@@ -246,7 +248,8 @@ class FastEagle(DrafterModule):
         if self.stacked:
             return self
         other = nnx.merge(*nnx.split(self))
-        other.levels = stack(list(self.levels))
+        hold_columns(other)
+        other.levels = stack(list(other.levels))
         return other
 
     def stored(self) -> list[tuple[str, Any, bool]]:
@@ -258,7 +261,7 @@ class FastEagle(DrafterModule):
             for name, (path, transposed) in _LEVEL.items():
                 param = functools.reduce(getattr, path, level)
                 if param is not None:
-                    places.append((f"levels.{i}.{name}", param, transposed))
+                    places.append((f"levels.{i}.{name}", param, transposed and not isinstance(param, RowWeight)))
         return places
 
 

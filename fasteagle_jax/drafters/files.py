@@ -30,6 +30,7 @@ from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
 from fasteagle_jax.drafters.table import AXES, CLASSES, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import new_folder, sha256
+from fasteagle_jax.layers import hold_rows
 from fasteagle_jax.sharding import make_on, place
 
 TENSORS = "model.safetensors"
@@ -107,6 +108,8 @@ def load_drafter(
     if stacked is None:
         stacked = jax.default_backend() != "cpu"
     drafter = make_on(mesh, AXES, lambda: class_of(config)(config, jax.random.key(0), dtype, stacked=False))
+    if not stacked and mesh is None:
+        hold_rows(drafter)
     fill(drafter, unpacked(tensors), str(path))
     return drafter if not stacked else make_on(mesh, AXES, lambda drafter: drafter.stacked_form(), drafter)
 

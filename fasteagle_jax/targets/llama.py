@@ -21,6 +21,7 @@ from fasteagle_jax.layers import (
     LayerConfig,
     Past,
     head_logits,
+    hold_rows,
     rms_norm,
     rotation,
     run_layers,
@@ -151,6 +152,7 @@ class Llama(nnx.Module):
         graph, state = nnx.split(self)
         other = nnx.merge(graph, state)
         other.layers = nnx.List(unstack(self.layers, self.config.num_layers))
+        hold_rows(other)
         return other
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fasteagle_jax.config import LlamaConfig
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.layers import unstack
+from fasteagle_jax.layers import RowWeight, rows_are_faster, unstack
 from fasteagle_jax.sharding import place, spec
 from fasteagle_jax.targets.llama import AXES, Llama
 from fasteagle_jax.targets.readers import Checkpoint, fingerprint, open_checkpoint
@@ -92,9 +92,11 @@ def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mes
     expected = _expected_shapes(config, model)
     _check(checkpoint, expected)
 
+    by_rows = not stacked and mesh is None and rows_are_faster(dtype)  # as they are stored
+
     def read(name: str, entry: _Entry) -> jax.Array:
         value = checkpoint.read(name)
-        value = np.ascontiguousarray((value.T if entry.transposed else value).astype(dtype))
+        value = np.ascontiguousarray((value.T if entry.transposed and not by_rows else value).astype(dtype))
         return jnp.asarray(value) if mesh is None else place(value, _sharding(mesh, entry, value), value.shape)
 
     for entry in _TOP:
@@ -108,8 +110,9 @@ def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mes
         if stacked:
             setattr(layers, entry.path, nnx.Param(_stacked((read(name, entry) for name in names), len(names))))
         else:
+            param = RowWeight if entry.transposed and by_rows else nnx.Param
             for layer, name in zip(layers, names, strict=True):
-                setattr(layer, entry.path, nnx.Param(read(name, entry)))
+                setattr(layer, entry.path, param(read(name, entry)))
     model.layers = layers
     return model
 
