@@ -19,6 +19,7 @@ from fasteagle_jax import cache
 from fasteagle_jax.cache import Cache, commit
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
+from fasteagle_jax.pace import default_tree
 from fasteagle_jax.sampling import Sampling, choose
 from fasteagle_jax.sharding import by_shard, constrain_all
 from fasteagle_jax.tree import NO_PARENT, Draft, Tree, visible_nodes, walk
@@ -491,7 +492,7 @@ def generate(
       sampling: per row, from `sampling.make_sampling`.
       max_new: the most new tokens, for all rows or one a row.
       stop_tokens: a row ends with the first of these, which is kept.
-      tree: what to draft; None for the default.
+      tree: what to draft; None for `pace.default_tree`.
       chunk: prompt tokens a forward pass of the prefill takes.
       shared_noise: let the drafter rank its guesses with the target's own noise at temperature > 0.
 
@@ -525,7 +526,7 @@ def generate(
         sampling,
         stop,
         max_new=max(limits),
-        tree=tree or Tree(),
+        tree=tree or default_tree(jax.default_backend()),
         chunk=chunk,
         shared_noise=shared_noise,
     )

@@ -1,4 +1,4 @@
-"""Which draft tree pays: `tree="auto"`.
+"""Which draft tree pays: by default, and by measurement (`tree="auto"`).
 
 A shape's speed is tokens a round and row over seconds a round. The tokens depend on drafter, target and text, the
 seconds on the machine and on the number of rows computed; both are measured, and go on being measured while in use.
@@ -8,12 +8,28 @@ Nothing here can change a token of any answer.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from fasteagle_jax.tree import Tree
 
 MEMORY = 0.95  # of a mean, what a further round or call leaves of the older ones
 RETRY_ROUNDS = 256  # after which a shape that lost is measured again, if it was close
 CLOSE = 0.8  # of the best one's speed
+
+# In passes of the target over one row, batch 1, float32; docs/benchmark.md has the commands that measure them.
+PASS_COSTS = {"cpu": {4: 1.4, 8: 1.6, 16: 2.1, 32: 3.7}}  # over so many rows; elsewhere up to 16 hardly cost more
+DRAFT_COST = 0.4
+ACCEPTED = {4: 1.5, 8: 1.6, 16: 1.7, 32: 1.8}  # tokens a pass with best-first trees of so many nodes
+
+
+def best_nodes(costs: Mapping[int, float]) -> int:
+    """The size of best-first tree that brings the most tokens a second, of those whose pass has a cost."""
+    return max(costs, key=lambda nodes: ACCEPTED[nodes] / (costs[nodes] + DRAFT_COST))
+
+
+def default_tree(platform: str) -> Tree:
+    """What to draft for a single request, over before "auto" would have measured, on a JAX platform."""
+    return Tree("best_first", nodes=best_nodes(PASS_COSTS[platform])) if platform in PASS_COSTS else Tree()
 
 
 def shapes(num_levels: int) -> tuple[Tree | None, ...]:

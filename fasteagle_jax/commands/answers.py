@@ -23,13 +23,14 @@ from fasteagle_jax.drafters.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.engine import Engine, Piece
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.metrics import Acceptance
+from fasteagle_jax.pace import default_tree
 from fasteagle_jax.requests import Completion, SamplingParams
 from fasteagle_jax.sharding import MeshShape, make_mesh
 from fasteagle_jax.targets.readers import open_checkpoint
 from fasteagle_jax.text import TextStream
 from fasteagle_jax.tree import Tree
 
-ONE_AT_A_TIME = "best_first:16"  # the tree of a single conversation, over before "auto" would have measured
+ONE_AT_A_TIME = "best_first:8 on a CPU, best_first:16 elsewhere"  # what `tree_named(None)` is, in words
 COLOURS = ("green", "cyan", "blue", "magenta", "yellow", "red", "bright_black")  # of depths 1, 2, ...; the last: deeper
 MARKS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -88,8 +89,13 @@ def add_draft_options(parser: Any, default_tree: str) -> None:
     )
 
 
-def tree_named(text: str) -> Tree | str | None:
-    """What `Engine` takes for the value of --tree: a Tree, "auto", or None for `plain`."""
+def tree_named(text: str | None) -> Tree | str | None:
+    """What `Engine` takes for the value of --tree: a Tree, "auto", or None for `plain`.
+
+    Without a value, the tree of a single conversation, which is over before "auto" would have measured.
+    """
+    if text is None:
+        return default_tree(jax.default_backend())
     if text in ("auto", "plain"):
         return "auto" if text == "auto" else None
     return Tree.parse(text)

@@ -42,6 +42,7 @@ import jax
 from tqdm import tqdm
 
 from fasteagle_jax.commands import sweep, verify_cost
+from fasteagle_jax.commands.answers import ONE_AT_A_TIME
 from fasteagle_jax.commands.contest import Contest, Measured, Result
 from fasteagle_jax.commands.figures import (
     ablation_figure,
@@ -59,6 +60,7 @@ from fasteagle_jax.commands.ways import Way, find_drafters, load_drafters, parse
 from fasteagle_jax.data import Prompt
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import new_folder
+from fasteagle_jax.pace import default_tree
 from fasteagle_jax.sampling import Sampling, make_sampling
 from fasteagle_jax.tokenizer import encode_chat
 from fasteagle_jax.tree import Tree
@@ -109,7 +111,7 @@ def _parser() -> Parser:
         required=True,
         metavar="D,...",
         help="NAME=FOLDER[@TREE], FOLDER being `shipped` for the one that comes with the program, or"
-        " simulated=RATES[@TREE]; plain is always there (default tree best_first:16; of --sweep slots auto)",
+        f" simulated=RATES[@TREE]; plain is always there (default tree {ONE_AT_A_TIME}; of --sweep slots auto)",
     )
     group = parser.add_argument_group("sampling")
     group.add_argument(
@@ -143,7 +145,7 @@ def bench(args: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the results; returns the exit code."""
     # --- what was asked for -----------------------------------------------------------------------------------
     alone = ALONE.get(",".join(args.sweep))
-    ways = parse_ways(args.drafters, "auto" if args.sweep == ["slots"] else "best_first:16")
+    ways = parse_ways(args.drafters, "auto" if args.sweep == ["slots"] else str(default_tree(jax.default_backend())))
     for way in ways:
         if way.tree not in (None, "auto") or not alone and way.tree:
             Tree.parse(way.tree)

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from fasteagle_jax import decode as decoding
 from fasteagle_jax.commands import prepare_data, train_drafter
+from fasteagle_jax.commands.answers import ONE_AT_A_TIME
 from fasteagle_jax.commands.models import CHUNK, Models, load_models, pad
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, program, whole
 from fasteagle_jax.drafters.shipped import SHIPPED, drafter_folder
@@ -35,6 +36,7 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.fetch import cache_folder
 from fasteagle_jax.losses import LossConfig
 from fasteagle_jax.metrics import Acceptance
+from fasteagle_jax.pace import default_tree
 from fasteagle_jax.run import DrafterChoice, RunConfig
 from fasteagle_jax.sampling import make_sampling
 from fasteagle_jax.targets.readers import DEFAULT_TARGET, open_checkpoint
@@ -60,10 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--train", action="store_true", help="train a small one")
     parser.add_argument("--steps", type=whole(1), default=150, metavar="N", help="of training (default %(default)s)")
     parser.add_argument("--max-new", type=whole(2), default=96, metavar="T", help="tokens an answer (default 96)")
-    parser.add_argument("--tree", default="best_first:16", metavar="T", help="chain, backbone:WIDTH, best_first:NODES")
+    parser.add_argument(
+        "--tree", metavar="T", help=f"chain, backbone:WIDTH, best_first:NODES (default {ONE_AT_A_TIME})"
+    )
     add_sampling_options(parser, temperature=0.0)
     args = parser.parse_args(argv)
-    tree = Tree.parse(args.tree)
+    tree = Tree.parse(args.tree) if args.tree else default_tree(jax.default_backend())
     make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
 
     drafter: Path | None

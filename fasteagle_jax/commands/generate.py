@@ -63,7 +63,7 @@ def _parser() -> Parser:
         "--slots", type=whole(1), metavar="B", help="prompts answered at once (default 8, for fewer prompts as many)"
     )
     add_answer_options(parser, max_new=256)
-    add_engine_options(parser, f"{ONE_AT_A_TIME} for one prompt, auto for more")
+    add_engine_options(parser, f"for one prompt {ONE_AT_A_TIME}, for more auto")
     return parser
 
 
@@ -77,7 +77,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
         prompts += read_prompts(args.input, args.limit)
     if not prompts:
         raise UserError("no prompt: give --prompt or --input")
-    tree = tree_named(args.tree or (ONE_AT_A_TIME if len(prompts) == 1 else "auto"))
+    tree = tree_named(args.tree or (None if len(prompts) == 1 else "auto"))
     single = len(prompts) == 1 and args.output is None
     if args.stream and not single:
         raise UserError("--stream prints the answers to one prompt: leave --stream, or the others and --output, out")

@@ -29,6 +29,10 @@ from fasteagle_jax.tree import Tree
 
 ROWS = (1, 2, 4, 8, 16, 32)
 ROUNDS = 4  # timed together
+READ_BYTES, SIDE = (
+    2**28,
+    1024,
+)  # of the vector that is summed and the matrix that is squared, to see what the device can
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,12 @@ def rows(
     rounds: dict[str, Callable[[], float]] = {
         f"round, {tree or 'plain'}": functools.partial(time_rounds, tree) for tree in begun
     }
-    timed = passes | rounds
+    vector, square = jnp.ones(READ_BYTES // 4, jnp.float32), jnp.ones((SIDE, SIDE), jnp.float32)
+    device: dict[str, Callable[[], float]] = {
+        "read": functools.partial(_seconds, jax.jit(jnp.sum), vector),
+        "multiply": functools.partial(_seconds, jax.jit(jnp.matmul), square, square),
+    }
+    timed = passes | rounds | device
     for way in timed.values():  # compiled, its memory touched
         way()
     seconds: dict[str, list[float]] = {name: [] for name in timed}
@@ -101,7 +110,11 @@ def rows(
             ratios = [mine / its for mine, its in zip(seconds[name], one, strict=True)]
             costs.append(Cost(name, Spread.of([1e3 * second for second in seconds[name]]), Spread.of(ratios)))
     _print(f"batch 1, {cache.num_slots} slots, {models.dtype}, {machine()}", costs)
-    return Outcome({"costs": [dataclasses.asdict(cost) for cost in costs]}, {}, 0)
+    read = Spread.of([READ_BYTES / second / 1e9 for second in seconds["read"]])  # GB/s
+    multiply = Spread.of([2 * SIDE**3 / second / 1e9 for second in seconds["multiply"]])  # GFLOP/s, float32
+    print(f"the device reads {read.words()} GB/s and multiplies {multiply.words()} GFLOP/s in float32")
+    report = {"costs": [dataclasses.asdict(cost) for cost in costs]}
+    return Outcome(report | {"read": dataclasses.asdict(read), "multiply": dataclasses.asdict(multiply)}, {}, 0)
 
 
 def _seconds(run: Callable[..., Any], *args: Any, **static: Any) -> float:

@@ -18,7 +18,9 @@ def test_a_sweep_over_rows_holds_every_pass_and_round_against_the_plain_one(
     argv = ["--target", talkative[0], "--drafters", f"f={talkative[1]}", "--tasks", prompts_file, "--limit", 1]
     argv += ["--sweep", "rows", "--max-len", 128, "--repeats", 2, "--results", tmp_path / "rows"]
     assert main([str(word) for word in argv]) == 0
-    costs = json.loads((tmp_path / "rows" / "results.json").read_text())["costs"]
+    report = json.loads((tmp_path / "rows" / "results.json").read_text())
+    assert report["read"]["min"] > 0 and report["multiply"]["min"] > 0
+    costs = report["costs"]
     names = ["pass, rows: 1", "pass, rows: 2", "round, plain", "round, best_first:4:2"]
     assert [cost["name"] for cost in costs] == names
     for one, several in (costs[:2], costs[2:]):
