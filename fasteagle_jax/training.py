@@ -173,9 +173,11 @@ def drafter_from(
         )
         raise UserError(f"the drafter to start from has {wrong}: set the run's drafter sizes to its own")
     drafter = class_of(config)(config, jax.random.key(0), stacked=False)
-    weights = {name: param for name, param, _ in trained.unstacked().stored()}
-    for name, param, _ in drafter.stored():
-        param[...] = jnp.asarray(weights[name][...], param[...].dtype)
+    # As they are stored, whichever way around a model holds them.
+    weights = {name: p[...].T if transposed else p[...] for name, p, transposed in trained.unstacked().stored()}
+    for name, param, transposed in drafter.stored():
+        value = weights[name].T if transposed else weights[name]
+        param[...] = jnp.asarray(value, param[...].dtype)
     if feature_rms is not None:
         scale = jnp.repeat(1 / feature_rms, config.hidden_size)  # [F*H]
         drafter.feature_scale[...] = scale
