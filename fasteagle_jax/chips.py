@@ -8,6 +8,7 @@ A device of TPU v2 and v3 is a core, half a chip, and so is one of TPU7x.
 from __future__ import annotations
 
 import dataclasses
+import os
 
 GIB = 2**30
 
@@ -59,3 +60,16 @@ SLICES = {
 def slice_names() -> list[str]:
     """All of them, as `v5e:2x4`."""
     return [f"{generation}:{shape}" for generation, shapes in SLICES.items() for shape in shapes]
+
+
+# On TPU7x the compiler has loops hold bfloat16 stacks in tiles of 16 rows, in which arguments never come: it would copy
+# all layers' weights at the start of every call, and keep both. Programs for other TPUs are the same with it.
+LIBTPU_FLAGS = ("--xla_tpu_control_large_2nd_minor_layout_for_x16=false",)
+
+
+def set_libtpu_flags() -> None:
+    """Has libtpu compile with LIBTPU_FLAGS, unless it is in use already; a value that the user has set stays."""
+    given = os.environ.get("LIBTPU_INIT_ARGS", "").split()
+    names = {flag.partition("=")[0] for flag in given}
+    own = [flag for flag in LIBTPU_FLAGS if flag.partition("=")[0] not in names]
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join(given + own)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fasteagle_jax import decode, hlo
@@ -27,7 +28,15 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.flops import flops_per_token
 from fasteagle_jax.run import RunConfig, drafter_config, train_step
 from fasteagle_jax.sampling import make_sampling
-from fasteagle_jax.sharding import MeshShape, batch_sharding, check_batch, fitting_tensor, make_mesh, shardings
+from fasteagle_jax.sharding import (
+    MeshShape,
+    batch_sharding,
+    check_batch,
+    fitting_tensor,
+    make_mesh,
+    row_major,
+    shardings,
+)
 from fasteagle_jax.targets import llama
 from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.training import first_state, make_optimizer
@@ -64,6 +73,7 @@ class Report:
     peak: int
     hbm: float | None  # None: not known, of a CPU
     cost: hlo.Cost
+    same_again: bool | None  # what it makes of its state goes in again by the same program; None: it has no state
     ideal_bytes: float  # weights once, and what is in the caches once
     necessary_flops: float  # of matrix products
     compile_seconds: float
@@ -123,6 +133,7 @@ class Shapes(NamedTuple):
     shapes: str
     read: Any  # arrays that every run must read
     necessary_flops: float  # of all devices
+    state: int | None  # which argument comes out anew; None for none
 
 
 def compile_program(
@@ -137,18 +148,9 @@ def compile_program(
     `mesh_shape`: None for `decode_mesh` or `training_mesh`. Raises UserError where a mesh does not
     fit, OutOfMemory where the program does not.
     """
-    if config.target_config is None:
-        raise UserError("the configuration has no target_config: name the target's sizes there")
-    if program == "train":
-        mesh = make_mesh(mesh_shape or training_mesh(config, len(devices)), devices)
-        check_batch(mesh, config.batch_size // config.accumulate)
-    else:
-        mesh = make_mesh(mesh_shape or decode_mesh(config, len(devices)), devices)
-        _check_heads(config, mesh)
-    made = {"train": _train, "decode": _decode, "prefill": _prefill}[program](config, mesh, decoding)
     began = time.perf_counter()
+    mesh, made, lowered = lower(config, program, devices, decoding, mesh_shape)
     with jax.set_mesh(mesh):
-        lowered = made.step.lower(*made.arguments)
         try:
             compiled = lowered.compile(COMPILER_OPTIONS.get(devices[0].platform))
         except jax.errors.JaxRuntimeError as error:
@@ -175,9 +177,52 @@ def compile_program(
         ),
         hbm=None if known is None else known.hbm,
         cost=hlo.cost(compiled.as_text(), "most" if program == "train" else "least"),
+        same_again=_same_again(made, compiled),
         ideal_bytes=bytes_a_device(made.read),
         necessary_flops=made.necessary_flops / len(devices),
         compile_seconds=round(seconds, 1),
+    )
+
+
+def lower(
+    config: RunConfig,
+    program: str,
+    devices: Sequence[Any],
+    decoding: Decoding = Decoding(),  # immutable
+    mesh_shape: MeshShape | None = None,
+) -> tuple[Mesh, Shapes, Any]:
+    """One of PROGRAMS as `compile_program` compiles it: the mesh, its Shapes, and the jax.stages.Lowered."""
+    if config.target_config is None:
+        raise UserError("the configuration has no target_config: name the target's sizes there")
+    if program == "train":
+        mesh = make_mesh(mesh_shape or training_mesh(config, len(devices)), devices)
+        check_batch(mesh, config.batch_size // config.accumulate)
+    else:
+        mesh = make_mesh(mesh_shape or decode_mesh(config, len(devices)), devices)
+        _check_heads(config, mesh)
+    made = {"train": _train, "decode": _decode, "prefill": _prefill}[program](config, mesh, decoding)
+    with jax.set_mesh(mesh):
+        return mesh, made, made.step.lower(*made.arguments)
+
+
+def _same_again(made: Shapes, compiled: Any) -> bool | None:
+    """Whether a program's first results have the shapes, dtypes, shardings and layouts of the state that it takes.
+
+    A run of any number of calls is then one program, and nothing is laid out anew between them. None: it has no state.
+    """
+    if made.state is None:
+        return None
+    state = made.arguments[made.state]
+    taken = list(zip(jax.tree.leaves(state), jax.tree.leaves(compiled.input_formats[0][made.state]), strict=True))
+    given = zip(jax.tree.leaves(compiled.out_info), jax.tree.leaves(compiled.output_formats), strict=True)
+
+    def as_it_is(x: Any, placed: Any) -> tuple[Any, ...]:
+        return x.shape, x.dtype, x.weak_type, placed
+
+    # An argument that the program does not read has no layout of its own.
+    return all(
+        as_it_is(old, own) == as_it_is(new, Format(own.layout and made_so.layout, made_so.sharding))
+        for (old, own), (new, made_so) in zip(taken, given, strict=False)
     )
 
 
@@ -211,6 +256,7 @@ def _train(config: RunConfig, mesh: Mesh, _: Decoding) -> Shapes:
         # All are read, and the drafter and its moments written.
         (target, state, state),
         tokens * flops_per_token(target_config, sizes, config.length, config.loss.share),
+        0,
     )
 
 
@@ -234,6 +280,7 @@ def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
         f"batch {decoding.batch}, {decoding.tree or 'plain'}, {decoding.slots} slots",
         (_read(target), drafter, tied, state.target_cache, state.drafter_cache),
         matrices,
+        3,
     )
 
 
@@ -255,6 +302,7 @@ def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
         f"batch {decoding.batch}, a chunk of {decoding.chunk} tokens, {decoding.slots} slots",
         (_read(target), drafter, tied, state.target_cache, state.drafter_cache),
         matrices,
+        None,
     )
 
 
@@ -266,7 +314,8 @@ def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tu
     if decoding.tree is not None:
         sizes = drafter_config(config.drafter, config.target_config)
         dtype = jnp.dtype(config.dtype)
-        drafter = on_mesh(mesh, jax.eval_shape(lambda: class_of(sizes)(sizes, jax.random.key(0), dtype)), AXES)
+        drafter = jax.eval_shape(lambda: class_of(sizes)(sizes, jax.random.key(0), dtype))
+        drafter = weights_on_mesh(mesh, drafter, AXES)
     batch = decoding.batch
     sampling = on_mesh(mesh, jax.eval_shape(lambda: make_sampling(batch)), decode.AXES)
     stop = on_mesh(mesh, decode.Stop(_int32(batch), _int32(batch, 2)), decode.AXES)
@@ -314,7 +363,7 @@ def _whole(tied: Any, target: Any) -> Any:
 def _target(config: RunConfig, mesh: Mesh) -> Any:
     sizes, dtype = config.target_config, jnp.dtype(config.dtype)
     assert sizes is not None
-    return on_mesh(mesh, jax.eval_shape(lambda: Llama(sizes, jax.random.key(0), dtype)), llama.AXES)
+    return weights_on_mesh(mesh, jax.eval_shape(lambda: Llama(sizes, jax.random.key(0), dtype)), llama.AXES)
 
 
 def _read(target: Any) -> Any:
@@ -342,6 +391,15 @@ def on_mesh(mesh: Mesh, tree: Any, axes: Any) -> Any:
     """The ShapeDtypeStructs of a pytree with their shardings."""
     placed = shardings(mesh, tree, axes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed)
+
+
+def weights_on_mesh(mesh: Mesh, tree: Any, axes: Any) -> Any:
+    """`on_mesh` of weights that `sharding.place_weights` has placed."""
+
+    def turned(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_major(x.sharding, len(x.shape)))
+
+    return jax.tree.map(turned, on_mesh(mesh, tree, axes))
 
 
 def bytes_a_device(tree: Any) -> int:

@@ -46,7 +46,7 @@ from fasteagle_jax.requests import (
     sample_seed,
 )
 from fasteagle_jax.sampling import Sampling
-from fasteagle_jax.sharding import fitting_tensor, process_values, shardings
+from fasteagle_jax.sharding import fitting_tensor, place_weights, process_values, shardings
 from fasteagle_jax.targets import llama
 from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.targets.loading import load_target
@@ -182,8 +182,8 @@ class Engine:
         self.mesh = mesh
         if mesh is not None:
             check_mesh(mesh, slots, target.config, getattr(drafter, "config", None))
-            target = jax.device_put(target, shardings(mesh, target, llama.AXES))
-            drafter = jax.device_put(drafter, shardings(mesh, drafter, table.AXES))
+            target = place_weights(mesh, target, llama.AXES)
+            drafter = place_weights(mesh, drafter, table.AXES)
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
         self.fingerprint = fingerprint

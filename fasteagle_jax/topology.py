@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from fasteagle_jax.chips import SLICES, slice_names
+from fasteagle_jax.chips import SLICES, set_libtpu_flags, slice_names
 from fasteagle_jax.errors import UserError
 
 INSTALL = {
@@ -64,6 +64,7 @@ def devices(name: str) -> list[Any]:
     if shape not in SLICES.get(generation, ()):
         raise UserError(f"topology {name!r} is not known: use one of {', '.join(topology_names())}")
     _check_libtpu()
+    set_libtpu_flags()
     # Nobody is asked what machine this is, and a second process may load libtpu beside this one.
     for variable in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         os.environ.setdefault(variable, "1")

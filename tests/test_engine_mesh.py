@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from jax.experimental.layout import Format, Layout
 
 import fasteagle_jax.engine
 from fasteagle_jax import Completion, Engine, SamplingParams, UserError, slots
@@ -24,7 +25,8 @@ from fasteagle_jax.commands.shares import add_share_options, connect
 from fasteagle_jax.drafters.files import load_drafter
 from fasteagle_jax.engine import row_counts
 from fasteagle_jax.pace import Pace
-from fasteagle_jax.sharding import MeshShape, make_mesh, shardings
+from fasteagle_jax.sharding import MeshShape, make_mesh, place_weights, shardings
+from fasteagle_jax.targets import llama
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.tokenizer import load_tokenizer
 from fasteagle_jax.tree import Tree
@@ -220,6 +222,17 @@ def test_the_stated_memory_is_what_each_device_holds(target, drafters):
     assert held(engine.target) == {memory.target}
     assert held((engine.drafter, engine._tied.head)) == {memory.drafter - engine._tied.token_ids.nbytes}
     assert memory.target_cache < load(target, None, slots=16).memory.target_cache / 3.9
+
+
+def test_a_weight_that_lies_the_other_way_round_is_turned_and_others_stay():
+    mesh = make_mesh(MeshShape(1, 1, 8))
+    value = np.arange(2 * 4 * 16.0).reshape(2, 4, 16)
+    split = shardings(mesh, {"gate": value}, llama.AXES)["gate"]
+    other = jax.device_put(value, Format(Layout((0, 2, 1)), split))
+    turned = place_weights(mesh, {"gate": other}, llama.AXES)["gate"]
+    assert turned.format.layout.major_to_minor == (0, 1, 2) and turned.sharding == split
+    np.testing.assert_array_equal(turned, value)
+    assert place_weights(mesh, {"gate": turned}, llama.AXES)["gate"] is turned
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from fasteagle_jax import topology
-from fasteagle_jax.compiling import Decoding, Report, compile_program
+from fasteagle_jax.compiling import Decoding, Report, compile_program, lower
 from fasteagle_jax.run import RunConfig, load_config
 from fasteagle_jax.sharding import MeshShape
 
@@ -23,9 +23,9 @@ TOLERANCE = 0.05  # of a golden figure
 TRAIN_FLOPS = 1.04  # over what flops.py counts: recomputation of the levels is not in it
 
 
-def config(num_layers: int = 11) -> RunConfig:
-    """Of 8B's widths; the features of 11 layers cut them into runs of 2, 3, 3 and 3, none of a single layer."""
-    whole = load_config("configs/llama31_8b.py")
+def config(name: str = "llama31_8b", num_layers: int = 11) -> RunConfig:
+    """Of a target's widths; the features of 11 layers cut them into runs of 2, 3, 3 and 3, none of a single layer."""
+    whole = load_config(f"configs/{name}.py")
     assert whole.target_config is not None
     few = dataclasses.replace(whole.target_config, num_layers=num_layers)
     return dataclasses.replace(whole, target_config=few, drafter=dataclasses.replace(whole.drafter, num_levels=3))
@@ -56,6 +56,28 @@ def test_a_decode_round_moves_the_weights_and_the_cache_once(slice_name: str) ->
     assert set(exchanges) <= {"all-reduce", "all-gather", "collective-permute", "all-to-all"}
     rest = sum(own.bytes for kind, own in exchanges.items() if kind != "all-reduce")
     assert rest < 4 * 2**20  # neither weights nor the vocabulary's scores are gathered
+    assert found.same_again
+
+
+# Where the compiler would rather have the weights in another layout than they come in.
+@pytest.mark.parametrize(
+    "name, slice_name, ratio", [("llama31_8b", "tpu7x:2x2x1", 1.00), ("vicuna_13b", "v6e:2x4", 1.02)]
+)
+def test_no_weights_are_copied_into_another_layout(name: str, slice_name: str, ratio: float) -> None:
+    with jax.default_matmul_precision("default"):
+        found = compile_program(config(name), "decode", topology.devices(slice_name), Decoding(tree=None))
+    assert found.bytes_ratio == pytest.approx(ratio, rel=TOLERANCE)
+    assert found.temporaries < 16 * 2**20
+
+
+@pytest.mark.parametrize("program", ["decode", "train"])
+def test_equal_shapes_are_one_program_and_others_another(program: str) -> None:
+    def text(rows: int) -> str:
+        few = dataclasses.replace(config(num_layers=5), batch_size=rows)
+        return lower(few, program, topology.devices("v5e:2x4"), Decoding(rows))[2].as_text()
+
+    # Tokens, positions and lengths are arguments: what they are is not in the program.
+    assert text(8) == text(8) != text(16)
 
 
 @pytest.mark.parametrize("slice_name", SLICES)
@@ -69,3 +91,4 @@ def test_a_train_step_fits_and_computes_what_is_necessary(slice_name: str) -> No
     gathered = found.cost.collectives["all-gather"].bytes
     weights = 2 * (found.weights["target"] + found.weights["drafter"]) * found.devices
     assert gathered < 2 * weights  # each layer's once forward and once or twice backward, the head once
+    assert found.same_again

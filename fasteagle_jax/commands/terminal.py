@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from fasteagle_jax.chips import set_libtpu_flags
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import write_text
 
@@ -47,6 +48,7 @@ def program(main: Callable[[Sequence[str] | None], int | None]) -> Main:
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        set_libtpu_flags()
         try:
             return main(argv) or 0
         except SystemExit as stop:  # argparse's --help

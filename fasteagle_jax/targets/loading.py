@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fasteagle_jax.config import LlamaConfig
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.layers import RowWeight, rows_are_faster, unstack
-from fasteagle_jax.sharding import place, spec
+from fasteagle_jax.sharding import place, row_major, spec
 from fasteagle_jax.targets.llama import AXES, Llama
 from fasteagle_jax.targets.readers import Checkpoint, fingerprint, open_checkpoint
 
@@ -132,11 +132,12 @@ def _stacked(layers: Iterator[jax.Array], num_layers: int) -> jax.Array:
     sharding: Any = first.sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-    stack = jax.jit(lambda: jnp.zeros((num_layers, *first.shape), first.dtype), out_shardings=sharding)()
+    placed = row_major(sharding, 1 + first.ndim)
+    stack = jax.jit(lambda: jnp.zeros((num_layers, *first.shape), first.dtype), out_shardings=placed)()
     put = jax.jit(
         lambda stack, i, layer: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0),
         donate_argnums=0,
-        out_shardings=sharding,
+        out_shardings=placed,
     )
     for i, layer in enumerate(itertools.chain([first], layers)):
         stack = put(stack, np.int32(i), layer)

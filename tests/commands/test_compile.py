@@ -6,12 +6,14 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import os
 import sys
 
 import jax
 import pytest
 
 from fasteagle_jax import compiling
+from fasteagle_jax.chips import set_libtpu_flags
 from fasteagle_jax.commands import compile_check
 from fasteagle_jax.commands.compile_check import main, simulated_devices
 from fasteagle_jax.compiling import Decoding, Report, compile_program
@@ -132,3 +134,16 @@ def test_the_table_keeps_what_is_compiled_and_goes_on_past_what_is_not(monkeypat
         "| llama31_8b | v5e:2x4 | plain, batch 1 | 1.0 of 16.0 GiB | 1.25 | 1.50 | 1.0 | memory |",
         "| llama31_8b | v5e:2x4 | train, 8192 | no: the compiler crashed | | | | |",
     ]
+
+
+def test_what_a_user_tells_libtpu_stays(monkeypatch):
+    own = "--xla_tpu_control_large_2nd_minor_layout_for_x16"
+    for given, expected in (
+        ("", f"{own}=false"),
+        ("--a=1", f"--a=1 {own}=false"),
+        (f"{own}=true --a", f"{own}=true --a"),
+    ):
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
+        set_libtpu_flags()
+        set_libtpu_flags()
+        assert os.environ["LIBTPU_INIT_ARGS"] == expected
