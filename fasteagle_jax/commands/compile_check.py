@@ -98,6 +98,8 @@ def describe(report: Report) -> str:
     if r.estimate is not None:
         parts = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in r.seconds.items())
         lines.append(f"  estimate     {1e3 * r.estimate:.2f} ms, bound by {r.bound} ({parts})")
+    if r.same_again is False:
+        lines.append("  state        comes out otherwise than it goes in: the next call compiles or lays out anew")
     if r.cost.host_calls:
         lines.append(f"  host         {r.cost.host_calls} calls to the host in the program")
     return "\n".join(lines)
