@@ -178,6 +178,26 @@ def to_json(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def trained(config: RunConfig, steps: int, tokens: int) -> dict[str, Any]:
+    """What a drafter's config.json says of its training; files by their names alone, since drafters are given away."""
+
+    def name(path: str) -> str:
+        return Path(path).name if path and Path(path).exists() else path
+
+    choice, evaluation = config.drafter, config.evaluation
+    config = dataclasses.replace(
+        config,
+        target=name(config.target),
+        data=tuple(map(name, config.data)),
+        features=name(config.features),
+        drafter=dataclasses.replace(
+            choice, start=name(choice.start), vocabulary_data=tuple(map(name, choice.vocabulary_data))
+        ),
+        evaluation=dataclasses.replace(evaluation, prompts=name(evaluation.prompts)),
+    )
+    return {"steps": steps, "tokens": tokens, "run": to_json(config)}
+
+
 def from_json(raw: dict[str, Any]) -> RunConfig:
     """The configuration of which `to_json` gave `raw`; keys that it has not are at their defaults."""
 

@@ -27,7 +27,7 @@ from fasteagle_jax.commands.terminal import Parser, check_new, program, whole
 from fasteagle_jax.drafters.files import STORAGE, load_drafter, packed, save_drafter, tensors_of, unpacked
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.run import RunConfig, drafter_config, from_json, to_json
+from fasteagle_jax.run import RunConfig, drafter_config, from_json, trained
 from fasteagle_jax.targets.readers import fingerprint, open_checkpoint
 from fasteagle_jax.training import first_state, make_optimizer
 
@@ -78,7 +78,7 @@ def export(args: argparse.Namespace) -> None:
             f"are {mark}: put that target in its place"
         )
     tokens = record["data"]["tokens"] if record is not None else _tokens_until(step, args.run / "metrics.jsonl")
-    info = {"trained": {"steps": step, "tokens": tokens, "run": to_json(config)}}
+    info = {"trained": trained(config, step, tokens)}
     save_drafter(drafter, args.output, mark, info, args.storage)
     meant = unpacked(packed(tensors_of(drafter), args.storage))
     found = tensors_of(load_drafter(args.output, target.config, mark, stacked=False))

@@ -62,6 +62,7 @@ from fasteagle_jax.run import (
     load_config,
     to_json,
     train_step,
+    trained,
     write_file,
 )
 from fasteagle_jax.sharding import check_batch, fetch, make_mesh, make_on, place_batch
@@ -268,7 +269,7 @@ def _train(
     if not is_first:
         return
     drafter = nnx.merge(graph, weights, constants)
-    info = {"trained": {"steps": config.steps, "tokens": tokens_seen, "run": to_json(config)}}
+    info = {"trained": trained(config, config.steps, tokens_seen)}
     _save_drafter(drafter, run / "drafter", loaded.fingerprint, info)
     plot(log.records, run / "curve.png")
     _say(quiet, f"written   {run / 'drafter'}, {run / 'curve.png'}")

@@ -40,6 +40,7 @@ def test_the_last_checkpoint_exported_is_the_finished_runs_drafter(run, tmp_path
         np.testing.assert_array_equal(value, theirs[name])
     configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "drafter", run / "drafter")]
     assert configs[0] == configs[1]
+    assert configs[0]["trained"]["run"]["data"] == ["data.jsonl"]  # where it lay is nobody's business
 
 
 def test_the_best_checkpoint_is_exported_with_its_average(talkative, tmp_path):
