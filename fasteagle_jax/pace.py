@@ -16,20 +16,23 @@ MEMORY = 0.95  # of a mean, what a further round or call leaves of the older one
 RETRY_ROUNDS = 256  # after which a shape that lost is measured again, if it was close
 CLOSE = 0.8  # of the best one's speed
 
-# In passes of the target over one row, batch 1, float32; docs/benchmark.md has the commands that measure them.
-PASS_COSTS = {"cpu": {4: 1.4, 8: 1.6, 16: 2.1, 32: 3.7}}  # over so many rows; elsewhere up to 16 hardly cost more
-DRAFT_COST = 0.4
-ACCEPTED = {4: 1.5, 8: 1.6, 16: 1.7, 32: 1.8}  # tokens a pass with best-first trees of so many nodes
+# Of a target's pass over so many rows, in passes over one: batch 1, float32, by `fasteagle bench --sweep rows`.
+PASS_COSTS = {"cpu": {2: 1.17, 4: 1.18, 8: 1.44, 16: 1.87, 32: 3.17}}
+BEARABLE = 1.5  # passes over one row that a default tree's pass may cost
 
 
-def best_nodes(costs: Mapping[int, float]) -> int:
-    """The size of best-first tree that brings the most tokens a second, of those whose pass has a cost."""
-    return max(costs, key=lambda nodes: ACCEPTED[nodes] / (costs[nodes] + DRAFT_COST))
+def affordable_nodes(costs: Mapping[int, float]) -> int:
+    """The most rows whose pass costs at most BEARABLE."""
+    return max(rows for rows, cost in costs.items() if cost <= BEARABLE)
 
 
 def default_tree(platform: str) -> Tree:
-    """What to draft for a single request, over before "auto" would have measured, on a JAX platform."""
-    return Tree("best_first", nodes=best_nodes(PASS_COSTS[platform])) if platform in PASS_COSTS else Tree()
+    """What to draft for a single request, over before "auto" would have measured, on a JAX platform.
+
+    Where no costs are listed, a pass is bound by reading the weights and Tree()'s nodes cost next to nothing.
+    """
+    costs = PASS_COSTS.get(platform)
+    return Tree() if costs is None else Tree("best_first", nodes=affordable_nodes(costs))
 
 
 def shapes(num_levels: int) -> tuple[Tree | None, ...]:
