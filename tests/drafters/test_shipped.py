@@ -7,8 +7,10 @@ from tiny_folder import make_drafter, make_target
 
 from fasteagle_jax.commands.ways import find_drafters, parse_ways
 from fasteagle_jax.drafters import shipped
+from fasteagle_jax.drafters.files import TENSORS, load_drafter
 from fasteagle_jax.engine import Engine
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.targets.readers import DEFAULT_TARGET, fingerprint, open_checkpoint
 
 
 def test_a_target_is_loaded_with_the_drafter_that_comes_for_it(tmp_path, monkeypatch):
@@ -26,3 +28,13 @@ def test_a_target_is_loaded_with_the_drafter_that_comes_for_it(tmp_path, monkeyp
     assert [way.folder for way in find_drafters(ways, str(mine))] == [None, folder]
     with pytest.raises(UserError, match="no drafter comes with this program for .*other"):
         find_drafters(ways, str(other))
+
+
+@pytest.mark.real
+def test_the_default_target_has_one_that_loads():
+    checkpoint = open_checkpoint(DEFAULT_TARGET)
+    mark = fingerprint(checkpoint)
+    folder = shipped.shipped(mark)
+    assert folder is not None and (folder / "README.md").is_file()
+    assert (folder / TENSORS).stat().st_size <= 40e6
+    assert load_drafter(folder, checkpoint.config, mark).num_levels == 7  # undamaged, and of this target's sizes
