@@ -9,7 +9,7 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets.readers import Checkpoint, fingerprint
 
 SHIPPED = "shipped"
-FOLDER = Path(__file__).parent / SHIPPED
+FOLDER = Path(__file__).parent / "weights"
 
 
 def shipped(mark: str) -> Path | None:
