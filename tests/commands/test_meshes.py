@@ -22,6 +22,7 @@ from fasteagle_jax.commands import prepare_features, train_drafter
 from fasteagle_jax.commands.train_drafter import train
 from fasteagle_jax.data import Conversation, ConversationWriter
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.layers import hold_columns
 from fasteagle_jax.run import RunConfig, apply_changes, load_config
 from fasteagle_jax.sharding import MeshShape, make_mesh
 from fasteagle_jax.targets.loading import load_target
@@ -153,6 +154,7 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int, start: int) -> None:
 def test_weights_go_straight_into_their_shards(target_folder):
     mesh = make_mesh(MeshShape(data=1, fsdp=4, tensor=2))
     whole = load_target(str(target_folder))
+    hold_columns(whole.model)
     for stacked in (True, False):
         sharded = load_target(str(target_folder), stacked=stacked, mesh=mesh)
         layers = sharded.model.layers if stacked else sharded.model.layers[1]
