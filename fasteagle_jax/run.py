@@ -40,7 +40,7 @@ class DrafterChoice:
     feature_layers: tuple[int, ...] | None = None  # None: 2, L // 2, L - 3
     reinject: bool = False
     window: int | None = None  # positions that a level attends to; None for all
-    from_target: bool = False  # start the levels, or EAGLE-3's one layer, from the target's last layers
+    from_target: bool = False  # start each level, or EAGLE-3's one layer, from the target's last layer
     start: str = ""  # start from the drafter in this folder: its weights, draft vocabulary and first levels
     scale_features: bool = True  # divide each feature by its root mean square, measured on the first batch
 

@@ -140,7 +140,7 @@ def init_drafter(
       key: for the random weights.
       token_ids: int32 [V], the draft vocabulary, where it is reduced.
       feature_rms: float32 [F], root mean square of each feature; inputs are divided by it.
-      from_target: start its layers from the target's last ones, as its class's `start_from` says; sizes must be the
+      from_target: start its layers from the target's last one, as its class's `start_from` says; sizes must be the
         target's. Otherwise all but norms and heads is random.
     """
     drafter = jax.jit(lambda key: class_of(config)(config, key, stacked=target.stacked))(key)

@@ -65,14 +65,13 @@ def small_drafter(target: object, **changes: object) -> FastEagle:
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-def test_levels_start_as_the_targets_last_layers(stacked: bool) -> None:
+def test_levels_start_as_the_targets_last_layer(stacked: bool) -> None:
     target = tiny_target(stacked=stacked)
     drafter = init_drafter(default_config(target.config, num_levels=LEVELS), target, jax.random.key(0))
     hold_columns(target)  # as what is trained has them
-    layers = unstack(target.layers, 5) if stacked else list(target.layers)
-    levels = unstack(drafter.levels, LEVELS) if stacked else list(drafter.levels)
-    for level, layer in zip(levels, layers[-LEVELS:], strict=True):
-        jax.tree.map(np.testing.assert_array_equal, level.layer, layer)
+    last = unstack(target.layers, 5)[-1] if stacked else target.layers[-1]
+    for level in unstack(drafter.levels, LEVELS) if stacked else list(drafter.levels):
+        jax.tree.map(np.testing.assert_array_equal, level.layer, last)
         np.testing.assert_array_equal(level.norm[...], target.norm[...])
 
 
@@ -93,12 +92,10 @@ def test_eagle3_starts_as_the_targets_last_layer_and_head(stacked: bool) -> None
     np.testing.assert_array_equal(drafter.head[...], target.head_rows()[ids])
 
 
-def test_a_drafter_of_other_sizes_or_too_many_levels_cannot_start_from_the_target() -> None:
+def test_a_drafter_of_other_sizes_cannot_start_from_the_target() -> None:
     target = tiny_target()
     with pytest.raises(UserError, match="from_target"):
         init_drafter(default_config(target.config, num_levels=2, intermediate_size=8), target, jax.random.key(0))
-    with pytest.raises(UserError, match="9 levels"):
-        init_drafter(default_config(target.config, num_levels=9), target, jax.random.key(0))
     with pytest.raises(UserError, match="from_target"):
         sizes = default_config(target.config, kind="eagle3", intermediate_size=8)
         init_drafter(sizes, target, jax.random.key(0))

@@ -20,7 +20,6 @@ from flax import nnx
 from fasteagle_jax.cache import Ring, commit_ring, seen_in_ring
 from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.drafters.base import DrafterModule, causal, copy_weights, draft_ids, layer_config
-from fasteagle_jax.errors import UserError
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
 from fasteagle_jax.layers import (
     LAYER_AXES,
@@ -92,26 +91,25 @@ class FastEagle(DrafterModule):
         return not isinstance(self.levels, nnx.List)
 
     def start_from(self, target: Any, feature_rms: jax.Array, *, layers: bool) -> None:
-        """Sets its norms to the target's final one and, with `layers`, level i to the target's layer L - N + i.
+        """Sets its norms to the target's final one and, with `layers`, every level's layer to the target's last one.
 
-        Its input is then the highest feature, of root mean square `feature_rms` [F], with the embedding added.
-        Raises UserError where the target's layers are too few or of other sizes.
+        What each level makes goes to the head, as what the target's last layer makes does. The input is then the
+        highest feature, of root mean square `feature_rms` [F], with the embedding added. Raises UserError where the
+        target's layers are of other sizes.
         """
         c = self.config
-        hidden, num_layers = c.hidden_size, target.config.num_layers
+        hidden, last = c.hidden_size, target.config.num_layers - 1
         norm = target.norm[...].astype(jnp.float32)
         for level in [self.levels] if self.stacked else self.levels:
             level.norm[...] = jnp.broadcast_to(norm, level.norm[...].shape)
         if not layers:
             return
-        if c.num_levels > num_layers:
-            raise UserError(f"{c.num_levels} levels cannot start from a target of {num_layers} layers")
-        copied = range(num_layers - c.num_levels, num_layers)
         if self.stacked:
-            copy_weights(self.levels.layer, jax.tree.map(lambda w: w[jnp.asarray(copied)], target.layers))
+            copied = jnp.full((c.num_levels,), last)
+            copy_weights(self.levels.layer, jax.tree.map(lambda w: w[copied], target.layers))
         else:
-            for level, index in zip(self.levels, copied, strict=True):
-                copy_weights(level.layer, target.layers[index])
+            for level in self.levels:
+                copy_weights(level.layer, target.layers[last])
         # The stream starts at the size that the copied layers know: that of the highest feature.
         self.fc[...] = jnp.zeros_like(self.fc[...]).at[-hidden:].set(jnp.eye(hidden) * feature_rms[-1])
         embedding = target.embedding[...].astype(jnp.float32)
