@@ -106,11 +106,6 @@ def mesh_named(text: str | None) -> Mesh | None:
     return None if text is None else make_mesh(MeshShape.parse(text), jax.local_devices())
 
 
-def params_of(args: argparse.Namespace) -> SamplingParams:
-    """The options of an answer; UserError for values that cannot be."""
-    return sampling_params(args, args.stop)
-
-
 def sampling_params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
     """--max-new and the options of `add_sampling_options`; UserError for values that cannot be."""
     return SamplingParams(
@@ -126,12 +121,11 @@ def sampling_params(args: argparse.Namespace, stop: Sequence[str] = ()) -> Sampl
 
 def load_engine(args: argparse.Namespace, tree: Tree | str | None, slots: int) -> Engine:
     """The engine that the options name, its trees measured if there is a choice."""
-    folder = drafter_folder(args.drafter, open_checkpoint(args.target))
-    if args.show_drafts and folder is None:
+    if args.show_drafts and drafter_folder(args.drafter, open_checkpoint(args.target)) is None:
         raise UserError("--show-drafts without a drafter: name its folder with --drafter")
     engine = Engine.load(
         args.target,
-        folder,
+        args.drafter,
         slots=slots,
         max_len=args.max_len,
         tree=tree,

@@ -29,7 +29,7 @@ from fasteagle_jax.commands.answers import (
     add_engine_options,
     load_engine,
     num_levels,
-    params_of,
+    sampling_params,
     tree_named,
 )
 from fasteagle_jax.commands.terminal import Parser, check_new, program, whole, write_new
@@ -70,7 +70,7 @@ def _parser() -> Parser:
 def answer_prompts(args: argparse.Namespace) -> None:
     """Prints or writes the answers to the prompts of `args`, and statistics on stderr."""
     # --- what was asked for -----------------------------------------------------------------------------------
-    params = params_of(args)
+    params = sampling_params(args, args.stop)
     check_new(args.output)
     prompts = [Prompt(f"prompt-{i}", [text]) for i, text in enumerate(args.prompt, 1)]
     if args.input:

@@ -42,8 +42,6 @@ def add_target_options(parser: Any) -> None:
 
 def load_models(args: argparse.Namespace, drafter_folder: Path | None) -> Models:
     """The models that the options name; UserError for those that cannot be had or do not fit each other."""
-    if drafter_folder is not None and not drafter_folder.is_dir():
-        raise UserError(f"no folder {drafter_folder}: name a drafter's folder")
     dtype = dtype_named(args.dtype)
     target = load_target(args.target, dtype)
     tokenizer = load_tokenizer(target.checkpoint.path)

@@ -450,9 +450,9 @@ def _new_drafter(
     """The drafter that the configuration describes, with its first weights, in the shards of a mesh."""
     target, choice = loaded.model, config.drafter
     sizes = drafter_config(choice, target.config)
-    trained = token_ids = None
+    earlier = token_ids = None
     if choice.start:
-        trained = load_drafter(choice.start, target.config, loaded.fingerprint, stacked=False, mesh=mesh)
+        earlier = load_drafter(choice.start, target.config, loaded.fingerprint, stacked=False, mesh=mesh)
     elif sizes.draft_vocab_size < target.config.vocab_size:
         counts = token_counts(conversations, target.config.vocab_size, assistant_only=True)
         counted = counts
@@ -468,13 +468,13 @@ def _new_drafter(
         first, values = _place(mesh, data, store, 0)
         rms = jax.jit(feature_rms, static_argnums=2)(target, first, sizes.feature_layers, values)
 
-    def make(target: Any, rms: Any, trained: Any) -> Any:
-        if trained is not None:
-            return drafter_from(sizes, trained, feature_rms=rms, stacked=target.stacked)
+    def make(target: Any, rms: Any, earlier: Any) -> Any:
+        if earlier is not None:
+            return drafter_from(sizes, earlier, feature_rms=rms, stacked=target.stacked)
         key, from_target = jax.random.key(config.seed), choice.from_target
         return init_drafter(sizes, target, key, token_ids=token_ids, feature_rms=rms, from_target=from_target)
 
-    return make_on(mesh, AXES, make, target, rms, trained)
+    return make_on(mesh, AXES, make, target, rms, earlier)
 
 
 class _Evaluation:

@@ -29,10 +29,8 @@ from fasteagle_jax.tree import Tree
 
 ROWS = (1, 2, 4, 8, 16, 32)
 ROUNDS = 4  # timed together
-READ_BYTES, SIDE = (
-    2**28,
-    1024,
-)  # of the vector that is summed and the matrix that is squared, to see what the device can
+READ_BYTES = 2**28  # of a vector that is summed, to see what the device can read
+SIDE = 1024  # of a matrix that is squared, to see what it can multiply
 
 
 @dataclasses.dataclass(frozen=True)

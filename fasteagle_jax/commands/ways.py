@@ -67,9 +67,10 @@ def find_drafters(ways: Sequence[Way], target: str) -> list[Way]:
     Raises UserError for a folder that holds no drafter, before anything large is read.
     """
     found = []
+    checkpoint = open_checkpoint(target)
     for way in ways:
         if way.folder is not None:
-            folder = drafter_folder(way.folder, open_checkpoint(target))
+            folder = drafter_folder(way.folder, checkpoint)
             if folder is None:
                 raise UserError(f"no drafter comes with this program for {target}: name a drafter's folder")
             read_config(folder)
