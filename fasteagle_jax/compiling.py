@@ -26,6 +26,7 @@ from fasteagle_jax.data import Batch
 from fasteagle_jax.drafters.table import AXES, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.flops import flops_per_token
+from fasteagle_jax.layers import stacks_are_faster
 from fasteagle_jax.run import RunConfig, drafter_config, train_step
 from fasteagle_jax.sampling import make_sampling
 from fasteagle_jax.sharding import (
@@ -231,15 +232,16 @@ def _train(config: RunConfig, mesh: Mesh, _: Decoding) -> Shapes:
     assert target_config is not None
     sizes = drafter_config(config.drafter, target_config)
     optimizer = make_optimizer(config.optimizer, config.steps)
+    stacked = _stacked(mesh, training=True)
 
     def start() -> Any:
-        drafter = class_of(sizes)(sizes, jax.random.key(0))
+        drafter = class_of(sizes)(sizes, jax.random.key(0), stacked=stacked)
         graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
         return graph, first_state(params, optimizer, config.optimizer.ema), constants
 
     graph, state, constants = nnx.eval_shape(start)
     state = on_mesh(mesh, state, AXES)
-    target = _target(config, mesh)
+    target = _target(config, mesh, stacked=stacked)
     constants = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), constants)
     rows = (config.batch_size, config.length)
     split = batch_sharding(mesh, 2)
@@ -308,13 +310,14 @@ def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
 
 def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tuple[Any, ...]:
     """Shapes on the mesh: target, drafter, what `tied` holds of its own, state, sampling, stop."""
-    target = _target(config, mesh)
+    stacked = _stacked(mesh)
+    target = _target(config, mesh, stacked=stacked)
     assert config.target_config is not None
     drafter = None
     if decoding.tree is not None:
         sizes = drafter_config(config.drafter, config.target_config)
         dtype = jnp.dtype(config.dtype)
-        drafter = jax.eval_shape(lambda: class_of(sizes)(sizes, jax.random.key(0), dtype))
+        drafter = jax.eval_shape(lambda: class_of(sizes)(sizes, jax.random.key(0), dtype, stacked=stacked))
         drafter = weights_on_mesh(mesh, drafter, AXES)
     batch = decoding.batch
     sampling = on_mesh(mesh, jax.eval_shape(lambda: make_sampling(batch)), decode.AXES)
@@ -360,10 +363,15 @@ def _whole(tied: Any, target: Any) -> Any:
     return tied._replace(embedding=target.embedding[...], head=head)
 
 
-def _target(config: RunConfig, mesh: Mesh) -> Any:
+def _target(config: RunConfig, mesh: Mesh, *, stacked: bool) -> Any:
     sizes, dtype = config.target_config, jnp.dtype(config.dtype)
     assert sizes is not None
-    return weights_on_mesh(mesh, jax.eval_shape(lambda: Llama(sizes, jax.random.key(0), dtype)), llama.AXES)
+    made = jax.eval_shape(lambda: Llama(sizes, jax.random.key(0), dtype, stacked=stacked))
+    return weights_on_mesh(mesh, made, llama.AXES)
+
+
+def _stacked(mesh: Mesh, *, training: bool = False) -> bool:
+    return stacks_are_faster(mesh.devices.flat[0].platform, training=training)
 
 
 def _read(target: Any) -> Any:

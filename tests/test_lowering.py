@@ -13,6 +13,7 @@ from fasteagle_jax import decode, packed
 from fasteagle_jax.data import Batch
 from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.layers import stacks_are_faster
 from fasteagle_jax.losses import LossConfig
 from fasteagle_jax.sampling import make_sampling
 from fasteagle_jax.targets.llama import Llama
@@ -34,8 +35,9 @@ def exported(step, *args) -> str:
 
 def test_a_decode_round_lowers_for_cuda() -> None:
     tree, dtype = Tree("best_first", 8), jnp.bfloat16
-    target = jax.eval_shape(lambda: Llama(SIZES, jax.random.key(0), dtype))
-    drafter = jax.eval_shape(lambda: FastEagle(DRAFTER, jax.random.key(0), dtype))
+    stacked = stacks_are_faster("gpu")
+    target = jax.eval_shape(lambda: Llama(SIZES, jax.random.key(0), dtype, stacked=stacked))
+    drafter = jax.eval_shape(lambda: FastEagle(DRAFTER, jax.random.key(0), dtype, stacked=stacked))
     sampling, stop = make_sampling(2, 1.0), decode.make_stop(2, 16)
     prompts, lengths = decode.pad_prompts([[1, 2], [3]], 8)
 
@@ -51,6 +53,8 @@ def test_a_decode_round_lowers_for_cuda() -> None:
 
     module = exported(jax.jit(round_of), *leaves)
     assert "stablehlo.dot_general" in module and "callback" not in module
+    # No layer's weights are taken out of a stack, which XLA would copy: nothing is cut out of an array of L layers.
+    assert f"tensor<{SIZES.num_layers}x{SIZES.hidden_size}x" not in module
 
 
 def train_step_for_cuda(attention: str) -> str:

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 def prepare(config: RunConfig, folder: Path, store: str) -> None:
     """Writes the features of a run, or what the folder still lacks of them."""
     data = PackedData(read_conversations(*config.data), config.length, config.batch_size, config.seed)
-    loaded = load_target(config.target, jnp.dtype(config.dtype))
+    loaded = load_target(config.target, jnp.dtype(config.dtype), training=True)
     layers = drafter_config(config.drafter, loaded.model.config).feature_layers
     settings = FeatureSettings(
         loaded.fingerprint, layers, loaded.model.config.hidden_size, data.digest(), config.length, store

@@ -139,7 +139,7 @@ def _train(
     if (run / "drafter").exists():
         raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
     dtype = jnp.dtype(config.dtype)
-    loaded = load_target(config.target, dtype, mesh=mesh)
+    loaded = load_target(config.target, dtype, training=True, mesh=mesh)
     target = loaded.model
     conversations = read_conversations(*config.data)
     data = PackedData(conversations, config.length, config.batch_size, config.seed)

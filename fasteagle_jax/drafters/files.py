@@ -31,7 +31,7 @@ from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
 from fasteagle_jax.drafters.table import AXES, CLASSES, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import new_folder, sha256
-from fasteagle_jax.layers import hold_rows
+from fasteagle_jax.layers import hold_rows, stacks_are_faster
 from fasteagle_jax.sharding import make_on, place
 
 TENSORS = "model.safetensors"
@@ -108,7 +108,7 @@ def load_drafter(
         raise UserError(f"{path} cannot be read ({error}): copy the drafter again") from None
 
     if stacked is None:
-        stacked = jax.default_backend() != "cpu"
+        stacked = stacks_are_faster(jax.default_backend())
     drafter = make_on(mesh, AXES, lambda: class_of(config)(config, jax.random.key(0), dtype, stacked=False))
     if not stacked and mesh is None:
         hold_rows(drafter)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fasteagle_jax.config import LlamaConfig
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.layers import RowWeight, rows_are_faster, unstack
+from fasteagle_jax.layers import RowWeight, rows_are_faster, stacks_are_faster, unstack
 from fasteagle_jax.sharding import place, row_major, spec
 from fasteagle_jax.targets.llama import AXES, Llama
 from fasteagle_jax.targets.readers import Checkpoint, fingerprint, open_checkpoint
@@ -67,17 +67,23 @@ class LoadedTarget:
 
 
 def load_target(
-    name_or_path: str, dtype: Any = jnp.float32, *, stacked: bool | None = None, mesh: Mesh | None = None
+    name_or_path: str,
+    dtype: Any = jnp.float32,
+    *,
+    stacked: bool | None = None,
+    training: bool = False,
+    mesh: Mesh | None = None,
 ) -> LoadedTarget:
     """The Llama in a Hugging Face folder, hub repository or GGUF file, its weights in `dtype`.
 
-    `stacked` defaults to what the backend runs faster: a list of layers on a CPU, one scanned stack elsewhere. On a
-    mesh every weight goes straight into its shards. The host holds one tensor of the file at a time.
+    `stacked` says whether the layers are one scanned stack or a list; None for what is faster on this backend, in
+    decoding or in `training`. On a mesh every weight goes straight into its shards. The host holds one tensor of the
+    file at a time.
     Raises UserError for a source that cannot be read or does not fit its own configuration.
     """
     checkpoint = open_checkpoint(name_or_path)
     if stacked is None:
-        stacked = jax.default_backend() != "cpu"
+        stacked = stacks_are_faster(jax.default_backend(), training=training)
     model = load_weights(checkpoint, dtype, stacked=stacked, mesh=mesh)
     return LoadedTarget(model, fingerprint(checkpoint), checkpoint)
 

@@ -18,6 +18,7 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.sampling import make_sampling
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, stop_token_ids
+from tests.tiny_folder import make_target
 
 RELATIVE = 1e-4  # of the largest value: two float32 implementations differ by some 1e-6 a layer, bugs by far more
 
@@ -44,6 +45,14 @@ CASES = {
     ),
     "llama3, grouped by 4, mlp bias": dict(rope_parameters=ROPES["llama3"], num_key_value_heads=1, mlp_bias=True),
 }
+
+
+@pytest.mark.parametrize("platform, decoding, training", [("cpu", 0, 0), ("gpu", 0, 1), ("tpu", 1, 1)])
+def test_layers_come_in_the_form_that_the_backend_runs_faster(tmp_path, monkeypatch, platform, decoding, training):
+    folder = str(make_target(tmp_path / "target"))
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert load_target(folder).model.stacked == bool(decoding)
+    assert load_target(folder, training=True).model.stacked == bool(training)
 
 
 def torch_model(**changes) -> LlamaForCausalLM:
