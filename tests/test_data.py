@@ -74,6 +74,11 @@ def test_prompt_ids_name_the_source_and_are_unique_in_it(tmp_path):
     assert [p.id for p in data.read_prompts(source)] == ["some/a", "some/b", "some/a#2", "some/3"]
 
 
+def test_the_projects_own_prompts_are_all_read_and_no_two_are_alike():
+    prompts = list(sources.read_prompts(str(Path(__file__).parents[1] / "train" / "prompts.jsonl")))
+    assert len({prompt.id for prompt in prompts}) == len({prompt.turns[0] for prompt in prompts}) == 1547
+
+
 def test_limit_counts_prompts_and_reads_no_further(tmp_path, caplog):
     source = write_lines(tmp_path / "some.jsonl", {"turns": []}, {"turns": ["A"]}, {"turns": ["B"]}, "bad")
     assert list(data.read_prompts(source, 0)) == []
