@@ -19,6 +19,6 @@ def get_config() -> RunConfig:
         batch_size=2,
         length=512,
         drafter=DrafterChoice(kind="eagle3", num_levels=7, draft_vocab_size=8192, from_target=True),
-        loss=LossConfig(share=0.25, within_draft=True),
-        optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=50),
+        loss=LossConfig(share=0.5, within_draft=True),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=50, ema=0.998),
     )

@@ -122,6 +122,8 @@ def ablate(args: argparse.Namespace) -> int:
                     counts = _decode(engine, asked, temperature, args.max_new)
                     depths = [None if np.isnan(share) else round(share, 4) for share in counts.by_depth]
                     found.append(Measured(name, str(tree), temperature, shared, counts.length, depths))
+                    own = "" if shared else " own ranking"
+                    print(f"{name}, {tree}, T={temperature:g}{own}: {counts.length:.2f}", file=sys.stderr, flush=True)
         jax.clear_caches()  # programs of this drafter
 
     # --- results ----------------------------------------------------------------------------------------------
