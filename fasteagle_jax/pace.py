@@ -18,12 +18,12 @@ CLOSE = 0.8  # of the best one's speed
 
 # Of a target's pass over so many rows, in passes over one: batch 1, float32, by `fasteagle bench --sweep rows`.
 PASS_COSTS = {"cpu": {2: 1.17, 4: 1.18, 8: 1.44, 16: 1.87, 32: 3.17}}
-BEARABLE = 1.5  # passes over one row that a default tree's pass may cost
+BEARABLE = 1.25  # passes over one row that a default tree's pass may cost
 
 
 def affordable_nodes(costs: Mapping[int, float]) -> int:
-    """The most rows whose pass costs at most BEARABLE."""
-    return max(rows for rows, cost in costs.items() if cost <= BEARABLE)
+    """The most rows whose pass costs at most BEARABLE, or the fewest listed."""
+    return max((rows for rows, cost in costs.items() if cost <= BEARABLE), default=min(costs))
 
 
 def default_tree(platform: str) -> Tree:

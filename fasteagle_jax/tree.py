@@ -71,8 +71,9 @@ class Tree:
         return ":".join([self.kind, *(str(size) for size in sizes if size is not None)])
 
     def num_levels(self, drafter_levels: int) -> int:
-        """N as used: the drafter's levels, cut to `levels`."""
-        return min(self.levels or drafter_levels, drafter_levels)
+        """N as used: the drafter's levels, cut to `levels` and to the depth that so many nodes can reach."""
+        deepest = self.nodes - 1 if self.kind == "best_first" else drafter_levels
+        return min(self.levels or drafter_levels, drafter_levels, deepest)
 
     def num_nodes(self, drafter_levels: int) -> int:
         """M, or for a best-first tree of few levels the most it can be."""

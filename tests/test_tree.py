@@ -44,6 +44,11 @@ def ancestors(parents: np.ndarray, node: int) -> list[int]:
     return path[::-1]
 
 
+def test_levels_that_no_node_can_reach_are_not_asked_for():
+    assert [Tree("best_first", nodes=nodes).num_levels(7) for nodes in (2, 4, 8, 16)] == [1, 3, 7, 7]
+    assert Tree("best_first", nodes=4, levels=2).num_levels(7) == 2 and Tree("chain").num_levels(7) == 7
+
+
 @pytest.mark.parametrize("nodes", [1, 2, 9])
 def test_a_node_sees_itself_and_its_ancestors_alone(nodes):
     draft = random_draft(nodes, 5, nodes, 4)

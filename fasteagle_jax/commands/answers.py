@@ -30,7 +30,7 @@ from fasteagle_jax.targets.readers import open_checkpoint
 from fasteagle_jax.text import TextStream
 from fasteagle_jax.tree import Tree
 
-ONE_AT_A_TIME = "best_first:8 on a CPU, best_first:16 elsewhere"  # what `tree_named(None)` is, in words
+ONE_AT_A_TIME = "best_first:4 on a CPU, best_first:16 elsewhere"  # what `tree_named(None)` is, in words
 COLOURS = ("green", "cyan", "blue", "magenta", "yellow", "red", "bright_black")  # of depths 1, 2, ...; the last: deeper
 MARKS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
