@@ -139,7 +139,7 @@ def prefill(
     first: jax.Array | int = 0,
     *,
     chunk: int,
-    drafts: bool = True,
+    num_levels: int | None = None,
 ) -> Prefilled:
     """The prompts in the caches, a chunk a forward pass.
 
@@ -150,7 +150,8 @@ def prefill(
       lengths: int32 [B], at least 1, and more than the chunks begun.
       first: the chunk to go on with.
       chunk: C, tokens a forward pass takes. A prompt's chunks are the same wherever it goes on, so its numbers are.
-      drafts: False leaves the prompts out of the drafter's cache: cheaper, where nothing will be drafted.
+      num_levels: of the drafts to come, None for all of the drafter's. 0 leaves the prompts out of its cache: cheaper,
+        where nothing will be drafted.
     """
     batch = prompts.shape[0]
     feature_layers = drafter.feature_layers if drafter is not None else ()
@@ -179,7 +180,10 @@ def prefill(
             jnp.where(i == 0, jnp.maximum(here - 1, 0), here),
         )
         drafter_cache = carry.drafter_cache
-        drafter_cache = drafter.extend(tied, known, drafter_cache) if drafts else drafter.skip(known, drafter_cache)
+        if num_levels == 0:
+            drafter_cache = drafter.skip(known, drafter_cache)
+        else:
+            drafter_cache = drafter.extend(tied, known, drafter_cache, num_levels or drafter.num_levels)
         return constrain_all(Prefilled(target_cache, drafter_cache, hidden, features), AXES)
 
     # Without the barrier XLA knows that the caches are zeros and, where the loop has one turn, folds attention over
@@ -423,7 +427,8 @@ def start(
     batch, prompt_slots = prompts.shape
     num_slots = slots_needed(prompt_slots, chunk, max_new, num_levels)
     begun = nothing_prefilled(target, drafter, batch, num_slots, max(chunk, num_levels + 1))
-    prefilled = prefill(target, drafter, tied, begun, prompts, lengths, chunk=chunk)
+    levels = None if drafter is None else num_levels
+    prefilled = prefill(target, drafter, tied, begun, prompts, lengths, chunk=chunk, num_levels=levels)
     num_emitted = max_new + num_levels + 1
     state = first_state(target, prefilled, lengths, sampling, stop, num_slots=num_emitted, num_levels=num_levels)
     return state, tied

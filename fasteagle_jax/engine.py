@@ -197,6 +197,8 @@ class Engine:
         elif drafter is not None and tree is not None:
             self.trees = (Tree.parse(tree) if isinstance(tree, str) else tree,)
         self._pace = Pace(self.trees)
+        drafted = [tree.num_levels(drafter.num_levels) for tree in self.trees if tree] if drafter is not None else []
+        self._most_levels = max(drafted, default=0)
         self._ran: set[tuple[int, Tree | None]] = set()  # programs of rounds that are compiled
         self._most_written = max(self.chunk, 1 + (0 if drafter is None else drafter.num_levels))
         self._cache_slots = self.max_len + self._most_written
@@ -583,7 +585,7 @@ class Engine:
         length = np.asarray([len(prompt)], np.int32)
         args = (self.target, self.drafter, self._tied, begun, padded, length, np.int32(first))
         with self._on_mesh():
-            return device.prefill(*args, chunk=self.chunk, drafts=drafts)
+            return device.prefill(*args, chunk=self.chunk, num_levels=self._most_levels if drafts else 0)
 
     def _nothing_prefilled(self, bucket: int) -> Prefilled:
         if bucket not in self._nothing:

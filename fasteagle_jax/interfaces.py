@@ -50,8 +50,8 @@ class Drafter(Protocol):
         """Its own cache for rows of up to `num_slots` positions, holding nothing; one write brings `most_written`."""
         ...
 
-    def extend(self, tied: Tied, new: Accepted, cache: Any) -> Any:
-        """The cache with the accepted tokens in it and no draft made (prefill)."""
+    def extend(self, tied: Tied, new: Accepted, cache: Any, num_levels: int) -> Any:
+        """The cache with the accepted tokens in it and no draft made (prefill); drafts to come have `num_levels`."""
         ...
 
     def skip(self, new: Accepted, cache: Any) -> Any:

@@ -81,7 +81,7 @@ def nothing_prefilled(
     return constrain_all(decode.nothing_prefilled(target, drafter, 1, num_slots, most_written, drafter_slots), AXES)
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "drafts"))
+@functools.partial(jax.jit, static_argnames=("chunk", "num_levels"))
 def prefill(
     target: Any,
     drafter: Any | None,
@@ -92,10 +92,10 @@ def prefill(
     first: jax.Array,
     *,
     chunk: int,
-    drafts: bool,
+    num_levels: int,
 ) -> Prefilled:
     """`decode.prefill`, compiled; `begun` stays as it is."""
-    made = decode.prefill(target, drafter, tied, begun, prompt, length, first, chunk=chunk, drafts=drafts)
+    made = decode.prefill(target, drafter, tied, begun, prompt, length, first, chunk=chunk, num_levels=num_levels)
     return constrain_all(made, AXES)
 
 

@@ -72,7 +72,7 @@ class OracleDrafter:
         """A Cache that is a position and nothing else."""
         return Cache([], [], jnp.zeros((batch,), jnp.int32))
 
-    def extend(self, tied: Tied, new: Accepted, cache: Cache) -> Cache:
+    def extend(self, tied: Tied, new: Accepted, cache: Cache, num_levels: int) -> Cache:
         """The position after the accepted tokens."""
         return cache._replace(length=cache.length + new.count)
 
@@ -82,7 +82,7 @@ class OracleDrafter:
 
     def draft(self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking) -> tuple[Draft, Cache]:
         """A tree whose best guesses are the sequence's next tokens, or at a mistake the tokens after them."""
-        cache = self.extend(tied, new, cache)
+        cache = self.skip(new, cache)
         last = jnp.maximum(new.count - 1, 0)[:, None]
         root = jnp.take_along_axis(new.tokens, last, axis=1)[:, 0]
         # The pending token is at cache.length, as with every drafter.

@@ -6,6 +6,7 @@ through `start` and `advance`; `generate` itself has tests of its own.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -323,6 +324,29 @@ def test_a_prompt_prefilled_from_a_shared_beginning_is_bitwise_the_prompt_prefil
         lengths = jnp.asarray([32 + len(own)])
         alone, begun = run(nothing, tokens, lengths, 0), run(shared, tokens, lengths, 2)
         jax.tree.map(np.testing.assert_array_equal, alone, begun)
+
+
+@pytest.mark.parametrize("num_levels", range(N))
+def test_a_prefill_for_drafts_of_few_levels_fills_the_cache_of_these_alone(target, trained_fasteagle, num_levels):
+    tied = trained_fasteagle.tie(target)
+    tokens, lengths = jnp.asarray([list(range(32))]), jnp.asarray([29])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def cache(num_levels):
+        begun = decode.nothing_prefilled(target, trained_fasteagle, 1, 64, CHUNK)
+        sizes = dict(chunk=CHUNK, num_levels=num_levels)
+        return decode.prefill(target, trained_fasteagle, tied, begun, tokens, lengths, **sizes).drafter_cache
+
+    whole, few = cache(None), cache(num_levels)
+    for i in range(N):
+        own, held = np.asarray(few.positions[i]), np.asarray(whole.positions[i])
+        assert (held >= 0).sum() == 28
+        if i < num_levels:
+            np.testing.assert_array_equal(own, held)
+            np.testing.assert_array_equal(few.k[i], whole.k[i])
+        else:
+            assert (own < 0).all()  # nothing there, and so seen by nobody
+    np.testing.assert_array_equal(few.length, whole.length)
 
 
 def test_log_probabilities_are_those_of_the_targets_softmax_where_asked_for(target, plain, trained_fasteagle):

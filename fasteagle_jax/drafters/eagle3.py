@@ -210,8 +210,8 @@ class Eagle3(DrafterModule):
 
     # --- decoding -----------------------------------------------------------------------------------------------
 
-    def extend(self, tied: Tied, new: Accepted, cache: Ring) -> Ring:
-        """The cache with the accepted tokens' stream positions in it."""
+    def extend(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> Ring:
+        """The cache with the accepted tokens' stream positions in it, whatever the number of levels."""
         return self._advance(tied, new, cache)[1]
 
     def draft(self, tied: Tied, new: Accepted, cache: Ring, tree: Tree, ranking: Ranking) -> tuple[Draft, Ring]:

@@ -194,9 +194,9 @@ class FastEagle(DrafterModule):
             return results
         return [hidden for hidden, _ in results], ([kv[0] for _, kv in results], [kv[1] for _, kv in results])
 
-    def extend(self, tied: Tied, new: Accepted, cache: Ring) -> Ring:
-        """The cache with the accepted tokens' stream positions in it."""
-        return self._advance(tied, new, cache, self.num_levels)[1]
+    def extend(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> Ring:
+        """The cache of the first levels with the accepted tokens' stream positions in it."""
+        return self._advance(tied, new, cache, num_levels)[1]
 
     def draft(self, tied: Tied, new: Accepted, cache: Ring, tree: Tree, ranking: Ranking) -> tuple[Draft, Ring]:
         """A tree rooted at the pending token (see interfaces.Drafter).

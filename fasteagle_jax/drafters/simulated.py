@@ -53,7 +53,7 @@ class Simulated:
         """A Cache that is a position and nothing else."""
         return Cache([], [], jnp.zeros((batch,), jnp.int32))
 
-    def extend(self, tied: Tied, new: Accepted, cache: Cache) -> Cache:
+    def extend(self, tied: Tied, new: Accepted, cache: Cache, num_levels: int) -> Cache:
         """The position after the accepted tokens."""
         return self.skip(new, cache)
 

@@ -60,11 +60,11 @@ class LinearHeads(DrafterModule):
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Cache:
         return Cache([], [], jnp.zeros((batch,), jnp.int32))  # a position and nothing else
 
-    def extend(self, tied: Tied, new: Accepted, cache: Cache) -> Cache:
+    def extend(self, tied: Tied, new: Accepted, cache: Cache, num_levels: int) -> Cache:
         return cache._replace(length=cache.length + new.count)
 
     def draft(self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking) -> tuple[Draft, Cache]:
-        cache = self.extend(tied, new, cache)
+        cache = self.extend(tied, new, cache, self.num_levels)
         row, last = jnp.arange(len(new.count)), jnp.maximum(new.count - 1, 0)
         g = self.fused(new.features)[row, last]  # [B, H]
         maps = self.maps[...][: tree.num_levels(self.num_levels)]

@@ -108,7 +108,7 @@ def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(t
         )
         at += counts
         if step == 0:
-            cache = jax.jit(lambda drafter, new, cache: drafter.extend(tied, new, cache))(drafter, new, cache)
+            cache = jax.jit(lambda *args: args[0].extend(tied, *args[1:], drafter.num_levels))(drafter, new, cache)
             continue
         made, cache = draft(drafter, new, cache)
         for b in range(B):
