@@ -427,8 +427,7 @@ def start(
     batch, prompt_slots = prompts.shape
     num_slots = slots_needed(prompt_slots, chunk, max_new, num_levels)
     begun = nothing_prefilled(target, drafter, batch, num_slots, max(chunk, num_levels + 1))
-    levels = None if drafter is None else num_levels
-    prefilled = prefill(target, drafter, tied, begun, prompts, lengths, chunk=chunk, num_levels=levels)
+    prefilled = prefill(target, drafter, tied, begun, prompts, lengths, chunk=chunk, num_levels=num_levels)
     num_emitted = max_new + num_levels + 1
     state = first_state(target, prefilled, lengths, sampling, stop, num_slots=num_emitted, num_levels=num_levels)
     return state, tied

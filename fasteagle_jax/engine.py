@@ -197,10 +197,10 @@ class Engine:
         elif drafter is not None and tree is not None:
             self.trees = (Tree.parse(tree) if isinstance(tree, str) else tree,)
         self._pace = Pace(self.trees)
-        drafted = [tree.num_levels(drafter.num_levels) for tree in self.trees if tree] if drafter is not None else []
-        self._most_levels = max(drafted, default=0)
+        num_levels = 0 if drafter is None else drafter.num_levels
+        self._most_levels = max((tree.num_levels(num_levels) for tree in self.trees if tree), default=0)
         self._ran: set[tuple[int, Tree | None]] = set()  # programs of rounds that are compiled
-        self._most_written = max(self.chunk, 1 + (0 if drafter is None else drafter.num_levels))
+        self._most_written = max(self.chunk, 1 + num_levels)
         self._cache_slots = self.max_len + self._most_written
         self.memory = self._needed()
         taken = self.memory.target + self.memory.drafter  # weights that are there already

@@ -80,6 +80,11 @@ class Measured:
     acceptance_length: float
     by_depth: list[float | None]
 
+    @property
+    def way(self) -> str:
+        """The way of decoding, in words."""
+        return f"{self.tree}, T={self.temperature:g}{'' if self.shared_noise else ' own ranking'}"
+
 
 def ablate(args: argparse.Namespace) -> int:
     """Trains what is not trained yet, measures, prints a table and writes the JSON; returns the exit code."""
@@ -122,8 +127,7 @@ def ablate(args: argparse.Namespace) -> int:
                     counts = _decode(engine, asked, temperature, args.max_new)
                     depths = [None if np.isnan(share) else round(share, 4) for share in counts.by_depth]
                     found.append(Measured(name, str(tree), temperature, shared, counts.length, depths))
-                    own = "" if shared else " own ranking"
-                    print(f"{name}, {tree}, T={temperature:g}{own}: {counts.length:.2f}", file=sys.stderr, flush=True)
+                    print(f"{name}: {found[-1].way}: {counts.length:.2f}", file=sys.stderr, flush=True)
         jax.clear_caches()  # programs of this drafter
 
     # --- results ----------------------------------------------------------------------------------------------
@@ -171,8 +175,7 @@ def _decode(engine: Engine, prompts: Sequence[list[int]], temperature: float, ma
 def _print(found: Sequence[Measured], losses: dict[str, float], base: RunConfig, num_prompts: int) -> None:
     tokens = base.steps * base.batch_size * base.length
     title = f"acceptance length; {base.steps} steps, {tokens} tokens, {num_prompts} prompts, {machine()}"
-    ways = list(dict.fromkeys((each.tree, each.temperature, each.shared_noise) for each in found))
-    columns = [f"{tree}, T={temperature:g}{'' if shared else ' own ranking'}" for tree, temperature, shared in ways]
+    columns = dict.fromkeys(each.way for each in found)
     by_depth = {each.variant: each.by_depth for each in reversed(found)}  # of the first way
     rows = []
     for variant, loss in losses.items():

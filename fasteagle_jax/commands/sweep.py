@@ -76,15 +76,15 @@ def ablation(key: str, way: Way, num_levels: int) -> list[Ablation]:
     own = Tree.parse(way.tree)
     trees: dict[int | str, Tree] = {}
     if key == "levels":
-        trees = {n: dataclasses.replace(own, levels=n) for n in range(1, num_levels + 1)}
+        deepest = dataclasses.replace(own, levels=None).num_levels(num_levels)
+        trees = {n: dataclasses.replace(own, levels=n) for n in range(1, deepest + 1)}
     elif key == "nodes":
         trees = {n: Tree("best_first", nodes=n, levels=own.levels) for n in NODES}
     else:
-        levels = own.num_levels(num_levels)
         kinds = [Tree("chain", levels=own.levels)]
         kinds += [Tree("backbone", width=width, levels=own.levels) for width in WIDTHS]
         for tree in kinds:
-            nodes = tree.num_nodes(levels)
+            nodes = tree.num_nodes(num_levels)
             trees |= {str(t): t for t in (tree, Tree("best_first", nodes=nodes, levels=own.levels))}
     return [Ablation(key, way.name, x, dataclasses.replace(way, tree=str(tree))) for x, tree in trees.items()]
 

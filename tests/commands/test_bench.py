@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -101,6 +102,9 @@ def test_trees_of_a_sweep_have_equal_budgets():
     assert [point.value for point in ablation("levels", way, 7)] == list(range(1, 8))
     kinds = [point.way.tree for point in ablation("tree", way, 7)]
     assert kinds == ["chain", "best_first:8", "backbone:2", "best_first:15", "backbone:4", "best_first:29"]
+    few = dataclasses.replace(way, tree="best_first:4")  # reaches three levels, which the other kinds are not cut to
+    assert [point.way.tree for point in ablation("tree", few, 7)] == kinds
+    assert [point.value for point in ablation("levels", few, 7)] == [1, 2, 3]
 
 
 def test_a_sweep_over_slots_reports_each_way_and_plots_it(talkative, tasks, tmp_path, capsys):
