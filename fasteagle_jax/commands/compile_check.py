@@ -107,7 +107,8 @@ def describe(report: Report) -> str:
 
 # --- the table --------------------------------------------------------------------------------------------------
 
-# Configurations of configs/ (DeepSeek-R1-Distill-LLaMA-8B has LLaMA-3.1-8B's sizes) and the slices they are tried on.
+SAME_SIZES = "DeepSeek-R1-Distill-LLaMA-8B has LLaMA-3.1-8B's sizes, and so its rows."
+# Configurations of configs/ and the slices they are tried on.
 TARGETS = {
     "llama31_8b": ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"),
     "vicuna_13b": ("v5e:2x4", "v6e:2x4"),

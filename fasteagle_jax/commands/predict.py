@@ -18,7 +18,7 @@ import operator
 from collections.abc import Sequence
 from pathlib import Path
 
-from fasteagle_jax.commands.compile_check import TARGETS, file_of
+from fasteagle_jax.commands.compile_check import SAME_SIZES, TARGETS, file_of
 from fasteagle_jax.commands.terminal import Parser
 from fasteagle_jax.drafters.simulated import parse_rates
 from fasteagle_jax.errors import UserError
@@ -43,7 +43,12 @@ def predictions(folder: Path, rates: Sequence[float]) -> str:
     """In Markdown, for each target and slice of the folder, the estimated speed-up of a 60-node tree."""
     tau = acceptance_length(rates)
     head = ("target", "slice", "batch", "plain, ms", "60 nodes, ms", "speed-up", "tokens/s, all rows")
-    lines = [f"tau {tau:.2f}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = [
+        f"tau {tau:.2f}; times and speed-ups are estimates from compiled programs\n{SAME_SIZES}",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+    ]
     for (name, slices), batch in itertools.product(TARGETS.items(), (1, 32)):
         for slice_name in slices:
             titles = (f"plain, batch {batch}", f"60 nodes, batch {batch}")
