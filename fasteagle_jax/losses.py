@@ -189,8 +189,9 @@ def _scan(
         log_z = jax.nn.logsumexp(kept if config.within_draft else full, axis=-1, keepdims=True)
         p = jnp.exp(kept - log_z)  # [B, C, V]; sums to the draft vocabulary's share of the mass
         # The draft vocabulary holds the target's first choice when its best logit is the best of all.
-        best = jnp.where(kept.max(axis=-1) >= full.max(axis=-1), jnp.argmax(kept, axis=-1), -1)
-        counted = best >= 0 if config.within_draft else jnp.ones(best.shape, bool)
+        held = kept.max(axis=-1) >= full.max(axis=-1)  # [B, C]
+        best = held[..., None] & (p >= p.max(axis=-1, keepdims=True))  # [B, C, V]
+        counted = held if config.within_draft else jnp.ones(held.shape, bool)
 
         def one_level(of_head: Any, level: Any) -> tuple[Any, Any]:
             hidden_BCH, valid_BC, weight = level
@@ -232,7 +233,10 @@ def _trained_head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
 def _terms(
     logits: jax.Array, hidden: jax.Array, target: jax.Array, p: jax.Array, best: jax.Array, config: LossConfig
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Each position's loss float32 [B, C], and (hit, acceptance) likewise, of a level's logits [B, C, V]."""
+    """Each position's loss float32 [B, C], and (hit, acceptance) likewise, of a level's logits [B, C, V].
+
+    `best`, bool [B, C, V], marks the target's first choice.
+    """
     log_q = jax.nn.log_softmax(logits, axis=-1)
     overlap = jnp.minimum(p, jnp.exp(log_q)).sum(axis=-1)
     loss = jnp.zeros(hidden.shape[:-1])
@@ -246,5 +250,6 @@ def _terms(
         gap = hidden.astype(jnp.float32) - target.astype(jnp.float32)
         size = jnp.abs(gap)
         loss += config.smooth_l1 * jnp.where(size < 1, 0.5 * gap * gap, size - 0.5).mean(axis=-1)
-    hit = (jnp.argmax(logits, axis=-1) == best).astype(jnp.float32)
-    return loss, (hit, jax.lax.stop_gradient(overlap))
+    # Maxima rather than argmax, which a CPU is slower at; a split vocabulary exchanges no more.
+    hit = jnp.where(best, logits, -jnp.inf).max(axis=-1) >= logits.max(axis=-1)
+    return loss, (hit.astype(jnp.float32), jax.lax.stop_gradient(overlap))

@@ -20,6 +20,7 @@ from fasteagle_jax.layers import attention
 from fasteagle_jax.sharding import spec
 
 BLOCK = 512  # queries
+TILE = 128  # queries of a block that read no key after the last of them
 TILES = (512, 256, 128)  # of splash attention, in tokens
 KINDS = ("auto", "xla", "splash", "cudnn")
 
@@ -91,20 +92,28 @@ def platform() -> str:
 
 
 def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: int = BLOCK) -> jax.Array:
-    """The same, `block` queries at a time where that divides the row, over all keys."""
+    """The same, `block` queries at a time where that divides the row.
+
+    A row of one block is taken in tiles, each over the keys up to its end: 5/8 of the products for four of them, and
+    less than half of the time on a CPU, whose caches hold their scores. Blocks of a longer row read all keys.
+    """
     batch, num_tokens, num_heads, width = q.shape
     kv_heads = k.shape[2]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, D]
 
     def attend(q: jax.Array, visible: jax.Array) -> jax.Array:
-        size = q.shape[1]
+        size, num_keys = visible.shape[1:]
         rows = q.reshape(batch, size, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)  # [B, K, G, Q, D]
-        out = attention(rows.reshape(batch, kv_heads, -1, width), k, v, visible)
+        out = attention(rows.reshape(batch, kv_heads, -1, width), k[:, :, :num_keys], v[:, :, :num_keys], visible)
         out = out.reshape(batch, kv_heads, -1, size, width).transpose(0, 3, 1, 2, 4)
         return out.reshape(batch, size, num_heads, width)
 
     if num_tokens <= block or num_tokens % block:
-        return attend(q, packed.visible())
+        tile = TILE if num_tokens % TILE == 0 and num_tokens <= block else num_tokens
+        ends = range(tile, num_tokens + 1, tile)
+        visible = packed.visible()
+        tiles = [attend(q[:, end - tile : end], visible[:, end - tile : end, :end]) for end in ends]
+        return jnp.concatenate(tiles, axis=1)
 
     def one_block(i: jax.Array) -> jax.Array:
         own = jax.lax.dynamic_slice_in_dim(q, i * block, block, axis=1)
