@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -92,37 +93,43 @@ def platform() -> str:
 
 
 def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: int = BLOCK) -> jax.Array:
-    """The same, `block` queries at a time where that divides the row.
-
-    A row of one block is taken in tiles, each over the keys up to its end: 5/8 of the products for four of them, and
-    less than half of the time on a CPU, whose caches hold their scores. Blocks of a longer row read all keys.
-    """
+    """The same, by `in_blocks`."""
     batch, num_tokens, num_heads, width = q.shape
     kv_heads = k.shape[2]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, D]
 
-    def attend(q: jax.Array, visible: jax.Array) -> jax.Array:
-        size, num_keys = visible.shape[1:]
-        rows = q.reshape(batch, size, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)  # [B, K, G, Q, D]
+    def attend(start: jax.Array | int, size: int, num_keys: int) -> jax.Array:
+        own = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
+        rows = own.reshape(batch, size, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)  # [B, K, G, Q, D]
+        visible = packed.visible(start, size)[:, :, :num_keys]
         out = attention(rows.reshape(batch, kv_heads, -1, width), k[:, :, :num_keys], v[:, :, :num_keys], visible)
         out = out.reshape(batch, kv_heads, -1, size, width).transpose(0, 3, 1, 2, 4)
         return out.reshape(batch, size, num_heads, width)
 
+    return in_blocks(attend, num_tokens, block)
+
+
+def in_blocks(
+    attend: Callable[[jax.Array | int, int, int], jax.Array], num_tokens: int, block: int = BLOCK
+) -> jax.Array:
+    """Causal attention of a row of T tokens, `block` queries at a time where that divides it: [B, T, ...].
+
+    A row of one block is taken in tiles, each over the keys up to its end: 5/8 of the products for four of them, and
+    less than half of the time on a CPU, whose caches hold their scores. Blocks of a longer row read all keys.
+
+    Args:
+      attend: (start, size, num_keys) -> [B, size, ...], what the queries from `start` on get from the first keys.
+      num_tokens: T.
+      block: the most queries whose scores are alive at once.
+    """
     if num_tokens <= block or num_tokens % block:
         tile = TILE if num_tokens % TILE == 0 and num_tokens <= block else num_tokens
-        ends = range(tile, num_tokens + 1, tile)
-        visible = packed.visible()
-        tiles = [attend(q[:, end - tile : end], visible[:, end - tile : end, :end]) for end in ends]
-        return jnp.concatenate(tiles, axis=1)
-
-    def one_block(i: jax.Array) -> jax.Array:
-        own = jax.lax.dynamic_slice_in_dim(q, i * block, block, axis=1)
-        return attend(own, packed.visible(i * block, block))
-
+        return jnp.concatenate([attend(end - tile, tile, end) for end in range(tile, num_tokens + 1, tile)], axis=1)
     # A loop, since blocks side by side could all be alive at once. Scores are computed again in the backward pass: it
     # would keep those of all blocks.
-    blocks = jax.lax.map(jax.checkpoint(one_block), jnp.arange(num_tokens // block))
-    return jnp.moveaxis(blocks, 0, 1).reshape(q.shape)  # [blocks, B, Q, heads, D] before
+    one_block = jax.checkpoint(lambda i: attend(i * block, block, num_tokens))
+    blocks = jnp.moveaxis(jax.lax.map(one_block, jnp.arange(num_tokens // block)), 0, 1)  # [B, blocks, Q, ...]
+    return blocks.reshape(blocks.shape[0], num_tokens, *blocks.shape[3:])
 
 
 # --- splash attention -------------------------------------------------------------------------------------------

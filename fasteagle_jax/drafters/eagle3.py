@@ -34,7 +34,7 @@ from fasteagle_jax.layers import (
     rotate,
     rotation,
 )
-from fasteagle_jax.packed import Packed
+from fasteagle_jax.packed import Packed, in_blocks
 from fasteagle_jax.sharding import constrain, top_k
 from fasteagle_jax.tree import NO_PARENT, Draft, Tree
 
@@ -190,7 +190,6 @@ class Eagle3(DrafterModule):
           A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and None, where FastEagle
           has its fresh keys and values.
         """
-        visible = visible.visible() if isinstance(visible, Packed) else visible
         h = self.fused(features)
         keys: list[jax.Array] = []
         values: list[jax.Array] = []
@@ -333,22 +332,33 @@ def _chosen(root: jax.Array, scored: Sequence[_Scored], num_nodes: int) -> Draft
 
 
 def _attend_to_own_path(
-    q: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], visible: jax.Array
+    q: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], visible: jax.Array | Packed
 ) -> jax.Array:
     """Attention of q [B, K, G*T, D] over run 0's keys [B, K, T, D] and the later runs' at the query's own position."""
-    batch, kv_heads, rows, width = q.shape
+    batch, kv_heads, _, width = q.shape
     num_tokens = keys[0].shape[2]
-    groups = rows // num_tokens
-    q = q * width**-0.5
-    mask = jnp.tile(visible, (1, groups, 1))[:, None]
-    scores = jnp.einsum("bkmd,bktd->bkmt", q, keys[0], preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores, MASKED)
-    own = [jnp.tile(k, (1, 1, groups, 1)) for k in keys[1:]]  # [B, K, G*T, D]
-    along = [(q.astype(jnp.float32) * k).sum(axis=-1, keepdims=True) for k in own]  # [B, K, G*T, 1]
-    p = jax.nn.softmax(jnp.concatenate([scores, *along], axis=-1), axis=-1)
-    out = jnp.einsum(
-        "bkmt,bktd->bkmd", p[..., :num_tokens].astype(q.dtype), values[0], preferred_element_type=jnp.float32
-    )
-    for i, v in enumerate(values[1:]):
-        out += p[..., num_tokens + i, None] * jnp.tile(v, (1, 1, groups, 1))
-    return out.astype(values[0].dtype)
+    q = (q * width**-0.5).reshape(batch, kv_heads, -1, num_tokens, width)  # [B, K, G, T, D]
+
+    def attend(start: jax.Array | int, size: int, num_keys: int) -> jax.Array:
+        def own(x: jax.Array, axis: int = -2) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+        rows = own(q)  # [B, K, G, Q, D]
+        groups = rows.shape[2]
+        rows = rows.reshape(batch, kv_heads, -1, width)  # [B, K, G*Q, D]
+        seen = visible.visible(start, size) if isinstance(visible, Packed) else own(visible, 1)
+        mask = jnp.tile(seen[:, :, :num_keys], (1, groups, 1))[:, None]
+        first = keys[0][:, :, :num_keys], values[0][:, :, :num_keys]
+        scores = jnp.einsum("bkmd,bktd->bkmt", rows, first[0], preferred_element_type=jnp.float32)
+        scores = jnp.where(mask, scores, MASKED)
+        later = [jnp.tile(own(k), (1, 1, groups, 1)) for k in keys[1:]]  # [B, K, G*Q, D]
+        along = [(rows.astype(jnp.float32) * k).sum(axis=-1, keepdims=True) for k in later]  # [B, K, G*Q, 1]
+        p = jax.nn.softmax(jnp.concatenate([scores, *along], axis=-1), axis=-1)
+        of_first = p[..., :num_keys].astype(rows.dtype)
+        out = jnp.einsum("bkmt,bktd->bkmd", of_first, first[1], preferred_element_type=jnp.float32)
+        for i, v in enumerate(values[1:]):
+            out += p[..., num_keys + i, None] * jnp.tile(own(v), (1, 1, groups, 1))
+        out = out.astype(values[0].dtype).reshape(batch, kv_heads, groups, size, width)
+        return out.transpose(0, 3, 1, 2, 4)  # [B, Q, K, G, D]
+
+    return in_blocks(attend, num_tokens).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)

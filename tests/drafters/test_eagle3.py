@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from fasteagle_jax import packed
+from fasteagle_jax.drafters import eagle3
 from fasteagle_jax.drafters.eagle3 import CANDIDATES, Eagle3
 from fasteagle_jax.drafters.fasteagle import default_config
 from fasteagle_jax.interfaces import Accepted, Ranking
 from fasteagle_jax.layers import rms_norm, rotate, rotation
+from fasteagle_jax.packed import Packed
 from fasteagle_jax.sampling import make_sampling
 from fasteagle_jax.testing import tiny_config, tiny_target
 from fasteagle_jax.tree import Tree
@@ -117,6 +122,28 @@ def test_training_time_test_is_the_path_of_true_tokens_at_every_position(drafter
         expected = slow.norm(slow.along(t, tokens[t + 2 : t + 2 + level]), "norm")
         if t + 2 + level <= T + 1:
             np.testing.assert_allclose(states[level][0, t], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("tile, block", [(3, T), (T, 3)])  # side by side, and in a loop
+def test_queries_in_tiles_and_in_blocks_are_queries_at_once(drafter, target, stream, monkeypatch, tile, block):
+    tokens, features = stream
+    segments = jnp.asarray([[1] * 5 + [2] * 4])
+
+    graph, params, rest = nnx.split(drafter, nnx.Param, ...)
+
+    def loss(params, embedding):
+        args = features[None], tokens[None, 1:], jnp.arange(T)[None], Packed(segments)
+        states = jnp.stack(nnx.merge(graph, params, rest).hidden_states(embedding, *args)[0])
+        return (states * jnp.cos(jnp.arange(states.size)).reshape(states.shape)).sum(), states
+
+    def with_gradients(*args):
+        return jax.value_and_grad(loss, has_aux=True)(*args)
+
+    once = jax.jit(with_gradients)(params, target.embedding[...])
+    monkeypatch.setattr(packed, "TILE", tile)
+    monkeypatch.setattr(eagle3, "in_blocks", functools.partial(packed.in_blocks, block=block))
+    split = jax.jit(lambda *args: with_gradients(*args))(params, target.embedding[...])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), split, once)
 
 
 def slow_tree(slow, t, root, tree: Tree) -> set[tuple[int, ...]]:
