@@ -69,6 +69,7 @@ def devices(name: str) -> list[Any]:
     for variable in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         os.environ.setdefault(variable, "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "")
+    os.environ.setdefault("TPU_HOST_BOUNDS", "1,1,1")  # or libtpu prints that it could not find them out
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
@@ -76,7 +77,7 @@ def devices(name: str) -> list[Any]:
     if shape in ("1x1", "1x1x1"):
         options["chips_per_host_bounds"] = [1, 1, 1]
     if generation == "v4":
-        options["chip_config_name"] = "megachip"  # one device a chip, as on the real one
+        options["chip_config_name"] = "megacore"  # one device a chip, as on the real one
     return list(topologies.get_topology_desc(name, "tpu", **options).devices)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import pytest
 
 from fasteagle_jax import topology
+from fasteagle_jax.chips import chip, slice_names
 from fasteagle_jax.compiling import Decoding, Report, compile_program, lower
 from fasteagle_jax.run import RunConfig, load_config
 from fasteagle_jax.sharding import MeshShape
@@ -36,6 +38,16 @@ def compiled(slice_name: str, program: str) -> Report:
     mesh = MeshShape(1, 1, 8) if program == "decode" else None
     with jax.default_matmul_precision("default"):
         return compile_program(config(), program, topology.devices(slice_name), Decoding(), mesh)
+
+
+@pytest.mark.parametrize("name", slice_names())
+def test_libtpu_knows_every_slice(name: str) -> None:
+    generation, _, shape = name.partition(":")
+    chips = math.prod(map(int, shape.split("x")))
+    devices = topology.devices(name)
+    assert len(devices) == chips * (2 if generation == "tpu7x" else 1)
+    known = chip(devices[0].device_kind)
+    assert known is not None and known.bandwidth and known.link
 
 
 # Bytes over ideal ones, and the mebibytes of temporaries at most.
