@@ -45,6 +45,7 @@ from fasteagle_jax.tree import Tree
 
 COMPILER_OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}}  # which times kernels, and so needs a GPU
 PROGRAMS = ("prefill", "decode", "train")
+NO_FIT = "does not fit"
 HOP = 1e-6  # seconds to a neighbour: the least that a message takes (J. Austin et al., How to Scale Your Model)
 
 
@@ -118,7 +119,7 @@ def _roofline(cost: hlo.Cost, device: Chip | None) -> dict[str, float]:
 
 
 class OutOfMemory(UserError):
-    """A program that does not fit."""
+    """A program that does not fit; the message begins with NO_FIT."""
 
 
 # --- the programs -----------------------------------------------------------------------------------------------
@@ -158,7 +159,16 @@ def compile_program(
             raise out_of_memory(error, devices[0].device_kind, len(devices)) or error from None
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
+    peak = int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
     known = chip(devices[0].device_kind)
+    if devices[0].platform != "tpu" and known is not None and known.hbm and peak > known.hbm:
+        raise _no_fit(peak, known.hbm, devices[0].device_kind, len(devices))  # a GPU's compiler does not say so itself
     return Report(
         program=program,
         shapes=made.shapes,
@@ -169,13 +179,7 @@ def compile_program(
         caches=bytes_a_device(made.caches),
         arguments=int(memory.argument_size_in_bytes),
         temporaries=int(memory.temp_size_in_bytes),
-        peak=int(
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.generated_code_size_in_bytes
-        ),
+        peak=peak,
         hbm=None if known is None else known.hbm,
         cost=hlo.cost(compiled.as_text(), "most" if program == "train" else "least"),
         same_again=_same_again(made, compiled),
@@ -461,12 +465,22 @@ def out_of_memory(error: Exception, device_kind: str, num_devices: int) -> OutOf
     size = r"([\d.]+)([KMGT]?)"
     found = re.search(rf"Used {size} of {size}", text) or re.search(rf"\({size}\) exceeds[^(]*\({size}\)", text)
     if not found:
-        return OutOfMemory(f"does not fit: {text.splitlines()[0][:200]}")
+        return OutOfMemory(f"{NO_FIT}: {text.splitlines()[0][:200]}")
     needed, limit = float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]]
+    return _no_fit(needed, limit, device_kind, num_devices)
+
+
+def _no_fit(needed: float, limit: float, device_kind: str, num_devices: int) -> OutOfMemory:
+    """Of so many bytes a device where there are only `limit`, with a slice that may hold them."""
     larger = smallest_slice(needed * num_devices, device_kind, num_devices)
-    remedy = f"try {larger}" if larger else "no slice here is large enough"
+    if larger:
+        remedy = f"try {larger}"
+    elif "TPU" in device_kind:
+        remedy = "no slice here is large enough"
+    else:
+        remedy = f"split evenly it takes {math.ceil(needed * num_devices / limit)} devices"
     return OutOfMemory(
-        f"does not fit: {needed / GIB:.2f} GiB a chip of the {limit / GIB:.2f} there are, "
+        f"{NO_FIT}: {needed / GIB:.2f} GiB a chip of the {limit / GIB:.2f} there are, "
         f"{(needed - limit) / GIB:.2f} GiB too much: {remedy}"
     )
 

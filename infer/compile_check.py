@@ -1,4 +1,4 @@
-"""Compile a train step from shapes: see fasteagle_jax/commands/compile_check.py, or --help."""
+"""Compile a run's programs from shapes: see fasteagle_jax/commands/compile_check.py, or --help."""
 
 import sys
 

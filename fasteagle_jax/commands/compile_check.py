@@ -1,7 +1,8 @@
 """Compile a run's programs from shapes alone and say what a device needs: no weights, no data, no accelerator.
 
-With --topology the compiler is that of the slice's TPU (libtpu, which runs on any Linux machine); without, the devices
-are simulated CPU devices, as many as the mesh has, and a TPU's or GPU's compiler may need somewhat more or less.
+With --topology the compiler is that of the slice's TPU (libtpu, which runs on any Linux machine) or of the GPU;
+without, the devices are simulated CPU devices, as many as the mesh has, and a TPU's or GPU's compiler may need somewhat
+more or less.
 docs/tpu.md explains the figures.
 
 examples:
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--table", type=Path, metavar="FOLDER", help="compile the table of docs/tpu.md, what is not in the folder yet"
     )
-    parser.add_argument("--topology", metavar="SLICE", help="e.g. v5e:2x4; default: simulated devices")
+    parser.add_argument("--topology", metavar="SLICE", help="e.g. v5e:2x4, or h100; default: simulated devices")
     parser.add_argument(
         "--program", type=_programs, default=PROGRAMS, metavar="P", help="of prefill,decode,train (default: all)"
     )
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     decoding = Decoding(args.batch, tree, args.cache, min(256, args.cache // 4))
     mesh = None if args.mesh is None else MeshShape.parse(args.mesh)
     if args.topology:
+        jax.config.update("jax_platforms", "cpu")  # nothing runs: no plugin is to look for an accelerator or take it
         devices = topology.devices(args.topology)
     else:
         devices = simulated_devices(args.devices or _size(mesh or config.mesh or MeshShape(1, 1, 1)))

@@ -12,8 +12,8 @@ import sys
 import jax
 import pytest
 
-from fasteagle_jax import compiling
-from fasteagle_jax.chips import set_libtpu_flags
+from fasteagle_jax import compiling, topology
+from fasteagle_jax.chips import Chip, set_libtpu_flags
 from fasteagle_jax.commands import compile_check
 from fasteagle_jax.commands.compile_check import main, simulated_devices
 from fasteagle_jax.compiling import Decoding, Report, compile_program
@@ -106,6 +106,14 @@ def test_what_is_too_large_says_by_how_much_and_which_slice_is_not() -> None:
     assert compiling.out_of_memory(RuntimeError("INTERNAL: bug"), "TPU v5 lite", 8) is None
 
 
+def test_what_is_too_large_for_a_device_whose_compiler_says_nothing_is_an_error_too(monkeypatch) -> None:
+    monkeypatch.setattr(compiling, "chip", lambda kind: Chip(1.0, hbm=2.0**20))
+    with pytest.raises(
+        UserError, match=r"does not fit: 0.\d+ GiB a chip .* too much: split evenly it takes \d+ devices"
+    ):
+        trained(config())
+
+
 def test_the_report_is_printed_and_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("fasteagle_jax.commands.compile_check.load_config", lambda path: config())
     words = ["--config", "any", "--json", str(tmp_path / "r.json"), "--cache", "64", "--tree", "chain"]
@@ -134,6 +142,15 @@ def test_the_table_keeps_what_is_compiled_and_goes_on_past_what_is_not(monkeypat
         "| llama31_8b | v5e:2x4 | plain, batch 1 | 1.0 of 16.0 GiB | 1.25 | 1.50 | 1.0 | memory |",
         "| llama31_8b | v5e:2x4 | train, 8192 | no: the compiler crashed | | | | |",
     ]
+
+
+def test_the_compiler_of_a_slice_leaves_this_machines_accelerators_alone(complaint, monkeypatch):
+    def devices(name: str) -> None:
+        raise UserError(f"platforms: {jax.config.jax_platforms}")
+
+    monkeypatch.setattr(topology, "devices", devices)
+    jax.config.update("jax_platforms", None)
+    assert "platforms: cpu" in complaint(main, "--config", "configs/tiny.py", "--topology", "h100")
 
 
 def test_what_a_user_tells_libtpu_stays(monkeypatch):
