@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ import jax
 from fasteagle_jax import topology
 from fasteagle_jax.chips import GIB
 from fasteagle_jax.commands.terminal import Parser, check_new, program, whole, write_new
-from fasteagle_jax.compiling import PROGRAMS, Decoding, Report, compile_program
+from fasteagle_jax.compiling import NO_FIT, PROGRAMS, Decoding, Report, compile_program
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.run import apply_changes, load_config
 from fasteagle_jax.sharding import MeshShape
@@ -110,6 +111,7 @@ def describe(report: Report) -> str:
 # --- the table --------------------------------------------------------------------------------------------------
 
 SAME_SIZES = "DeepSeek-R1-Distill-LLaMA-8B has LLaMA-3.1-8B's sizes, and so its rows."
+CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 # Configurations of configs/ and the slices they are tried on.
 TARGETS = {
     "llama31_8b": ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"),
@@ -147,16 +149,22 @@ def file_of(folder: Path, name: str, slice_name: str, title: str) -> Path:
 
 
 def _compile(path: Path, words: list[str]) -> None:
-    """Compiles in a process of its own, since a compiler's bug can end it; the file says so then, or what is wrong."""
+    """Compiles in a process of its own, since a compiler's bug can end it.
+
+    The file holds the figures, or says that the compiler crashed or what does not fit. Whatever else goes wrong is a
+    UserError, and may go better the next time.
+    """
     command = [sys.executable, "-m", "fasteagle_jax.cli", "compile", *words, "--json", str(path)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
         print(f"{path} written", file=sys.stderr)
         return
-    said = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
-    if done.returncode > 0 and not said:
-        raise UserError(f"{' '.join(words)}: {(done.stderr.strip().splitlines() or ['failed'])[-1][:300]}")
-    write_new(path, json.dumps([{"error": said[-1] if said else "the compiler crashed"}]) + "\n")
+    said = (done.stderr.strip().splitlines() or ["failed"])[-1].removeprefix("error: ")
+    if -done.returncode in CRASHES:
+        said = "the compiler crashed"
+    elif not said.startswith(NO_FIT):
+        raise UserError(f"{' '.join(words)}: {said[:300]}")
+    write_new(path, json.dumps([{"error": said}]) + "\n")
 
 
 def _cells(figures: dict[str, Any]) -> str:

@@ -127,13 +127,23 @@ def test_the_report_is_printed_and_written(monkeypatch, tmp_path, capsys):
 def test_the_table_keeps_what_is_compiled_and_goes_on_past_what_is_not(monkeypatch, tmp_path):
     monkeypatch.setattr(compile_check, "TARGETS", {"llama31_8b": ("v5e:2x4",)})
     monkeypatch.setattr(compile_check, "COLUMNS", {"plain, batch 1": (), "train, 8192": ("length=8192",)})
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(UserError, match="--topology v5e:2x4: failed"):
-        compile_check.table(tmp_path)
-    crash = tmp_path / "crash"
-    crash.write_text("#!/bin/sh\nkill -ABRT $$\n")
-    crash.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(crash))
+
+    def compiler(does: str) -> None:
+        script = tmp_path / "compiler"
+        script.write_text(f"#!/bin/sh\n{does}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+
+    # What another call may mend is not kept: a failure, a missing package, a kill.
+    missing = "echo 'error: libtpu is not installed: pip install it' >&2; exit 2"
+    for does, said in (("false", "failed"), (missing, "libtpu is not installed"), ("kill -KILL $$", "failed")):
+        compiler(does)
+        with pytest.raises(UserError, match=f"--topology v5e:2x4: {said}"):
+            compile_check.table(tmp_path)
+        assert not list(tmp_path.glob("*.json"))
+    compiler("case \"$*\" in *8192*) kill -ABRT $$;; *) echo 'error: does not fit: 2 GiB' >&2; exit 2;; esac")
+    lines = compile_check.table(tmp_path / "none").splitlines()
+    assert lines[2] == "| llama31_8b | v5e:2x4 | plain, batch 1 | no: does not fit: 2 GiB | | | | |"
     figures = dict(program="decode", peak=2**30, hbm=2**34, bytes_ratio=1.25, necessary_flops=2, estimate=0.001)
     figures |= dict(cost={"product_flops": 3}, bound="memory")
     compile_check.file_of(tmp_path, "llama31_8b", "v5e:2x4", "plain, batch 1").write_text(json.dumps([figures]))
