@@ -46,7 +46,7 @@ from fasteagle_jax.requests import (
     sample_seed,
 )
 from fasteagle_jax.sampling import Sampling
-from fasteagle_jax.sharding import fitting_tensor, place_weights, process_values, shardings
+from fasteagle_jax.sharding import check_heads, place_weights, process_values, shardings
 from fasteagle_jax.targets import llama
 from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.targets.loading import load_target
@@ -702,16 +702,11 @@ def check_sizes(slots: int, max_len: int, positions: int) -> None:
 
 def check_mesh(mesh: Mesh, slots: int, target: LlamaConfig, drafter: DrafterConfig | None) -> None:
     """Raises UserError where the mesh does not divide the slots, or the heads of K/V of a model."""
-    data, tensor = mesh.shape["data"], mesh.shape["tensor"]
+    data = mesh.shape["data"]
     if slots % data:
         raise UserError(f"slots is {slots}, which data {data} of the mesh does not divide: use a multiple of {data}")
-    for name, config in (("target", target), ("drafter", drafter)):
-        if config is not None and config.num_kv_heads % tensor:
-            both = math.gcd(target.num_kv_heads, target.num_kv_heads if drafter is None else drafter.num_kv_heads)
-            raise UserError(
-                f"tensor {tensor} of the mesh does not divide the {name}'s {config.num_kv_heads} heads of K/V: "
-                f"use tensor {fitting_tensor(mesh, both)}"
-            )
+    models = {"target": target} | ({} if drafter is None else {"drafter": drafter})
+    check_heads(mesh, **{name: config.num_kv_heads for name, config in models.items()})
 
 
 def _available(mesh: Mesh | None) -> int | None:

@@ -145,9 +145,16 @@ def make_on(mesh: Mesh | None, axes: Axes, make: Callable[..., Any], *args: Any)
     return jax.jit(make, out_shardings=shardings(mesh, jax.eval_shape(make, *args), axes))(*args)
 
 
-def fitting_tensor(mesh: Mesh, heads: int) -> str:
-    """The sizes of `tensor` that divide so many heads and the mesh's devices, in words."""
-    return ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and mesh.size % n == 0)
+def check_heads(mesh: Mesh, **heads: int) -> None:
+    """Raises UserError, with the sizes that do, where the mesh's tensor axis does not divide a model's heads of K/V."""
+    tensor, all_heads = mesh.shape["tensor"], math.gcd(*heads.values())
+    for name, number in heads.items():
+        if number % tensor:
+            fitting = [str(n) for n in range(1, all_heads + 1) if all_heads % n == 0 and mesh.size % n == 0]
+            raise UserError(
+                f"tensor {tensor} of the mesh does not divide the {name}'s {number} heads of K/V: "
+                f"use tensor {', '.join(fitting)}"
+            )
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:

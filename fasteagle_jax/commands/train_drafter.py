@@ -65,8 +65,9 @@ from fasteagle_jax.run import (
     trained,
     write_file,
 )
-from fasteagle_jax.sharding import check_batch, fetch, make_mesh, make_on, place_batch
+from fasteagle_jax.sharding import check_batch, check_heads, fetch, make_mesh, make_on, place_batch
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
+from fasteagle_jax.targets.readers import open_checkpoint
 from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.tracking import Log, Record, check_wandb, expected_length, finite, plot, rounded
 from fasteagle_jax.training import (
@@ -139,6 +140,10 @@ def _train(
     if (run / "drafter").exists():
         raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
     dtype = jnp.dtype(config.dtype)
+    if mesh is not None:
+        target_sizes = open_checkpoint(config.target).config
+        own_sizes = drafter_config(config.drafter, target_sizes)
+        check_heads(mesh, target=target_sizes.num_kv_heads, drafter=own_sizes.num_kv_heads)
     loaded = load_target(config.target, dtype, training=True, mesh=mesh)
     target = loaded.model
     conversations = read_conversations(*config.data)

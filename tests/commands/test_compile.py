@@ -76,10 +76,11 @@ def test_mistakes_are_one_line(complaint, tmp_path):
     assert "no target_config" in complaint(main, "--config", path)
     with pytest.raises(UserError, match="the mesh has 16 devices, and there are 8"):
         simulated_devices(16)
-    with pytest.raises(UserError, match="tensor 4 does not divide the 2 heads of K/V: use tensor 1, 2"):
-        compile_program(
-            config(), "decode", simulated_devices(8), Decoding(1, Tree("chain"), 64, 16), MeshShape(2, 1, 4)
-        )
+    said = "tensor 4 of the mesh does not divide the target's 2 heads of K/V: use tensor 1, 2"
+    decoding, mesh = Decoding(1, Tree("chain"), 64, 16), MeshShape(2, 1, 4)
+    for program in ("decode", "train"):
+        with pytest.raises(UserError, match=said):
+            compile_program(config(), program, simulated_devices(8), decoding, mesh)
 
 
 def test_a_slice_that_is_not_there_or_a_compiler_that_is_not_is_one_line(complaint, monkeypatch):
