@@ -114,9 +114,9 @@ SAME_SIZES = "DeepSeek-R1-Distill-LLaMA-8B has LLaMA-3.1-8B's sizes, and so its 
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 # Configurations of configs/ and the slices they are tried on.
 TARGETS = {
-    "llama31_8b": ("v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"),
+    "llama31_8b": ("v4:2x2x2", "v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"),
     "vicuna_13b": ("v5e:2x4", "v6e:2x4"),
-    "llama33_70b": ("v5e:4x4", "v5p:2x2x1", "v5p:2x2x4"),
+    "llama33_70b": ("v5e:4x4", "v5e:4x8", "v5p:2x2x1", "v5p:2x2x4"),
 }
 COLUMNS = {
     f"{kind}, batch {batch}": ("--program", "decode", "--batch", str(batch), "--tree", tree)
