@@ -37,4 +37,4 @@ def test_the_default_target_has_one_that_loads():
     folder = shipped.shipped(mark)
     assert folder is not None and (folder / "README.md").is_file()
     assert (folder / TENSORS).stat().st_size <= 40e6
-    assert load_drafter(folder, checkpoint.config, mark).num_levels == 7  # undamaged, and of this target's sizes
+    assert load_drafter(folder, checkpoint.config, mark).num_levels == 5  # undamaged, and of this target's sizes
