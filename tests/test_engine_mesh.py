@@ -104,7 +104,11 @@ def compare(made: list[Completion], expected: list[Completion]) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "kind", "slots"),
-    [(SPLIT, "fasteagle", 16), (MeshShape(8, 1, 1), "fasteagle", 8), (MeshShape(1, 4, 2), "eagle3", 4)],
+    [
+        (SPLIT, "fasteagle", 16),
+        pytest.param(MeshShape(8, 1, 1), "fasteagle", 8, marks=pytest.mark.slow),
+        (MeshShape(1, 4, 2), "eagle3", 4),
+    ],
     ids=["data2-fsdp2-tensor2", "data8", "fsdp4-tensor2-eagle3"],
 )
 def test_on_eight_devices_answers_are_those_of_one(target, drafters, expected, shape, kind, slots, compilations):

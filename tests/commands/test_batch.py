@@ -674,7 +674,7 @@ def long_file(tmp_path):
     return write(tmp_path / "in.jsonl", *lines)
 
 
-@pytest.mark.parametrize("most", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_each_request_is_answered_once_and_as_without(child, long_file, tmp_path, most):
     reference, path = tmp_path / "reference.jsonl", tmp_path / "out.jsonl"
     assert ended(child(long_file, reference)) == 0

@@ -159,7 +159,7 @@ def test_training_lowers_the_loss_and_leaves_a_drafter_metrics_a_plot_and_a_trac
 # --- interruptions ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_kills_and_preemptions_leave_the_run_that_nobody_disturbed(
     target_folder: Path, data_file: Path, tmp_path: Path, kills: int
 ) -> None:

@@ -124,8 +124,7 @@ def test_training_time_test_is_the_path_of_true_tokens_at_every_position(drafter
             np.testing.assert_allclose(states[level][0, t], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("tile, block", [(3, T), (T, 3)])  # side by side, and in a loop
-def test_queries_in_tiles_and_in_blocks_are_queries_at_once(drafter, target, stream, monkeypatch, tile, block):
+def test_queries_in_tiles_and_in_blocks_are_queries_at_once(drafter, target, stream, monkeypatch):
     tokens, features = stream
     segments = jnp.asarray([[1] * 5 + [2] * 4])
 
@@ -140,10 +139,11 @@ def test_queries_in_tiles_and_in_blocks_are_queries_at_once(drafter, target, str
         return jax.value_and_grad(loss, has_aux=True)(*args)
 
     once = jax.jit(with_gradients)(params, target.embedding[...])
-    monkeypatch.setattr(packed, "TILE", tile)
-    monkeypatch.setattr(eagle3, "in_blocks", functools.partial(packed.in_blocks, block=block))
-    split = jax.jit(lambda *args: with_gradients(*args))(params, target.embedding[...])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), split, once)
+    for tile, block in ((3, T), (T, 3)):  # side by side, and in a loop
+        monkeypatch.setattr(packed, "TILE", tile)
+        monkeypatch.setattr(eagle3, "in_blocks", functools.partial(packed.in_blocks, block=block))
+        split = jax.jit(lambda *args: with_gradients(*args))(params, target.embedding[...])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), split, once)
 
 
 def slow_tree(slow, t, root, tree: Tree) -> set[tuple[int, ...]]:
