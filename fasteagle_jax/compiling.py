@@ -204,7 +204,7 @@ def lower(
         check_batch(mesh, config.batch_size // config.accumulate)
     else:
         mesh = make_mesh(mesh_shape or decode_mesh(config, len(devices)), devices)
-    check_heads(mesh, **_kv_heads(config))
+    check_heads(mesh, config.target_config, drafter_config(config.drafter, config.target_config))
     made = {"train": _train, "decode": _decode, "prefill": _prefill}[program](config, mesh, decoding)
     with jax.set_mesh(mesh):
         return mesh, made, made.step.lower(*made.arguments)
@@ -427,28 +427,28 @@ def bytes_a_device(tree: Any) -> int:
 
 def decode_mesh(config: RunConfig, num_devices: int) -> MeshShape:
     """Heads over as many devices as divide them, weights' other dimension over the rest."""
-    tensor = math.gcd(*_kv_heads(config).values(), num_devices)
+    tensor = math.gcd(_kv_heads(config), num_devices)
     return MeshShape(1, num_devices // tensor, tensor)
 
 
 def training_mesh(config: RunConfig, num_devices: int) -> MeshShape:
     """The configuration's, or where that has not so many devices, rows over as many as divide a batch's part.
 
-    Over the rest the heads, as far as they go; what is left takes rows that the batch has not, which `lower` says.
+    Heads over the rest, as far as they divide it; where devices are left, `lower` says that the batch has too few rows.
     """
     shape = config.mesh or MeshShape(1, 1, 1)
     if math.prod(dataclasses.astuple(shape)) == num_devices or -1 in dataclasses.astuple(shape):
         return shape
     fsdp = math.gcd(config.batch_size // config.accumulate, num_devices)
-    tensor = math.gcd(*_kv_heads(config).values(), num_devices // fsdp)
+    tensor = math.gcd(_kv_heads(config), num_devices // fsdp)
     return MeshShape(1, num_devices // tensor, tensor)
 
 
-def _kv_heads(config: RunConfig) -> dict[str, int]:
-    """Of each model."""
+def _kv_heads(config: RunConfig) -> int:
+    """The most devices that divide the heads of both models."""
     assert config.target_config is not None
     drafter = drafter_config(config.drafter, config.target_config)
-    return {"target": config.target_config.num_kv_heads, "drafter": drafter.num_kv_heads}
+    return math.gcd(config.target_config.num_kv_heads, drafter.num_kv_heads)
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

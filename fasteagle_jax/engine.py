@@ -705,8 +705,7 @@ def check_mesh(mesh: Mesh, slots: int, target: LlamaConfig, drafter: DrafterConf
     data = mesh.shape["data"]
     if slots % data:
         raise UserError(f"slots is {slots}, which data {data} of the mesh does not divide: use a multiple of {data}")
-    models = {"target": target} | ({} if drafter is None else {"drafter": drafter})
-    check_heads(mesh, **{name: config.num_kv_heads for name, config in models.items()})
+    check_heads(mesh, target, drafter)
 
 
 def _available(mesh: Mesh | None) -> int | None:

@@ -145,8 +145,13 @@ def make_on(mesh: Mesh | None, axes: Axes, make: Callable[..., Any], *args: Any)
     return jax.jit(make, out_shardings=shardings(mesh, jax.eval_shape(make, *args), axes))(*args)
 
 
-def check_heads(mesh: Mesh, **heads: int) -> None:
-    """Raises UserError, with the sizes that do, where the mesh's tensor axis does not divide a model's heads of K/V."""
+def check_heads(mesh: Mesh, target: Any, drafter: Any | None) -> None:
+    """Raises UserError, with the sizes that do, where the mesh's tensor axis does not divide a model's heads of K/V.
+
+    `target`, `drafter`: the models' configurations; None for plain decoding.
+    """
+    models = {"target": target} if drafter is None else {"target": target, "drafter": drafter}
+    heads = {name: config.num_kv_heads for name, config in models.items()}
     tensor, all_heads = mesh.shape["tensor"], math.gcd(*heads.values())
     for name, number in heads.items():
         if number % tensor:

@@ -142,8 +142,7 @@ def _train(
     dtype = jnp.dtype(config.dtype)
     if mesh is not None:
         target_sizes = open_checkpoint(config.target).config
-        own_sizes = drafter_config(config.drafter, target_sizes)
-        check_heads(mesh, target=target_sizes.num_kv_heads, drafter=own_sizes.num_kv_heads)
+        check_heads(mesh, target_sizes, drafter_config(config.drafter, target_sizes))
     loaded = load_target(config.target, dtype, training=True, mesh=mesh)
     target = loaded.model
     conversations = read_conversations(*config.data)

@@ -348,14 +348,14 @@ def _attend_to_own_path(
         rows = rows.reshape(batch, kv_heads, -1, width)  # [B, K, G*Q, D]
         seen = visible.visible(start, size) if isinstance(visible, Packed) else own(visible, 1)
         mask = jnp.tile(seen[:, :, :num_keys], (1, groups, 1))[:, None]
-        first = keys[0][:, :, :num_keys], values[0][:, :, :num_keys]
-        scores = jnp.einsum("bkmd,bktd->bkmt", rows, first[0], preferred_element_type=jnp.float32)
+        first_k, first_v = keys[0][:, :, :num_keys], values[0][:, :, :num_keys]
+        scores = jnp.einsum("bkmd,bktd->bkmt", rows, first_k, preferred_element_type=jnp.float32)
         scores = jnp.where(mask, scores, MASKED)
         later = [jnp.tile(own(k), (1, 1, groups, 1)) for k in keys[1:]]  # [B, K, G*Q, D]
         along = [(rows.astype(jnp.float32) * k).sum(axis=-1, keepdims=True) for k in later]  # [B, K, G*Q, 1]
         p = jax.nn.softmax(jnp.concatenate([scores, *along], axis=-1), axis=-1)
         of_first = p[..., :num_keys].astype(rows.dtype)
-        out = jnp.einsum("bkmt,bktd->bkmd", of_first, first[1], preferred_element_type=jnp.float32)
+        out = jnp.einsum("bkmt,bktd->bkmd", of_first, first_v, preferred_element_type=jnp.float32)
         for i, v in enumerate(values[1:]):
             out += p[..., num_keys + i, None] * jnp.tile(own(v), (1, 1, groups, 1))
         out = out.astype(values[0].dtype).reshape(batch, kv_heads, groups, size, width)
