@@ -67,7 +67,6 @@ from fasteagle_jax.run import (
 )
 from fasteagle_jax.sharding import check_batch, check_heads, fetch, make_mesh, make_on, place_batch
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
-from fasteagle_jax.targets.readers import open_checkpoint
 from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.tracking import Log, Record, check_wandb, expected_length, finite, plot, rounded
 from fasteagle_jax.training import (
@@ -140,9 +139,6 @@ def _train(
     if (run / "drafter").exists():
         raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
     dtype = jnp.dtype(config.dtype)
-    if mesh is not None:
-        target_sizes = open_checkpoint(config.target).config
-        check_heads(mesh, target_sizes, drafter_config(config.drafter, target_sizes))
     loaded = load_target(config.target, dtype, training=True, mesh=mesh)
     target = loaded.model
     conversations = read_conversations(*config.data)
@@ -152,6 +148,11 @@ def _train(
 
     # --- the drafter and its optimiser ------------------------------------------------------------------------
     sizes = drafter_config(config.drafter, target.config)
+    if mesh is not None:
+        try:
+            check_heads(mesh, target.config, sizes)
+        except UserError as uneven:  # right all the same, as it is not for the engine's caches
+            _say(quiet, f"slower    {uneven}")
     store = None
     if config.features:
         layers, hidden = sizes.feature_layers, target.config.hidden_size
