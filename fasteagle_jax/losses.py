@@ -80,6 +80,7 @@ def level_loss(
     draft_head: jax.Array,
     config: LossConfig,
     own_head: jax.Array | None = None,
+    level_share: jax.Array | None = None,
 ) -> tuple[jax.Array, LevelMetrics]:
     """The loss float32 [] and metrics of N levels at the selected target positions.
 
@@ -91,6 +92,7 @@ def level_loss(
       head, draft_head: the frozen head's rows [target vocabulary, H] and those of the draft vocabulary [V, H].
       config: the terms.
       own_head: [V, H] of a drafter that has one, which gets a gradient; None for one that uses `draft_head`.
+      level_share: float32 [N], by which each level's part of the loss is multiplied; None for 1.
     """
     num_levels, (batch, size) = len(hidden), picked.shape
     levels = range(1, num_levels + 1)
@@ -101,6 +103,8 @@ def level_loss(
     valid = real & (depth >= jnp.asarray(levels)[:, None, None])  # [N, B, S]
     count = jnp.maximum(valid.sum(axis=(1, 2)), 1)  # [N]
     weights = jnp.asarray(level_weights(num_levels, config)) / count
+    if level_share is not None:
+        weights *= level_share
 
     per_chunk = min(max(config.chunk // batch, 1), size)  # C
     num_chunks = -(-size // per_chunk)

@@ -20,7 +20,7 @@ from fasteagle_jax.data import Batch
 from fasteagle_jax.drafters.table import AXES, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.features import TargetValues
-from fasteagle_jax.losses import LevelMetrics, LossConfig, level_loss, level_weights, select_positions
+from fasteagle_jax.losses import LevelMetrics, LossConfig, level_loss, select_positions
 from fasteagle_jax.packed import Packed
 
 MUON_RMS = 0.2  # of Muon's updates over the rate: AdamW's, so that one rate suits both (arXiv 2502.16982, section 2.2)
@@ -251,7 +251,7 @@ class _Part(NamedTuple):
 def _loss_at(
     drafter: Any, target: Any, part: _Part, level_share: jax.Array | None, config: LossConfig, ways: Ways
 ) -> tuple[jax.Array, LevelMetrics]:
-    """The loss and metrics of a part; gradients of level i are multiplied by `level_share[i - 1]`, None for 1."""
+    """The loss and metrics of a part; level i's loss is multiplied by `level_share[i - 1]`, None for 1."""
     batch = part.batch
     out = part.values or target_outputs(target, batch, drafter.feature_layers, ways.attention)
     next_tokens = jnp.roll(batch.tokens, -1, axis=1)  # at a segment's end it is wrong, and no loss looks there
@@ -259,19 +259,10 @@ def _loss_at(
     hidden, _ = drafter.hidden_states(
         target.embedding[...], out.features, next_tokens, batch.positions, attend, remat=REMAT[ways.remat]
     )
-    if level_share is not None:
-        scaled = [_scale_gradient(h, level_share[i]) for i, h in enumerate(hidden)]
-        hidden = scaled if isinstance(hidden, list) else jnp.stack(scaled)
     head = target.head_rows()
     draft_head = head if drafter.token_ids is None else head[drafter.token_ids[...]]
     places = batch.positions, part.picked, part.real
-    return level_loss(hidden, out.hidden, *places, head, draft_head, config, drafter.own_head())
-
-
-def _scale_gradient(x: jax.Array, by: jax.Array) -> jax.Array:
-    """x itself, whose gradient is multiplied."""
-    fixed = jax.lax.stop_gradient(x)
-    return fixed + (by * (x - fixed)).astype(x.dtype)
+    return level_loss(hidden, out.hidden, *places, head, draft_head, config, drafter.own_head(), level_share)
 
 
 def make_train_step(
@@ -324,11 +315,7 @@ def make_train_step(
         else:
             num_levels = nnx.merge(graph, state.params, constants).num_levels
             loss, metrics, gradients = _accumulated(
-                lambda *args: gradient_of(state.params, target, *args),
-                state.params,
-                whole,
-                accumulate,
-                level_weights(num_levels, config),
+                lambda *args: gradient_of(state.params, target, *args), state.params, whole, accumulate, num_levels
             )
         norm = optax.tree.norm(gradients)
         applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit)
@@ -357,7 +344,7 @@ def _accumulated(
     params: Any,
     whole: _Part,
     num_parts: int,
-    level_weights: list[float],
+    num_levels: int,
 ) -> tuple[jax.Array, LevelMetrics, Any]:
     """The loss, metrics and gradients of a batch, of which one part after the other is in memory.
 
@@ -365,18 +352,18 @@ def _accumulated(
     """
     # Every num_parts-th row, so that a part is spread over a mesh as the batch is.
     parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), whole)
-    counts = jax.vmap(lambda part: _level_counts(part, len(level_weights)))(parts)  # [parts, N]
+    counts = jax.vmap(lambda part: _level_counts(part, num_levels))(parts)  # [parts, N]
     total = jnp.maximum(counts.sum(axis=0), 1)
 
     def one(sums: Any, xs: tuple[_Part, jax.Array]) -> tuple[Any, None]:
         part, share = xs
-        (_, metrics), gradients = gradient_of(part, share)
+        (loss, metrics), gradients = gradient_of(part, share)
         means = [share * mean for mean in (metrics.loss, metrics.accuracy, metrics.acceptance)]
-        return jax.tree.map(jnp.add, sums, (means, gradients)), None
+        return jax.tree.map(jnp.add, sums, (loss, means, gradients)), None
 
-    zeros = [jnp.zeros((len(level_weights),))] * 3, jax.tree.map(jnp.zeros_like, params)
-    (means, gradients), _ = jax.lax.scan(one, zeros, (parts, counts / total))
-    return jnp.asarray(level_weights) @ means[0], LevelMetrics(*[*means, total]), gradients
+    zeros = jnp.zeros(()), [jnp.zeros((num_levels,))] * 3, jax.tree.map(jnp.zeros_like, params)
+    (loss, means, gradients), _ = jax.lax.scan(one, zeros, (parts, counts / total))
+    return loss, LevelMetrics(*[*means, total]), gradients
 
 
 def _level_counts(part: _Part, num_levels: int) -> jax.Array:

@@ -178,11 +178,13 @@ def test_the_loss_falls_and_a_restored_state_goes_on_bitwise(tmp_path: object) -
 # --- accumulation, skipped updates, the average -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_parts", "stacked"), [(2, True), (4, False)])
-def test_parts_of_a_batch_one_after_the_other_give_the_step_of_the_whole_batch(num_parts: int, stacked: bool) -> None:
+@pytest.mark.parametrize(("num_parts", "stacked", "kind"), [(2, True, "fasteagle"), (4, False, "eagle3")])
+def test_parts_of_a_batch_one_after_the_other_give_the_step_of_the_whole_batch(
+    num_parts: int, stacked: bool, kind: str
+) -> None:
     """Rows have unlike numbers of positions at each level, so a mean of the parts' losses would be another loss."""
     target = tiny_target(num_layers=2, stacked=stacked)
-    drafter, batch = small_drafter(target), packed_batch(3, rows=4, lengths=(3, 18), answer=1)
+    drafter, batch = small_drafter(target, kind=kind), packed_batch(3, rows=4, lengths=(3, 18), answer=1)
     whole, step, _, _ = new_run(drafter, warmup_steps=0)
     whole, expected = step(whole, target, batch)
     assert len(set(np.asarray(expected.metrics.count).tolist())) == LEVELS
