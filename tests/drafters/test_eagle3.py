@@ -12,14 +12,17 @@ import pytest
 from flax import nnx
 
 from fasteagle_jax import packed
+from fasteagle_jax.data import Batch
 from fasteagle_jax.drafters import eagle3
 from fasteagle_jax.drafters.eagle3 import CANDIDATES, Eagle3
 from fasteagle_jax.drafters.fasteagle import default_config
 from fasteagle_jax.interfaces import Accepted, Ranking
 from fasteagle_jax.layers import rms_norm, rotate, rotation
+from fasteagle_jax.losses import LossConfig
 from fasteagle_jax.packed import Packed
 from fasteagle_jax.sampling import make_sampling
 from fasteagle_jax.testing import tiny_config, tiny_target
+from fasteagle_jax.training import drafter_loss
 from fasteagle_jax.tree import Tree
 
 T, N, V, D, K, G = 9, 4, 40, 8, 2, 2
@@ -120,8 +123,71 @@ def test_training_time_test_is_the_path_of_true_tokens_at_every_position(drafter
         if t + 1 + level > T:  # the true token is past the end
             continue
         expected = slow.norm(slow.along(t, tokens[t + 2 : t + 2 + level]), "norm")
-        if t + 2 + level <= T + 1:
-            np.testing.assert_allclose(states[level][0, t], expected, **CLOSE)
+        np.testing.assert_allclose(states[level][0, t], expected, **CLOSE)
+
+
+SEGMENTS = np.array([1] * 5 + [2] * 7 + [0])  # two texts in a row, and padding
+POSITIONS = np.array([*range(5), *range(7), 0])
+SUPERVISED = np.array([0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0], bool)
+
+
+def slow_loss(weights, norms, scale, target, tokens):
+    """Training-time test by one mask over the keys of all runs, and a loss that goes from guess to guess."""
+    num, tokens = len(tokens), np.asarray(tokens)
+    seen = np.array([[SEGMENTS[t] == SEGMENTS[s] and s <= t for s in range(num)] for t in range(num)])
+    out = target(tokens[None], jnp.asarray(POSITIONS)[None], jnp.asarray(seen)[None], None, (1, 3))
+    full = out.hidden[0] @ target.head_rows().T  # [T, target's vocabulary]
+    p, held = jax.nn.softmax(full[:, IDS]), jnp.isin(full.argmax(axis=1), jnp.asarray(IDS))
+
+    def norm(x, name):
+        return x / jnp.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5) * norms[name]
+
+    h = (out.features[0] * scale) @ weights["fc"]
+    keys, values, losses = [], [], []
+    for j in range(N):
+        read = target.embedding[...][np.append(tokens, np.zeros(N, int))[1 + j : 1 + j + num]]
+        x = jnp.concatenate([norm(read, "embedding_norm"), norm(h, "hidden_norm")], axis=1)
+        turn = rotation(jnp.asarray(POSITIONS)[None] + j, tiny_config().rope, D)
+        q, k = (rotate((x @ weights[n]).reshape(1, num, -1, D), turn)[0] for n in ("q", "k"))
+        keys.append(k)
+        values.append((x @ weights["v"]).reshape(num, K, D))
+        mask = np.concatenate([seen, *[np.eye(num, dtype=bool)] * j], axis=1)  # [T, (j + 1) T]
+        k, v = (jnp.repeat(jnp.concatenate(parts), G, axis=1) for parts in (keys, values))
+        scores = jnp.where(mask, jnp.einsum("thd,shd->hts", q, k) / D**0.5, -jnp.inf)
+        attended = jnp.einsum("hts,shd->thd", jax.nn.softmax(scores), v)
+        h = h + attended.reshape(num, -1) @ weights["o"]
+        y = norm(h, "mlp_norm")
+        h = h + (jax.nn.silu(y @ weights["gate"]) * (y @ weights["up"])) @ weights["down"]
+
+        log_q = jax.nn.log_softmax(norm(h, "norm") @ weights["head"].T)
+        terms = []
+        for t in range(num):
+            s = t + 1 + j  # where the target's own distribution of the guessed token is
+            if s + 1 < num and SEGMENTS[s + 1] == SEGMENTS[t] != 0 and SUPERVISED[s + 1]:
+                terms.append(jnp.where(held[s], -(p[s] * log_q[t]).sum(), 0))
+        losses.append(sum(terms) / len(terms))
+    shares = [0.8**j for j in range(N)]
+    return sum(share * loss for share, loss in zip(shares, losses, strict=True)) / sum(shares)
+
+
+def test_the_loss_and_its_gradients_are_those_of_one_mask_over_all_runs(drafter, target):
+    tokens = np.random.default_rng(1).integers(V, size=len(SEGMENTS))
+    batch = Batch(*(jnp.asarray(x)[None] for x in (tokens, POSITIONS, SEGMENTS, SUPERVISED)))
+    graph, params, rest = nnx.split(drafter, nnx.Param, ...)
+    config = LossConfig(within_draft=True, chunk=5)
+
+    def loss(params, target):
+        return drafter_loss(nnx.merge(graph, params, rest), target, batch, jax.random.key(0), config)[0]
+
+    found, gradient = jax.jit(jax.value_and_grad(loss))(params, target)
+    norms = {n: getattr(drafter, n)[...] for n in ("embedding_norm", "hidden_norm", "mlp_norm", "norm")}
+    weights = {n: getattr(drafter, n)[...] for n in ("fc", "q", "k", "v", "o", "gate", "up", "down", "head")}
+    slow = jax.jit(jax.value_and_grad(slow_loss, argnums=(0, 1)), static_argnums=4)
+    expected, gradients = slow(weights, norms, drafter.feature_scale[...], target, tuple(tokens.tolist()))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for name, value in (gradients[0] | gradients[1]).items():
+        assert np.abs(value).max() > 1e-3
+        np.testing.assert_allclose(gradient[name][...], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 def test_queries_in_tiles_and_in_blocks_are_queries_at_once(drafter, target, stream, monkeypatch):
