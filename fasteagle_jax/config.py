@@ -31,6 +31,34 @@ class RopeConfig:
         if self.theta <= 0 or self.factor <= 0:
             raise UserError(f"rope theta {self.theta} and factor {self.factor} must be positive")
 
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
+        """What a Hugging Face `config.json` (read into a dict) says of it, or its defaults.
+
+        Reads both spellings of scaling: `rope_scaling` + `rope_theta` and, of newer files, `rope_parameters`.
+        """
+        scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        original = scaling.get("original_max_position_embeddings", hf.get("max_position_embeddings", 2048))
+        return cls(
+            theta=float(scaling.get("rope_theta", hf.get("rope_theta", 10_000.0))),
+            kind=scaling.get("rope_type", scaling.get("type", "default")) or "default",
+            factor=float(scaling.get("factor", 1.0)),
+            low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
+            high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
+            original_max_positions=int(original),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The keys of a `config.json` from which `from_hf` reads it."""
+        scaling = {
+            "rope_type": self.kind,
+            "factor": self.factor,
+            "low_freq_factor": self.low_freq_factor,
+            "high_freq_factor": self.high_freq_factor,
+            "original_max_position_embeddings": self.original_max_positions,
+        }
+        return {"rope_theta": self.theta, "rope_scaling": None if self.kind == "default" else scaling}
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -63,10 +91,7 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Self:
-        """The configuration that a Hugging Face `config.json` (read into a dict) describes.
-
-        Reads both spellings of rotary scaling: `rope_scaling` + `rope_theta` and, of newer files, `rope_parameters`.
-        """
+        """The configuration that a Hugging Face `config.json` (read into a dict) describes."""
         architectures = hf.get("architectures") or []
         if not any(name in SUPPORTED_ARCHITECTURES for name in architectures):
             raise UserError(
@@ -79,18 +104,6 @@ class LlamaConfig:
         absent = [name for name in required if name not in hf]
         if absent:
             raise UserError(f"config.json lacks {', '.join(absent)}: take the model's complete configuration")
-        scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        kind = scaling.get("rope_type", scaling.get("type", "default")) or "default"
-        theta = scaling.get("rope_theta", hf.get("rope_theta", 10_000.0))
-        max_positions = hf.get("max_position_embeddings", 2048)
-        rope = RopeConfig(
-            theta=float(theta),
-            kind=kind,
-            factor=float(scaling.get("factor", 1.0)),
-            low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
-            original_max_positions=int(scaling.get("original_max_position_embeddings", max_positions)),
-        )
         num_heads = hf["num_attention_heads"]
         return cls(
             vocab_size=hf["vocab_size"],
@@ -101,8 +114,8 @@ class LlamaConfig:
             num_kv_heads=hf.get("num_key_value_heads") or num_heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
             rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            max_positions=max_positions,
-            rope=rope,
+            max_positions=hf.get("max_position_embeddings", 2048),
+            rope=RopeConfig.from_hf(hf),
             tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
             attention_bias=bool(hf.get("attention_bias", False)),
             mlp_bias=bool(hf.get("mlp_bias", False)),

@@ -2,7 +2,7 @@
 
 The source holds config.json and model.safetensors, or pytorch_model.bin (read by torch, which must then be installed).
 Both families of tensor names are known, midlayer.* and layers.0.*, and a reduced draft vocabulary by d2t. The target is
-needed for its sizes and its fingerprint; the embedding is taken from it.
+needed for its sizes and its fingerprint; the embedding is taken from it, the rotary embedding is the drafter's own.
 
 example:
   fasteagle import --source EAGLE3-LLaMA3.1-Instruct-8B --target meta-llama/Llama-3.1-8B-Instruct --output eagle3
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fasteagle_jax.commands.terminal import Parser, check_new, program, whole
-from fasteagle_jax.config import DrafterConfig, LlamaConfig
+from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.fasteagle import default_config
 from fasteagle_jax.drafters.files import fill, save_drafter
@@ -52,6 +52,8 @@ def import_drafter(args: argparse.Namespace) -> None:
     raw = read_json(args.source / "config.json")
     tensors = _tensors(args.source)
     config = eagle3_config(raw, tensors, target.config, args.levels)
+    if config.draft_vocab_size == config.vocab_size:
+        tensors.pop("d2t", None)  # files have it all the same, of zeros
     drafter = Eagle3(config, jax.random.key(0), _dtype(tensors), stacked=False)
     fill(drafter, tensors, str(args.source))
     save_drafter(drafter, args.output, fingerprint(target), {"imported": {"source": args.source.name}})
@@ -71,6 +73,8 @@ def eagle3_config(
             f"the drafter has hidden_size {sizes['hidden_size']}, the target {target.hidden_size}: "
             "name the target that it was trained for"
         )
+    if raw.get("norm_before_residual"):
+        raise UserError("the drafter has norm_before_residual, which is not supported: take one without it")
     layers = raw.get("eagle_aux_hidden_state_layer_ids") or sizes.get("eagle_aux_hidden_state_layer_ids")
     changes: dict[str, Any] = {
         "kind": "eagle3",
@@ -80,6 +84,7 @@ def eagle3_config(
         "num_kv_heads": sizes["num_key_value_heads"],
         "head_dim": sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"],
         "rms_norm_eps": float(sizes.get("rms_norm_eps", target.rms_norm_eps)),
+        "rope": RopeConfig.from_hf(sizes),  # its own, which is often not the target's
         "draft_vocab_size": len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else target.vocab_size,
     }
     if layers:

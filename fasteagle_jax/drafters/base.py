@@ -70,6 +70,10 @@ class DrafterModule(nnx.Module):
         places = ((path, node) for path, node in nnx.iter_graph(self) if isinstance(node, nnx.Variable))
         return [(".".join(map(str, path)), node, False) for path, node in places]
 
+    def published(self) -> dict[str, Any]:
+        """What its config.json holds for programs that know the architecture by other keys than DrafterConfig's."""
+        return {}
+
     def skip(self, new: Accepted, cache: Ring) -> Ring:
         """The cache after the accepted tokens, whose stream positions it will never hold."""
         return cache._replace(length=cache.length + new.count)

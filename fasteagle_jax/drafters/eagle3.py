@@ -129,6 +129,20 @@ class Eagle3(DrafterModule):
         places = [(name, getattr(self, attribute), turned) for name, (attribute, turned) in _STORED.items()]
         return places if self.token_ids is None else [*places, ("d2t", self.token_ids, False)]
 
+    def published(self) -> dict[str, Any]:
+        """The keys that its authors gave, as far as DrafterConfig has others."""
+        c = self.config
+        return {
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "num_hidden_layers": 1,
+            "num_attention_heads": c.num_heads,
+            "num_key_value_heads": c.num_kv_heads,
+            **c.rope.to_hf(),
+            "eagle_aux_hidden_state_layer_ids": list(c.feature_layers),
+            "tie_word_embeddings": False,
+        }
+
     def tie(self, target: Any) -> Tied:
         """The target's embedding, and its own head."""
         ids = None if self.token_ids is None else self.token_ids[...]

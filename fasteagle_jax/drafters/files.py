@@ -2,9 +2,9 @@
 
 A drafter's class says under which names its tensors are stored, and which of them torch's way around, [out, in].
 EAGLE-3's have the names that its authors gave them, and a reduced draft vocabulary as they store it: `d2t`, offsets
-from draft ids to the target's, and `t2d`, a mask. The target's frozen head and embedding are not stored. `config.json`
-names the target by a fingerprint of its weights, so that a drafter is never used with another, and holds the SHA-256 of
-model.safetensors, so that a damaged file is found out.
+from draft ids to the target's, and `t2d`, a mask; its config.json has their keys beside ours. The target's frozen head
+and embedding are not stored. `config.json` names the target by a fingerprint of its weights, so that a drafter is never
+used with another, and holds the SHA-256 of model.safetensors, so that a damaged file is found out.
 
 Matrices may be stored smaller than they are computed with: in bfloat16, or in int8 with a float32 scale a row (an
 output), under the matrix's name and `.scale`, but for those that int8 would put off by more than MOST_OFF, as it does
@@ -57,6 +57,7 @@ def save_drafter(
         text = json.dumps(
             {
                 "architectures": [drafter.architecture],
+                **drafter.published(),
                 **dataclasses.asdict(drafter.config),
                 "target_fingerprint": fingerprint,
                 "sha256": sha256(aside / TENSORS),

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.commands.import_drafter import main
+from fasteagle_jax.config import RopeConfig
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.fasteagle import default_config
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
@@ -26,11 +27,13 @@ SIZES = {
     "head_dim": 8,
     "rms_norm_eps": 1e-5,
 }
+ROPE = RopeConfig(theta=5e5, kind="llama3", factor=8.0)  # of drafters; the target's has a theta of 10,000
 
 
 @pytest.fixture(scope="module")
 def drafter(target_folder) -> Eagle3:
-    config = default_config(load_target(str(target_folder)).model.config, kind="eagle3", draft_vocab_size=len(IDS))
+    target = load_target(str(target_folder)).model.config
+    config = default_config(target, kind="eagle3", draft_vocab_size=len(IDS), rope=ROPE)
     made = Eagle3(config, jax.random.key(0), stacked=False)
     made.token_ids[...] = IDS
     return made
@@ -64,6 +67,8 @@ def speculators(folder: Path, tensors: dict) -> Path:
     """Sizes nested, the layer numbered."""
     config = {"speculators_model_type": "eagle3", "transformer_layer_config": SIZES, "draft_vocab_size": len(IDS)}
     config["eagle_aux_hidden_state_layer_ids"] = [0, 1, 1]
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    config["transformer_layer_config"] = SIZES | {"rope_theta": 500000.0, "rope_scaling": scaling}
     published(folder, config)
     renamed = {name.replace("midlayer.", "layers.0."): value for name, value in tensors.items()}
     save_file(renamed, folder / "model.safetensors")
@@ -82,6 +87,28 @@ def test_both_families_come_in_with_every_weight(drafter, tensors, target_folder
     for name in WEIGHTS:
         np.testing.assert_array_equal(getattr(loaded, name)[...], getattr(drafter, name)[...], err_msg=name)
     assert loaded.feature_layers == ((0, 1, 1) if family is speculators else drafter.feature_layers)
+    assert loaded.config.rope == ROPE if family is speculators else loaded.config.rope.theta == 10_000
+
+
+def test_what_is_written_has_the_keys_of_a_published_drafter(drafter, tensors, target_folder, tmp_path):
+    raw = json.loads((tmp_path / "ours/config.json").read_text())
+    assert raw["architectures"] == ["LlamaForCausalLMEagle3"] and raw["model_type"] == "llama"
+    assert (raw["num_hidden_layers"], raw["num_attention_heads"], raw["num_key_value_heads"]) == (1, 4, 2)
+    assert (raw["vocab_size"], raw["draft_vocab_size"], raw["tie_word_embeddings"]) == (259, len(IDS), False)
+    argv = ["--source", tmp_path / "ours", "--target", target_folder, "--levels", 7, "--output", tmp_path / "again"]
+    assert main([str(word) for word in argv]) == 0
+    target = load_target(str(target_folder))
+    assert load_drafter(tmp_path / "again", target.model.config, target.fingerprint).config == drafter.config
+
+
+def test_a_drafter_of_the_whole_vocabulary_may_bring_a_map_of_zeros(tensors, target_folder, tmp_path):
+    source = published(tmp_path / "source", SIZES)
+    whole = {"lm_head.weight": np.ones((259, 16), np.float32), "d2t": np.zeros(259, np.int64)}
+    save_file(tensors | whole, source / "model.safetensors")
+    argv = ["--source", source, "--target", target_folder, "--output", tmp_path / "imported"]
+    assert main([str(word) for word in argv]) == 0
+    target = load_target(str(target_folder))
+    assert load_drafter(tmp_path / "imported", target.model.config, target.fingerprint).token_ids is None
 
 
 def test_the_mask_of_the_vocabulary_agrees_with_the_offsets(tensors):
@@ -99,6 +126,9 @@ def test_mistakes_are_one_line(complaint, tensors, target_folder, tmp_path):
     less = published(tmp_path / "less", SIZES)
     save_file({name: value for name, value in tensors.items() if "q_proj" not in name}, less / "model.safetensors")
     assert "does not fit its config.json: midlayer.self_attn.q_proj" in complaint(main, "--source", less, *given)
+    normed = published(tmp_path / "normed", {"transformer_layer_config": SIZES, "norm_before_residual": True})
+    save_file(tensors, normed / "model.safetensors")
+    assert "norm_before_residual, which is not supported" in complaint(main, "--source", normed, *given)
     bare = published(tmp_path / "bare", {"hidden_size": 16})
     save_file(tensors, bare / "model.safetensors")
     assert "lacks intermediate_size" in complaint(main, "--source", bare, *given)
