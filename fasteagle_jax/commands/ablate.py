@@ -35,7 +35,7 @@ from fasteagle_jax.engine import Engine
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.metrics import Acceptance
 from fasteagle_jax.requests import SamplingParams
-from fasteagle_jax.run import RunConfig, apply_changes, load_config
+from fasteagle_jax.run import RunConfig, apply_changes, changes_since, load_config
 from fasteagle_jax.sources import read_prompts
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, stop_token_ids
@@ -102,6 +102,8 @@ def ablate(args: argparse.Namespace) -> int:
 
     # --- training ---------------------------------------------------------------------------------------------
     for name, config in variants.items():
+        _check_trained(args.folder / _folder_name(name), config)
+    for name, config in variants.items():
         run = args.folder / _folder_name(name)
         if not (run / "drafter").exists():
             print(f"variant {name}: {run}", file=sys.stderr)
@@ -153,6 +155,17 @@ def ablate(args: argparse.Namespace) -> int:
 
 def _variant(base: RunConfig, name: str) -> RunConfig:
     return base if name == BASE else apply_changes(base, name.split())
+
+
+def _check_trained(run: Path, config: RunConfig) -> None:
+    """Raises UserError where a run's finished drafter is of another configuration."""
+    if (run / "drafter").exists():
+        changed = changes_since(json.loads((run / "config.json").read_text()), config)
+        if changed:
+            raise UserError(
+                f"{run} was trained with another configuration ({'; '.join(changed)}): "
+                "use that one, or another --folder"
+            )
 
 
 def _folder_name(variant: str) -> str:

@@ -151,6 +151,8 @@ def bench(args: argparse.Namespace) -> int:
             Tree.parse(way.tree)
     if len(ways) == 1:
         raise UserError("plain decoding alone is nothing to compare: name a drafter, NAME=FOLDER")
+    if alone and len(args.temperature) > 1:
+        raise UserError(f"--sweep {args.sweep[0]} is of one temperature: give --temperature one number")
     check_new(args.results)
     for temperature in args.temperature:
         make_sampling(1, temperature, args.top_k, args.top_p, args.seed, args.min_p)

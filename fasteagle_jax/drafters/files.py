@@ -146,9 +146,12 @@ def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
         raise UserError(f"{path} names no target: bring the drafter in with fasteagle import")
     fields = {field.name for field in dataclasses.fields(DrafterConfig)}
     sizes = {name: value for name, value in raw.items() if name in fields}
-    sizes["rope"] = RopeConfig(**sizes["rope"])
-    sizes["feature_layers"] = tuple(sizes["feature_layers"])
-    return DrafterConfig(**sizes), str(raw["target_fingerprint"])
+    try:
+        sizes["rope"] = RopeConfig(**sizes["rope"])
+        sizes["feature_layers"] = tuple(sizes["feature_layers"])
+        return DrafterConfig(**sizes), str(raw["target_fingerprint"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): copy the drafter again") from None
 
 
 def _raw(folder: Path) -> dict[str, Any]:

@@ -146,6 +146,7 @@ def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, talkati
     assert "top_p is 0.0" in complaint(main, *given, "--top-p", 0)
     assert "'0' is not a whole number of at least 1" in complaint(main, *given, "--repeats", 0)
     assert "'levels,slots' is not known" in complaint(main, *given, "--sweep", "levels,slots")
+    assert "is of one temperature" in complaint(main, *given, "--sweep", "slots", "--temperature", "0,1")
     assert "exceed the target's 1024 positions" in complaint(main, *given, "--max-new", 1000)
     assert "prompt talk/7 has" in complaint(main, *given, "--tasks", "talk", "--max-new", 500)  # its second turn
 
@@ -167,6 +168,8 @@ def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, talkati
     assert "was trained for target 0123, this one's weights are" in drafters(f"a={other}")
     (other / "config.json").write_text(json.dumps(config | {"hidden_size": 24}))
     assert "hidden_size 24, the target 16: use the target" in drafters(f"a={other}")
+    (other / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "head_dim"}))
+    assert "is damaged" in drafters(f"a={other}")
     damaged = shutil.copytree(drafter_folder, tmp_path / "damaged") / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-4] + b"\0\0\0\1")
     assert f"{damaged} has the SHA-256" in drafters(f"a={damaged.parent}")

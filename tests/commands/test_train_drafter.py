@@ -494,6 +494,8 @@ def test_ablate_measures_variants_of_a_run_and_trains_none_twice(
     }
     assert all(each["acceptance_length"] >= 1 for each in report["measured"])
     assert "loss.first is not a key" in complaint(ablate.main, *asked, "--variant", "loss.first=1", *changes)
+    said = complaint(ablate.main, *asked, *changes, "seed=1")  # not those of seed 0 under the name of seed 1
+    assert "runs/base was trained with another configuration (seed: 0 -> 1)" in said
 
 
 def test_mistakes_end_in_one_line_before_anything_is_written(
