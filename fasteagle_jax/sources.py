@@ -102,6 +102,9 @@ class HeldOut:
     def __init__(self, questions: Iterable[str]) -> None:
         self._runs = {run for question in questions for run in _runs(question)}
 
+    def __bool__(self) -> bool:
+        return bool(self._runs)
+
     def holds(self, text: str) -> bool:
         """Whether a text counts as one of the questions."""
         return any(run in self._runs for run in _runs(text))

@@ -112,7 +112,8 @@ def prepare(args: argparse.Namespace) -> None:
     share = join(args)
     params_of(args, Talk(0, "", [""], []))  # checks the values before anything is loaded
     sources = _read_sources(args.prompts, args.dialogues, args.limit)
-    _leave_out(sources, args.held_out)
+    held_out = HeldOut(turn for source in args.held_out for prompt in read_prompts(source) for turn in prompt.turns)
+    _leave_out(sources, held_out)
     total = min(args.limit or 2**62, sum(2**62 if s.samples is None else len(s.samples) for s in sources))
     output, total_here = share.of_file(args.output), len(range(share.process, total, share.processes))
 
@@ -122,7 +123,7 @@ def prepare(args: argparse.Namespace) -> None:
     if args.max_length > positions:
         raise UserError(f"--max-length is {args.max_length}, but the target has {positions} positions: lower it")
     tokenizer, dtype = load_tokenizer(checkpoint.path), dtype_named(args.dtype)
-    rules = _rules(args, tokenizer, sources)
+    rules = _rules(args, tokenizer, sources, held_out)
     filters = ("top_k", "top_p", "min_p") if args.min_p else ("top_k", "top_p")  # manifests older than --min-p lack it
     settings = {
         "target": fingerprint(checkpoint),
@@ -190,7 +191,7 @@ def prepare(args: argparse.Namespace) -> None:
     )
 
 
-def _rules(args: argparse.Namespace, tokenizer: Any, sources: Sequence[Source]) -> Rules:
+def _rules(args: argparse.Namespace, tokenizer: Any, sources: Sequence[Source], held_out: HeldOut) -> Rules:
     """What the conversations are held to."""
     header = user_header_ids(tokenizer)
     if SELF in args.prompts and len(header) + MIN_ANSWER > args.max_length:
@@ -208,7 +209,7 @@ def _rules(args: argparse.Namespace, tokenizer: Any, sources: Sequence[Source]) 
         except UserError as error:
             print(f"of several turns, the first ones alone are answered: {error}", file=sys.stderr)
             first_turns_only = True
-    return Rules(tokenizer, header, args.max_length, args.keep_truncated, first_turns_only)
+    return Rules(tokenizer, header, args.max_length, args.keep_truncated, first_turns_only, held_out)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------
@@ -241,13 +242,12 @@ def _read_sources(prompts: Sequence[str], dialogues: Sequence[str], limit: int |
     return sources
 
 
-def _leave_out(sources: list[Source], held_out: Sequence[str]) -> None:
+def _leave_out(sources: list[Source], held_out: HeldOut) -> None:
     """Takes the samples that hold a held-out question away."""
-    questions = HeldOut(turn for source in held_out for prompt in read_prompts(source) for turn in prompt.turns)
     for i, source in enumerate(sources):
         if not held_out or source.samples is None:
             continue
-        kept = [sample for sample in source.samples if not any(map(questions.holds, sample.asked()))]
+        kept = [sample for sample in source.samples if not any(map(held_out.holds, sample.asked()))]
         if left_out := len(source.samples) - len(kept):
             print(f"{source.named['name']}: left out {left_out} of {len(source.samples)} samples", file=sys.stderr)
         sources[i] = Source(source.named, kept)

@@ -11,7 +11,7 @@ from fasteagle_jax.data import Conversation
 from fasteagle_jax.engine import Engine
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.requests import Completion, SamplingParams
-from fasteagle_jax.sources import Message
+from fasteagle_jax.sources import HeldOut, Message
 from fasteagle_jax.tokenizer import assistant_spans, encode_chat, prefix_spans
 
 MIN_ANSWER = 16  # tokens: a prompt that leaves less room is too long
@@ -63,6 +63,7 @@ class Rules:
     max_length: int
     keep_truncated: bool
     first_turns_only: bool  # where the chat template cannot tell what stands between an answer and the next question
+    held_out: HeldOut  # what no self-made question may be; samples of sources were looked through before
 
     def begin(self, place: int, sample: Sample) -> Talk | Outcome:
         """The conversation with its first question asked, or what became of the sample already."""
@@ -78,6 +79,8 @@ class Rules:
             text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             if not stopped or len(tokens) < MIN_QUESTION or not any(c.isalpha() for c in text):
                 return "poor self-made questions"
+            if self.held_out.holds(text):
+                return "held-out questions"
             return self._ask_first(talk.place, talk.id, [text])
         start = len(talk.tokens)
         if stopped or self.keep_truncated:

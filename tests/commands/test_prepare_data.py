@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -200,6 +201,17 @@ def test_held_out_questions_are_left_out(prepare, prompts_file, tmp_path, capsys
     assert "left out 1 of 14 samples" in capsys.readouterr().err
     every = {c.id for c in read_conversations(prepare("b.jsonl"))}
     assert ids == every - {f"questions/{records[3]['question_id']}"} != every
+
+
+def test_self_made_questions_are_not_those_held_out(prepare, target_folder, tmp_path):
+    made = read_conversations(prepare("a.jsonl", "--prompts", "self", "--limit", 16, prompts=None))
+    header = user_header_ids(tokenizer := load_tokenizer(target_folder))
+    asked = [tokenizer.decode(c.tokens[len(header) : c.assistant[0][0]]).split("<|im_end|>")[0] for c in made]
+    known = next(text for text in asked if re.search(r"\w", text))
+    (tmp_path / "held.jsonl").write_text(json.dumps({"turns": [known]}) + "\n")
+    options = ("--prompts", "self", "--limit", 16, "--held-out", tmp_path / "held.jsonl")
+    path = prepare("b.jsonl", *options, prompts=None)
+    assert counts(path)["dropped"]["held-out questions"] == 1 and len(read_conversations(path)) == len(made) - 1
 
 
 def test_long_prompts_are_dropped_and_counted(prepare, tmp_path):
