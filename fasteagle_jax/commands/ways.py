@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from fasteagle_jax.commands.models import Models
 from fasteagle_jax.data import Prompt, read_prompts
 from fasteagle_jax.drafters.files import load_drafter, read_config
-from fasteagle_jax.drafters.shipped import drafter_folder
+from fasteagle_jax.drafters.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.drafters.simulated import parse_rates
 from fasteagle_jax.drafters.table import CLASSES
 from fasteagle_jax.errors import UserError
@@ -48,7 +48,7 @@ def parse_ways(words: Sequence[str], tree: str) -> list[Way]:
         if not equals or not name or not value or name == PLAIN:
             raise UserError(
                 f"drafter {word!r} is not known: write plain, NAME=FOLDER or simulated=0.8/0.7/0.6, each with @TREE "
-                f"behind it if wanted, FOLDER being that of a drafter ({', '.join(CLASSES)})"
+                f"behind it if wanted, FOLDER being that of a drafter ({', '.join(CLASSES)}) or `{SHIPPED}`"
             )
         if name.startswith(SIMULATED):
             ways.append(Way(name, own_tree or tree, rates=parse_rates(value)))

@@ -154,7 +154,7 @@ def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, talkati
         return complaint(main, *given, "--drafters", words)
 
     assert "drafter 'medusa' is not known: write plain, NAME=FOLDER" in drafters("medusa")
-    assert "(fasteagle, eagle3)" in drafters("fasteagle")
+    assert "(fasteagle, eagle3) or `shipped`" in drafters("fasteagle")
     assert "no folder" in drafters(f"a={tmp_path / 'nowhere'}")
     assert "holds no config.json" in drafters(f"a={tmp_path}")
     assert "tree 'oak' is not known" in drafters(f"a={drafter_folder}@oak")
