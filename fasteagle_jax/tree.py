@@ -1,6 +1,7 @@
 """Draft trees: which guesses the target checks in one pass.
 
-B rows · M nodes, root included · N levels · V draft vocabulary · C static candidates.
+B rows · M nodes, root included · N levels · V draft vocabulary · C candidates · f nodes of a level that grow · k
+children of each.
 Node 0 is the root, the pending token, at depth 0; a node of depth d guesses the token d positions after it. A tree is
 plain arrays, parents before children; verification knows only these, never which builder made them.
 """
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from fasteagle_jax.sharding import top_k
 
 NO_PARENT = -1
 KINDS = ("chain", "backbone", "best_first")
+CANDIDATES = 10  # the most of f and k, as EAGLE-3 has it
 _SIZES = {"chain": ("levels",), "backbone": ("width", "levels"), "best_first": ("nodes", "levels")}  # as written
 
 
@@ -182,6 +185,101 @@ def _best_first(nodes: int, root: jax.Array, scores: jax.Array, token_ids: jax.A
         jnp.concatenate([zero + NO_PARENT, parents.astype(jnp.int32)], axis=1),
         jnp.concatenate([zero, levels + 1], axis=1),
     )
+
+
+# --- trees grown level by level ---------------------------------------------------------------------------------
+
+
+class _Scored(NamedTuple):
+    """The candidates of a level."""
+
+    tokens: jax.Array  # int32 [B, C]
+    parents: jax.Array  # int32 [B, C], places among all scored nodes, the root being 0
+    score: jax.Array  # float32 [B, C], log-probabilities of the paths
+    depth: int
+
+
+def grow(
+    tree: Tree,
+    root: jax.Array,
+    num_levels: int,
+    token_ids: jax.Array,
+    state: Any,
+    guess: Callable[[Any, int], jax.Array],
+    follow: Callable[[Any, jax.Array, jax.Array, int], Any],
+) -> Draft:
+    """The Draft that `tree` makes of guesses that depend on the path to them.
+
+    `best_first` is EAGLE-2's dynamic tree (arXiv 2406.16858, section 4): the best nodes of a level grow, and of all
+    that were scored on the way those of highest probability are kept; the best tree there is, up to CANDIDATES + 1
+    nodes. `backbone` and `chain` grow from each level's best node alone, and keep what they score.
+
+    Args:
+      tree: the shape.
+      root: int32 [B], the pending token.
+      num_levels: N, how deep.
+      token_ids: int32 [V], the target's id of each entry of the draft vocabulary.
+      state: what the drafter knows at the root, of [B, 1] nodes.
+      guess: (state, depth) -> float32 [B, f, V], the log-probabilities (at most 0) of the tokens at `depth`, each below
+        one of f nodes.
+      follow: (state, parent, tokens, depth) -> the state at f' nodes of that depth, int32 [B, f'] each: which of the
+        nodes above is the parent, and its token.
+    """
+    batch = root.shape[0]
+    above = jnp.zeros((batch, 1))  # float32 [B, f], the scores of the nodes that grow
+    places = jnp.zeros((batch, 1), jnp.int32)
+    scored: list[_Scored] = []
+    num_scored = 1  # the root is node 0
+    for depth in range(1, num_levels + 1):
+        grown, children = _growth(tree, depth, len(token_ids))
+        values, index = top_k(guess(state, depth), children, "vocab")  # [B, f, k]
+        score = (above[..., None] + values).reshape(batch, -1)  # [B, f*k]
+        tokens = token_ids[index].reshape(batch, -1).astype(jnp.int32)
+        scored.append(_Scored(tokens, jnp.repeat(places, children, axis=1), score, depth))
+        if depth == num_levels:
+            break
+        above, best = top_k(score, min(grown, score.shape[1]))
+        state = follow(state, best // children, jnp.take_along_axis(tokens, best, axis=1), depth)
+        places = num_scored + best
+        num_scored += score.shape[1]
+    return _chosen(root, scored, tree.num_nodes(num_levels))
+
+
+def _growth(tree: Tree, depth: int, vocab: int) -> tuple[int, int]:
+    """How many nodes of a depth grow further, and how many children each node above has there.
+
+    The r-th best of a depth d, or of its parent's children, stands for r - 1 others and d - 1 ancestors that are no
+    worse, and one that grows for a child besides.
+    """
+    if tree.kind == "best_first":
+        room = tree.nodes - depth
+        return min(CANDIDATES, max(room - 1, 1)), min(CANDIDATES, room, vocab)
+    return 1, min(1 if tree.kind == "chain" else tree.width, vocab)
+
+
+def _chosen(root: jax.Array, scored: Sequence[_Scored], num_nodes: int) -> Draft:
+    """The draft of the `num_nodes` - 1 best scored nodes; all their parents are among them.
+
+    A child scores no more than its parent, and stands behind it, and top_k takes the first of equals.
+    """
+    tokens = jnp.concatenate([s.tokens for s in scored], axis=1)  # [B, all]
+    parents = jnp.concatenate([s.parents for s in scored], axis=1)
+    depths = jnp.concatenate([jnp.full(s.tokens.shape, s.depth, jnp.int32) for s in scored], axis=1)
+    score = jnp.concatenate([s.score for s in scored], axis=1)
+    _, picked = top_k(score, min(num_nodes - 1, score.shape[1]))
+    picked = jnp.sort(picked, axis=1)  # [B, M-1], parents before children
+    its_parent = jnp.take_along_axis(parents, picked, axis=1)  # a place: 0 for the root, else 1 + the index
+    among = its_parent[:, :, None] == 1 + picked[:, None]  # [B, child, node]
+    place = jnp.where(its_parent == 0, 0, 1 + jnp.argmax(among, axis=-1)).astype(jnp.int32)
+    none = jnp.zeros((root.shape[0], 1), jnp.int32)
+    return Draft(
+        jnp.concatenate([root[:, None], jnp.take_along_axis(tokens, picked, axis=1)], axis=1),
+        jnp.concatenate([none + NO_PARENT, place], axis=1),
+        jnp.concatenate([none, jnp.take_along_axis(depths, picked, axis=1)], axis=1),
+    )
+
+
+# --- verification -----------------------------------------------------------------------------------------------
 
 
 def visible_nodes(draft: Draft) -> jax.Array:

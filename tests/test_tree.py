@@ -132,6 +132,34 @@ def test_best_first_takes_a_best_set_closed_under_parents_also_where_scores_tie(
             assert 0 <= parents[b, i] < i and depths[b, i] == depths[b, parents[b, i]] + 1 == len(chosen[i - 1])
 
 
+@pytest.mark.parametrize(("nodes", "levels", "vocab"), [(2, 1, 5), (4, 2, 6), (8, 3, 5), (11, 4, 4)])
+def test_a_tree_grown_from_guesses_of_each_path_is_the_best_there_is(nodes, levels, vocab):
+    """A path is known by a number: that of its parent times the vocabulary, plus its token and one."""
+    scores = random_scores(3, 4, sum(vocab**depth for depth in range(levels)), vocab)  # [B, paths, V]
+    rows = np.arange(4)[:, None]
+    draft = library.grow(
+        Tree("best_first", nodes),
+        jnp.arange(4),
+        levels,
+        jnp.arange(vocab),
+        jnp.zeros((4, 1), jnp.int32),
+        lambda path, depth: jnp.asarray(scores)[rows, path],
+        lambda path, parent, tokens, depth: jnp.take_along_axis(path, parent, axis=1) * vocab + tokens + 1,
+    )
+    parents, depths = np.asarray(draft.parents), np.asarray(draft.depths)
+    for b in range(4):
+        every = {}
+        for depth in range(1, levels + 1):
+            for path in itertools.product(range(vocab), repeat=depth):
+                number, total = 0, np.float32(0)
+                for token in path:
+                    total, number = np.float32(total + scores[b, number, token]), number * vocab + token + 1
+                every[path] = total
+        ranked = sorted((score, path) for path, score in every.items())[::-1]
+        assert sorted(paths(draft, b)) == sorted(path for _, path in ranked[: nodes - 1])
+        assert all(depths[b, i] == depths[b, parents[b, i]] + 1 and parents[b, i] < i for i in range(1, nodes))
+
+
 def test_best_first_is_the_whole_tree_where_more_nodes_are_asked_for_than_there_are():
     scores = random_scores(2, 2, 2, 3)
     draft = build(Tree("best_first", 50), jnp.arange(2), jnp.asarray(scores))

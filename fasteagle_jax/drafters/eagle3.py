@@ -1,7 +1,7 @@
 """EAGLE-3 (arXiv 2503.01840): one decoder layer run once a level, each time on its own output and the token before.
 
 B rows · T stream positions · A newly accepted tokens · N levels · F feature layers · H hidden width · V draft
-vocabulary · f nodes of the frontier · k candidates a node.
+vocabulary · f nodes of a level.
 At stream position t it reads the target's features g[t] and the embedding of x[t+1], and guesses x[t+2]; the next run
 takes its own output instead of g[t], the embedding of that guess, and rotary position t + 1. So a draft of N levels is
 N runs in a row, over a tree that grows by the f best nodes a level.
@@ -35,11 +35,10 @@ from fasteagle_jax.layers import (
     rotation,
 )
 from fasteagle_jax.packed import Packed, in_blocks
-from fasteagle_jax.sharding import constrain, top_k
-from fasteagle_jax.tree import NO_PARENT, Draft, Tree
+from fasteagle_jax.sharding import constrain
+from fasteagle_jax.tree import Draft, Tree, grow
 
 AXES = LAYER_AXES | {"fc": ("embed", "fused"), "head": ("vocab", "embed")}
-CANDIDATES = 10  # f and k of a dynamic tree, as published
 
 _STORED = {  # name in the file: attribute, transposed
     "fc.weight": ("fc", True),
@@ -228,55 +227,36 @@ class Eagle3(DrafterModule):
         return self._advance(tied, new, cache)[1]
 
     def draft(self, tied: Tied, new: Accepted, cache: Ring, tree: Tree, ranking: Ranking) -> tuple[Draft, Ring]:
-        """A tree rooted at the pending token (see interfaces.Drafter), grown level by level.
-
-        `best_first` is EAGLE-2's dynamic tree: of all nodes scored on the way, those of highest probability.
-        `backbone` and `chain` grow from each level's best node alone, and keep what they score.
-        """
+        """A tree rooted at the pending token (see interfaces.Drafter), grown level by level (see tree.grow)."""
         num_levels = tree.num_levels(self.num_levels)
         new, skipped = newest(new, num_levels + 1)
         h, cache = self._advance(tied, new, cache._replace(length=cache.length + skipped))  # [B, H]
         batch = h.shape[0]
         ids = draft_ids(tied)
-        frontier, candidates = _growth(tree, len(ids))
         eps = self.config.rms_norm_eps
         past = self._past(cache, jnp.maximum(cache.length - 1, 0)[:, None])  # every node sees what its root does
 
-        last = jnp.maximum(new.count - 1, 0)
-        root = jnp.take_along_axis(new.tokens, last[:, None], axis=1)
-        nodes = _Nodes(h[:, None], jnp.zeros((batch, 1)), jnp.zeros((batch, 1), jnp.int32))  # the root alone
-        scored: list[_Scored] = []
-        keys: list[jax.Array] = []
-        values: list[jax.Array] = []
-        own_path = jnp.zeros((batch, 1, 0), bool)  # who sees whom of the keys of earlier runs
-        num_scored = 1  # the root is node 0
-        for depth in range(1, num_levels + 1):
-            # --- candidates: the children of the nodes -----------------------------------------------------------
+        def guess(nodes: _Nodes, depth: int) -> jax.Array:
             logits = head_logits(rms_norm(nodes.hidden, self.norm[...], eps), tied.head)  # [B, f, V]
-            at = jnp.broadcast_to(cache.length[:, None] + depth, nodes.score.shape)
-            values_k, index = top_k(rank(logits, at, ids, ranking), candidates, "vocab")  # [B, f, k]
-            score = (nodes.score[..., None] + values_k).reshape(batch, -1)  # [B, f*k]
-            parents = jnp.repeat(nodes.place, candidates, axis=1)
-            tokens = ids[index].reshape(batch, -1).astype(jnp.int32)
-            scored.append(_Scored(tokens, parents, score, depth))
-            if depth == num_levels:
-                break
-            # --- the best of them become nodes --------------------------------------------------------------------
-            best_score, best = top_k(score, min(frontier, score.shape[1]))  # [B, f']
-            parent = best // candidates  # among the nodes
+            at = jnp.broadcast_to(cache.length[:, None] + depth, logits.shape[:2])
+            return rank(logits, at, ids, ranking)
+
+        def follow(nodes: _Nodes, parent: jax.Array, tokens: jax.Array, depth: int) -> _Nodes:
             h = jnp.take_along_axis(nodes.hidden, parent[..., None], axis=1)
-            e = tied.embedding[jnp.take_along_axis(tokens, best, axis=1)].astype(h.dtype)
-            position = jnp.broadcast_to((cache.length - 1 + depth)[:, None], best.shape)
+            e = tied.embedding[tokens].astype(h.dtype)
+            position = jnp.broadcast_to((cache.length - 1 + depth)[:, None], parent.shape)
             q, k, v = self._keys(e, h, position)
-            keys.append(k)
-            values.append(v)
-            above = jnp.take_along_axis(own_path, parent[..., None], axis=1)  # [B, f', keys so far]
-            itself = jnp.broadcast_to(jnp.eye(best.shape[1], dtype=bool), (batch, best.shape[1], best.shape[1]))
+            keys, values = [*nodes.keys, k], [*nodes.values, v]
+            above = jnp.take_along_axis(nodes.own_path, parent[..., None], axis=1)  # [B, f, keys so far]
+            itself = jnp.broadcast_to(jnp.eye(parent.shape[1], dtype=bool), (batch, parent.shape[1], parent.shape[1]))
             own_path = jnp.concatenate([above, itself], axis=-1)
             attended = attention(q, jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2), own_path, past)
-            nodes = _Nodes(self._rest(h, attended), best_score, num_scored + best)
-            num_scored += score.shape[1]
-        return _chosen(root[:, 0], scored, tree.num_nodes(num_levels)), cache
+            return _Nodes(self._rest(h, attended), keys, values, own_path)
+
+        last = jnp.maximum(new.count - 1, 0)
+        root = jnp.take_along_axis(new.tokens, last[:, None], axis=1)[:, 0]
+        at_root = _Nodes(h[:, None], [], [], jnp.zeros((batch, 1, 0), bool))
+        return grow(tree, root, num_levels, ids, at_root, guess, follow), cache
 
     def _past(self, cache: Ring, queries: jax.Array) -> Past:
         """The committed keys of the one layer, for queries at stream positions int32 [B, Q]."""
@@ -299,50 +279,12 @@ class Eagle3(DrafterModule):
 
 
 class _Nodes(NamedTuple):
-    """The nodes that the next level grows from."""
+    """Nodes of a level, which the next one grows from."""
 
     hidden: jax.Array  # [B, f, H], the layer's output
-    score: jax.Array  # float32 [B, f], the log-probability of the path
-    place: jax.Array  # int32 [B, f], among all scored nodes, the root being 0
-
-
-class _Scored(NamedTuple):
-    """The candidates of a level."""
-
-    tokens: jax.Array  # int32 [B, C]
-    parents: jax.Array  # int32 [B, C], places among all scored nodes
-    score: jax.Array  # float32 [B, C]
-    depth: int
-
-
-def _growth(tree: Tree, vocab: int) -> tuple[int, int]:
-    """(f, k) of a kind of tree."""
-    if tree.kind == "best_first":
-        most = min(CANDIDATES, tree.nodes - 1, vocab)
-        return most, most
-    return 1, min(1 if tree.kind == "chain" else tree.width, vocab)
-
-
-def _chosen(root: jax.Array, scored: Sequence[_Scored], num_nodes: int) -> Draft:
-    """The draft of the `num_nodes` - 1 best scored nodes; all their parents are among them.
-
-    A child scores no more than its parent, and stands behind it, and top_k takes the first of equals.
-    """
-    tokens = jnp.concatenate([s.tokens for s in scored], axis=1)  # [B, all]
-    parents = jnp.concatenate([s.parents for s in scored], axis=1)
-    depths = jnp.concatenate([jnp.full(s.tokens.shape, s.depth, jnp.int32) for s in scored], axis=1)
-    score = jnp.concatenate([s.score for s in scored], axis=1)
-    _, picked = top_k(score, min(num_nodes - 1, score.shape[1]))
-    picked = jnp.sort(picked, axis=1)  # [B, M-1], parents before children
-    its_parent = jnp.take_along_axis(parents, picked, axis=1)  # a place: 0 for the root, else 1 + the index
-    among = its_parent[:, :, None] == 1 + picked[:, None]  # [B, child, node]
-    place = jnp.where(its_parent == 0, 0, 1 + jnp.argmax(among, axis=-1)).astype(jnp.int32)
-    none = jnp.zeros((root.shape[0], 1), jnp.int32)
-    return Draft(
-        jnp.concatenate([root[:, None], jnp.take_along_axis(tokens, picked, axis=1)], axis=1),
-        jnp.concatenate([none + NO_PARENT, place], axis=1),
-        jnp.concatenate([none, jnp.take_along_axis(depths, picked, axis=1)], axis=1),
-    )
+    keys: list[jax.Array]  # [B, K, f, D] of each level's nodes so far
+    values: list[jax.Array]
+    own_path: jax.Array  # bool [B, f, keys], whether a node sees them
 
 
 def _attend_to_own_path(
