@@ -139,6 +139,7 @@ class DrafterConfig:
     rms_norm_eps: float = 1e-5
     rope: RopeConfig = RopeConfig()
     reinject: bool = False  # add the fused input again before every level
+    correction: int | None = None  # R, hidden units that correct a guess by the token before it; None for none
     window: int | None = None  # W: a position sees itself and the W - 1 before it; None for all
 
     def __post_init__(self) -> None:
@@ -150,6 +151,8 @@ class DrafterConfig:
             raise UserError(
                 f"draft_vocab_size is {self.draft_vocab_size}: it must be 1 to the target's {self.vocab_size}"
             )
+        if self.correction is not None and (not isinstance(self.correction, int) or self.correction < 1):
+            raise UserError(f"drafter correction is {self.correction!r}: give a number of units, or None for none")
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise UserError(
                 f"drafter window is {self.window!r}: give a whole number of at least 1, or None for no limit"

@@ -23,7 +23,7 @@ def flops_per_token(target: LlamaConfig, drafter: DrafterConfig, length: int, sh
     arXiv 2204.02311, appendix B, which counts the masked half as well). Here
 
         target, forward:             L (2 P_layer + 4 T A)
-        drafter, both ways:          6 (N P_level + F H^2 + 2 H^2) + N 12 T A'
+        drafter, both ways:          6 (N P_level + F H^2 + 2 H^2) + N 12 T A'    + 6 N 3 H R where it corrects guesses
         heads, at `share` of tokens: 2 H V + N 4 H V', and 2 H V' more where V' < V
 
     with the heads frozen, so that backward has one product and not two; EAGLE-3's head is not, and its level reads 2 H.
@@ -32,7 +32,8 @@ def flops_per_token(target: LlamaConfig, drafter: DrafterConfig, length: int, sh
     hidden, levels, width = target.hidden_size, drafter.num_levels, drafter.num_heads * drafter.head_dim
     layer = _layer(target)
     forward = target.num_layers * (2 * layer + 4 * length * target.num_heads * target.head_dim)
-    level, inputs, of_own = _layer(drafter) + hidden**2 * drafter.reinject, len(drafter.feature_layers) + 2, 0
+    level, inputs, of_own = _layer(drafter), len(drafter.feature_layers) + 2, 0
+    level += hidden * (hidden * drafter.reinject + 3 * (drafter.correction or 0))
     if drafter.kind == "eagle3":
         level += hidden * (drafter.num_heads + 2 * drafter.num_kv_heads) * drafter.head_dim
         inputs, of_own = len(drafter.feature_layers), 2

@@ -38,7 +38,8 @@ class DrafterChoice:
     vocabulary_data: tuple[str, ...] = ()  # files of conversations whose answers are counted; empty: the run's data
     intermediate_size: int | None = None
     feature_layers: tuple[int, ...] | None = None  # None: 2, L // 2, L - 3
-    reinject: bool = False
+    reinject: bool = False  # add the fused input again before every level
+    correction: int | None = None  # units that correct a guess by the token before it; None for none
     window: int | None = None  # positions that a level attends to; None for all
     from_target: bool = False  # start each level, or EAGLE-3's one layer, from the target's last layer
     start: str = ""  # start from the drafter in this folder: its weights, draft vocabulary and first levels
@@ -237,7 +238,9 @@ def changes_since(old: dict[str, Any], config: RunConfig) -> list[str]:
 
 def drafter_config(choice: DrafterChoice, target_config: LlamaConfig) -> DrafterConfig:
     """The sizes of the drafter of a run for a target of these sizes."""
-    changes: dict[str, Any] = {name: getattr(choice, name) for name in ("kind", "num_levels", "reinject", "window")}
+    changes: dict[str, Any] = {
+        name: getattr(choice, name) for name in ("kind", "num_levels", "reinject", "correction", "window")
+    }
     for name in ("draft_vocab_size", "intermediate_size", "feature_layers"):
         if getattr(choice, name) is not None:
             changes[name] = getattr(choice, name)

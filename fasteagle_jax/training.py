@@ -158,14 +158,19 @@ def drafter_from(
     """A drafter to train, float32, with the weights of a trained one, of which it may have the first levels alone.
 
     Args:
-      config: its sizes; all but the number of levels and the window must be the trained one's.
+      config: its sizes; all but the number of levels and the window must be the trained one's, and a correction may be
+        new, which then starts as in a new drafter.
       trained: a drafter as `load_drafter` gives it, its features' scale folded into fc.
       feature_rms: as of `init_drafter`; the scale is taken out of fc again.
       stacked: its form.
 
     Raises UserError for sizes that differ.
     """
-    free = {"window": config.window, "num_levels": min(config.num_levels, trained.config.num_levels)}
+    free: dict[str, Any] = {
+        "window": config.window,
+        "num_levels": min(config.num_levels, trained.config.num_levels),
+        "correction": trained.config.correction or config.correction,
+    }
     if (its := dataclasses.replace(trained.config, **free)) != config:
         mine, theirs = dataclasses.asdict(config), dataclasses.asdict(its)
         wrong = ", ".join(
@@ -176,6 +181,8 @@ def drafter_from(
     # As they are stored, whichever way around a model holds them.
     weights = {name: p[...].T if transposed else p[...] for name, p, transposed in trained.unstacked().stored()}
     for name, param, transposed in drafter.stored():
+        if name not in weights:  # of a new correction
+            continue
         value = weights[name].T if transposed else weights[name]
         param[...] = jnp.asarray(value, param[...].dtype)
     if feature_rms is not None:

@@ -133,6 +133,8 @@ def random_drafter(**changes) -> FastEagle:
             drafter.token_ids[...] = 2 + 3 * jnp.arange(config.draft_vocab_size)
         if config.reinject:
             drafter.levels.reinject[...] += 0.1
+        if config.correction:
+            drafter.correction.to_state[...] += 0.1
         return drafter
 
     return jax.jit(make)()
@@ -206,8 +208,8 @@ def test_fasteagle_is_lossless(target, plain, drafter, sampling, tree, shared_no
 
 
 @pytest.mark.parametrize("tree", ["backbone:4", "best_first:12"])
-def test_fasteagle_with_a_reduced_vocabulary_and_reinjection_is_lossless(target, plain, tree):
-    model = random_drafter(draft_vocab_size=11, reinject=True)
+def test_fasteagle_with_a_reduced_vocabulary_and_its_options_is_lossless(target, plain, tree):
+    model = random_drafter(draft_vocab_size=11, reinject=True, correction=8)
     for sampling, expected in plain.items():
         tokens, statistics = speculate(target, model, SAMPLINGS[sampling], tree)
         assert tokens == expected

@@ -19,12 +19,13 @@ def num_matrix_parameters(tree: object) -> int:
     return sum(x.size for path, x in leaves if "norm" not in jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("reinject", [False, True])
-def test_without_attention_and_heads_it_is_two_a_frozen_and_six_a_trained_parameter(reinject: bool) -> None:
+@pytest.mark.parametrize("changes", [{}, {"reinject": True}, {"correction": 5}])
+def test_without_attention_and_heads_it_is_two_a_frozen_and_six_a_trained_parameter(changes: dict) -> None:
     target = tiny_target(num_layers=3)
-    config = default_config(target.config, num_levels=4, reinject=reinject)
+    config = default_config(target.config, num_levels=4, **changes)
     drafter = FastEagle(config, jax.random.key(0))
     trained = num_matrix_parameters((drafter.fc, drafter.fuse, drafter.levels))
+    trained += 4 * num_matrix_parameters(drafter.correction)  # once a level
     expected = 2 * num_matrix_parameters(target.layers) + 6 * trained
     assert flops_per_token(target.config, config, length=0, share=0.0) == expected
 

@@ -136,7 +136,7 @@ class Splitter:
         models = drafter, tied, state.new
         if drafter is None:
             draft, visible = run("tree", plain_draft, (), state.new)
-        elif hasattr(drafter, "guesses"):
+        elif getattr(drafter, "in_halves", False):
             logits, cache = run("draft", guess, state.drafter_cache, *models)
             draft, visible = run("tree", grow, (), *models, cache, logits, sampling)
         else:

@@ -64,8 +64,11 @@ class Eagle3(DrafterModule):
 
     def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
         c = config
-        if c.reinject:
-            raise UserError("reinject is of FastEagle's levels, EAGLE-3 has none: set drafter.reinject=False")
+        if c.reinject or c.correction:
+            raise UserError(
+                "reinject and correction are of FastEagle's levels, EAGLE-3 has none: "
+                "set drafter.reinject=False drafter.correction=None"
+            )
         hidden, heads, kv_heads = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         keys = iter(jax.random.split(key, 9))
 

@@ -3,8 +3,11 @@
 B rows · T stream positions · A newly accepted tokens · N levels · F feature layers · H hidden width · V draft
 vocabulary.
 At stream position t it reads the target's features g[t] and the embedding of the next, already chosen token x[t+1]; the
-output of level i there is the guess for token x[t+1+i]. No draft token is ever an input, so training is one causal pass
-and the cache of verified positions needs no rollback.
+output of level i there is the guess for token x[t+1+i]. No draft token is ever an input of a level, so training is one
+causal pass and the cache of verified positions needs no rollback.
+
+What the paper does not have is optional: `reinject` adds the input again before every level; `correction` corrects each
+guess by the token before it on its path, outside of the cascade (as the later TreeFlash and DSpark do).
 """
 
 from __future__ import annotations
@@ -39,8 +42,13 @@ from fasteagle_jax.layers import (
 from fasteagle_jax.sampling import gumbel_noise
 from fasteagle_jax.sharding import constrain, training_rows
 from fasteagle_jax.tree import Draft, Tree, build
+from fasteagle_jax.tree import grow as tree_of
 
-AXES = LAYER_AXES | {name: ("embed", "fused") for name in ("fc", "fuse", "reinject")}
+AXES = (
+    LAYER_AXES
+    | {name: ("embed", "fused") for name in ("fc", "fuse", "reinject", "of_state", "of_token")}
+    | {"to_state": ("fused", "embed")}
+)
 EMBEDDING_SHARE = 0.1  # of the stream's size that the embedding starts with, beside levels that never saw one there
 
 
@@ -57,6 +65,29 @@ _LEVEL = {  # name in the file: attribute path of a Level, transposed
     "norm.weight": (("norm",), False),
     "reinject.weight": (("reinject",), True),
 }
+
+
+class Correction(nnx.Module):
+    """What the token before a guess adds to the state that it is read from: one hidden layer of R units."""
+
+    def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any):
+        hidden, width = config.hidden_size, config.correction
+        assert width is not None
+        key_state, key_token = jax.random.split(key)
+
+        def weight(key: jax.Array) -> nnx.Param:
+            return nnx.Param(jax.random.normal(key, (hidden, width), dtype) * hidden**-0.5)
+
+        self.of_state, self.of_token = weight(key_state), weight(key_token)
+        # Starts at zero, so that training starts from guesses without it.
+        self.to_state = nnx.Param(jnp.zeros((width, hidden), dtype))
+
+    def __call__(self, h: jax.Array, e: jax.Array, eps: float) -> jax.Array:
+        """The state [..., H], corrected, of states and embeddings [..., H]."""
+        ones = jnp.ones((h.shape[-1],), jnp.float32)
+        of_state = matmul(rms_norm(h, ones, eps), self.of_state[...])
+        of_token = matmul(rms_norm(e, ones, eps), self.of_token[...])
+        return h + matmul(jax.nn.silu(of_state + of_token), self.to_state[...])
 
 
 class Level(nnx.Module):
@@ -82,6 +113,8 @@ class FastEagle(DrafterModule):
         self.fuse = nnx.Param(
             jax.random.normal(key_input, (2 * c.hidden_size, c.hidden_size), dtype) * (2 * c.hidden_size) ** -0.5
         )
+        # One for all levels: five times the parameters were no better at the second and third level.
+        self.correction = Correction(c, jax.random.fold_in(key, 1), dtype) if c.correction else None
         levels = jax.vmap(lambda k: Level(c, k, dtype))(jax.random.split(key_levels, c.num_levels))
         self.levels: Any = levels if stacked else nnx.List(unstack(levels, c.num_levels))
 
@@ -141,6 +174,7 @@ class FastEagle(DrafterModule):
         num_levels: int | None = None,
         *,
         remat: Any = None,
+        read: bool = True,
     ) -> tuple[Any, Any]:
         """The head's input at every level and position, and the fresh keys and values.
 
@@ -155,6 +189,8 @@ class FastEagle(DrafterModule):
           num_levels: N, the first levels that are run; None for all.
           remat: a policy of jax.checkpoint_policies, by which the backward pass computes a level again; None: it does
             not.
+          read: False gives the levels' outputs as they are, for `_read`, and not what the head reads of them, corrected
+            by the true tokens.
 
         Returns:
           A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and (k, v) for `commit`.
@@ -172,8 +208,15 @@ class FastEagle(DrafterModule):
         past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_levels)
         filled = None if cache is None else cache.filled()
 
-        def level_step(h: jax.Array, level_and_past: Any) -> tuple[jax.Array, Any]:
-            level, held = level_and_past
+        # The token before level i's guess is i - 1 further on; past a segment's end no loss looks.
+        befores: Any = [None] * c.num_levels
+        if c.correction and read:
+            befores = [jnp.roll(next_tokens, -i, axis=1) for i in range(c.num_levels)]
+        if self.stacked:
+            befores = jnp.stack(befores) if c.correction and read else None
+
+        def level_step(h: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+            level, held, before = xs
             level_past = None
             if held is not None:
                 k, v, held_positions = held
@@ -184,15 +227,26 @@ class FastEagle(DrafterModule):
                 h = h + constrain(matmul(again, level.reinject[...]), rows, None, None)
             h, kv = level.layer(h, turn, visible, level_past)  # h_i = L_i(h_i-1)
             h = training_rows(h, visible)
-            return h, (rms_norm(h, level.norm[...], c.rms_norm_eps), kv)
+            if not read:
+                return h, (h, kv)
+            e = None if before is None else embedding[before].astype(dtype)
+            return h, (self._read(level, h, e), kv)
 
         if remat is not None:
             level_step = jax.checkpoint(level_step, policy=remat)
         span = None if num_levels in (None, c.num_levels) else (0, num_levels)
-        _, results = run_layers(level_step, fused, (self.levels, past), span)
+        _, results = run_layers(level_step, fused, (self.levels, past, befores), span)
         if self.stacked:
             return results
         return [hidden for hidden, _ in results], ([kv[0] for _, kv in results], [kv[1] for _, kv in results])
+
+    def _read(self, level: Level, h: jax.Array, e: jax.Array | None) -> jax.Array:
+        """The head's input [..., H] of a level's output, corrected by the embedding of the token before the guess."""
+        eps = self.config.rms_norm_eps
+        if self.correction is not None:
+            assert e is not None
+            h = self.correction(h, e, eps)
+        return rms_norm(h, level.norm[...], eps)
 
     def extend(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> Ring:
         """The cache of the first levels with the accepted tokens' stream positions in it."""
@@ -202,33 +256,67 @@ class FastEagle(DrafterModule):
         """A tree rooted at the pending token (see interfaces.Drafter).
 
         A tree of fewer levels runs the first levels alone, on no more newly accepted tokens than it can bring itself.
+        With a correction it is grown level by level, of guesses that know the token before them.
         """
-        logits, cache = self.guesses(tied, new, cache, tree.num_levels(self.num_levels))
-        return self.grow(tied, new, cache, logits, tree, ranking), cache
+        num_levels = tree.num_levels(self.num_levels)
+        if self.in_halves:
+            logits, cache = self.guesses(tied, new, cache, num_levels)
+            return self.grow(tied, new, cache, logits, tree, ranking), cache
+        hidden, cache = self._newest(tied, new, cache, num_levels)  # [B, N, H]
+        levels = unstack(self.levels, self.num_levels) if self.stacked else list(self.levels)
+        ids = draft_ids(tied)
+
+        def at(depth: int, tokens: jax.Array) -> jax.Array:
+            """The head's input [B, f, H] of the guesses at a depth below f nodes that hold `tokens` [B, f]."""
+            e = tied.embedding[tokens].astype(hidden.dtype)
+            h = jnp.broadcast_to(hidden[:, depth - 1, None], e.shape)
+            return self._read(levels[depth - 1], h, e)
+
+        def guess(states: jax.Array, depth: int) -> jax.Array:
+            logits = head_logits(states, tied.head)  # [B, f, V]
+            positions = jnp.broadcast_to(cache.length[:, None] + depth, logits.shape[:2])
+            return rank(logits, positions, ids, ranking)
+
+        def follow(states: jax.Array, parent: jax.Array, tokens: jax.Array, depth: int) -> jax.Array:
+            return at(depth + 1, tokens)
+
+        root = _pending(new)
+        return tree_of(tree, root, num_levels, ids, at(1, root[:, None]), guess, follow), cache
+
+    @property
+    def in_halves(self) -> bool:
+        """Whether the guesses do not depend on one another, so that `guesses` and `grow` are `draft`."""
+        return self.config.correction is None
 
     def guesses(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
         """The first half of `draft`: each level's logits float32 [B, N, V], and the cache."""
-        new, skipped = newest(new, num_levels + 1)
-        cache = cache._replace(length=cache.length + skipped)
-        hidden, cache = self._advance(tied, new, cache, num_levels)  # [B, N, H]
+        hidden, cache = self._newest(tied, new, cache, num_levels)  # [B, N, H]
         return head_logits(hidden, tied.head), cache
 
     def grow(self, tied: Tied, new: Accepted, cache: Ring, logits: jax.Array, tree: Tree, ranking: Ranking) -> Draft:
         """The second half: the tree of those logits. The pending token is at cache.length."""
         positions = cache.length[:, None] + 1 + jnp.arange(logits.shape[1])  # level i guesses the token i further on
-        last = jnp.maximum(new.count - 1, 0)
-        root = jnp.take_along_axis(new.tokens, last[:, None], axis=1)[:, 0]
-        return build(tree, root, rank(logits, positions, draft_ids(tied), ranking), tied.token_ids)
+        return build(tree, _pending(new), rank(logits, positions, draft_ids(tied), ranking), tied.token_ids)
+
+    def _newest(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
+        """As `_advance`, on no more newly accepted tokens than a tree of so many levels can bring."""
+        new, skipped = newest(new, num_levels + 1)
+        return self._advance(tied, new, cache._replace(length=cache.length + skipped), num_levels)
 
     def _advance(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
-        """The first levels' hidden states [B, N, H] at the last accepted position, and the cache with all positions."""
+        """The first levels' states [B, N, H] at the last accepted position, and the cache with all positions.
+
+        The states are the head's input, or with a correction what that takes.
+        """
         batch, num_tokens = new.tokens.shape
         index = jnp.arange(num_tokens)
         positions = cache.length[:, None] + index
         visible = causal(index[:, None], index, self.config.window)
         visible = jnp.broadcast_to(visible, (batch, num_tokens, num_tokens))
         embedding = tied.embedding
-        hidden, fresh = self.hidden_states(embedding, new.features, new.tokens, positions, visible, cache, num_levels)
+        hidden, fresh = self.hidden_states(
+            embedding, new.features, new.tokens, positions, visible, cache, num_levels, read=self.in_halves
+        )
         last = jnp.maximum(new.count - 1, 0)[:, None, None]
         at_last = [jnp.take_along_axis(h, last, axis=1)[:, 0] for h in hidden]
         return jnp.stack(at_last, axis=1), commit_ring(cache, fresh, new.count)
@@ -253,6 +341,9 @@ class FastEagle(DrafterModule):
     def stored(self) -> list[tuple[str, Any, bool]]:
         """As of DrafterModule: levels are numbered from 0."""
         places: list[tuple[str, Any, bool]] = [("fc.weight", self.fc, True), ("fuse.weight", self.fuse, True)]
+        if (c := self.correction) is not None:
+            parts = {"of_state": c.of_state, "of_token": c.of_token, "to_state": c.to_state}
+            places += [(f"correction.{name}.weight", param, True) for name, param in parts.items()]
         if self.token_ids is not None:
             places.append(("token_ids", self.token_ids, False))
         for i, level in enumerate(self.levels):
@@ -261,6 +352,11 @@ class FastEagle(DrafterModule):
                 if param is not None:
                     places.append((f"levels.{i}.{name}", param, transposed and not isinstance(param, RowWeight)))
         return places
+
+
+def _pending(new: Accepted) -> jax.Array:
+    """int32 [B], the last of the accepted tokens, at which a tree is rooted."""
+    return jnp.take_along_axis(new.tokens, jnp.maximum(new.count - 1, 0)[:, None], axis=1)[:, 0]
 
 
 def newest(new: Accepted, most: int) -> tuple[Accepted, jax.Array]:

@@ -40,6 +40,9 @@ def make_drafter(seed: int = 0, **changes) -> FastEagle:
         if config.reinject:
             reinject = drafter.levels.reinject
             reinject[...] = 0.3 * jax.random.normal(key, reinject[...].shape)
+        if config.correction:
+            to_state = drafter.correction.to_state
+            to_state[...] = jax.random.normal(key, to_state[...].shape)
         return drafter
 
     drafter = jax.jit(make)()
@@ -51,6 +54,8 @@ def make_drafter(seed: int = 0, **changes) -> FastEagle:
 FORMS = {  # changes of the configuration, stacked
     "plain, stacked": ({}, True),
     "reduced vocabulary and reinjection, list": (dict(draft_vocab_size=len(IDS), reinject=True), False),
+    "correction, stacked": (dict(correction=8), True),
+    "reduced vocabulary and correction, list": (dict(draft_vocab_size=len(IDS), correction=8), False),
     "a window, stacked": (dict(window=3), True),
     "a window of one, list": (dict(window=1), False),
 }
@@ -76,10 +81,27 @@ def causal(num: int) -> jax.Array:
 @jax.jit
 def one_pass(drafter, tied, tokens, features):
     """What training computes: hidden states [N, B, T, H] and the fresh keys and values [N, B, K, T, D]."""
+    return whole_pass(drafter, tied, tokens, features)
+
+
+def whole_pass(drafter, tied, tokens, features, **how):
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     visible = Packed(jnp.ones((B, T), jnp.int32), drafter.config.window).visible()
-    hidden, fresh = drafter.hidden_states(tied.embedding, features, tokens[:, 1:], positions, visible)
+    hidden, fresh = drafter.hidden_states(tied.embedding, features, tokens[:, 1:], positions, visible, **how)
     return jnp.stack(list(hidden)), [jnp.stack(list(part)) for part in fresh]
+
+
+@jax.jit
+def chains(drafter, tied, tokens, features):
+    """The guesses of a chain from every stream position on: int32 [N, B, T]."""
+    outputs, _ = whole_pass(drafter, tied, tokens, features, read=False)  # of the levels
+    guesses, before = [], tokens[:, 1:]
+    for h, level in zip(outputs, drafter.unstacked().levels, strict=True):
+        h = drafter._read(level, h, tied.embedding[before])
+        best = jnp.argmax(head_logits(h, tied.head), axis=-1)
+        before = best if tied.token_ids is None else tied.token_ids[best]
+        guesses.append(before)
+    return jnp.stack(guesses)
 
 
 @pytest.mark.parametrize(("variant", "stacked"), FORMS.values(), ids=FORMS.keys())
@@ -88,9 +110,8 @@ def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(t
     drafter = make_drafter(**variant)
     drafter = drafter if stacked else drafter.unstacked()
     tied = drafter.tie(target)
-    hidden, fresh = one_pass(drafter, tied, tokens, features)
-    best = jnp.argmax(head_logits(hidden, tied.head), axis=-1)  # [N, B, T]
-    best = best if tied.token_ids is None else tied.token_ids[best]
+    _, fresh = one_pass(drafter, tied, tokens, features)
+    best = chains(drafter, tied, tokens, features)
 
     chain, ranking = Tree("chain"), Ranking(make_sampling(B), True)
     draft = jax.jit(lambda drafter, new, cache: drafter.draft(tied, new, cache, chain, ranking))
@@ -124,11 +145,17 @@ def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(t
             np.testing.assert_allclose(part[level][b][:, held], expected[level, b][:, positions[held]], **CLOSE)
 
 
-@pytest.mark.parametrize("reinject", [False, True], ids=["plain", "reinjection"])
-def test_hidden_states_are_the_cascade_of_the_paper(target, stream, reinject):
-    """h_1 = L_1(FC([g, e])), h_i = L_i(h_i-1), where with reinjection each level's input gets FC([g, e]) once more."""
+@pytest.mark.parametrize(
+    "changes", [{}, {"reinject": True}, {"correction": 8}], ids=["plain", "reinjection", "correction"]
+)
+def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
+    """h_1 = L_1(FC([g, e])), h_i = L_i(h_i-1).
+
+    With reinjection each level's input gets FC([g, e]) once more; with correction what is read of h_i at position t
+    knows the true token x[t+i].
+    """
     tokens, features = stream
-    drafter = make_drafter(reinject=reinject)
+    drafter = make_drafter(**changes)
     turn = rotation(jnp.broadcast_to(jnp.arange(T), (B, T)), drafter.config.rope, drafter.config.head_dim)
     visible = causal(T)
 
@@ -141,15 +168,23 @@ def test_hidden_states_are_the_cascade_of_the_paper(target, stream, reinject):
         e = target.embedding[...][tokens[:, 1:]]
         h = fused = g @ drafter.fuse[...][:16] + e @ drafter.fuse[...][16:]
         out = []
-        for level in drafter.unstacked().levels:
-            if reinject:
+        for i, level in enumerate(drafter.unstacked().levels, 1):
+            if level.reinject is not None:
                 h = h + normed(fused) @ level.reinject[...]
             h, _ = level.layer(h, turn, visible, None)
-            out.append(normed(h) * level.norm[...])
+            read = h
+            if (c := drafter.correction) is not None:
+                token = normed(target.embedding[...][jnp.pad(tokens, ((0, 0), (0, N)))[:, i : i + T]])
+                units = normed(h) @ c.of_state[...] + token @ c.of_token[...]
+                read = h + (units / (1 + jnp.exp(-units))) @ c.to_state[...]
+            out.append(normed(read) * level.norm[...])
         return jnp.stack(out)
 
     actual = one_pass(drafter, drafter.tie(target), tokens, features)[0]
-    np.testing.assert_allclose(actual, slow(drafter, tokens, features), **CLOSE)
+    expected = slow(drafter, tokens, features)
+    for i in range(N):
+        known = T - i if drafter.config.correction else T  # where x[t+i] is in the text
+        np.testing.assert_allclose(actual[i, :, :known], expected[i, :, :known], **CLOSE)
 
 
 def test_a_level_reads_positions_up_to_its_own_alone(target, stream):
