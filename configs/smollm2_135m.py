@@ -18,7 +18,9 @@ def get_config() -> RunConfig:
         steps=20_000,
         batch_size=2,
         length=512,
-        drafter=DrafterChoice(num_levels=5, draft_vocab_size=8192, reinject=True, window=512, from_target=True),
+        drafter=DrafterChoice(
+            num_levels=5, draft_vocab_size=8192, reinject=True, correction=576, window=512, from_target=True
+        ),
         loss=LossConfig(level_decay=0.5, share=0.5),
         optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=50, ema=0.998),
     )

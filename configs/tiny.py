@@ -16,7 +16,7 @@ def get_config() -> RunConfig:
         batch_size=2,
         length=48,
         dtype="float32",
-        drafter=DrafterChoice(num_levels=3, reinject=True),
+        drafter=DrafterChoice(num_levels=3, reinject=True, correction=24),
         loss=LossConfig(share=0.5, chunk=16),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
         save_every=4,

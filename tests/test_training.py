@@ -114,8 +114,9 @@ def test_training_never_consumes_the_target() -> None:
 
 def test_stacked_and_listed_models_have_the_same_loss_and_gradient() -> None:
     target = tiny_target()
-    config = default_config(target.config, num_levels=3, reinject=True, draft_vocab_size=30)
+    config = default_config(target.config, num_levels=3, reinject=True, correction=8, draft_vocab_size=30)
     drafter = init_drafter(config, target, jax.random.key(0), token_ids=jnp.arange(5, 35))
+    drafter.correction.to_state[...] += 0.1  # not at zero, where its other parts have no gradient
 
     def loss(params: object, graph: object, constants: object, target: object) -> jax.Array:
         drafter = nnx.merge(graph, params, constants)
@@ -130,7 +131,11 @@ def test_stacked_and_listed_models_have_the_same_loss_and_gradient() -> None:
     np.testing.assert_allclose(one, other, rtol=1e-6)
     assert float(one) > 0
     # Sums in another order: float32 rounding of gradients that are at most about 1.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), stacked.levels, listed.stacked_form().levels)
+    listed = listed.stacked_form()
+    for part in ("levels", "correction", "fuse"):
+        ours, theirs = getattr(stacked, part), getattr(listed, part)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
+        assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(ours))
 
 
 def test_feature_rms_is_of_an_ordinary_token() -> None:
@@ -250,7 +255,8 @@ def test_the_average_follows_the_weights_and_is_what_decodes() -> None:
 @pytest.mark.parametrize("stacked", [True, False])
 def test_muon_takes_the_matrices_and_leaves_the_vectors_to_adamw(stacked: bool) -> None:
     target = tiny_target(num_layers=2, stacked=stacked)
-    drafter = small_drafter(target, reinject=True)
+    drafter = small_drafter(target, reinject=True, correction=8)
+    drafter.correction.to_state[...] += 0.1  # not at zero, where its other parts have no gradient
     state, step, _, _ = new_run(drafter, name="muon", warmup_steps=0, clip_norm=1e9)
     before = jax.tree.map(np.array, state.params)
     state, result = step(state, target, packed_batch())
@@ -268,7 +274,7 @@ def test_muon_takes_the_matrices_and_leaves_the_vectors_to_adamw(stacked: bool) 
             kept = size[size > 0.3]  # Newton-Schulz brings all that is not tiny to between 0.5 and 1.5
             assert len(kept) >= len(size) // 2 and kept.max() < 1.5, name
             matrices += 1
-    assert matrices == 2 + LEVELS * 8
+    assert matrices == 2 + 3 + LEVELS * 8
 
 
 def test_optimizer_values_are_checked() -> None:

@@ -64,7 +64,7 @@ def test_the_best_checkpoint_is_exported_with_its_average(talkative, tmp_path):
 
 def test_an_eagle3_run_is_exported(run, target_folder, tmp_path):
     changes = [f"target={target_folder}", f"data={run.parent / 'data.jsonl'}", "steps=2", "drafter.kind=eagle3"]
-    changes += ["drafter.reinject=False", "loss.within_draft=True"]
+    changes += ["drafter.reinject=False", "drafter.correction=None", "loss.within_draft=True"]
     assert train(["--config", str(CONFIG), "--run", str(tmp_path / "run"), *changes]) == 0
     assert main(["--run", str(tmp_path / "run"), "--output", str(tmp_path / "drafter")]) == 0
     for file in ("model.safetensors", "config.json"):

@@ -436,7 +436,8 @@ def test_eagle3_trains_by_the_same_trainer_and_a_finished_run_is_not_overwritten
     target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
 ) -> None:
     run = tmp_path / "run"
-    asked = command(target_folder, data_file, run, "steps=30", "drafter.kind=eagle3", "drafter.reinject=False")
+    changes = ["steps=30", "drafter.kind=eagle3", "drafter.reinject=False", "drafter.correction=None"]
+    asked = command(target_folder, data_file, run, *changes)
     assert main(asked) == 0
     loss = [value for value, _ in losses(run).values()]
     assert np.mean(loss[-3:]) < 0.8 * np.mean(loss[:3])
@@ -451,7 +452,8 @@ def test_a_run_starts_from_the_first_levels_of_a_trained_drafter(
     target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    assert main(command(target_folder, data_file, first, "steps=2", "drafter.draft_vocab_size=64")) == 0
+    small = ["steps=2", "drafter.draft_vocab_size=64", "drafter.correction=None"]
+    assert main(command(target_folder, data_file, first, *small)) == 0
     changes = ["steps=1", "drafter.draft_vocab_size=64", f"drafter.start={first / 'drafter'}"]
     refused = command(target_folder, data_file, second, *changes, "drafter.num_levels=4")
     assert "has num_levels 3 instead of 4: set" in complaint(main, *refused)
