@@ -84,7 +84,8 @@ class Contest:
         prompts, lengths = pad([tokens])
         stop = make_stop(1, self.max_new, self.models.stop_tokens)
         # The prefill is that of any tree of so many levels, so that they share its program.
-        sizes: dict[str, Any] = dict(max_new=self.max_new, tree=Tree(levels=tree.levels), chunk=CHUNK)
+        num_levels = None if drafter is None else tree.num_levels(drafter.num_levels)
+        sizes: dict[str, Any] = dict(max_new=self.max_new, tree=Tree(levels=num_levels), chunk=CHUNK)
         state, tied = start(self.models.target, drafter, prompts, lengths, sampling, stop, **sizes)
         return state, tied, stop
 

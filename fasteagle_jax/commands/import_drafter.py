@@ -11,6 +11,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,10 @@ def _torch_tensors(path: Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError:
         raise UserError(f"{path} is torch's: pip install torch, or convert it to model.safetensors") from None
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise OSError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
     return {
         name: value.float().numpy().astype(jnp.bfloat16) if value.dtype == torch.bfloat16 else value.numpy()
         for name, value in loaded.items()

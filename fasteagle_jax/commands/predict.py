@@ -64,5 +64,9 @@ def predictions(folder: Path, rates: Sequence[float]) -> str:
 
 def _estimate(path: Path) -> float:
     """Seconds of a compiled program; nan where it is not there or does not fit."""
-    figures = json.loads(path.read_text())[0] if path.exists() else {}
-    return figures.get("estimate", math.nan)
+    if not path.exists():
+        return math.nan
+    try:
+        return json.loads(path.read_text())[0].get("estimate", math.nan)
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it and run fasteagle compile --table again") from None

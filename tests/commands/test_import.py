@@ -116,6 +116,14 @@ def test_the_mask_of_the_vocabulary_agrees_with_the_offsets(tensors):
     np.testing.assert_array_equal(np.flatnonzero(tensors["t2d"]), np.arange(len(IDS)) + tensors["d2t"])
 
 
+@pytest.mark.real
+def test_a_damaged_file_of_torchs_is_one_line(complaint, target_folder, tmp_path):
+    damaged = published(tmp_path / "damaged", SIZES)
+    (damaged / "pytorch_model.bin").write_bytes(b"not a pickle")
+    argv = ["--source", damaged, "--target", target_folder, "--output", tmp_path / "out"]
+    assert "pytorch_model.bin cannot be read" in complaint(main, *argv)
+
+
 def test_mistakes_are_one_line(complaint, tensors, target_folder, tmp_path):
     given = ["--target", target_folder, "--output", tmp_path / "out"]
     empty = published(tmp_path / "empty", SIZES)

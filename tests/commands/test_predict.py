@@ -35,3 +35,5 @@ def test_the_target_that_has_no_rows_of_its_own_is_compiled_to_the_same_programs
 
 def test_a_folder_without_rounds_is_one_line(complaint, tmp_path) -> None:
     assert "make them with fasteagle compile --table" in complaint(main, "--predict", tmp_path, "--rates", "0.5")
+    file_of(tmp_path, "llama31_8b", "v5e:2x4", "plain, batch 1").write_text("[{")
+    assert "remove it and run fasteagle compile --table" in complaint(main, "--predict", tmp_path, "--rates", "0.5")
