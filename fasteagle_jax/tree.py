@@ -253,7 +253,7 @@ def _growth(tree: Tree, depth: int, vocab: int) -> tuple[int, int]:
     """
     if tree.kind == "best_first":
         room = tree.nodes - depth
-        return min(CANDIDATES, max(room - 1, 1)), min(CANDIDATES, room, vocab)
+        return min(CANDIDATES, room - 1), min(CANDIDATES, room, vocab)
     return 1, min(1 if tree.kind == "chain" else tree.width, vocab)
 
 

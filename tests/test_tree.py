@@ -135,7 +135,8 @@ def test_best_first_takes_a_best_set_closed_under_parents_also_where_scores_tie(
 @pytest.mark.parametrize(("nodes", "levels", "vocab"), [(2, 1, 5), (4, 2, 6), (8, 3, 5), (11, 4, 4)])
 def test_a_tree_grown_from_guesses_of_each_path_is_the_best_there_is(nodes, levels, vocab):
     """A path is known by a number: that of its parent times the vocabulary, plus its token and one."""
-    scores = random_scores(3, 4, sum(vocab**depth for depth in range(levels)), vocab)  # [B, paths, V]
+    num_paths = sum(vocab**depth for depth in range(levels))
+    scores = np.concatenate([random_scores(3, 2, num_paths, vocab, step) for step in (0, 0.5)])  # [B, paths, V]
     rows = np.arange(4)[:, None]
     draft = library.grow(
         Tree("best_first", nodes),
@@ -155,8 +156,10 @@ def test_a_tree_grown_from_guesses_of_each_path_is_the_best_there_is(nodes, leve
                 for token in path:
                     total, number = np.float32(total + scores[b, number, token]), number * vocab + token + 1
                 every[path] = total
-        ranked = sorted((score, path) for path, score in every.items())[::-1]
-        assert sorted(paths(draft, b)) == sorted(path for _, path in ranked[: nodes - 1])
+        chosen = paths(draft, b)
+        assert len(set(chosen)) == len(chosen) == nodes - 1
+        best = sorted(every.values())[::-1][: nodes - 1]
+        np.testing.assert_array_equal(sorted(every[path] for path in chosen)[::-1], best)
         assert all(depths[b, i] == depths[b, parents[b, i]] + 1 and parents[b, i] < i for i in range(1, nodes))
 
 
