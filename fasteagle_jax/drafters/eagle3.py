@@ -19,7 +19,7 @@ from flax import nnx
 from fasteagle_jax.cache import Ring, commit_ring, seen_in_ring
 from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.drafters.base import DrafterModule, causal, copy_weights, draft_ids, layer_config
-from fasteagle_jax.drafters.fasteagle import newest, rank
+from fasteagle_jax.drafters.fasteagle import newest, pending, rank
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
 from fasteagle_jax.layers import (
@@ -241,8 +241,7 @@ class Eagle3(DrafterModule):
 
         def guess(nodes: _Nodes, depth: int) -> jax.Array:
             logits = head_logits(rms_norm(nodes.hidden, self.norm[...], eps), tied.head)  # [B, f, V]
-            at = jnp.broadcast_to(cache.length[:, None] + depth, logits.shape[:2])
-            return rank(logits, at, ids, ranking)
+            return rank(logits, cache.length[:, None] + depth, ids, ranking)
 
         def follow(nodes: _Nodes, parent: jax.Array, tokens: jax.Array, depth: int) -> _Nodes:
             h = jnp.take_along_axis(nodes.hidden, parent[..., None], axis=1)
@@ -256,10 +255,8 @@ class Eagle3(DrafterModule):
             attended = attention(q, jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2), own_path, past)
             return _Nodes(self._rest(h, attended), keys, values, own_path)
 
-        last = jnp.maximum(new.count - 1, 0)
-        root = jnp.take_along_axis(new.tokens, last[:, None], axis=1)[:, 0]
         at_root = _Nodes(h[:, None], [], [], jnp.zeros((batch, 1, 0), bool))
-        return grow(tree, root, num_levels, ids, at_root, guess, follow), cache
+        return grow(tree, pending(new), num_levels, ids, at_root, guess, follow), cache
 
     def _past(self, cache: Ring, queries: jax.Array) -> Past:
         """The committed keys of the one layer, for queries at stream positions int32 [B, Q]."""

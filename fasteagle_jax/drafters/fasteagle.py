@@ -41,8 +41,7 @@ from fasteagle_jax.layers import (
 )
 from fasteagle_jax.sampling import gumbel_noise
 from fasteagle_jax.sharding import constrain, training_rows
-from fasteagle_jax.tree import Draft, Tree, build
-from fasteagle_jax.tree import grow as tree_of
+from fasteagle_jax.tree import Draft, Tree, build, grow
 
 AXES = (
     LAYER_AXES
@@ -274,14 +273,13 @@ class FastEagle(DrafterModule):
 
         def guess(states: jax.Array, depth: int) -> jax.Array:
             logits = head_logits(states, tied.head)  # [B, f, V]
-            positions = jnp.broadcast_to(cache.length[:, None] + depth, logits.shape[:2])
-            return rank(logits, positions, ids, ranking)
+            return rank(logits, cache.length[:, None] + depth, ids, ranking)
 
         def follow(states: jax.Array, parent: jax.Array, tokens: jax.Array, depth: int) -> jax.Array:
             return at(depth + 1, tokens)
 
-        root = _pending(new)
-        return tree_of(tree, root, num_levels, ids, at(1, root[:, None]), guess, follow), cache
+        root = pending(new)
+        return grow(tree, root, num_levels, ids, at(1, root[:, None]), guess, follow), cache
 
     @property
     def in_halves(self) -> bool:
@@ -296,7 +294,7 @@ class FastEagle(DrafterModule):
     def grow(self, tied: Tied, new: Accepted, cache: Ring, logits: jax.Array, tree: Tree, ranking: Ranking) -> Draft:
         """The second half: the tree of those logits. The pending token is at cache.length."""
         positions = cache.length[:, None] + 1 + jnp.arange(logits.shape[1])  # level i guesses the token i further on
-        return build(tree, _pending(new), rank(logits, positions, draft_ids(tied), ranking), tied.token_ids)
+        return build(tree, pending(new), rank(logits, positions, draft_ids(tied), ranking), tied.token_ids)
 
     def _newest(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
         """As `_advance`, on no more newly accepted tokens than a tree of so many levels can bring."""
@@ -354,7 +352,7 @@ class FastEagle(DrafterModule):
         return places
 
 
-def _pending(new: Accepted) -> jax.Array:
+def pending(new: Accepted) -> jax.Array:
     """int32 [B], the last of the accepted tokens, at which a tree is rooted."""
     return jnp.take_along_axis(new.tokens, jnp.maximum(new.count - 1, 0)[:, None], axis=1)[:, 0]
 
@@ -373,8 +371,8 @@ def rank(logits: jax.Array, positions: jax.Array, ids: jax.Array, ranking: Ranki
     """Log-probabilities float32 [B, N, V] by which a draft tree ranks its guesses.
 
     At temperature 0 the drafter's own. Above it, those of logits / temperature, and with shared noise, of these plus
-    the noise the target will add at `positions` [B, N], so that guesses agree with its draw far more often. Ranking
-    never influences which token the target chooses.
+    the noise the target will add at `positions` [B, N], or [B, 1] for all of them, so that guesses agree with its draw
+    far more often. Ranking never influences which token the target chooses.
     """
     temperature = ranking.sampling.temperature
     sampled = temperature > 0
