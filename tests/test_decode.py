@@ -216,6 +216,14 @@ def test_fasteagle_with_a_reduced_vocabulary_and_its_options_is_lossless(target,
         assert statistics.accepted_at.sum() > 0
 
 
+@pytest.mark.parametrize(("tree", "rounds"), [("chain:2", 8), ("backbone:4", 6)])
+def test_where_the_noise_decides_a_random_drafters_best_guesses_are_all_right(target, tree, rounds):
+    """23 tokens by 3 or 4 a round: guesses that know the token before them are ranked by their own position's noise."""
+    sampling = make_sampling(B, 1e6, seed=list(range(B)))
+    _, statistics = speculate(target, random_drafter(correction=8), sampling, tree)
+    assert statistics.rounds.tolist() == [rounds] * B
+
+
 def test_lists_of_layers_and_levels_are_lossless(target, plain, trained_fasteagle):
     tokens, statistics = speculate(
         target.unstacked(), trained_fasteagle.unstacked(), SAMPLINGS["mixed"], "best_first:12"

@@ -12,13 +12,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.cache import NOTHING
-from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
+from fasteagle_jax.drafters.fasteagle import AXES, FastEagle, default_config
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.interfaces import Accepted, Ranking
 from fasteagle_jax.layers import head_logits, rotation
 from fasteagle_jax.packed import Packed
 from fasteagle_jax.sampling import make_sampling
+from fasteagle_jax.sharding import MeshShape, make_mesh, place_weights
+from fasteagle_jax.targets import llama
 from fasteagle_jax.testing import tiny_config, tiny_target
 from fasteagle_jax.tree import Tree
 
@@ -215,6 +217,25 @@ def test_levels_beyond_the_trees_are_not_guessed(target, stream):
 
     whole, cut = both(drafter)
     np.testing.assert_array_equal(whole[:, :3], cut)
+
+
+def test_corrected_guesses_on_a_mesh_are_those_on_one_device(target, stream):
+    """Nothing else would tell: wrong guesses change no token."""
+    tokens, features = stream
+    drafter = make_drafter(correction=8, reinject=True)
+    tied, tree, ranking = drafter.tie(target), Tree("best_first", 8), Ranking(make_sampling(B), True)
+    new = Accepted(features[:, :4], tokens[:, 1:5], jnp.asarray([4, 2]))
+
+    def draft(drafter, tied, new):
+        return drafter.draft(tied, new, drafter.empty_cache(B, 8, 4), tree, ranking)[0]
+
+    expected = jax.jit(draft)(drafter, tied, new)
+    mesh = make_mesh(MeshShape(2, 2, 2))
+    with jax.set_mesh(mesh):
+        placed = place_weights(mesh, drafter, AXES), place_weights(mesh, tied, llama.AXES)
+        made = jax.jit(draft)(*placed, jax.device_put(new, jax.NamedSharding(mesh, jax.P("data"))))
+    assert placed[0].correction.to_state[...].sharding.spec == jax.P("tensor", "fsdp")
+    jax.tree.map(np.testing.assert_array_equal, made, expected)
 
 
 # --- files ------------------------------------------------------------------------------------------------------
