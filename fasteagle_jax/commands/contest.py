@@ -85,7 +85,7 @@ class Contest:
         stop = make_stop(1, self.max_new, self.models.stop_tokens)
         # The prefill is that of any tree of so many levels, so that they share its program.
         num_levels = None if drafter is None else tree.num_levels(drafter.num_levels)
-        sizes: dict[str, Any] = dict(max_new=self.max_new, tree=Tree(levels=num_levels), chunk=CHUNK)
+        sizes: dict[str, Any] = dict(max_new=self.max_new, tree=Tree("chain", levels=num_levels), chunk=CHUNK)
         state, tied = start(self.models.target, drafter, prompts, lengths, sampling, stop, **sizes)
         return state, tied, stop
 

@@ -123,7 +123,7 @@ def _torch_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise OSError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+        raise OSError((str(error) or type(error).__name__).splitlines()[0]) from None
     return {
         name: value.float().numpy().astype(jnp.bfloat16) if value.dtype == torch.bfloat16 else value.numpy()
         for name, value in loaded.items()

@@ -68,5 +68,5 @@ def _estimate(path: Path) -> float:
         return math.nan
     try:
         return json.loads(path.read_text())[0].get("estimate", math.nan)
-    except (OSError, ValueError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it and run fasteagle compile --table again") from None
