@@ -206,10 +206,16 @@ class FastEagle(DrafterModule):
         turn = rotation(positions, c.rope, c.head_dim)
         past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_levels)
         filled = None if cache is None else cache.filled()
-        numbers: Any = jnp.arange(c.num_levels) if self.stacked else range(c.num_levels)
+
+        # The token before level i's guess is i - 1 further on; past a segment's end no loss looks.
+        befores: Any = [None] * c.num_levels
+        if c.correction and read:
+            befores = [jnp.roll(next_tokens, -i, axis=1) for i in range(c.num_levels)]
+        if self.stacked:
+            befores = jnp.stack(befores) if c.correction and read else None
 
         def level_step(h: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-            level, held, i = xs
+            level, held, before = xs
             level_past = None
             if held is not None:
                 k, v, held_positions = held
@@ -222,21 +228,22 @@ class FastEagle(DrafterModule):
             h = training_rows(h, visible)
             if not read:
                 return h, (h, kv)
-            # The token before the guess is i further on; past a segment's end no loss looks.
-            return h, (self._read(level, h, jnp.roll(e, -i, axis=1)), kv)
+            e = None if before is None else embedding[before].astype(dtype)
+            return h, (self._read(level, h, e), kv)
 
         if remat is not None:
             level_step = jax.checkpoint(level_step, policy=remat)
         span = None if num_levels in (None, c.num_levels) else (0, num_levels)
-        _, results = run_layers(level_step, fused, (self.levels, past, numbers), span)
+        _, results = run_layers(level_step, fused, (self.levels, past, befores), span)
         if self.stacked:
             return results
         return [hidden for hidden, _ in results], ([kv[0] for _, kv in results], [kv[1] for _, kv in results])
 
-    def _read(self, level: Level, h: jax.Array, e: jax.Array) -> jax.Array:
-        """The head's input [..., H] of a level's output; a correction reads e, of the token before the guess."""
+    def _read(self, level: Level, h: jax.Array, e: jax.Array | None) -> jax.Array:
+        """The head's input [..., H] of a level's output, corrected by the embedding of the token before the guess."""
         eps = self.config.rms_norm_eps
         if self.correction is not None:
+            assert e is not None
             h = self.correction(h, e, eps)
         return rms_norm(h, level.norm[...], eps)
 
