@@ -173,17 +173,24 @@ def _best_first(nodes: int, root: jax.Array, scores: jax.Array, token_ids: jax.A
     _, picked = top_k(total, budget)  # [B, M-1], best first
     picked = jnp.sort(picked, axis=-1)  # by candidate index: parents before children, levels in order
 
-    parent_candidate = jnp.asarray(table.parent)[picked]  # [B, M-1]
-    is_parent = parent_candidate[:, :, None] == picked[:, None, :]  # [B, child, node]
-    parents = jnp.where(parent_candidate == NO_PARENT, 0, 1 + jnp.argmax(is_parent, axis=-1))
     levels = jnp.asarray(table.level)[picked]
     flat = levels * guesses.shape[2] + jnp.asarray(table.rank)[picked]
     tokens = jnp.take_along_axis(guesses.reshape(batch, -1), flat, axis=1)
-    zero = jnp.zeros((batch, 1), jnp.int32)
+    return _draft_of(root, picked, jnp.asarray(table.parent)[picked], tokens, levels + 1)
+
+
+def _draft_of(root: jax.Array, picked: jax.Array, parent: jax.Array, tokens: jax.Array, depths: jax.Array) -> Draft:
+    """The Draft of the root and of candidates [B, M-1], parents before children.
+
+    `picked` are their indices, ascending, and `parent` those of their parents, NO_PARENT below the root.
+    """
+    is_parent = parent[:, :, None] == picked[:, None, :]  # [B, child, node]
+    places = jnp.where(parent == NO_PARENT, 0, 1 + jnp.argmax(is_parent, axis=-1))
+    zero = jnp.zeros((root.shape[0], 1), jnp.int32)
     return Draft(
         jnp.concatenate([root[:, None], tokens], axis=1),
-        jnp.concatenate([zero + NO_PARENT, parents.astype(jnp.int32)], axis=1),
-        jnp.concatenate([zero, levels + 1], axis=1),
+        jnp.concatenate([zero + NO_PARENT, places.astype(jnp.int32)], axis=1),
+        jnp.concatenate([zero, depths], axis=1),
     )
 
 
@@ -268,15 +275,8 @@ def _chosen(root: jax.Array, scored: Sequence[_Scored], num_nodes: int) -> Draft
     score = jnp.concatenate([s.score for s in scored], axis=1)
     _, picked = top_k(score, min(num_nodes - 1, score.shape[1]))
     picked = jnp.sort(picked, axis=1)  # [B, M-1], parents before children
-    its_parent = jnp.take_along_axis(parents, picked, axis=1)  # a place: 0 for the root, else 1 + the index
-    among = its_parent[:, :, None] == 1 + picked[:, None]  # [B, child, node]
-    place = jnp.where(its_parent == 0, 0, 1 + jnp.argmax(among, axis=-1)).astype(jnp.int32)
-    none = jnp.zeros((root.shape[0], 1), jnp.int32)
-    return Draft(
-        jnp.concatenate([root[:, None], jnp.take_along_axis(tokens, picked, axis=1)], axis=1),
-        jnp.concatenate([none + NO_PARENT, place], axis=1),
-        jnp.concatenate([none, jnp.take_along_axis(depths, picked, axis=1)], axis=1),
-    )
+    of_picked = (jnp.take_along_axis(x, picked, axis=1) for x in (parents - 1, tokens, depths))  # the root's place is 0
+    return _draft_of(root, picked, *of_picked)
 
 
 # --- verification -----------------------------------------------------------------------------------------------
