@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fasteagle_jax.layers import held, held_dtype
 from fasteagle_jax.sharding import by_shard
 
 NOTHING = -1  # the position of a slot that holds none
@@ -64,6 +65,8 @@ def empty_cache(
 ) -> Cache:
     """A Cache with nothing in it; a list of layers where `stacked` is False."""
     shape = (batch, num_kv_heads, num_slots, head_dim)
+    if not stacked:
+        dtype = held_dtype(dtype)
 
     def zeros() -> Any:
         if stacked:
@@ -176,7 +179,7 @@ def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:
         def write_row(b: jax.Array, slots: Any) -> Any:
             # One dynamic_update_slice a row stays in place; a scatter or a vmapped update would copy the whole cache.
             def write(into: jax.Array, tokens: jax.Array) -> jax.Array:
-                row = jax.lax.dynamic_slice_in_dim(tokens, b, 1, axis=batch_dim).astype(into.dtype)
+                row = held(jax.lax.dynamic_slice_in_dim(tokens, b, 1, axis=batch_dim), into.dtype)
                 # XLA's TPU compiler fails where it sees that all rows of tokens go, in turn, to all rows of slots.
                 row = jax.lax.optimization_barrier(row)
                 start = [jnp.zeros((), jnp.int32)] * into.ndim

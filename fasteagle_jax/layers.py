@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fasteagle_jax.config import RopeConfig
+from fasteagle_jax.sharding import platform
 
 FEW_ROWS = 64  # up to which a CPU multiplies faster from the left (see _product_from_left)
 FEW_HEAD_ROWS = 32  # the same under a head, whose product is large itself, and is transposed once more
@@ -161,10 +162,31 @@ def rotate(x: jax.Array, by: Rotation) -> jax.Array:
 # --- attention --------------------------------------------------------------------------------------------------
 
 
+def held_dtype(dtype: Any) -> Any:
+    """The dtype in which a list's caches hold values of `dtype`: uint16, the bits, for bfloat16 on a CPU; else itself.
+
+    XLA's CPU compiler knows bfloat16 in products alone: to write one row, or to read one block, it turned whole caches
+    into float32 and back, as often as a commit has rows.
+    """
+    return jnp.uint16 if dtype == jnp.bfloat16 and platform() == "cpu" else dtype
+
+
+def held(values: jax.Array, dtype: Any) -> jax.Array:
+    """Values as a cache of `dtype` holds them."""
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), dtype)
+    return values.astype(dtype)
+
+
+def values_of(held: jax.Array) -> jax.Array:
+    """The values that a cache holds."""
+    return jax.lax.bitcast_convert_type(held, jnp.bfloat16) if held.dtype == jnp.uint16 else held
+
+
 class Past(NamedTuple):
     """One layer's committed keys and values, and who may see them."""
 
-    k: jax.Array  # [B, K, S, D]
+    k: jax.Array  # [B, K, S, D], as `held` holds them
     v: jax.Array
     seen: jax.Array  # bool [B, Q, S] or, where all queries see the same slots, [B, 1, S]
     # int32 [], no slot from here on is seen: the others are read block by block. None: all are read in one go.
@@ -184,12 +206,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
       [B, K, G*Q, D] in v's dtype. Scores and softmax are float32.
     """
     groups = q.shape[2] // visible.shape[1]
+    in_blocks = past is not None and past.filled is not None and past.k.shape[2] > BLOCK
+    if past is not None and not in_blocks:
+        past = past._replace(k=values_of(past.k), v=values_of(past.v))
     q = q * q.shape[-1] ** -0.5
     mask = jnp.tile(visible, (1, groups, 1))[:, None]  # [B, 1, G*Q, T]
     fresh = jnp.einsum("bkmd,bktd->bkmt", q, k, preferred_element_type=jnp.float32)
     fresh = jnp.where(mask, fresh, MASKED)
     top = jax.lax.stop_gradient(fresh.max(axis=-1, keepdims=True))  # [B, K, G*Q, 1]
-    in_blocks = past is not None and past.filled is not None and past.k.shape[2] > BLOCK
     old = _past_scores(q, past, groups) if past is not None and not in_blocks else None
     if old is not None:
         top = jnp.maximum(top, old.max(axis=-1, keepdims=True))
@@ -230,7 +254,7 @@ def _block(past: Past, i: jax.Array) -> Past:
     start = jnp.minimum(i * BLOCK, past.k.shape[2] - BLOCK)
     k, v = (jax.lax.dynamic_slice_in_dim(part, start, BLOCK, axis=2) for part in (past.k, past.v))
     seen = jax.lax.dynamic_slice_in_dim(past.seen, start, BLOCK, axis=2)
-    return Past(k, v, seen & (start + jnp.arange(BLOCK) >= i * BLOCK))
+    return Past(values_of(k), values_of(v), seen & (start + jnp.arange(BLOCK) >= i * BLOCK))
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # attention from q, k and v

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.layers import attention
-from fasteagle_jax.sharding import spec
+from fasteagle_jax.sharding import platform, spec
 
 BLOCK = 512  # queries
 TILE = 128  # queries of a block that read no key after the last of them
@@ -84,12 +84,6 @@ def _no_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> str:
     except (RuntimeError, ValueError, NotImplementedError) as error:  # not installed; too old; not these shapes
         return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return ""
-
-
-def platform() -> str:
-    """What the program is traced for: the platform of the mesh's devices, which need not be here, or the default."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: int = BLOCK) -> jax.Array:

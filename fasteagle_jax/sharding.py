@@ -188,6 +188,12 @@ def constrain_all(tree: Any, axes: Axes) -> Any:
     return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree, axes))
 
 
+def platform() -> str:
+    """What the program is traced for: the platform of the mesh's devices, which need not be here, or the default."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def by_shard(function: Callable[..., Any], axes: Mapping[int, tuple[str | None, ...]], *args: Any) -> Any:
     """What `function(*args)` gives where each device works on its own shards alone; just that without a mesh.
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fasteagle_jax.cache import NOTHING, Cache, as_ring, commit, commit_ring, empty_cache, ring_slots, seen_in_ring
+from fasteagle_jax.layers import values_of
 
 L, B, K, S, D = 2, 3, 2, 12, 4
 
@@ -61,6 +62,20 @@ def test_commits_append_the_counted_tokens_in_the_given_order_whatever_the_rows_
         expected = slow_commit(expected, fresh, counts, rows)
         assert_same(filled(cache), expected)
     np.testing.assert_array_equal(cache.length, [12, 4, 6])
+
+
+def test_a_list_of_bfloat16_on_a_cpu_is_written_as_bits_without_a_float32_copy_of_any_layer():
+    cache, fresh = empty_cache(L, B, K, S, D, jnp.bfloat16, stacked=False), in_form(random_parts(0, 4), False)
+    counts = jnp.array([4, 2, 0])
+    compiled = jax.jit(commit).lower(cache, fresh, counts).compile()
+    assert f"f32[{B},{K},{S},{D}]" not in compiled.as_text()
+    new = compiled(cache, fresh, counts)
+    for held, tokens in zip((new.k, new.v), fresh, strict=True):
+        for layer, expected in zip(held, tokens, strict=True):
+            for b, count in enumerate(counts):
+                np.testing.assert_array_equal(
+                    values_of(layer)[b, :, :count], expected[b, :, :count].astype(jnp.bfloat16)
+                )
 
 
 def test_without_rows_all_fresh_tokens_are_appended_in_their_order():

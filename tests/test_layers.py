@@ -21,6 +21,7 @@ from fasteagle_jax.layers import (
     RowWeight,
     attention,
     head_logits,
+    held,
     hold_columns,
     hold_rows,
     matmul,
@@ -126,6 +127,18 @@ def test_reading_the_past_block_by_block_is_reading_it_in_one_go(filled):
     for read in (past_k, behind if filled <= 256 else past_k):  # what is not filled is not even read
         out = attention(q, k, v, visible, Past(read, past_v, seen, jnp.int32(filled)))
         np.testing.assert_allclose(out, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("filled", [None, 200])
+def test_a_past_held_as_bits_is_read_as_the_values_it_holds(filled):
+    q, k, v = (jnp.asarray(normal(i, 2, 1, 3, 8), jnp.bfloat16) for i in range(3))
+    past = [jnp.asarray(normal(i, 2, 1, 300, 8), jnp.bfloat16) for i in (3, 4)]
+    visible, seen = jnp.ones((2, 3, 3), bool), jnp.broadcast_to(jnp.arange(300) < 200, (2, 1, 300))
+    filled = None if filled is None else jnp.int32(filled)
+    expected = attention(q, k, v, visible, Past(*past, seen, filled))
+    bits = [held(part, jnp.uint16) for part in past]
+    assert all(part.dtype == jnp.uint16 for part in bits)
+    np.testing.assert_array_equal(attention(q, k, v, visible, Past(*bits, seen, filled)), expected)
 
 
 def test_attention_never_reads_slots_past_the_length():
