@@ -229,9 +229,25 @@ def _scan(
     return (loss, sums), (gradient if with_gradient else None, of_head.astype(drafters.dtype) if trains_head else None)
 
 
+@jax.custom_vjp
 def _trained_head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """`layers.head_logits` under a head that gets a gradient."""
     return jnp.einsum("...h,vh->...v", hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
+
+
+def _trained_head_forward(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _trained_head_logits(hidden, head), (hidden.astype(head.dtype), head, jnp.zeros((0,), hidden.dtype))
+
+
+def _trained_head_backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, head, like_hidden = saved
+    dy = dy.astype(head.dtype)  # as in `layers.matmul`: both products take the fast path
+    dx = jnp.einsum("...v,vh->...h", dy, head, preferred_element_type=jnp.float32)
+    dhead = jnp.einsum("...v,...h->vh", dy, x, preferred_element_type=jnp.float32)
+    return dx.astype(like_hidden.dtype), dhead.astype(head.dtype)
+
+
+_trained_head_logits.defvjp(_trained_head_forward, _trained_head_backward)
 
 
 def _terms(

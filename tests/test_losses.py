@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,21 @@ def test_nothing_selected_means_no_loss_and_no_gradient():
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(hidden)
     assert value == 0 and not gradient.any() and not real.any()
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["the target's head", "its own"])
+def test_under_bfloat16_heads_all_products_are_of_bfloat16_backwards_too(trained):
+    hidden, target_hidden, head = inputs()
+    picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
+
+    def loss(hidden, own):
+        heads = (head.astype(jnp.bfloat16), head.astype(jnp.bfloat16), LossConfig(), own if trained else None)
+        return level_loss(hidden, target_hidden, jnp.asarray(POSITIONS), picked, real, *heads)[0]
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head.astype(jnp.bfloat16)).as_text()
+    operands = re.findall(r"dot_general .*: \(tensor<([^>]*)>, tensor<([^>]*)>\)", program)
+    assert len(operands) >= 3 + trained  # of the target and a level; backwards to its state, and to its head
+    assert all(part.endswith("xbf16") for pair in operands for part in pair), operands
 
 
 # --- which positions --------------------------------------------------------------------------------------------
