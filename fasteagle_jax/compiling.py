@@ -331,7 +331,8 @@ def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tu
         return _start(config, decoding, target, drafter, prompts, lengths, sampling, stop)
 
     prompts, lengths = _int32(batch, decoding.chunk), _int32(batch)
-    state, tied = jax.eval_shape(start, target, drafter, prompts, lengths, sampling, stop)
+    with jax.set_mesh(mesh):  # what a cache holds depends on the platform that the program is for
+        state, tied = jax.eval_shape(start, target, drafter, prompts, lengths, sampling, stop)
     if tied is not None:  # the target's own arrays are not there twice
         same = tied.head.shape == _head(target).shape
         tied = on_mesh(mesh, tied._replace(embedding=None, head=None if same else tied.head), llama.AXES)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo  # has no public name to stand a GPU in
 
-from fasteagle_jax import decode, packed
+from fasteagle_jax import decode, layers, packed
 from fasteagle_jax.data import Batch
 from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
 from fasteagle_jax.errors import UserError
@@ -33,7 +33,8 @@ def exported(step, *args) -> str:
     return jax.export.export(step, platforms=["cuda"], disabled_checks=checks)(*args).mlir_module()
 
 
-def test_a_decode_round_lowers_for_cuda() -> None:
+def test_a_decode_round_lowers_for_cuda(monkeypatch) -> None:
+    monkeypatch.setattr(layers, "platform", lambda: "gpu")
     tree, dtype = Tree("best_first", 8), jnp.bfloat16
     stacked = stacks_are_faster("gpu")
     target = jax.eval_shape(lambda: Llama(SIZES, jax.random.key(0), dtype, stacked=stacked))
@@ -55,6 +56,7 @@ def test_a_decode_round_lowers_for_cuda() -> None:
     assert "stablehlo.dot_general" in module and "callback" not in module
     # No layer's weights are taken out of a stack, which XLA would copy: nothing is cut out of an array of L layers.
     assert f"tensor<{SIZES.num_layers}x{SIZES.hidden_size}x" not in module
+    assert "ui16" not in module  # a cache's bits are a CPU's way
 
 
 def train_step_for_cuda(attention: str) -> str:
