@@ -178,9 +178,9 @@ def held(values: jax.Array, dtype: Any) -> jax.Array:
     return values.astype(dtype)
 
 
-def values_of(held: jax.Array) -> jax.Array:
-    """The values that a cache holds."""
-    return jax.lax.bitcast_convert_type(held, jnp.bfloat16) if held.dtype == jnp.uint16 else held
+def values_of(cached: jax.Array) -> jax.Array:
+    """The values of what a cache holds."""
+    return jax.lax.bitcast_convert_type(cached, jnp.bfloat16) if cached.dtype == jnp.uint16 else cached
 
 
 class Past(NamedTuple):
