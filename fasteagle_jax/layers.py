@@ -189,6 +189,21 @@ def values_of(cached: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(cached, jnp.bfloat16) if cached.dtype == jnp.uint16 else cached
 
 
+def by_kv_head(q: jax.Array, num_kv_heads: int) -> jax.Array:
+    """Queries [B, Q, K*G, D] as `attention` takes them, [B, K, G*Q, D]."""
+    batch, num_tokens, heads, width = q.shape
+    groups = heads // num_kv_heads
+    q = q.reshape(batch, num_tokens, num_kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
+    return q.reshape(batch, num_kv_heads, groups * num_tokens, width)
+
+
+def by_token(attended: jax.Array, num_tokens: int) -> jax.Array:
+    """What attention gave [B, K, G*Q, D], token by token: [B, Q, K*G, D]."""
+    batch, kv_heads, _, width = attended.shape
+    attended = attended.reshape(batch, kv_heads, -1, num_tokens, width).transpose(0, 3, 1, 2, 4)
+    return attended.reshape(batch, num_tokens, -1, width)
+
+
 class Past(NamedTuple):
     """One layer's committed keys and values, and who may see them."""
 
@@ -348,7 +363,6 @@ class DecoderLayer(nnx.Module):
         """
         c = self.config
         batch, num_tokens, _ = x.shape
-        groups = c.num_heads // c.num_kv_heads
 
         h = rms_norm(x, self.input_norm[...], c.rms_norm_eps)
         q, k, v = _affine(h, self.q, self.q_bias), _affine(h, self.k, self.k_bias), _affine(h, self.v, self.v_bias)
@@ -364,11 +378,8 @@ class DecoderLayer(nnx.Module):
             out = visible(q, k, v)
             k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         else:
-            q = q.reshape(batch, num_tokens, c.num_kv_heads, groups, c.head_dim).transpose(0, 2, 3, 1, 4)
-            q = q.reshape(batch, c.num_kv_heads, groups * num_tokens, c.head_dim)
             k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, Q, D]
-            out = attention(q, k, v, visible, past)
-            out = out.reshape(batch, c.num_kv_heads, groups, num_tokens, c.head_dim).transpose(0, 3, 1, 2, 4)
+            out = by_token(attention(by_kv_head(q, c.num_kv_heads), k, v, visible, past), num_tokens)
         out = out.reshape(batch, num_tokens, -1).astype(x.dtype)
         x = x + _affine(out, self.o, self.o_bias)
 

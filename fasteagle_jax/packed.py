@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.layers import attention
+from fasteagle_jax.layers import attention, by_kv_head, by_token
 from fasteagle_jax.sharding import platform, spec
 
 BLOCK = 512  # queries
@@ -88,23 +88,22 @@ def _no_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> str:
 
 def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: int = BLOCK) -> jax.Array:
     """The same, by `in_blocks`."""
-    batch, num_tokens, num_heads, width = q.shape
     kv_heads = k.shape[2]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, D]
 
-    def attend(start: jax.Array | int, size: int, num_keys: int) -> jax.Array:
-        own = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
-        rows = own.reshape(batch, size, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)  # [B, K, G, Q, D]
+    def attend(own: tuple[jax.Array, ...], start: jax.Array | int, num_keys: int) -> jax.Array:
+        (rows,) = own  # [B, Q, K*G, D]
+        size = rows.shape[1]
         visible = packed.visible(start, size)[:, :, :num_keys]
-        out = attention(rows.reshape(batch, kv_heads, -1, width), k[:, :, :num_keys], v[:, :, :num_keys], visible)
-        out = out.reshape(batch, kv_heads, -1, size, width).transpose(0, 3, 1, 2, 4)
-        return out.reshape(batch, size, num_heads, width)
+        return by_token(attention(by_kv_head(rows, kv_heads), k[:, :, :num_keys], v[:, :, :num_keys], visible), size)
 
-    return in_blocks(attend, num_tokens, block)
+    return in_blocks(attend, (q,), block)
 
 
 def in_blocks(
-    attend: Callable[[jax.Array | int, int, int], jax.Array], num_tokens: int, block: int = BLOCK
+    attend: Callable[[tuple[jax.Array, ...], jax.Array | int, int], jax.Array],
+    queries: tuple[jax.Array, ...],
+    block: int = BLOCK,
 ) -> jax.Array:
     """Causal attention of a row of T tokens, `block` queries at a time where that divides it: [B, T, ...].
 
@@ -112,17 +111,25 @@ def in_blocks(
     less than half of the time on a CPU, whose caches hold their scores. Blocks of a longer row read all keys.
 
     Args:
-      attend: (start, size, num_keys) -> [B, size, ...], what the queries from `start` on get from the first keys.
-      num_tokens: T.
+      attend: (its part of `queries`, start, num_keys) -> [B, Q, ...], what the Q queries from `start` on get from the
+        first keys.
+      queries: arrays [B, T, ...].
       block: the most queries whose scores are alive at once.
     """
+    num_tokens = queries[0].shape[1]
     if num_tokens <= block or num_tokens % block:
         tile = TILE if num_tokens % TILE == 0 and num_tokens <= block else num_tokens
-        return jnp.concatenate([attend(end - tile, tile, end) for end in range(tile, num_tokens + 1, tile)], axis=1)
+        parts = zip(*(jnp.split(x, num_tokens // tile, axis=1) for x in queries), strict=True)
+        return jnp.concatenate([attend(own, i * tile, (i + 1) * tile) for i, own in enumerate(parts)], axis=1)
+
     # A loop, since blocks side by side could all be alive at once. Scores are computed again in the backward pass: it
     # would keep those of all blocks.
-    one_block = jax.checkpoint(lambda i: attend(i * block, block, num_tokens))
-    blocks = jnp.moveaxis(jax.lax.map(one_block, jnp.arange(num_tokens // block)), 0, 1)  # [B, blocks, Q, ...]
+    def one_block(i: jax.Array) -> jax.Array:
+        own = tuple(jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1) for x in queries)
+        return attend(own, i * block, num_tokens)
+
+    blocks = jax.lax.map(jax.checkpoint(one_block), jnp.arange(num_tokens // block))
+    blocks = jnp.moveaxis(blocks, 0, 1)  # [B, blocks, Q, ...]
     return blocks.reshape(blocks.shape[0], num_tokens, *blocks.shape[3:])
 
 

@@ -28,6 +28,8 @@ from fasteagle_jax.layers import (
     DecoderLayer,
     Past,
     attention,
+    by_kv_head,
+    by_token,
     head_logits,
     matmul,
     rms_norm,
@@ -156,33 +158,30 @@ class Eagle3(DrafterModule):
 
     # --- the layer ----------------------------------------------------------------------------------------------
 
-    def _keys(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, K, G*Q, D] and fresh k and v [B, K, Q, D] of embeddings and hidden states [B, Q, H]."""
+    def _heads(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, Q, K*G, D] and k and v [B, Q, K, D] of embeddings and hidden states [B, Q, H]."""
         c = self.config
-        batch, num_tokens, _ = h.shape
         eps, dtype = c.rms_norm_eps, self.k[...].dtype
         both = jnp.concatenate(
             [rms_norm(e, self.embedding_norm[...], eps), rms_norm(h, self.hidden_norm[...], eps)], axis=-1
         )
         turn = rotation(positions, c.rope, c.head_dim)
 
-        def heads(w: nnx.Param, number: int) -> jax.Array:
-            return matmul(both, w[...]).reshape(batch, num_tokens, number, c.head_dim)
+        def heads(w: nnx.Param) -> jax.Array:
+            return matmul(both, w[...]).reshape(*h.shape[:2], -1, c.head_dim)
 
-        q = rotate(heads(self.q, c.num_heads), turn).astype(dtype)
-        k = rotate(heads(self.k, c.num_kv_heads), turn).astype(dtype)
-        v = heads(self.v, c.num_kv_heads).astype(dtype)
-        q = q.reshape(batch, num_tokens, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
-        q = q.reshape(batch, c.num_kv_heads, -1, c.head_dim)
-        return q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        q, k = rotate(heads(self.q), turn).astype(dtype), rotate(heads(self.k), turn).astype(dtype)
+        return q, k, heads(self.v).astype(dtype)
+
+    def _keys(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The same as `attention` has them, q [B, K, G*Q, D] and fresh k and v [B, K, Q, D]."""
+        q, k, v = self._heads(e, h, positions)
+        return by_kv_head(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def _rest(self, h: jax.Array, attended: jax.Array) -> jax.Array:
-        """The layer's output [B, Q, H] from its input and what attention [B, K, G*Q, D] gave."""
-        c = self.config
-        batch, num_tokens, _ = h.shape
-        out = attended.reshape(batch, c.num_kv_heads, -1, num_tokens, c.head_dim).transpose(0, 3, 1, 2, 4)
-        h = h + matmul(out.reshape(batch, num_tokens, -1).astype(h.dtype), self.o[...])
-        x = rms_norm(h, self.mlp_norm[...], c.rms_norm_eps)
+        """The layer's output [B, Q, H] from its input and what attention [B, Q, K*G, D] gave."""
+        h = h + matmul(attended.reshape(*h.shape[:2], -1).astype(h.dtype), self.o[...])
+        x = rms_norm(h, self.mlp_norm[...], self.config.rms_norm_eps)
         return h + matmul(jax.nn.silu(matmul(x, self.gate[...])) * matmul(x, self.up[...]), self.down[...])
 
     # --- training -----------------------------------------------------------------------------------------------
@@ -214,7 +213,7 @@ class Eagle3(DrafterModule):
             e = embedding[jnp.roll(next_tokens, -j, axis=1)].astype(h.dtype)  # past a segment's end no loss looks
 
             def run(h: jax.Array, e: jax.Array, keys: Any, values: Any, j: int = j) -> tuple[jax.Array, Any, Any]:
-                q, k, v = self._keys(e, h, positions + j)
+                q, k, v = self._heads(e, h, positions + j)
                 keys, values = [*keys, k], [*values, v]
                 return self._rest(h, _attend_to_own_path(q, keys, values, visible)), keys, values
 
@@ -253,7 +252,7 @@ class Eagle3(DrafterModule):
             itself = jnp.broadcast_to(jnp.eye(parent.shape[1], dtype=bool), (batch, parent.shape[1], parent.shape[1]))
             own_path = jnp.concatenate([above, itself], axis=-1)
             attended = attention(q, jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2), own_path, past)
-            return _Nodes(self._rest(h, attended), keys, values, own_path)
+            return _Nodes(self._rest(h, by_token(attended, parent.shape[1])), keys, values, own_path)
 
         at_root = _Nodes(h[:, None], [], [], jnp.zeros((batch, 1, 0), bool))
         return grow(tree, pending(new), num_levels, ids, at_root, guess, follow), cache
@@ -272,7 +271,7 @@ class Eagle3(DrafterModule):
         visible = jnp.broadcast_to(causal(index[:, None], index, self.config.window), (batch, num_tokens, num_tokens))
         h = self.fused(new.features)
         q, k, v = self._keys(tied.embedding[new.tokens].astype(h.dtype), h, positions)
-        h = self._rest(h, attention(q, k, v, visible, self._past(cache, positions)))
+        h = self._rest(h, by_token(attention(q, k, v, visible, self._past(cache, positions)), num_tokens))
         last = jnp.maximum(new.count - 1, 0)[:, None, None]
         fresh = ([k], [v]) if isinstance(cache.k, list) else (k[None], v[None])
         return jnp.take_along_axis(h, last, axis=1)[:, 0], commit_ring(cache, fresh, new.count)
@@ -290,31 +289,31 @@ class _Nodes(NamedTuple):
 def _attend_to_own_path(
     q: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], visible: jax.Array | Packed
 ) -> jax.Array:
-    """Attention of q [B, K, G*T, D] over run 0's keys [B, K, T, D] and the later runs' at the query's own position."""
-    batch, kv_heads, _, width = q.shape
-    num_tokens = keys[0].shape[2]
-    q = (q * width**-0.5).reshape(batch, kv_heads, -1, num_tokens, width)  # [B, K, G, T, D]
+    """Attention of q [B, T, K*G, D] over run 0's keys [B, T, K, D] and the later runs' at the query's own position."""
+    batch, num_tokens, kv_heads, width = keys[0].shape
+    q = (q * width**-0.5).reshape(batch, num_tokens, kv_heads, -1, width)  # [B, T, K, G, D]
+    # What the later runs' keys score and their values give is taken of whole rows: no gradient of these is in parts.
+    along = [(q.astype(jnp.float32) * k[:, :, :, None]).sum(axis=-1, keepdims=True) for k in keys[1:]]
+    along = jnp.concatenate([jnp.zeros((*q.shape[:-1], 0)), *along], axis=-1)  # [B, T, K, G, later]
+    first_k, first_v = keys[0].transpose(0, 2, 1, 3), values[0].transpose(0, 2, 1, 3)  # [B, K, T, D]
 
-    def attend(start: jax.Array | int, size: int, num_keys: int) -> jax.Array:
-        def own(x: jax.Array, axis: int = -2) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
-
-        rows = own(q)  # [B, K, G, Q, D]
-        groups = rows.shape[2]
-        rows = rows.reshape(batch, kv_heads, -1, width)  # [B, K, G*Q, D]
-        seen = visible.visible(start, size) if isinstance(visible, Packed) else own(visible, 1)
-        mask = jnp.tile(seen[:, :, :num_keys], (1, groups, 1))[:, None]
-        first_k, first_v = keys[0][:, :, :num_keys], values[0][:, :, :num_keys]
-        scores = jnp.einsum("bkmd,bktd->bkmt", rows, first_k, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask, scores, MASKED)
-        later = [jnp.tile(own(k), (1, 1, groups, 1)) for k in keys[1:]]  # [B, K, G*Q, D]
-        along = [(rows.astype(jnp.float32) * k).sum(axis=-1, keepdims=True) for k in later]  # [B, K, G*Q, 1]
-        p = jax.nn.softmax(jnp.concatenate([scores, *along], axis=-1), axis=-1)
+    def attend(own: tuple[jax.Array, ...], start: jax.Array | int, num_keys: int) -> jax.Array:
+        """What run 0's values give Q queries, and the weights of the later runs': [B, Q, K, G, D + later]."""
+        size, heads = own[0].shape[1], kv_heads * q.shape[3]
+        rows, of_later = (by_kv_head(x.reshape(batch, size, heads, x.shape[-1]), kv_heads) for x in own)
+        if isinstance(visible, Packed):
+            seen = visible.visible(start, size)
+        else:
+            seen = jax.lax.dynamic_slice_in_dim(visible, start, size, axis=1)
+        mask = jnp.tile(seen[:, :, :num_keys], (1, q.shape[3], 1))[:, None]
+        scores = jnp.einsum("bkmd,bktd->bkmt", rows, first_k[:, :, :num_keys], preferred_element_type=jnp.float32)
+        p = jax.nn.softmax(jnp.concatenate([jnp.where(mask, scores, MASKED), of_later], axis=-1), axis=-1)
         of_first = p[..., :num_keys].astype(rows.dtype)
-        out = jnp.einsum("bkmt,bktd->bkmd", of_first, first_v, preferred_element_type=jnp.float32)
-        for i, v in enumerate(values[1:]):
-            out += p[..., num_keys + i, None] * jnp.tile(own(v), (1, 1, groups, 1))
-        out = out.astype(values[0].dtype).reshape(batch, kv_heads, groups, size, width)
-        return out.transpose(0, 3, 1, 2, 4)  # [B, Q, K, G, D]
+        out = jnp.einsum("bkmt,bktd->bkmd", of_first, first_v[:, :, :num_keys], preferred_element_type=jnp.float32)
+        return by_token(jnp.concatenate([out, p[..., num_keys:]], axis=-1), size)
 
-    return in_blocks(attend, num_tokens).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)
+    attended = in_blocks(attend, (q, along)).reshape(*q.shape[:-1], -1)  # [B, T, K, G, D + later]
+    out = attended[..., :width]
+    for i, v in enumerate(values[1:]):
+        out += attended[..., width + i, None] * v[:, :, :, None]
+    return out.astype(values[0].dtype).reshape(batch, num_tokens, -1, width)
