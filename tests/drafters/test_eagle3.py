@@ -17,7 +17,7 @@ from fasteagle_jax.drafters import eagle3
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.fasteagle import default_config
 from fasteagle_jax.interfaces import Accepted, Ranking
-from fasteagle_jax.layers import rms_norm, rotate, rotation
+from fasteagle_jax.layers import rotate, rotation
 from fasteagle_jax.losses import LossConfig
 from fasteagle_jax.packed import Packed
 from fasteagle_jax.sampling import make_sampling
@@ -63,49 +63,58 @@ def stream(target):
     return np.asarray(tokens[0]), np.asarray(features[0])
 
 
+def softmax(x):
+    p = np.exp(x - x.max())
+    return p / p.sum()
+
+
 class Slow:
-    """One position at a time."""
+    """One position at a time, in NumPy."""
 
     def __init__(self, drafter, embedding, features, tokens):
-        self.m, self.embedding = drafter, np.asarray(embedding)
-        self.w = {name: np.asarray(getattr(drafter, name)[...]) for name in ("q", "k", "v", "o", "gate", "up", "down")}
+        names = ("embedding_norm", "hidden_norm", "mlp_norm", "norm", "q", "k", "v", "o", "gate", "up", "down", "head")
+        self.w = {name: np.asarray(getattr(drafter, name)[...]) for name in names}
+        self.config, self.embedding, self.tokens = drafter.config, np.asarray(embedding), tokens
         self.g = (features * np.asarray(drafter.feature_scale[...])) @ np.asarray(drafter.fc[...])
-        self.tokens = tokens
+        self.outputs = {}  # what `along` returned
         # Run 0 at every position, on features.
         self.first = []
         for t in range(len(features)):
             self.first.append(self.layer(self.g[t], tokens[t + 1], t, [kv for kv, _ in self.first]))
 
     def norm(self, x, name):
-        return np.asarray(rms_norm(jnp.asarray(x), getattr(self.m, name)[...], self.m.config.rms_norm_eps))
+        return x / np.sqrt((x * x).mean() + self.config.rms_norm_eps) * self.w[name]
+
+    def turned(self, x, position):
+        """Heads [heads, D] with channels d and d + D/2 as one complex number each, turned."""
+        turn = np.exp(1j * position * self.config.rope.theta ** (-np.arange(0, D, 2) / D))
+        pairs = (x[:, : D // 2] + 1j * x[:, D // 2 :]) * turn
+        return np.concatenate([pairs.real, pairs.imag], axis=1)
 
     def layer(self, h, token, position, seen):
         """((k, v), output) of one token after the (k, v) that it sees."""
         x = np.concatenate([self.norm(self.embedding[token], "embedding_norm"), self.norm(h, "hidden_norm")])
-        turn = rotation(jnp.asarray([[position]]), self.m.config.rope, D)
-        q, k = (np.asarray(rotate(jnp.asarray(x @ self.w[n]).reshape(1, 1, -1, D), turn))[0, 0] for n in ("q", "k"))
+        q, k = (self.turned((x @ self.w[n]).reshape(-1, D), position) for n in ("q", "k"))
         v = (x @ self.w["v"]).reshape(K, D)
         keys, values = np.stack([*(k for k, _ in seen), k]), np.stack([*(v for _, v in seen), v])
-        out = []
-        for head in range(K * G):
-            p = np.asarray(jax.nn.softmax(keys[:, head // G] @ q[head] / D**0.5))
-            out.append(p @ values[:, head // G])
+        out = [softmax(keys[:, i // G] @ q[i] / D**0.5) @ values[:, i // G] for i in range(K * G)]
         h = h + np.concatenate(out) @ self.w["o"]
         y = self.norm(h, "mlp_norm")
-        return (k, v), h + (np.asarray(jax.nn.silu(y @ self.w["gate"])) * (y @ self.w["up"])) @ self.w["down"]
+        gate = y @ self.w["gate"]
+        return (k, v), h + (gate / (1 + np.exp(-gate)) * (y @ self.w["up"])) @ self.w["down"]
 
     def along(self, t, path):
-        """The layer's output after run 0 at t and one run for each token of a path of guesses."""
-        seen = [kv for kv, _ in self.first[: t + 1]]
-        h = self.first[t][1]
-        for j, token in enumerate(path, 1):
-            kv, h = self.layer(h, token, t + j, seen)
-            seen = [*seen, kv]
-        return h
+        """The layer's output after run 0 at t and one run for each token of a path of guesses, and the (k, v) seen."""
+        if not path:
+            return self.first[t][1], [kv for kv, _ in self.first[: t + 1]]
+        if (t, path) not in self.outputs:
+            h, seen = self.along(t, path[:-1])
+            kv, h = self.layer(h, path[-1], t + len(path), seen)
+            self.outputs[t, path] = h, [*seen, kv]
+        return self.outputs[t, path]
 
     def log_q(self, t, path):
-        logits = self.norm(self.along(t, path), "norm") @ np.asarray(self.m.head[...]).T
-        return np.asarray(jax.nn.log_softmax(logits))
+        return np.log(softmax(self.w["head"] @ self.norm(self.along(t, path)[0], "norm")))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +131,7 @@ def test_training_time_test_is_the_path_of_true_tokens_at_every_position(drafter
     for level, t in itertools.product(range(N), range(T)):
         if t + 1 + level > T:  # the true token is past the end
             continue
-        expected = slow.norm(slow.along(t, tokens[t + 2 : t + 2 + level]), "norm")
+        expected = slow.norm(slow.along(t, tuple(tokens[t + 2 : t + 2 + level]))[0], "norm")
         np.testing.assert_allclose(states[level][0, t], expected, **CLOSE)
 
 
