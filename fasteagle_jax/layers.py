@@ -74,16 +74,24 @@ def _product_of_rows(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _product_from_left(x: jax.Array, w: jax.Array) -> jax.Array:
     # XLA's CPU compiler streams the left matrix row by row, which memory likes best: 0.7 of the time for 2 to 32 rows.
-    # It turns the product around again where it can see the transpositions, hence the barriers.
+    # It turns the product around again where it can see the transpositions, hence the barriers. In bfloat16 its fast
+    # path wants both matrices with their rows along what is summed.
+    if w.dtype == jnp.bfloat16:
+        return jax.lax.optimization_barrier(jnp.einsum("oi,ni->on", w, x, preferred_element_type=jnp.float32)).T
     product = jnp.einsum("oi,in->on", w, jax.lax.optimization_barrier(x.T), preferred_element_type=jnp.float32)
     return jax.lax.optimization_barrier(product).T
 
 
 def _matmul_by_rows(x: jax.Array, w: jax.Array, few: int) -> jax.Array:
     """x [n, in] times w [out, in], float32 [n, out]."""
-    if 1 < len(x) <= few and w.dtype == jnp.float32:
-        return jax.lax.platform_dependent(x, w, cpu=_product_from_left, default=_product_of_rows)
-    return _product_of_rows(x, w)
+    num_rows = len(x)
+    if num_rows == 1 and w.dtype == jnp.bfloat16:
+        x = jnp.concatenate([x] * 2)  # as in _product_of_a_row
+    if 1 < len(x) <= few:
+        product = jax.lax.platform_dependent(x, w, cpu=_product_from_left, default=_product_of_rows)
+    else:
+        product = _product_of_rows(x, w)
+    return product[:num_rows]
 
 
 @jax.custom_vjp
@@ -92,12 +100,8 @@ def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
 
     The head gets no gradient. It is not `matmul` with head.T: XLA's CPU compiler has no fast path for that in bfloat16.
     """
-    num_rows = math.prod(hidden.shape[:-1])
-    x = hidden.reshape(num_rows, -1).astype(head.dtype)
-    if num_rows == 1 and head.dtype == jnp.bfloat16:
-        x = jnp.concatenate([x] * 2)  # as in _product_of_a_row
-    logits = _matmul_by_rows(x, head, FEW_HEAD_ROWS)
-    return logits[:num_rows].reshape(*hidden.shape[:-1], head.shape[0])
+    rows = hidden.reshape(-1, hidden.shape[-1]).astype(head.dtype)
+    return _matmul_by_rows(rows, head, FEW_HEAD_ROWS).reshape(*hidden.shape[:-1], head.shape[0])
 
 
 def _head_forward(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -389,12 +393,12 @@ class DecoderLayer(nnx.Module):
 
 
 class RowWeight(nnx.Param):
-    """A frozen float32 matrix held [out, in], a row an output."""
+    """A frozen matrix held [out, in], a row an output."""
 
 
-def rows_are_faster(dtype: Any) -> bool:
+def rows_are_faster() -> bool:
     """Whether this backend decodes faster with RowWeights than with [in, out]; where layers are not stacked."""
-    return jax.default_backend() == "cpu" and dtype == jnp.float32
+    return jax.default_backend() == "cpu"
 
 
 def hold_rows(model: nnx.Module) -> None:
@@ -414,13 +418,13 @@ def _hold(model: nnx.Module, old: type[nnx.Param], new: type[nnx.Param]) -> None
     for _, layer in nnx.iter_modules(model):
         for name in MATRICES if isinstance(layer, DecoderLayer) else ():
             weight = getattr(layer, name)
-            if type(weight) is old and weight.ndim == 2 and rows_are_faster(weight.dtype):
+            if type(weight) is old and weight.ndim == 2 and rows_are_faster():
                 setattr(layer, name, new(weight[...].T))
 
 
 def _affine(x: jax.Array, w: nnx.Param, b: nnx.Param | None) -> jax.Array:
     if isinstance(w, RowWeight):
-        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        rows = x.reshape(-1, x.shape[-1]).astype(w.dtype)
         y = _matmul_by_rows(rows, w[...], FEW_ROWS).reshape(*x.shape[:-1], -1).astype(x.dtype)
     else:
         y = matmul(x, w[...])

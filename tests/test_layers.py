@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -219,18 +220,23 @@ def test_a_stack_and_a_list_of_layers_give_the_same_results(span):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, FEW_ROWS, FEW_ROWS + 1])
-def test_a_layer_that_holds_rows_gives_the_same_results(num_tokens):
-    layer = DecoderLayer(LayerConfig(8, 12, 2, 1, 4, 1e-5, attention_bias=True, mlp_bias=True), jax.random.key(0))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_layer_that_holds_rows_gives_the_same_results(num_tokens, dtype):
+    config = LayerConfig(8, 12, 2, 1, 4, 1e-5, attention_bias=True, mlp_bias=True)
+    layer = DecoderLayer(config, jax.random.key(0), dtype)
     held = nnx.merge(*nnx.split(layer))
     hold_rows(held)
     assert all(isinstance(getattr(held, name), RowWeight) for name in MATRICES)
     x, positions = jnp.asarray(normal(0, 1, num_tokens, 8)), jnp.arange(num_tokens)[None]
     turn, visible = rotation(positions, RopeConfig(), 4), jnp.tril(jnp.ones((1, num_tokens, num_tokens), bool))
     run = jax.jit(lambda layer: layer(x, turn, visible, None))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), run(held), run(layer))
+    # In bfloat16 a sum in another order can round to a neighbour where the next product reads it.
+    close = CLOSE if dtype == jnp.float32 else dict(rtol=2**-7, atol=2**-7)
+    as_float = functools.partial(jax.tree.map, lambda a: np.asarray(a, np.float32))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), as_float(run(held)), as_float(run(layer)))
 
 
-def test_only_float32_matrices_of_single_layers_are_held_as_rows():
+def test_matrices_of_single_layers_alone_are_held_as_rows():
     config = LayerConfig(8, 12, 2, 1, 4, 1e-5)
     layer = DecoderLayer(config, jax.random.key(0))
     held = nnx.merge(*nnx.split(layer))
@@ -238,10 +244,9 @@ def test_only_float32_matrices_of_single_layers_are_held_as_rows():
     assert held.down.shape == layer.down.shape[::-1] and held.input_norm.shape == layer.input_norm.shape
     hold_columns(held)
     jax.tree.map(np.testing.assert_array_equal, held, layer)
-    half, stacked = DecoderLayer(config, jax.random.key(0), jnp.bfloat16), stack([layer, layer])
-    for other in (half, stacked):
-        hold_rows(other)
-        assert not any(isinstance(getattr(other, name), RowWeight) for name in MATRICES)
+    stacked = stack([layer, layer])
+    hold_rows(stacked)
+    assert not any(isinstance(getattr(stacked, name), RowWeight) for name in MATRICES)
 
 
 def test_stack_undoes_unstack():

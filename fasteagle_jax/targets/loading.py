@@ -98,7 +98,7 @@ def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mes
     expected = _expected_shapes(config, model)
     _check(checkpoint, expected)
 
-    by_rows = not stacked and mesh is None and rows_are_faster(dtype)  # as they are stored
+    by_rows = not stacked and mesh is None and rows_are_faster()  # as they are stored
 
     def read(name: str, entry: _Entry) -> jax.Array:
         value = checkpoint.read(name)
