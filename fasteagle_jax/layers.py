@@ -193,6 +193,14 @@ def values_of(cached: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(cached, jnp.bfloat16) if cached.dtype == jnp.uint16 else cached
 
 
+def embed(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """The rows [..., H] of an embedding [V, H] for `tokens` int32 [...], in `dtype`; read as `held`, for its reason."""
+    if held_dtype(table.dtype) != table.dtype:
+        # Or the compiler takes the bits of the whole table, once, before the loop that reads a few rows.
+        table, tokens = jax.lax.optimization_barrier((table, tokens))
+    return values_of(held(table, held_dtype(table.dtype))[tokens]).astype(dtype)
+
+
 def by_kv_head(q: jax.Array, num_kv_heads: int) -> jax.Array:
     """Queries [B, Q, K*G, D] as `attention` takes them, [B, K, G*Q, D]."""
     batch, num_tokens, heads, width = q.shape

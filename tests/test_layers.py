@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from fasteagle_jax.layers import (
     Past,
     RowWeight,
     attention,
+    embed,
     head_logits,
     held,
     hold_columns,
@@ -247,6 +249,22 @@ def test_matrices_of_single_layers_alone_are_held_as_rows():
     stacked = stack([layer, layer])
     hold_rows(stacked)
     assert not any(isinstance(getattr(stacked, name), RowWeight) for name in MATRICES)
+
+
+def test_a_loop_that_embeds_bfloat16_tokens_on_a_cpu_converts_no_whole_table():
+    table, tokens = jnp.asarray(normal(0, 1000, 24), jnp.bfloat16), jnp.asarray([[3, 999, 3]])
+
+    def summed(table, tokens):
+        def add(i, x):
+            return x + embed(table, tokens - i, jnp.float32)
+
+        return jax.lax.fori_loop(0, 3, add, jnp.zeros((1, 3, 24)))
+
+    compiled = jax.jit(summed).lower(table, tokens).compile()
+    assert "bf16[1000,24]" in (text := compiled.as_text())
+    assert not re.search(r"(f32|u16)\[1000,24\]\S* (fusion|convert)", text)
+    expected = sum(table[tokens - i].astype(jnp.float32) for i in range(3))
+    np.testing.assert_array_equal(compiled(table, tokens), expected)
 
 
 def test_stack_undoes_unstack():

@@ -30,6 +30,7 @@ from fasteagle_jax.layers import (
     attention,
     by_kv_head,
     by_token,
+    embed,
     head_logits,
     matmul,
     rms_norm,
@@ -210,7 +211,7 @@ class Eagle3(DrafterModule):
         values: list[jax.Array] = []
         states = []
         for j in range(self.num_levels):
-            e = embedding[jnp.roll(next_tokens, -j, axis=1)].astype(h.dtype)  # past a segment's end no loss looks
+            e = embed(embedding, jnp.roll(next_tokens, -j, axis=1), h.dtype)  # past a segment's end no loss looks
 
             def run(h: jax.Array, e: jax.Array, keys: Any, values: Any, j: int = j) -> tuple[jax.Array, Any, Any]:
                 q, k, v = self._heads(e, h, positions + j)
@@ -244,7 +245,7 @@ class Eagle3(DrafterModule):
 
         def follow(nodes: _Nodes, parent: jax.Array, tokens: jax.Array, depth: int) -> _Nodes:
             h = jnp.take_along_axis(nodes.hidden, parent[..., None], axis=1)
-            e = tied.embedding[tokens].astype(h.dtype)
+            e = embed(tied.embedding, tokens, h.dtype)
             position = jnp.broadcast_to((cache.length - 1 + depth)[:, None], parent.shape)
             q, k, v = self._keys(e, h, position)
             keys, values = [*nodes.keys, k], [*nodes.values, v]
@@ -270,7 +271,7 @@ class Eagle3(DrafterModule):
         positions = cache.length[:, None] + index
         visible = jnp.broadcast_to(causal(index[:, None], index, self.config.window), (batch, num_tokens, num_tokens))
         h = self.fused(new.features)
-        q, k, v = self._keys(tied.embedding[new.tokens].astype(h.dtype), h, positions)
+        q, k, v = self._keys(embed(tied.embedding, new.tokens, h.dtype), h, positions)
         h = self._rest(h, by_token(attention(q, k, v, visible, self._past(cache, positions)), num_tokens))
         last = jnp.maximum(new.count - 1, 0)[:, None, None]
         fresh = ([k], [v]) if isinstance(cache.k, list) else (k[None], v[None])

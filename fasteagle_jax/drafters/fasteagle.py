@@ -30,6 +30,7 @@ from fasteagle_jax.layers import (
     DecoderLayer,
     Past,
     RowWeight,
+    embed,
     head_logits,
     hold_columns,
     matmul,
@@ -197,7 +198,7 @@ class FastEagle(DrafterModule):
         c = self.config
         dtype = features.dtype  # of all activations
         g = self.fused(features)
-        e = embedding[next_tokens].astype(dtype)
+        e = embed(embedding, next_tokens, dtype)
         fused = matmul(jnp.concatenate([g, e], axis=-1), self.fuse[...])  # h_1 = L_1(FC([g_t, e_t+1]))
         fused = training_rows(fused, visible)
         ones = jnp.ones((c.hidden_size,), jnp.float32)
@@ -228,7 +229,7 @@ class FastEagle(DrafterModule):
             h = training_rows(h, visible)
             if not read:
                 return h, (h, kv)
-            e = None if before is None else embedding[before].astype(dtype)
+            e = None if before is None else embed(embedding, before, dtype)
             return h, (self._read(level, h, e), kv)
 
         if remat is not None:
@@ -267,7 +268,7 @@ class FastEagle(DrafterModule):
 
         def at(depth: int, tokens: jax.Array) -> jax.Array:
             """The head's input [B, f, H] of the guesses at a depth below f nodes that hold `tokens` [B, f]."""
-            e = tied.embedding[tokens].astype(hidden.dtype)
+            e = embed(tied.embedding, tokens, hidden.dtype)
             h = jnp.broadcast_to(hidden[:, depth - 1, None], e.shape)
             return self._read(levels[depth - 1], h, e)
 

@@ -20,6 +20,7 @@ from fasteagle_jax.layers import (
     DecoderLayer,
     LayerConfig,
     Past,
+    embed,
     head_logits,
     hold_rows,
     rms_norm,
@@ -109,7 +110,7 @@ class Llama(nnx.Module):
           feature_layers: indices of the layers whose inputs are the features, e.g. (2, L // 2, L - 3) of EAGLE-3.
         """
         c = self.config
-        x = self.embedding[...][tokens].astype(self.activation_dtype)  # [B, Q, H]
+        x = embed(self.embedding[...], tokens, self.activation_dtype)  # [B, Q, H]
         x = training_rows(x, visible)
         turn = rotation(positions, c.rope, c.head_dim)
         past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_layers)
