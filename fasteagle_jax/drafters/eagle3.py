@@ -294,8 +294,8 @@ def _attend_to_own_path(
     batch, num_tokens, kv_heads, width = keys[0].shape
     q = (q * width**-0.5).reshape(batch, num_tokens, kv_heads, -1, width)  # [B, T, K, G, D]
     # What the later runs' keys score and their values give is taken of whole rows: no gradient of these is in parts.
-    along = [(q.astype(jnp.float32) * k[:, :, :, None]).sum(axis=-1, keepdims=True) for k in keys[1:]]
-    along = jnp.concatenate([jnp.zeros((*q.shape[:-1], 0)), *along], axis=-1)  # [B, T, K, G, later]
+    own_scores = [(q.astype(jnp.float32) * k[:, :, :, None]).sum(axis=-1, keepdims=True) for k in keys[1:]]
+    along = jnp.concatenate([jnp.zeros((*q.shape[:-1], 0)), *own_scores], axis=-1)  # [B, T, K, G, later]
     first_k, first_v = keys[0].transpose(0, 2, 1, 3), values[0].transpose(0, 2, 1, 3)  # [B, K, T, D]
 
     def attend(own: tuple[jax.Array, ...], start: jax.Array | int, num_keys: int) -> jax.Array:
