@@ -74,7 +74,7 @@ class Slow:
     def __init__(self, drafter, embedding, features, tokens):
         names = ("embedding_norm", "hidden_norm", "mlp_norm", "norm", "q", "k", "v", "o", "gate", "up", "down", "head")
         self.w = {name: np.asarray(getattr(drafter, name)[...]) for name in names}
-        self.config, self.embedding, self.tokens = drafter.config, np.asarray(embedding), tokens
+        self.config, self.embedding = drafter.config, np.asarray(embedding)
         self.g = (features * np.asarray(drafter.feature_scale[...])) @ np.asarray(drafter.fc[...])
         self.outputs = {}  # what `along` returned
         # Run 0 at every position, on features.
