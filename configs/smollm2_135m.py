@@ -21,6 +21,6 @@ def get_config() -> RunConfig:
         drafter=DrafterChoice(
             num_levels=5, draft_vocab_size=8192, reinject=True, correction=576, window=512, from_target=True
         ),
-        loss=LossConfig(level_decay=0.5, share=0.5),
+        loss=LossConfig(level_decay=0.5, share=0.5, chunk=512),
         optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=50, ema=0.998),
     )

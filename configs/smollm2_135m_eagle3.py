@@ -3,7 +3,7 @@
     python -m train.prepare_data --dialogues sharegpt --max-length 1024 --output runs/data/sharegpt.jsonl
     python -m train.drafter --config configs/smollm2_135m_eagle3.py --run runs/smollm2_135m_eagle3
 
-Any machine with 8 GB.
+Any machine with 8 GB. Its level weights: docs/results.md, "EAGLE-3's level weights".
 """
 
 from fasteagle_jax.losses import LossConfig
@@ -19,6 +19,6 @@ def get_config() -> RunConfig:
         batch_size=2,
         length=512,
         drafter=DrafterChoice(kind="eagle3", num_levels=7, draft_vocab_size=8192, from_target=True),
-        loss=LossConfig(share=0.5, within_draft=True),
+        loss=LossConfig(level_decay=0.5, share=0.5, within_draft=True, chunk=512),
         optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=50, ema=0.998),
     )
