@@ -113,21 +113,20 @@ def gumbel_noise(seed: jax.Array, position: jax.Array, token_ids: jax.Array) -> 
 
 def choose(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
     """The token int32 [B, M] that goes to `positions` int32 [B, M], given the logits float32 [B, M, V] before it."""
-    greedy = _first_argmax(logits)
 
     def draw() -> jax.Array:
-        scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None, None]
+        warm = (sampling.temperature > 0)[:, None, None]  # without noise the best is the argmax, filtered or not
+        scaled = logits / jnp.where(warm, sampling.temperature[:, None, None], 1.0)
         noise = gumbel_noise(sampling.seed[:, None], positions, jnp.arange(logits.shape[-1]))
+        noise = jnp.where(warm, noise, 0.0)
         filtering = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-        filtering &= sampling.temperature > 0
-        drawn = jax.lax.cond(
-            filtering.any(),
+        return jax.lax.cond(
+            (filtering & warm[:, 0, 0]).any(),
             lambda: _draw_filtered(scaled, noise, sampling),
             lambda: _first_argmax(scaled + noise),
         )
-        return jnp.where(sampling.temperature[:, None] > 0, drawn, greedy)
 
-    return jax.lax.cond((sampling.temperature > 0).any(), draw, lambda: greedy)
+    return jax.lax.cond((sampling.temperature > 0).any(), draw, lambda: _first_argmax(logits))
 
 
 def _first_argmax(x: jax.Array) -> jax.Array:
