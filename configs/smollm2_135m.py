@@ -3,7 +3,7 @@
     python -m train.prepare_data --dialogues sharegpt --max-length 1024 --output runs/data/sharegpt.jsonl
     python -m train.drafter --config configs/smollm2_135m.py --run runs/smollm2_135m
 
-Any machine; 510 to 990 training tokens a second on two CPU cores (train/README.md).
+Any machine; 510 to 1,100 training tokens a second on two CPU cores (train/README.md).
 """
 
 from fasteagle_jax.losses import LossConfig
