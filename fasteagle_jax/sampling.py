@@ -113,20 +113,20 @@ def gumbel_noise(seed: jax.Array, position: jax.Array, token_ids: jax.Array) -> 
 
 def choose(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
     """The token int32 [B, M] that goes to `positions` int32 [B, M], given the logits float32 [B, M, V] before it."""
+    warm = sampling.temperature > 0  # [B]
 
     def draw() -> jax.Array:
-        warm = (sampling.temperature > 0)[:, None, None]  # without noise the best is the argmax, filtered or not
-        scaled = logits / jnp.where(warm, sampling.temperature[:, None, None], 1.0)
+        scaled = logits / jnp.where(warm, sampling.temperature, 1.0)[:, None, None]
         noise = gumbel_noise(sampling.seed[:, None], positions, jnp.arange(logits.shape[-1]))
-        noise = jnp.where(warm, noise, 0.0)
+        noise = jnp.where(warm[:, None, None], noise, 0.0)  # without it the best is the argmax, filtered or not
         filtering = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
         return jax.lax.cond(
-            (filtering & warm[:, 0, 0]).any(),
+            (filtering & warm).any(),
             lambda: _draw_filtered(scaled, noise, sampling),
             lambda: _first_argmax(scaled + noise),
         )
 
-    return jax.lax.cond((sampling.temperature > 0).any(), draw, lambda: _first_argmax(logits))
+    return jax.lax.cond(warm.any(), draw, lambda: _first_argmax(logits))
 
 
 def _first_argmax(x: jax.Array) -> jax.Array:
