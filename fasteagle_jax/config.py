@@ -122,6 +122,15 @@ class LlamaConfig:
         )
 
 
+def check_features(feature_layers: tuple[int, ...], num_layers: int) -> None:
+    """Raises UserError where a target of so many layers has no such inputs; `num_layers` is the last one's output."""
+    if wrong := [f for f in feature_layers if not 0 <= f <= num_layers]:
+        raise UserError(
+            f"feature_layers has {', '.join(map(str, wrong))}, the target {num_layers} layers: "
+            f"give 0 to {num_layers}, or take the target that the drafter was trained for"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
     """Sizes and switches of a drafter; `hidden_size` and `vocab_size` are its target's."""

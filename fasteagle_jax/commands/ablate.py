@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,12 +39,15 @@ from fasteagle_jax.requests import SamplingParams
 from fasteagle_jax.run import RunConfig, apply_changes, changes_since, load_config
 from fasteagle_jax.sources import read_prompts
 from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.targets.readers import open_checkpoint
 from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, stop_token_ids
+from fasteagle_jax.tracking import finite
 from fasteagle_jax.tree import Tree
 
 BASE = "base"
 LAST = 50  # steps whose mean loss is reported
 SLOTS = 8
+STOPPED = 128 + signal.SIGTERM  # exit code
 
 
 @program
@@ -92,13 +96,24 @@ def ablate(args: argparse.Namespace) -> int:
     check_new(args.json)
     base = apply_changes(load_config(args.config), args.changes)
     variants = {name: _variant(base, name) for name in dict.fromkeys(args.variant)}
-    trees = [Tree.parse(text) for text in args.tree or ("chain", "best_first:16")]
+    trees = list(dict.fromkeys(Tree.parse(text) for text in args.tree or ("chain", "best_first:16")))
     temperatures = list(dict.fromkeys(args.temperature or [0.0, 1.0]))
     for temperature in temperatures:
         SamplingParams(temperature=temperature)
     prompts = [prompt for source in args.prompts for prompt in read_prompts(source, args.limit)]
     if not prompts:
         raise UserError("no prompt in any source: name other sources")
+
+    target = open_checkpoint(base.target)
+    tokenizer = load_tokenizer(target.path)
+    asked = [encode_chat(tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
+    room = max(map(len, asked)) + args.max_new
+    positions = target.config.max_positions
+    if room > positions:
+        raise UserError(
+            f"the longest prompt and --max-new are {room} tokens, the target has {positions} positions: "
+            "lower --max-new or leave out long prompts"
+        )
 
     # --- training ---------------------------------------------------------------------------------------------
     for name, config in variants.items():
@@ -107,14 +122,14 @@ def ablate(args: argparse.Namespace) -> int:
         run = args.folder / _folder_name(name)
         if not (run / "drafter").exists():
             print(f"variant {name}: {run}", file=sys.stderr)
-            train(config, run)
+            try:
+                train(config, run)
+            except SystemExit:  # by SIGTERM; a run's own end is 0 then, but nothing was measured here
+                raise SystemExit(STOPPED) from None
 
     # --- decoding ---------------------------------------------------------------------------------------------
     loaded = load_target(base.target, jnp.float32)
-    tokenizer = load_tokenizer(loaded.checkpoint.path)
-    stop = stop_token_ids(tokenizer, loaded.checkpoint.path)
-    asked = [encode_chat(tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
-    room = max(map(len, asked)) + args.max_new
+    stop = stop_token_ids(tokenizer, target.path)
     found, losses = [], {}
     for name in variants:
         run = args.folder / _folder_name(name)
@@ -146,7 +161,7 @@ def ablate(args: argparse.Namespace) -> int:
             "seed": base.seed,
             "prompts": [prompt.id for prompt in prompts],
             "max_new": args.max_new,
-            "losses": losses,
+            "losses": {name: finite(loss) for name, loss in losses.items()},
             "measured": [dataclasses.asdict(each) for each in found],
         }
         write_new(args.json, json.dumps(report, indent=2) + "\n")
@@ -173,9 +188,10 @@ def _folder_name(variant: str) -> str:
 
 
 def _last_loss(run: Path) -> float:
-    """The mean training loss of the last steps."""
+    """The mean training loss of the last steps, without those that were skipped; nan where all were."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return float(np.mean([record["loss"] for record in records[-LAST:]]))
+    losses = [record["loss"] for record in records[-LAST:] if record["loss"] is not None]
+    return float(np.mean(losses)) if losses else float("nan")
 
 
 def _decode(engine: Engine, prompts: Sequence[list[int]], temperature: float, max_new: int) -> Acceptance:

@@ -122,7 +122,10 @@ def _parser() -> Parser:
 
 
 def _words(text: str) -> list[str]:
-    return [word for word in (part.strip() for part in text.split(",")) if word]
+    words = [word for word in (part.strip() for part in text.split(",")) if word]
+    if not words:
+        raise argparse.ArgumentTypeError(f"{text!r} is an empty list: name at least one")
+    return words
 
 
 def _numbers(text: str) -> list[float]:

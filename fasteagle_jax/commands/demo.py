@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from fasteagle_jax import decode as decoding
 from fasteagle_jax.commands import prepare_data, train_drafter
@@ -175,7 +176,7 @@ class Runner:
         figures = f"{self.rate:.1f} tokens/s"
         if self.drafter is not None:
             figures += f", acceptance length {Acceptance.of(self.state.statistics).length:.2f}"
-        return Panel(text, title=self.name, subtitle=figures)
+        return Panel(Text(text), title=self.name, subtitle=figures)
 
 
 def race_all(models: Models, tree: Tree, args: Any) -> bool:

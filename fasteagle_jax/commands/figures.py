@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fasteagle_jax.commands.contest import MEAN, Result
 from fasteagle_jax.commands.split import PARTS, Split
@@ -22,9 +23,9 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left
     """Prints a table whose first `left` columns hold words, as Markdown has them."""
     table = Table(title=title, box=box.MARKDOWN)
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i < left else "right")
+        table.add_column(Text(name), justify="left" if i < left else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # names of files and variants are no markup
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 

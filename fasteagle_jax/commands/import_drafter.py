@@ -55,6 +55,7 @@ def import_drafter(args: argparse.Namespace) -> None:
     config = eagle3_config(raw, tensors, target.config, args.levels)
     if config.draft_vocab_size == config.vocab_size:
         tensors.pop("d2t", None)  # files have it all the same, of zeros
+    _check_ids(tensors, config)
     drafter = Eagle3(config, jax.random.key(0), _dtype(tensors), stacked=False)
     fill(drafter, tensors, str(args.source))
     save_drafter(drafter, args.output, fingerprint(target), {"imported": {"source": args.source.name}})
@@ -91,6 +92,16 @@ def eagle3_config(
     if layers:
         changes["feature_layers"] = tuple(layers[:3])
     return default_config(target, **changes)
+
+
+def _check_ids(tensors: Mapping[str, np.ndarray], config: DrafterConfig) -> None:
+    """Raises UserError where the draft vocabulary holds a token that the target has not."""
+    last = int((np.arange(len(tensors["d2t"])) + tensors["d2t"]).max()) if "d2t" in tensors else 0
+    if last >= config.vocab_size:
+        raise UserError(
+            f"the drafter guesses tokens up to {last}, the target has {config.vocab_size}: "
+            "name the target that it was trained for"
+        )
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -162,6 +162,7 @@ def throughput(
             engine.seconds = engine.device_seconds = 0.0
         rates: dict[Way, list[float]] = {way: [] for way in ways}
         made: dict[Way, list[Completion]] = {}
+        differing: dict[Way, set[int]] = {way: set() for way in ways}  # requests, in any repeat
         for repeat in range(args.repeats):
             turn = repeat % len(ways)  # no way always comes first
             for way in [*ways[turn:], *ways[:turn]]:
@@ -169,6 +170,9 @@ def throughput(
                 made[way] = engines[way].generate(asked, its)
                 seconds = time.perf_counter() - started
                 rates[way].append(sum(len(completion.tokens) for completion in made[way]) / seconds)
+            for way in ways:
+                pairs = enumerate(zip(made[way], made[ways[0]], strict=True))
+                differing[way].update(i for i, (one, plain) in pairs if one.tokens != plain.tokens)
         for way, engine in engines.items():
             counts = Acceptance.total([completion.statistics for completion in made[way]])
             found.append(
@@ -180,7 +184,7 @@ def throughput(
                     Spread.of([a / b for a, b in zip(rates[way], rates[ways[0]], strict=True)]),
                     counts.length,
                     1 - engine.device_seconds / engine.seconds,
-                    sum(a.tokens != b.tokens for a, b in zip(made[way], made[ways[0]], strict=True)),
+                    len(differing[way]),
                     dataclasses.asdict(engine.memory),
                 )
             )
@@ -293,7 +297,7 @@ def memory(
             models.stop_tokens,
             slots=slots,
             max_len=args.max_len,
-            tree=way.tree or "best_first:8",
+            tree=way.tree,
         )
         stated = engine.memory
         compiled = compiled_round(engine)

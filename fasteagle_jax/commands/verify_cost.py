@@ -23,6 +23,7 @@ from fasteagle_jax.commands.sweep import Outcome, check_trained, machine
 from fasteagle_jax.commands.timing import Spread
 from fasteagle_jax.commands.ways import Way
 from fasteagle_jax.decode import State, advance, make_stop, start
+from fasteagle_jax.errors import UserError
 from fasteagle_jax.pace import shapes
 from fasteagle_jax.sampling import Sampling, choose, make_sampling
 from fasteagle_jax.tree import Tree
@@ -63,7 +64,12 @@ def rows(
     trained = drafters[ways[1].folder]  # type: ignore[index]
     prompts, lengths = pad(prompts_asked[:1])
     sampling = make_sampling(1, args.temperature[0], args.top_k, args.top_p, args.seed, args.min_p)
-    max_new = max(args.max_len - prompts.shape[1], 1)
+    max_new = args.max_len - prompts.shape[1]
+    if max_new <= (most := ROUNDS * (trained.num_levels + 1)):  # a row that is done would be timed doing nothing
+        raise UserError(
+            f"--max-len {args.max_len} leaves {max(max_new, 0)} tokens after a prompt of {prompts.shape[1]}: "
+            f"give {prompts.shape[1] + most + 1} or more, or a task whose first prompt is shorter"
+        )
     stop = make_stop(1, max_new)
 
     def begin(tree: Tree | None) -> tuple[Any, State, Any]:

@@ -95,7 +95,7 @@ def read_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> 
     there = [] if folder is None else sorted(path.stem for path in folder.glob("*.jsonl"))
     if folder is not None and not there:
         raise UserError(f"{folder} holds no .jsonl file: name a folder of prompt files")
-    tasks = {}
+    tasks: dict[str, list[Prompt]] = {}
     for name in dict.fromkeys(names):
         if folder is not None and name in there:
             source = str(folder / f"{name}.jsonl")
@@ -107,6 +107,6 @@ def read_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> 
         prompts = list(read_prompts(source, limit))
         if not prompts:
             raise UserError(f"no prompt in {source}: name another task")
-        label = Path(source).stem if name not in there else name
-        tasks[label if label not in tasks else name] = prompts
+        stem = Path(source).stem
+        tasks[name if name in there or stem in (*there, *tasks) else stem] = prompts
     return tasks

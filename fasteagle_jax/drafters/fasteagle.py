@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fasteagle_jax.cache import Ring, commit_ring, seen_in_ring
-from fasteagle_jax.config import DrafterConfig
+from fasteagle_jax.config import DrafterConfig, check_features
 from fasteagle_jax.drafters.base import DrafterModule, causal, copy_weights, draft_ids, layer_config
 from fasteagle_jax.interfaces import Accepted, Ranking, Tied
 from fasteagle_jax.layers import (
@@ -389,7 +389,7 @@ def rank(logits: jax.Array, positions: jax.Array, ids: jax.Array, ranking: Ranki
 
 
 def default_config(target_config: Any, **changes: Any) -> DrafterConfig:
-    """The DrafterConfig whose sizes are the target's, with `changes`."""
+    """The DrafterConfig whose sizes are the target's, with `changes`; UserError where the target has no such layers."""
     c = target_config
     last = c.num_layers - 1
     sizes = dict(
@@ -404,4 +404,6 @@ def default_config(target_config: Any, **changes: Any) -> DrafterConfig:
         draft_vocab_size=c.vocab_size,
         feature_layers=tuple(min(max(f, 0), last) for f in (2, c.num_layers // 2, c.num_layers - 3)),
     )
-    return dataclasses.replace(DrafterConfig(**sizes), **changes)
+    config = dataclasses.replace(DrafterConfig(**sizes), **changes)
+    check_features(config.feature_layers, c.num_layers)
+    return config

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
+from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig, check_features
 from fasteagle_jax.drafters.table import AXES, CLASSES, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import new_folder, sha256
@@ -93,6 +93,7 @@ def load_drafter(
                 f"the drafter in {folder} has {name} {getattr(config, name)}, the target {theirs}: "
                 "use the target that it was trained for"
             )
+    check_features(config.feature_layers, target_config.num_layers)
     if made_for != fingerprint:
         raise UserError(
             f"the drafter in {folder} was trained for target {made_for}, this one's weights are {fingerprint}: "
@@ -163,7 +164,7 @@ def _raw(folder: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy the drafter again") from None
     known = {kind.architecture for kind in CLASSES.values()}
-    if not isinstance(raw, dict) or not known & set(raw.get("architectures", ())):
+    if not isinstance(raw, dict) or not known & set(raw.get("architectures") or ()):
         raise UserError(f"{path} is not of a {' or '.join(sorted(known))}: name a drafter's folder")
     return raw
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -9,9 +10,12 @@ import pytest
 
 from fasteagle_jax.commands.bench import main
 from fasteagle_jax.commands.contest import MEAN, Case, Measured, Run
+from fasteagle_jax.commands.figures import show
 from fasteagle_jax.commands.sweep import ablation
-from fasteagle_jax.commands.ways import Way, parse_ways
+from fasteagle_jax.commands.ways import Way, parse_ways, read_tasks
+from fasteagle_jax.engine import Engine
 from fasteagle_jax.metrics import Acceptance
+from fasteagle_jax.requests import Completion
 from fasteagle_jax.sampling import make_sampling
 
 
@@ -136,6 +140,39 @@ def test_a_sweep_over_memory_shows_that_a_windows_cache_does_not_grow(talkative,
     assert caches[300, 16] == caches[600, 16] < caches[300, None] < caches[600, None]
 
 
+def test_a_sweep_over_slots_counts_what_differs_in_any_repeat(talkative, tasks, tmp_path, monkeypatch):
+    generate, calls = Engine.generate, itertools.count()
+
+    def mistaken(engine: Engine, *asked) -> list[Completion]:
+        """With a mistake in the third answer of the drafter's first timed repeat: both ways warm up before that."""
+        found = generate(engine, *asked)
+        if next(calls) == 3:
+            found[2] = dataclasses.replace(found[2], tokens=[*found[2].tokens, 1])
+        return found
+
+    monkeypatch.setattr(Engine, "generate", mistaken)
+    argv = ["--target", talkative[0], "--drafters", f"a={talkative[1]}@best_first:4", "--tasks", "sums"]
+    argv += ["--prompts-folder", tasks, "--limit", 3, "--sweep", "slots", "--slots", 1, "--max-len", 256]
+    argv += ["--max-new", 12, "--repeats", 2, "--results", tmp_path / "results"]
+    assert run(*argv) == 1
+    points = json.loads((tmp_path / "results/results.json").read_text())["points"]
+    assert [(point["way"], point["differing"]) for point in points] == [("plain", 0), ("a best_first:4", 1)]
+
+
+def test_files_of_one_name_are_tasks_of_their_own(tasks, tmp_path):
+    (tmp_path / "more").mkdir()
+    path = str(shutil.copy(tasks / "talk.jsonl", tmp_path / "more/sums.jsonl"))
+    for names in (["sums", path], [path, "sums"]):
+        found = read_tasks(names, tasks, None)
+        assert list(found) == names and len(found["sums"]) == 4 and len(found[path]) == 1
+    assert list(read_tasks([path], None, None)) == ["sums"]
+
+
+def test_a_table_shows_names_as_they_are(capsys):
+    show("title", ("drafter [x]",), [("[/b] of [red]",)])
+    assert "[/b] of [red]" in (said := capsys.readouterr().out) and "drafter [x]" in said
+
+
 def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, talkative, tasks, tmp_path):
     models = ["--target", target_folder, "--drafters", f"a={drafter_folder}"]
     given = [*models, "--tasks", "sums", "--prompts-folder", tasks]
@@ -144,6 +181,9 @@ def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, talkati
     assert "temperature is -1.0" in complaint(main, *given, "--temperature=-1")
     assert "'warm' is not a list of numbers" in complaint(main, *given, "--temperature", "warm")
     assert "top_p is 0.0" in complaint(main, *given, "--top-p", 0)
+    for option in ("--tasks", "--temperature", "--drafters"):
+        assert f"{option}: ',' is an empty list" in complaint(main, *given, option, ",")
+    assert "--max-len 40 leaves" in complaint(main, *given, "--sweep", "rows", "--max-len", 40)
     assert "'0' is not a whole number of at least 1" in complaint(main, *given, "--repeats", 0)
     assert "'levels,slots' is not known" in complaint(main, *given, "--sweep", "levels,slots")
     assert "is of one temperature" in complaint(main, *given, "--sweep", "slots", "--temperature", "0,1")
@@ -170,6 +210,10 @@ def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, talkati
     assert "hidden_size 24, the target 16: use the target" in drafters(f"a={other}")
     (other / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "head_dim"}))
     assert "is damaged" in drafters(f"a={other}")
+    (other / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    assert "is not of a FastEagle" in drafters(f"a={other}")
+    (other / "config.json").write_text(json.dumps(config | {"feature_layers": [0, 1, -1]}))
+    assert "feature_layers has -1, the target 2 layers: give 0 to 2" in drafters(f"a={other}")
     damaged = shutil.copytree(drafter_folder, tmp_path / "damaged") / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-4] + b"\0\0\0\1")
     assert f"{damaged} has the SHA-256" in drafters(f"a={damaged.parent}")

@@ -111,6 +111,7 @@ def test_a_drafter_is_stored_smaller(run, target_folder, tmp_path, storage):
     [
         (["--run", "{run}", "--step", "3"], "there is no checkpoint 3 in .* (there are: 4, 6)"),
         (["--run", "nowhere"], "nowhere holds no config.json"),
+        (["--run", "{run}/drafter"], "config.json is not of a training run"),
         (["--run", "{run}", "--best"], "no checkpoint in .* was measured"),
     ],
 )

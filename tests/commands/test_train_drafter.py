@@ -503,6 +503,15 @@ def test_ablate_measures_variants_of_a_run_and_trains_none_twice(
     assert "loss.first is not a key" in complaint(ablate.main, *asked, "--variant", "loss.first=1", *changes)
     said = complaint(ablate.main, *asked, *changes, "seed=1")  # not those of seed 0 under the name of seed 1
     assert "runs/base was trained with another configuration (seed: 0 -> 1)" in said
+    said = complaint(ablate.main, *asked, "--max-new", 2000, *changes)
+    assert "tokens, the target has 1024 positions" in said
+
+    (tmp_path / "runs/base/metrics.jsonl").write_text(
+        '{"loss": 3.0}\n{"loss": null}\n{"loss": 1.0}\n'
+    )  # one was skipped
+    assert ablate._last_loss(tmp_path / "runs/base") == 2.0
+    monkeypatch.setattr(ablate, "train", lambda *_: sys.exit(0))  # as after SIGTERM
+    assert ablate.main([str(word) for word in [*asked, "--variant", "drafter.num_levels=1", *changes]]) == 143
 
 
 def test_mistakes_end_in_one_line_before_anything_is_written(
