@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import json
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fasteagle_jax.commands.figures import show
+from fasteagle_jax.commands.models import check_fits
 from fasteagle_jax.commands.sweep import machine
-from fasteagle_jax.commands.terminal import Parser, check_new, program, whole, write_new
+from fasteagle_jax.commands.terminal import TERMINATED, Parser, check_new, program, whole, write_new
 from fasteagle_jax.commands.train_drafter import train
 from fasteagle_jax.drafters.files import load_drafter
 from fasteagle_jax.engine import Engine
@@ -47,7 +47,6 @@ from fasteagle_jax.tree import Tree
 BASE = "base"
 LAST = 50  # steps whose mean loss is reported
 SLOTS = 8
-STOPPED = 128 + signal.SIGTERM  # exit code
 
 
 @program
@@ -107,13 +106,9 @@ def ablate(args: argparse.Namespace) -> int:
     target = open_checkpoint(base.target)
     tokenizer = load_tokenizer(target.path)
     asked = [encode_chat(tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
+    for prompt, tokens in zip(prompts, asked, strict=True):
+        check_fits(target.config.max_positions, prompt.id, tokens, args.max_new)
     room = max(map(len, asked)) + args.max_new
-    positions = target.config.max_positions
-    if room > positions:
-        raise UserError(
-            f"the longest prompt and --max-new are {room} tokens, the target has {positions} positions: "
-            "lower --max-new or leave out long prompts"
-        )
 
     # --- training ---------------------------------------------------------------------------------------------
     for name, config in variants.items():
@@ -125,7 +120,7 @@ def ablate(args: argparse.Namespace) -> int:
             try:
                 train(config, run)
             except SystemExit:  # by SIGTERM; a run's own end is 0 then, but nothing was measured here
-                raise SystemExit(STOPPED) from None
+                raise SystemExit(TERMINATED) from None
 
     # --- decoding ---------------------------------------------------------------------------------------------
     loaded = load_target(base.target, jnp.float32)

@@ -137,7 +137,7 @@ def _numbers(text: str) -> list[float]:
 
 def _sweeps(text: str) -> list[str]:
     words = _words(text)
-    if ",".join(words) not in ALONE and not (words and set(words) <= set(sweep.ABLATIONS)):
+    if ",".join(words) not in ALONE and not set(words) <= set(sweep.ABLATIONS):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not known: write some of {','.join(sweep.ABLATIONS)}, or {' or '.join(ALONE)}"
         )
@@ -166,7 +166,8 @@ def bench(args: argparse.Namespace) -> int:
     for prompts in tasks.values():
         for prompt in prompts:  # the longest turn; those with answers in them are known later
             said = [{"role": "user", "content": "\n".join(prompt.turns)}]
-            check_fits(models, prompt.id, encode_chat(models.tokenizer, said), args.max_new * len(prompt.turns))
+            tokens = encode_chat(models.tokenizer, said)
+            check_fits(models.target.config.max_positions, prompt.id, tokens, args.max_new * len(prompt.turns))
 
     # --- measuring --------------------------------------------------------------------------------------------
     results = contextlib.nullcontext() if args.results is None else new_folder(args.results)

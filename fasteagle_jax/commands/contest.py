@@ -124,7 +124,7 @@ class Contest:
                     messages.append({"role": "user", "content": text})
                     id = prompt.id if len(prompt.turns) == 1 else f"{prompt.id}/{turn + 1}"
                     tokens = encode_chat(self.models.tokenizer, messages)
-                    check_fits(self.models, id, tokens, self.max_new)
+                    check_fits(self.models.target.config.max_positions, id, tokens, self.max_new)
                     its = sampling(index)
                     answer = self.decode(None, Tree(), tokens, its).tokens
                     yield Case(task, id, tokens, its, answer)

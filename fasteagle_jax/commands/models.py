@@ -68,9 +68,8 @@ def pad(prompts: Sequence[Sequence[int]]) -> tuple[jnp.ndarray, jnp.ndarray]:
     return jnp.asarray(padded), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
 
 
-def check_fits(models: Models, name: str, prompt: Sequence[int], max_new: int) -> None:
-    """Raises UserError for a prompt without tokens or with more than the target has positions for."""
-    positions = models.target.config.max_positions
+def check_fits(positions: int, name: str, prompt: Sequence[int], max_new: int) -> None:
+    """Raises UserError for a prompt without tokens or with more than the target's `positions` hold."""
     if not prompt:
         raise UserError(f"prompt {name} is empty: give it some text")
     if len(prompt) + max_new > positions:

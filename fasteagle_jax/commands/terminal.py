@@ -18,7 +18,7 @@ from fasteagle_jax.chips import set_libtpu_flags
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.files import write_text
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 class Main(Protocol):

@@ -504,11 +504,10 @@ def test_ablate_measures_variants_of_a_run_and_trains_none_twice(
     said = complaint(ablate.main, *asked, *changes, "seed=1")  # not those of seed 0 under the name of seed 1
     assert "runs/base was trained with another configuration (seed: 0 -> 1)" in said
     said = complaint(ablate.main, *asked, "--max-new", 2000, *changes)
-    assert "tokens, the target has 1024 positions" in said
+    assert "2000 new ones exceed the target's 1024 positions" in said
 
-    (tmp_path / "runs/base/metrics.jsonl").write_text(
-        '{"loss": 3.0}\n{"loss": null}\n{"loss": 1.0}\n'
-    )  # one was skipped
+    one_skipped = '{"loss": 3.0}\n{"loss": null}\n{"loss": 1.0}\n'
+    (tmp_path / "runs/base/metrics.jsonl").write_text(one_skipped)
     assert ablate._last_loss(tmp_path / "runs/base") == 2.0
     monkeypatch.setattr(ablate, "train", lambda *_: sys.exit(0))  # as after SIGTERM
     assert ablate.main([str(word) for word in [*asked, "--variant", "drafter.num_levels=1", *changes]]) == 143
