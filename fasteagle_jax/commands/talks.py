@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
+
+import numpy as np
 
 from fasteagle_jax.data import Conversation
 from fasteagle_jax.engine import Engine
@@ -16,6 +18,7 @@ from fasteagle_jax.tokenizer import assistant_spans, encode_chat, prefix_spans
 
 MIN_ANSWER = 16  # tokens: a prompt that leaves less room is too long
 MIN_QUESTION = 4  # tokens of a self-made user's message
+LOOP_COPIES, LOOP_TOKENS = 3, 32  # the least that an answer repeats, at one stretch, where it has begun to loop
 AHEAD = 512  # samples: so many may be settled before the first one that is not
 
 Outcome = Conversation | str  # or why there is none
@@ -83,6 +86,11 @@ class Rules:
                 return "held-out questions"
             return self._ask_first(talk.place, talk.id, [text])
         start = len(talk.tokens)
+        if (cut := loop_start(tokens)) is not None:  # nothing is asked after it: all later turns would see the loop
+            if cut >= MIN_ANSWER:
+                talk.tokens = talk.tokens + tokens[:cut]
+                talk.spans.append([start, start + cut])
+            return talk.conversation() if talk.spans else "looping answers"
         if stopped or self.keep_truncated:
             talk.tokens = talk.tokens + tokens
             talk.spans.append([start, start + len(tokens)])
@@ -132,6 +140,26 @@ class Rules:
         if len(tokens) > self.max_length:
             return "dialogues too long"
         return Conversation.of(id, tokens, [list(span) for span in spans])
+
+
+def loop_start(tokens: Sequence[int]) -> int | None:
+    """Where the second copy begins of what an answer repeats over and over; None for an answer that does not loop.
+
+    A loop is one stretch of at least LOOP_COPIES copies, back to back, of some run of tokens, and of at least
+    LOOP_TOKENS tokens in all; the earliest one counts.
+    """
+    answer = np.asarray(tokens)
+    first = None
+    for period in range(1, len(answer) // LOOP_COPIES + 1):
+        as_before = answer[period:] == answer[:-period]
+        # Stretches of equal tokens: edges of the flags, with a False on either side.
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], as_before, [False]]).astype(np.int8)))
+        starts, ends = edges[::2], edges[1::2]
+        least = max(LOOP_COPIES * period, LOOP_TOKENS)
+        if len(found := starts[ends - starts + period >= least]):
+            cut = int(found[0]) + period
+            first = cut if first is None else min(first, cut)
+    return first
 
 
 class Talks:

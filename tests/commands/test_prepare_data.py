@@ -9,9 +9,11 @@ import pytest
 from fasteagle_jax.commands import prepare_data
 from fasteagle_jax.commands.prepare_data import answer_seed, main
 from fasteagle_jax.commands.shares import Share
+from fasteagle_jax.commands.talks import LOOP_COPIES, LOOP_TOKENS, Rules, Sample, loop_start
 from fasteagle_jax.data import read_conversations
 from fasteagle_jax.engine import Engine
 from fasteagle_jax.requests import SamplingParams
+from fasteagle_jax.sources import HeldOut
 from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, user_header_ids
 from tests.tiny_folder import CHAT_TEMPLATE, make_target
 
@@ -68,6 +70,46 @@ def test_later_turns_follow_the_answers_as_they_were_sampled(prepare, target_fol
     tokenizer = load_tokenizer(target_folder)
     between = tokenizer.decode(c.tokens[c.assistant[0][1] : c.assistant[1][0]])
     assert between == "\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def slow_loop_start(tokens):
+    """The definition itself: the earliest stretch of copies, longest-running first, that is long enough."""
+    cuts = []
+    for start in range(len(tokens)):
+        for period in range(1, (len(tokens) - start) // LOOP_COPIES + 1):
+            size = max(LOOP_COPIES * period, LOOP_TOKENS)
+            stretch = tokens[start : start + size]
+            if len(stretch) == size and all(stretch[i] == stretch[i - period] for i in range(period, size)):
+                cuts.append(start + period)
+    return min(cuts, default=None)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_loop_is_cut_where_its_second_copy_begins(seed):
+    rng = np.random.default_rng(seed)
+    period = int(rng.integers(1, 30))
+    before, once = rng.integers(0, 50, 20).tolist(), rng.integers(0, 50, period).tolist()
+    looping = before + once * (LOOP_TOKENS // period + LOOP_COPIES) + once[: period // 2]
+    assert loop_start(looping) == slow_loop_start(looping) <= len(before) + 2 * period
+    once_more = before + once * 2
+    assert loop_start(once_more) == slow_loop_start(once_more)
+    assert loop_start(before) is None
+    assert loop_start([]) is None
+    assert loop_start([7] * (LOOP_TOKENS - 1)) is None
+
+
+def test_a_dialogue_ends_with_the_answer_that_loops(target_folder):
+    """The next turn is not asked, since the loop would stand in the context of all later answers."""
+    rules = Rules(load_tokenizer(target_folder), [], 512, False, False, HeldOut([]))
+    talk = rules.begin(0, Sample("a", ["Hello?", "And?", "So?"]))
+    first = [*range(3, 30), load_tokenizer(target_folder).eos_token_id]
+    talk = rules.hear(talk, first, True)
+    asked = len(talk.tokens)
+    conversation = rules.hear(talk, [*range(3, 23), *[5, 6, 7] * 20], False)
+    assert conversation.assistant.tolist()[1] == [asked, asked + 23]
+    assert conversation.tokens[asked:].tolist() == [*range(3, 23), 5, 6, 7]
+    at_once = rules.hear(rules.begin(0, Sample("b", ["Hello?"])), [4] * 60, False)
+    assert at_once == "looping answers"
 
 
 def test_answers_do_not_depend_on_the_batch_they_are_made_in(prepare):
