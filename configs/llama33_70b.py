@@ -10,10 +10,10 @@ EAGLE-3's (arXiv 2503.01840).
 """
 
 from fasteagle_jax.config import LlamaConfig, RopeConfig
-from fasteagle_jax.losses import LossConfig
-from fasteagle_jax.run import DrafterChoice, RunConfig
-from fasteagle_jax.sharding import MeshShape
-from fasteagle_jax.training import OptimizerConfig
+from fasteagle_jax.devices.sharding import MeshShape
+from fasteagle_jax.training.config import DrafterChoice, RunConfig
+from fasteagle_jax.training.losses import LossConfig
+from fasteagle_jax.training.step import OptimizerConfig
 
 
 def get_config() -> RunConfig:

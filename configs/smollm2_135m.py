@@ -6,9 +6,9 @@
 Any machine; 510 to 1,100 training tokens a second on two CPU cores (train/README.md).
 """
 
-from fasteagle_jax.losses import LossConfig
-from fasteagle_jax.run import DrafterChoice, RunConfig
-from fasteagle_jax.training import OptimizerConfig
+from fasteagle_jax.training.config import DrafterChoice, RunConfig
+from fasteagle_jax.training.losses import LossConfig
+from fasteagle_jax.training.step import OptimizerConfig
 
 
 def get_config() -> RunConfig:

@@ -6,9 +6,9 @@
 Any machine with 8 GB. Its level weights: docs/results.md, "EAGLE-3's level weights".
 """
 
-from fasteagle_jax.losses import LossConfig
-from fasteagle_jax.run import DrafterChoice, RunConfig
-from fasteagle_jax.training import OptimizerConfig
+from fasteagle_jax.training.config import DrafterChoice, RunConfig
+from fasteagle_jax.training.losses import LossConfig
+from fasteagle_jax.training.step import OptimizerConfig
 
 
 def get_config() -> RunConfig:

@@ -3,9 +3,9 @@
 python -m train.drafter --config configs/tiny.py --run runs/tiny target=FOLDER data=FILE
 """
 
-from fasteagle_jax.losses import LossConfig
-from fasteagle_jax.run import DrafterChoice, RunConfig
-from fasteagle_jax.training import OptimizerConfig
+from fasteagle_jax.training.config import DrafterChoice, RunConfig
+from fasteagle_jax.training.losses import LossConfig
+from fasteagle_jax.training.step import OptimizerConfig
 
 
 def get_config() -> RunConfig:

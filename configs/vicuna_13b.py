@@ -9,10 +9,10 @@ Sizes: the published config.json of lmsys/vicuna-13b-v1.3. Optimiser, draft voca
 """
 
 from fasteagle_jax.config import LlamaConfig
-from fasteagle_jax.losses import LossConfig
-from fasteagle_jax.run import DrafterChoice, RunConfig
-from fasteagle_jax.sharding import MeshShape
-from fasteagle_jax.training import OptimizerConfig
+from fasteagle_jax.devices.sharding import MeshShape
+from fasteagle_jax.training.config import DrafterChoice, RunConfig
+from fasteagle_jax.training.losses import LossConfig
+from fasteagle_jax.training.step import OptimizerConfig
 
 
 def get_config() -> RunConfig:

@@ -9,11 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fasteagle_jax.engine import Engine
+    from fasteagle_jax.engine.engine import Engine
+    from fasteagle_jax.engine.requests import Completion, SamplingParams
     from fasteagle_jax.errors import UserError
-    from fasteagle_jax.requests import Completion, SamplingParams
 
-_HOMES = {"Engine": "engine", "UserError": "errors", "Completion": "requests", "SamplingParams": "requests"}
+_HOMES = {
+    "Completion": "engine.requests",
+    "Engine": "engine.engine",
+    "SamplingParams": "engine.requests",
+    "UserError": "errors",
+}
 
 __all__ = ["Completion", "Engine", "SamplingParams", "UserError"]
 

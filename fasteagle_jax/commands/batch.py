@@ -46,18 +46,7 @@ from typing import Any, BinaryIO, Self
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from fasteagle_jax.batch_file import (
-    AnswerFile,
-    BatchRequest,
-    Refusal,
-    answer_record,
-    numbered,
-    read_requests,
-    refusal_record,
-)
 from fasteagle_jax.commands.answers import add_engine_options, mesh_named, sampling_params, tree_named
-from fasteagle_jax.commands.manifest import manifest_path, read_manifest
-from fasteagle_jax.commands.shares import Share, add_share_options, join
 from fasteagle_jax.commands.terminal import (
     INTERRUPTED,
     Parser,
@@ -67,10 +56,21 @@ from fasteagle_jax.commands.terminal import (
     whole,
     writing,
 )
-from fasteagle_jax.engine import Engine
+from fasteagle_jax.data.manifest import manifest_path, read_manifest
+from fasteagle_jax.data.shares import Share, add_share_options, join
+from fasteagle_jax.engine.batch_records import (
+    AnswerFile,
+    BatchRequest,
+    Refusal,
+    answer_record,
+    numbered,
+    read_requests,
+    refusal_record,
+)
+from fasteagle_jax.engine.engine import Engine
+from fasteagle_jax.engine.requests import Completion
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.files import write_text
-from fasteagle_jax.requests import Completion
+from fasteagle_jax.io.files import write_text
 
 
 @program

@@ -41,10 +41,11 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from fasteagle_jax.commands import sweep, verify_cost
-from fasteagle_jax.commands.answers import ONE_AT_A_TIME
-from fasteagle_jax.commands.contest import Contest, Measured, Result
-from fasteagle_jax.commands.figures import (
+from fasteagle_jax.bench import sweeps as sweep
+from fasteagle_jax.bench import verify_cost
+from fasteagle_jax.bench.breakdown import Split, Splitter
+from fasteagle_jax.bench.decoders import Way, find_drafters, load_drafters, parse_ways, read_tasks
+from fasteagle_jax.bench.figures import (
     ablation_figure,
     acceptance_figure,
     show_results,
@@ -52,18 +53,18 @@ from fasteagle_jax.commands.figures import (
     speedup_figure,
     split_figure,
 )
-from fasteagle_jax.commands.models import Models, add_target_options, check_fits, load_models
-from fasteagle_jax.commands.predict import predict
-from fasteagle_jax.commands.split import Split, Splitter
+from fasteagle_jax.bench.predict import predict
+from fasteagle_jax.bench.prompts import Models, add_target_options, check_fits, load_models
+from fasteagle_jax.bench.runner import Contest, Measured, Result
+from fasteagle_jax.commands.answers import ONE_AT_A_TIME
 from fasteagle_jax.commands.terminal import Parser, add_filter_options, check_new, program, whole
-from fasteagle_jax.commands.ways import Way, find_drafters, load_drafters, parse_ways, read_tasks
-from fasteagle_jax.data import Prompt
+from fasteagle_jax.data.packing import Prompt
+from fasteagle_jax.decoding.sampling import Sampling, make_sampling
+from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.files import new_folder
-from fasteagle_jax.pace import default_tree
-from fasteagle_jax.sampling import Sampling, make_sampling
-from fasteagle_jax.tokenizer import encode_chat
-from fasteagle_jax.tree import Tree
+from fasteagle_jax.io.files import new_folder
+from fasteagle_jax.targets.tokenizer import encode_chat
 
 TOKENS_DIFFER = 1  # exit code
 ALONE = {

@@ -16,6 +16,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
+from fasteagle_jax.bench.timing import Stopwatch
 from fasteagle_jax.commands.answers import (
     ONE_AT_A_TIME,
     Screen,
@@ -28,12 +29,11 @@ from fasteagle_jax.commands.answers import (
     tree_named,
 )
 from fasteagle_jax.commands.terminal import Parser, program
-from fasteagle_jax.commands.timing import Stopwatch
-from fasteagle_jax.data import Message
-from fasteagle_jax.engine import Engine, Piece
+from fasteagle_jax.data.packing import Message
+from fasteagle_jax.engine.engine import Engine, Piece
+from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.requests import Completion, SamplingParams
-from fasteagle_jax.tokenizer import encode_chat
+from fasteagle_jax.targets.tokenizer import encode_chat
 
 
 @program

@@ -26,14 +26,14 @@ from typing import Any
 
 import jax
 
-from fasteagle_jax import topology
-from fasteagle_jax.chips import GIB
 from fasteagle_jax.commands.terminal import Parser, check_new, program, whole, write_new
-from fasteagle_jax.compiling import NO_FIT, PROGRAMS, Decoding, Report, compile_program
+from fasteagle_jax.compiling.programs import NO_FIT, PROGRAMS, Decoding, Report, compile_program
+from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.devices import topology
+from fasteagle_jax.devices.chips import GIB
+from fasteagle_jax.devices.sharding import MeshShape
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.run import apply_changes, load_config
-from fasteagle_jax.sharding import MeshShape
-from fasteagle_jax.tree import Tree
+from fasteagle_jax.training.config import apply_changes, load_config
 
 
 @program

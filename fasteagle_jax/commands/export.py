@@ -22,14 +22,14 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from fasteagle_jax.checkpoint import Checkpoints
 from fasteagle_jax.commands.terminal import Parser, check_new, program, whole
 from fasteagle_jax.drafters.files import STORAGE, load_drafter, packed, save_drafter, tensors_of, unpacked
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.run import RunConfig, drafter_config, from_json, trained
-from fasteagle_jax.targets.readers import fingerprint, open_checkpoint
-from fasteagle_jax.training import first_state, make_optimizer
+from fasteagle_jax.targets.checkpoint import fingerprint, open_checkpoint
+from fasteagle_jax.training.checkpoints import Checkpoints
+from fasteagle_jax.training.config import RunConfig, drafter_config, from_json, trained
+from fasteagle_jax.training.step import first_state, make_optimizer
 
 
 @program

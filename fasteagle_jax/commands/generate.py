@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fasteagle_jax.bench.timing import Stopwatch
 from fasteagle_jax.commands.answers import (
     ONE_AT_A_TIME,
     Screen,
@@ -33,11 +34,10 @@ from fasteagle_jax.commands.answers import (
     tree_named,
 )
 from fasteagle_jax.commands.terminal import Parser, check_new, program, whole, write_new
-from fasteagle_jax.commands.timing import Stopwatch
-from fasteagle_jax.data import Message, Prompt, read_prompts
-from fasteagle_jax.engine import Engine
+from fasteagle_jax.data.packing import Message, Prompt, read_prompts
+from fasteagle_jax.engine.engine import Engine
+from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.requests import Completion, SamplingParams
 
 
 @program

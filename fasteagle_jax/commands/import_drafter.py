@@ -28,7 +28,7 @@ from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.fasteagle import default_config
 from fasteagle_jax.drafters.files import fill, save_drafter
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.readers import DEFAULT_TARGET, fingerprint, open_checkpoint, read_json
+from fasteagle_jax.targets.checkpoint import DEFAULT_TARGET, fingerprint, open_checkpoint, read_json
 
 LEVELS = 8  # of the published evaluation: a first pass and depth 7
 _NOT_OURS = ("embed_tokens.weight", "t2d")  # the target's, and what d2t says already

@@ -26,13 +26,13 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from fasteagle_jax.commands.terminal import Parser, program, writing
-from fasteagle_jax.data import Batch, PackedData, read_conversations
+from fasteagle_jax.data.features import STORED, FeatureSettings, TargetValues, write_features
+from fasteagle_jax.data.packing import Batch, PackedData, read_conversations
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.features import STORED, FeatureSettings, TargetValues, write_features
-from fasteagle_jax.run import RunConfig, apply_changes, drafter_config, load_config
 from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.targets.loading import load_target
-from fasteagle_jax.training import target_outputs
+from fasteagle_jax.training.config import RunConfig, apply_changes, drafter_config, load_config
+from fasteagle_jax.training.step import target_outputs
 
 
 @program

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from fasteagle_jax.chips import set_libtpu_flags
+from fasteagle_jax.devices.chips import set_libtpu_flags
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.files import write_text
+from fasteagle_jax.io.files import write_text
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 

@@ -34,10 +34,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from fasteagle_jax.checkpoint import Checkpoints, newest_record
-from fasteagle_jax.commands.shares import add_share_options, connect
 from fasteagle_jax.commands.terminal import Parser, program
-from fasteagle_jax.data import (
+from fasteagle_jax.data.features import Features, load_features
+from fasteagle_jax.data.packing import (
     Batch,
     PackedData,
     coverage,
@@ -46,13 +45,17 @@ from fasteagle_jax.data import (
     read_prompts,
     token_counts,
 )
+from fasteagle_jax.data.shares import add_share_options, connect
+from fasteagle_jax.decoding.acceptance import measure_acceptance
+from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.devices.sharding import check_batch, check_heads, fetch, make_mesh, make_on, place_batch
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.drafters.table import AXES
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.features import Features, load_features
-from fasteagle_jax.flops import flops_per_token, peak_flops
-from fasteagle_jax.metrics import measure_acceptance
-from fasteagle_jax.run import (
+from fasteagle_jax.targets.loading import LoadedTarget, load_target
+from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
+from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
+from fasteagle_jax.training.config import (
     RunConfig,
     apply_changes,
     changes_since,
@@ -65,11 +68,9 @@ from fasteagle_jax.run import (
     trained,
     write_file,
 )
-from fasteagle_jax.sharding import check_batch, check_heads, fetch, make_mesh, make_on, place_batch
-from fasteagle_jax.targets.loading import LoadedTarget, load_target
-from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, stop_token_ids
-from fasteagle_jax.tracking import Log, Record, check_wandb, expected_length, finite, plot, rounded
-from fasteagle_jax.training import (
+from fasteagle_jax.training.flops import flops_per_token, peak_flops
+from fasteagle_jax.training.metrics_log import Log, Record, check_wandb, expected_length, finite, plot, rounded
+from fasteagle_jax.training.step import (
     drafter_from,
     feature_rms,
     first_state,
@@ -77,7 +78,6 @@ from fasteagle_jax.training import (
     init_drafter,
     make_optimizer,
 )
-from fasteagle_jax.tree import Tree
 
 SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # losses whose mean a spike is measured by; none is called one before so many
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.cache import Ring, as_ring, empty_cache, ring_slots
 from fasteagle_jax.config import DrafterConfig
+from fasteagle_jax.decoding.interfaces import Accepted, Tied
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.interfaces import Accepted, Tied
-from fasteagle_jax.layers import LayerConfig, hold_columns, matmul
+from fasteagle_jax.nn.kv_cache import Ring, as_ring, empty_cache, ring_slots
+from fasteagle_jax.nn.transformer import LayerConfig, hold_columns, matmul
 
 
 class Constant(nnx.Variable):

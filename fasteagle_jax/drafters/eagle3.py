@@ -16,13 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.cache import Ring, commit_ring, seen_in_ring
 from fasteagle_jax.config import DrafterConfig
+from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
+from fasteagle_jax.decoding.tree import Draft, Tree, grow
+from fasteagle_jax.devices.sharding import constrain
 from fasteagle_jax.drafters.base import DrafterModule, causal, copy_weights, draft_ids, layer_config
 from fasteagle_jax.drafters.fasteagle import newest, pending, rank
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.interfaces import Accepted, Ranking, Tied
-from fasteagle_jax.layers import (
+from fasteagle_jax.nn.kv_cache import Ring, commit_ring, seen_in_ring
+from fasteagle_jax.nn.packed_attention import Packed, in_blocks
+from fasteagle_jax.nn.transformer import (
     LAYER_AXES,
     MASKED,
     DecoderLayer,
@@ -37,9 +40,6 @@ from fasteagle_jax.layers import (
     rotate,
     rotation,
 )
-from fasteagle_jax.packed import Packed, in_blocks
-from fasteagle_jax.sharding import constrain
-from fasteagle_jax.tree import Draft, Tree, grow
 
 AXES = LAYER_AXES | {"fc": ("embed", "fused"), "head": ("vocab", "embed")}
 

@@ -20,11 +20,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.cache import Ring, commit_ring, seen_in_ring
 from fasteagle_jax.config import DrafterConfig, check_features
+from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
+from fasteagle_jax.decoding.sampling import gumbel_noise
+from fasteagle_jax.decoding.tree import Draft, Tree, build, grow
+from fasteagle_jax.devices.sharding import constrain, training_rows
 from fasteagle_jax.drafters.base import DrafterModule, causal, copy_weights, draft_ids, layer_config
-from fasteagle_jax.interfaces import Accepted, Ranking, Tied
-from fasteagle_jax.layers import (
+from fasteagle_jax.nn.kv_cache import Ring, commit_ring, seen_in_ring
+from fasteagle_jax.nn.transformer import (
     LAYER_AXES,
     Attend,
     DecoderLayer,
@@ -40,9 +43,6 @@ from fasteagle_jax.layers import (
     stack,
     unstack,
 )
-from fasteagle_jax.sampling import gumbel_noise
-from fasteagle_jax.sharding import constrain, training_rows
-from fasteagle_jax.tree import Draft, Tree, build, grow
 
 AXES = (
     LAYER_AXES

@@ -28,11 +28,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig, check_features
+from fasteagle_jax.devices.sharding import make_on, place
 from fasteagle_jax.drafters.table import AXES, CLASSES, class_of
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.files import new_folder, sha256
-from fasteagle_jax.layers import hold_rows, stacks_are_faster
-from fasteagle_jax.sharding import make_on, place
+from fasteagle_jax.io.files import new_folder, sha256
+from fasteagle_jax.nn.transformer import hold_rows, stacks_are_faster
 
 TENSORS = "model.safetensors"
 STORAGE = ("float32", "bfloat16", "int8")

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fasteagle_jax.cache import Cache
+from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
+from fasteagle_jax.decoding.sampling import gumbel_noise
+from fasteagle_jax.decoding.tree import Draft, Tree, build
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.interfaces import Accepted, Ranking, Tied
-from fasteagle_jax.sampling import gumbel_noise
-from fasteagle_jax.tree import Draft, Tree, build
+from fasteagle_jax.nn.kv_cache import Cache
 
 RANK_STEP = 20.0  # by which each next guess of a level scores less: a tree takes the chain of the best ones first
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.cache import Cache, empty_cache
 from fasteagle_jax.config import LlamaConfig
-from fasteagle_jax.layers import (
+from fasteagle_jax.devices.sharding import training_rows
+from fasteagle_jax.nn.kv_cache import Cache, empty_cache
+from fasteagle_jax.nn.transformer import (
     LAYER_AXES,
     Attend,
     DecoderLayer,
@@ -28,7 +29,6 @@ from fasteagle_jax.layers import (
     run_layers,
     unstack,
 )
-from fasteagle_jax.sharding import training_rows
 
 
 class TargetOutput(NamedTuple):

@@ -17,11 +17,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fasteagle_jax.config import LlamaConfig
+from fasteagle_jax.devices.sharding import place, row_major, spec
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.layers import RowWeight, rows_are_faster, stacks_are_faster, unstack
-from fasteagle_jax.sharding import place, row_major, spec
+from fasteagle_jax.nn.transformer import RowWeight, rows_are_faster, stacks_are_faster, unstack
+from fasteagle_jax.targets.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from fasteagle_jax.targets.llama import AXES, Llama
-from fasteagle_jax.targets.readers import Checkpoint, fingerprint, open_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from fasteagle_jax.bench.decoders import Way, parse_ways, read_tasks
+from fasteagle_jax.bench.figures import show
+from fasteagle_jax.bench.runner import MEAN, Case, Measured, Run
+from fasteagle_jax.bench.sweeps import ablation
 from fasteagle_jax.commands.bench import main
-from fasteagle_jax.commands.contest import MEAN, Case, Measured, Run
-from fasteagle_jax.commands.figures import show
-from fasteagle_jax.commands.sweep import ablation
-from fasteagle_jax.commands.ways import Way, parse_ways, read_tasks
-from fasteagle_jax.engine import Engine
-from fasteagle_jax.metrics import Acceptance
-from fasteagle_jax.requests import Completion
-from fasteagle_jax.sampling import make_sampling
+from fasteagle_jax.decoding.acceptance import Acceptance
+from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.engine.engine import Engine
+from fasteagle_jax.engine.requests import Completion
 
 
 @pytest.fixture

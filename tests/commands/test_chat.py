@@ -8,7 +8,7 @@ import pytest
 
 from fasteagle_jax.commands import generate
 from fasteagle_jax.commands.chat import main
-from fasteagle_jax.engine import Engine
+from fasteagle_jax.engine.engine import Engine
 
 
 @pytest.fixture

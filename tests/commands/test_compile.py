@@ -12,17 +12,18 @@ import sys
 import jax
 import pytest
 
-from fasteagle_jax import compiling, topology
-from fasteagle_jax.chips import Chip, set_libtpu_flags
 from fasteagle_jax.commands import compile_check
 from fasteagle_jax.commands.compile_check import main, simulated_devices
-from fasteagle_jax.compiling import Decoding, Report, compile_program
+from fasteagle_jax.compiling import programs as compiling
+from fasteagle_jax.compiling.programs import Decoding, Report, compile_program
 from fasteagle_jax.config import LlamaConfig
+from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.devices import topology
+from fasteagle_jax.devices.chips import Chip, set_libtpu_flags
+from fasteagle_jax.devices.sharding import MeshShape
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.losses import LossConfig
-from fasteagle_jax.run import DrafterChoice, RunConfig
-from fasteagle_jax.sharding import MeshShape
-from fasteagle_jax.tree import Tree
+from fasteagle_jax.training.config import DrafterChoice, RunConfig
+from fasteagle_jax.training.losses import LossConfig
 
 VOCAB = 4096
 
@@ -72,7 +73,9 @@ def test_a_device_of_fsdp_has_the_activations_of_its_own_rows_alone():
 
 def test_mistakes_are_one_line(complaint, tmp_path):
     path = tmp_path / "config.py"
-    path.write_text("from fasteagle_jax.run import RunConfig\ndef get_config(): return RunConfig('t', ('d',), 1)\n")
+    path.write_text(
+        "from fasteagle_jax.training.config import RunConfig\ndef get_config(): return RunConfig('t', ('d',), 1)\n"
+    )
     assert "no target_config" in complaint(main, "--config", path)
     with pytest.raises(UserError, match="the mesh has 16 devices, and there are 8"):
         simulated_devices(16)

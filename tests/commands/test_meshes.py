@@ -20,13 +20,13 @@ from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.commands import prepare_features, train_drafter
 from fasteagle_jax.commands.train_drafter import train
-from fasteagle_jax.data import Conversation, ConversationWriter
+from fasteagle_jax.data.packing import Conversation, ConversationWriter
+from fasteagle_jax.devices.sharding import MeshShape, make_mesh
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.layers import hold_columns
-from fasteagle_jax.run import RunConfig, apply_changes, load_config
-from fasteagle_jax.sharding import MeshShape, make_mesh
+from fasteagle_jax.nn.transformer import hold_columns
+from fasteagle_jax.targets.checkpoint import open_checkpoint
 from fasteagle_jax.targets.loading import load_target
-from fasteagle_jax.targets.readers import open_checkpoint
+from fasteagle_jax.training.config import RunConfig, apply_changes, load_config
 from tests.two_processes import run_two_processes
 
 ROOT = Path(__file__).parent.parent.parent
@@ -169,7 +169,7 @@ def test_weights_go_straight_into_their_shards(target_folder):
 PROCESS = """
 import sys
 from fasteagle_jax.commands import train_drafter
-from fasteagle_jax.data import PackedData
+from fasteagle_jax.data.packing import PackedData
 built, batch = set(), PackedData.batch
 def recorded(self, step, rows=None):
     built.add((rows.start, rows.stop))

@@ -8,13 +8,13 @@ import pytest
 
 from fasteagle_jax.commands import prepare_data
 from fasteagle_jax.commands.prepare_data import answer_seed, main
-from fasteagle_jax.commands.shares import Share
-from fasteagle_jax.commands.talks import LOOP_COPIES, LOOP_TOKENS, Rules, Sample, loop_start
-from fasteagle_jax.data import read_conversations
-from fasteagle_jax.engine import Engine
-from fasteagle_jax.requests import SamplingParams
-from fasteagle_jax.sources import HeldOut
-from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, user_header_ids
+from fasteagle_jax.data.answering import LOOP_COPIES, LOOP_TOKENS, Rules, Sample, loop_start
+from fasteagle_jax.data.packing import read_conversations
+from fasteagle_jax.data.shares import Share
+from fasteagle_jax.data.sources import HeldOut
+from fasteagle_jax.engine.engine import Engine
+from fasteagle_jax.engine.requests import SamplingParams
+from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, user_header_ids
 from tests.tiny_folder import CHAT_TEMPLATE, make_target
 
 MARKED = (

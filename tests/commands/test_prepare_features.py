@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fasteagle_jax.commands.prepare_features import main
-from fasteagle_jax.data import Conversation, ConversationWriter, PackedData, read_conversations
-from fasteagle_jax.features import load_features
+from fasteagle_jax.data.features import load_features
+from fasteagle_jax.data.packing import Conversation, ConversationWriter, PackedData, read_conversations
 from fasteagle_jax.targets.loading import load_target
-from fasteagle_jax.training import target_outputs
+from fasteagle_jax.training.step import target_outputs
 
 LENGTH = 64
 
@@ -28,7 +28,7 @@ def config(target_folder, tmp_path):
             writer.append([Conversation.of(str(i), rng.integers(0, 256, n).tolist(), [[2, n]])])
     path = tmp_path / "config.py"
     path.write_text(
-        "from fasteagle_jax.run import DrafterChoice, RunConfig\n\n"
+        "from fasteagle_jax.training.config import DrafterChoice, RunConfig\n\n"
         "def get_config():\n"
         f"    return RunConfig({str(target_folder)!r}, ({str(tmp_path / 'answers.jsonl')!r},), steps=3, batch_size=3,\n"
         f"        length={LENGTH}, dtype='float32', drafter=DrafterChoice(num_levels=2, feature_layers=(0, 1)))\n"

@@ -22,13 +22,13 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import load_file, save_file
 
-from fasteagle_jax.checkpoint import Checkpoints, newest_record
 from fasteagle_jax.commands import ablate, train_drafter
 from fasteagle_jax.commands.train_drafter import _spike_limit, main
-from fasteagle_jax.data import Conversation, ConversationWriter
+from fasteagle_jax.data.packing import Conversation, ConversationWriter
+from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.drafters.files import load_drafter
-from fasteagle_jax.metrics import Acceptance
 from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
 from tests.tiny_folder import make_target
 
 ROOT = Path(__file__).parent.parent.parent
@@ -77,7 +77,7 @@ def start(arguments: list[str], largest_file: int | None = None) -> subprocess.P
 LIVES = """
 import os, signal, sys, threading
 from fasteagle_jax.commands import ablate, train_drafter
-from fasteagle_jax.data import PackedData
+from fasteagle_jax.data.packing import PackedData
 whole_batch = PackedData.batch
 for word in sys.argv[1].split(","):
     name, at, delay = word.split(":")

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fasteagle_jax import packed
-from fasteagle_jax.data import Batch
+from fasteagle_jax.data.packing import Batch
+from fasteagle_jax.decoding.interfaces import Accepted, Ranking
+from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.tree import CANDIDATES, Tree
 from fasteagle_jax.drafters import eagle3
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.fasteagle import default_config
-from fasteagle_jax.interfaces import Accepted, Ranking
-from fasteagle_jax.layers import rotate, rotation
-from fasteagle_jax.losses import LossConfig
-from fasteagle_jax.packed import Packed
-from fasteagle_jax.sampling import make_sampling
-from fasteagle_jax.testing import tiny_config, tiny_target
-from fasteagle_jax.training import drafter_loss
-from fasteagle_jax.tree import CANDIDATES, Tree
+from fasteagle_jax.nn import packed_attention as packed
+from fasteagle_jax.nn.packed_attention import Packed
+from fasteagle_jax.nn.transformer import rotate, rotation
+from fasteagle_jax.training.losses import LossConfig
+from fasteagle_jax.training.step import drafter_loss
+from tests.tiny_models import tiny_config, tiny_target
 
 T, N, V, D, K, G = 9, 4, 40, 8, 2, 2
 IDS = np.sort(np.random.default_rng(0).permutation(V)[:17]).astype(np.int32)

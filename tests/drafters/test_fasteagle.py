@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fasteagle_jax.cache import NOTHING
+from fasteagle_jax.decoding.interfaces import Accepted, Ranking
+from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights
 from fasteagle_jax.drafters.fasteagle import AXES, FastEagle, default_config
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.interfaces import Accepted, Ranking
-from fasteagle_jax.layers import head_logits, rotation
-from fasteagle_jax.packed import Packed
-from fasteagle_jax.sampling import make_sampling
-from fasteagle_jax.sharding import MeshShape, make_mesh, place_weights
+from fasteagle_jax.nn.kv_cache import NOTHING
+from fasteagle_jax.nn.packed_attention import Packed
+from fasteagle_jax.nn.transformer import head_logits, rotation
 from fasteagle_jax.targets import llama
-from fasteagle_jax.testing import tiny_config, tiny_target
-from fasteagle_jax.tree import Tree
+from tests.tiny_models import tiny_config, tiny_target
 
 B, T, N, V = 2, 12, 3, 40
 IDS = np.sort(np.random.default_rng(0).permutation(V)[:15]).astype(np.int32)

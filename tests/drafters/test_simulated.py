@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fasteagle_jax.decode import generate
+from fasteagle_jax.decoding.acceptance import Acceptance
+from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.speculative import generate
+from fasteagle_jax.decoding.tree import Tree
 from fasteagle_jax.drafters.simulated import Simulated, parse_rates
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.metrics import Acceptance
-from fasteagle_jax.sampling import make_sampling
-from fasteagle_jax.testing import tiny_target
-from fasteagle_jax.tree import Tree
+from tests.tiny_models import tiny_target
 
 B, MAX_NEW, V, CHUNK = 8, 300, 40, 8
 RATES = (0.9, 0.5, 0.8, 0.3)

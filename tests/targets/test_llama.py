@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig as TorchConfig
 from transformers import LlamaForCausalLM
 
-from fasteagle_jax.decode import generate
+from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.speculative import generate
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.sampling import make_sampling
 from fasteagle_jax.targets.loading import load_target
-from fasteagle_jax.tokenizer import encode_chat, load_tokenizer, stop_token_ids
+from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from tests.tiny_folder import make_target
 
 RELATIVE = 1e-4  # of the largest value: two float32 implementations differ by some 1e-6 a layer, bugs by far more

@@ -1,0 +1,112 @@
+"""What the benchmark compares, and on what: ways of decoding by their names, and prompts by their tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from fasteagle_jax.bench.prompts import Models
+from fasteagle_jax.data.packing import Prompt, read_prompts
+from fasteagle_jax.drafters.files import load_drafter, read_config
+from fasteagle_jax.drafters.simulated import parse_rates
+from fasteagle_jax.drafters.table import CLASSES
+from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.targets.checkpoint import open_checkpoint
+
+PLAIN, SIMULATED = "plain", "simulated"
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way of decoding: plain, or a drafter and the tree that it drafts."""
+
+    name: str
+    tree: str | None = None  # None: plain
+    folder: Path | None = None  # of a trained drafter
+    rates: tuple[float, ...] = ()  # of a simulated one
+
+    def __str__(self) -> str:
+        return self.name if self.tree is None else f"{self.name} {self.tree}"
+
+
+def parse_ways(words: Sequence[str], tree: str) -> list[Way]:
+    """The ways that `plain`, `NAME=FOLDER[@TREE]` and `simulated=RATES[@TREE]` name, plain decoding first.
+
+    `tree` is for those that name none. Raises UserError for what is not understood.
+    """
+    ways = [Way(PLAIN)]
+    for word in words:
+        if word == PLAIN:
+            continue
+        name, equals, rest = word.partition("=")
+        value, _, own_tree = rest.partition("@")
+        if not equals or not name or not value or name == PLAIN:
+            raise UserError(
+                f"drafter {word!r} is not known: write plain, NAME=FOLDER or simulated=0.8/0.7/0.6, each with @TREE "
+                f"behind it if wanted, FOLDER being that of a drafter ({', '.join(CLASSES)}) or `{SHIPPED}`"
+            )
+        if name.startswith(SIMULATED):
+            ways.append(Way(name, own_tree or tree, rates=parse_rates(value)))
+        else:
+            ways.append(Way(name, own_tree or tree, Path(value).expanduser()))
+    folders: dict[str, Any] = {}
+    for way in ways:
+        if folders.setdefault(way.name, (way.folder, way.rates)) != (way.folder, way.rates):
+            raise UserError(f"two drafters have the name {way.name}: give each its own")
+    return list(dict.fromkeys(ways))
+
+
+def find_drafters(ways: Sequence[Way], target: str) -> list[Way]:
+    """The ways with the folders that their drafters are in, `shipped` being the target's that comes with the program.
+
+    Raises UserError for a folder that holds no drafter, before anything large is read.
+    """
+    found = []
+    checkpoint = open_checkpoint(target)
+    for way in ways:
+        if way.folder is not None:
+            folder = drafter_folder(way.folder, checkpoint)
+            if folder is None:
+                raise UserError(f"no drafter comes with this program for {target}: name a drafter's folder")
+            read_config(folder)
+            way = dataclasses.replace(way, folder=folder)
+        found.append(way)
+    return found
+
+
+def load_drafters(models: Models, ways: Sequence[Way]) -> dict[Path, Any]:
+    """The trained drafters by their folders; UserError for one that does not fit the target."""
+    config, dtype = models.target.config, jnp.dtype(models.dtype)
+    folders = dict.fromkeys(way.folder for way in ways if way.folder is not None)
+    return {folder: load_drafter(folder, config, models.fingerprint, dtype) for folder in folders}
+
+
+def read_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> dict[str, list[Prompt]]:
+    """The first `limit` prompts of each task.
+
+    A task is a file of `folder` by its name without .jsonl, or else a source (see sources.py): a file by its path, or a
+    data set of the hub as owner/name:split. Raises UserError for one that is neither, or holds no prompt.
+    """
+    there = [] if folder is None else sorted(path.stem for path in folder.glob("*.jsonl"))
+    if folder is not None and not there:
+        raise UserError(f"{folder} holds no .jsonl file: name a folder of prompt files")
+    tasks: dict[str, list[Prompt]] = {}
+    for name in dict.fromkeys(names):
+        if folder is not None and name in there:
+            source = str(folder / f"{name}.jsonl")
+        elif "/" in name or Path(name).suffix or Path(name).exists():
+            source = name
+        else:
+            known = f"{folder} has {', '.join(there)}" if there else "name its folder with --prompts-folder"
+            raise UserError(f"task {name!r} is not known: {known}; or give a file or a data set, owner/name:split")
+        prompts = list(read_prompts(source, limit))
+        if not prompts:
+            raise UserError(f"no prompt in {source}: name another task")
+        stem = Path(source).stem
+        tasks[name if name in there or stem in (*there, *tasks) else stem] = prompts
+    return tasks

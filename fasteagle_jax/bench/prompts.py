@@ -1,0 +1,79 @@
+"""The models that a program runs, by their options, and batches of token prompts in few distinct shapes.
+
+B rows · P prompt slots · C tokens of a prefill chunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fasteagle_jax.commands.terminal import add_dtype_option, dtype_named
+from fasteagle_jax.drafters.files import load_drafter
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.targets.checkpoint import DEFAULT_TARGET
+from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.targets.tokenizer import load_tokenizer, stop_token_ids
+
+CHUNK = 64  # C
+
+
+class Models(NamedTuple):
+    """A target with its tokenizer, and a drafter or None."""
+
+    target: Any
+    fingerprint: str
+    tokenizer: Any
+    stop_tokens: tuple[int, ...]
+    drafter: Any | None
+    dtype: str  # of the weights
+
+
+def add_target_options(parser: Any) -> None:
+    """Adds --target and --dtype."""
+    parser.add_argument("--target", default=DEFAULT_TARGET, help="folder, .gguf file or hub name (default %(default)s)")
+    add_dtype_option(parser, "default float32 on a CPU, else bfloat16")
+
+
+def load_models(args: argparse.Namespace, drafter_folder: Path | None) -> Models:
+    """The models that the options name; UserError for those that cannot be had or do not fit each other."""
+    dtype = dtype_named(args.dtype)
+    target = load_target(args.target, dtype)
+    tokenizer = load_tokenizer(target.checkpoint.path)
+    stop_tokens = stop_token_ids(tokenizer, target.checkpoint.path)
+    drafter = None
+    if drafter_folder is not None:
+        drafter = load_drafter(drafter_folder, target.checkpoint.config, target.fingerprint, dtype)
+    return Models(target.model, target.fingerprint, tokenizer, stop_tokens, drafter, jnp.dtype(dtype).name)
+
+
+def prompt_slots(length: int) -> int:
+    """P for a prompt: 64, 128, 192, 256, 384, 512, 768, ...: few shapes, few programs to compile."""
+    slots = CHUNK
+    while slots < length:
+        slots *= 2
+    return slots * 3 // 4 if slots > 2 * CHUNK and slots * 3 // 4 >= length else slots
+
+
+def pad(prompts: Sequence[Sequence[int]]) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """Prompts right-padded to int32 [B, P], P the `prompt_slots` of the longest, and their lengths int32 [B]."""
+    padded = np.zeros((len(prompts), prompt_slots(max(map(len, prompts)))), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(padded), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+
+
+def check_fits(positions: int, name: str, prompt: Sequence[int], max_new: int) -> None:
+    """Raises UserError for a prompt without tokens or with more than the target's `positions` hold."""
+    if not prompt:
+        raise UserError(f"prompt {name} is empty: give it some text")
+    if len(prompt) + max_new > positions:
+        raise UserError(
+            f"prompt {name} has {len(prompt)} tokens, which with {max_new} new ones exceed the target's "
+            f"{positions} positions: shorten it or lower --max-new"
+        )

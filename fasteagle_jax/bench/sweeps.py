@@ -1,0 +1,343 @@
+"""`fasteagle bench --sweep`: a drafter over its trees, and the engine over numbers of slots.
+
+`levels`, `nodes`, `tree`: the benchmark with other trees; `tree` compares the kinds at equal numbers of nodes.
+`slots`: throughput, plain against trees, on the same requests in turns in one run, and every token compared.
+`memory`: what caches and programs take, with the drafter's window and without; nothing is decoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from fasteagle_jax.bench.decoders import PLAIN, Way
+from fasteagle_jax.bench.figures import show
+from fasteagle_jax.bench.prompts import Models
+from fasteagle_jax.bench.runner import MEAN, Result
+from fasteagle_jax.bench.timing import Spread
+from fasteagle_jax.decoding.acceptance import Acceptance
+from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.engine import slots as device
+from fasteagle_jax.engine.engine import Engine
+from fasteagle_jax.engine.requests import Completion, SamplingParams
+from fasteagle_jax.errors import UserError
+
+LEAST_REQUESTS = 8
+MIB = 2**20
+NODES = (4, 8, 12, 16, 24, 32)  # of --sweep nodes
+WIDTHS = (2, 4)  # of --sweep tree: backbone's, whose nodes the others then have
+ABLATIONS = ("levels", "nodes", "tree")
+
+
+class Outcome(NamedTuple):
+    """What a measurement gives."""
+
+    report: dict[str, Any]  # for JSON
+    figures: dict[str, Callable[[], Any]]  # by file name
+    differing: int  # answers that are not plain decoding's
+
+
+def machine() -> str:
+    """What it was measured on, in words."""
+    return f"{jax.devices()[0].device_kind} ({jax.default_backend()}, {os.cpu_count()} CPU cores)"
+
+
+# --- trees ------------------------------------------------------------------------------------------------------
+
+
+class Ablation(NamedTuple):
+    """A point of a sweep over trees."""
+
+    sweep: str  # of ABLATIONS
+    drafter: str  # its name
+    value: int | str
+    way: Way
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"sweep": self.sweep, "drafter": self.drafter, "value": self.value, "tree": self.way.tree}
+
+
+def ablation(key: str, way: Way, num_levels: int) -> list[Ablation]:
+    """The points of a sweep for a drafter of N levels; what is not swept is as in its own tree."""
+    assert way.tree is not None
+    own = Tree.parse(way.tree)
+    trees: dict[int | str, Tree] = {}
+    if key == "levels":
+        deepest = dataclasses.replace(own, levels=None).num_levels(num_levels)
+        trees = {n: dataclasses.replace(own, levels=n) for n in range(1, deepest + 1)}
+    elif key == "nodes":
+        trees = {n: Tree("best_first", nodes=n, levels=own.levels) for n in NODES}
+    else:
+        kinds = [Tree("chain", levels=own.levels)]
+        kinds += [Tree("backbone", width=width, levels=own.levels) for width in WIDTHS]
+        for tree in kinds:
+            nodes = tree.num_nodes(num_levels)
+            trees |= {str(t): t for t in (tree, Tree("best_first", nodes=nodes, levels=own.levels))}
+    return [Ablation(key, way.name, x, dataclasses.replace(way, tree=str(tree))) for x, tree in trees.items()]
+
+
+def points(
+    key: str, ablations: Sequence[Ablation], results: Sequence[Result]
+) -> tuple[list[tuple[str, Any, Result]], list[Result]]:
+    """(drafter, value, result) of a sweep, and plain decoding's results; of several tasks, their mean."""
+    several = any(result.task == MEAN for result in results)
+    chosen = [result for result in results if not several or result.task == MEAN]
+    its = [
+        (point.drafter, point.value, result)
+        for point in ablations
+        for result in chosen
+        if point.sweep == key and result.way == point.way
+    ]
+    return its, [result for result in chosen if result.way.name == PLAIN]
+
+
+def show_ablations(title: str, keys: Sequence[str], ablations: Sequence[Ablation], results: Sequence[Result]) -> None:
+    """Prints a table a sweep of the results at one temperature."""
+    for key in keys:
+        rows = []
+        its, plain = points(key, ablations, results)
+        for name, value, r in [(PLAIN, "", plain[0]), *its]:
+            rows.append(
+                (
+                    name,
+                    str(value),
+                    "" if r.way.tree is None else str(_num_nodes(r)),
+                    f"{Spread.of(r.tokens_per_second).median:.1f}",
+                    "" if name == PLAIN else Spread.of(r.speedup).words(),
+                    "-" if r.acceptance_length is None else f"{r.acceptance_length:.2f}",
+                    f"{len(r.differing)} of {r.cases}",
+                )
+            )
+        columns = ("drafter", key, "nodes", "tok/s", "speed-up (min to max)", "tau", "differ")
+        show(title, columns, rows)
+
+
+def _num_nodes(result: Result) -> int:
+    assert result.way.tree is not None
+    return Tree.parse(result.way.tree).num_nodes(len(result.accepted_at))
+
+
+# --- slots ------------------------------------------------------------------------------------------------------
+
+
+def throughput(
+    args: argparse.Namespace,
+    models: Models,
+    drafters: Mapping[Path, Any],
+    ways: Sequence[Way],
+    prompts: Sequence[list[int]],
+) -> Outcome:
+    """Measures tokens a second over args.slots and prints the table."""
+    check_trained(ways)
+    params = SamplingParams(
+        temperature=args.temperature[0],
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        max_new_tokens=args.max_new,
+    )
+    found = []
+    for slots in tqdm(args.slots, unit="number of slots", disable=None):
+        engines = {way: _engine(args, models, drafters, slots, way) for way in ways}
+        num_requests = max(LEAST_REQUESTS, 2 * slots)
+        asked = list(itertools.islice(itertools.cycle(prompts), num_requests))
+        its = [dataclasses.replace(params, seed=(args.seed + i) % 2**32) for i in range(num_requests)]
+        for engine in engines.values():  # compiled, measured, its memory touched
+            engine.warm_up()
+            engine.generate(asked[:slots], its[:slots])
+            engine.seconds = engine.device_seconds = 0.0
+        rates: dict[Way, list[float]] = {way: [] for way in ways}
+        made: dict[Way, list[Completion]] = {}
+        differing: dict[Way, set[int]] = {way: set() for way in ways}  # requests, in any repeat
+        for repeat in range(args.repeats):
+            turn = repeat % len(ways)  # no way always comes first
+            for way in [*ways[turn:], *ways[:turn]]:
+                started = time.perf_counter()
+                made[way] = engines[way].generate(asked, its)
+                seconds = time.perf_counter() - started
+                rates[way].append(sum(len(completion.tokens) for completion in made[way]) / seconds)
+            for way in ways:
+                pairs = enumerate(zip(made[way], made[ways[0]], strict=True))
+                differing[way].update(i for i, (one, plain) in pairs if one.tokens != plain.tokens)
+        for way, engine in engines.items():
+            counts = Acceptance.total([completion.statistics for completion in made[way]])
+            found.append(
+                Point(
+                    slots,
+                    str(way),
+                    num_requests,
+                    rates[way],
+                    Spread.of([a / b for a, b in zip(rates[way], rates[ways[0]], strict=True)]),
+                    counts.length,
+                    1 - engine.device_seconds / engine.seconds,
+                    len(differing[way]),
+                    dataclasses.asdict(engine.memory),
+                )
+            )
+        del engines, engine
+        jax.clear_caches()  # programs of other numbers of slots are not run again
+    title = (
+        f"{args.max_new} new tokens at most, max_len {args.max_len}, temperature {params.temperature:g},"
+        f" {models.dtype}, {machine()}"
+    )
+    _print_throughput(title, found)
+    report = {
+        "params": dataclasses.asdict(params),
+        "prompt_tokens": [len(prompt) for prompt in prompts],
+        "points": [dataclasses.asdict(point) for point in found],
+    }
+    return Outcome(report, {"slots": functools.partial(plot, found, title)}, sum(point.differing for point in found))
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One way of decoding at one number of slots; lists are by repeat."""
+
+    slots: int
+    way: str
+    requests: int
+    tokens_per_second: list[float]
+    ratio: Spread  # to plain
+    acceptance_length: float
+    host_share: float  # of the time, in which the device waited for the host
+    differing: int  # answers
+    memory: dict[str, int]  # bytes, as stated by the engine
+
+
+def check_trained(ways: Sequence[Way]) -> None:
+    """Raises UserError for simulated drafters, which know one answer alone."""
+    for way in ways:
+        if way.rates:
+            raise UserError(f"{way.name} is simulated, request by request: the engine takes drafters of folders alone")
+
+
+def _engine(args: argparse.Namespace, models: Models, drafters: Mapping[Path, Any], slots: int, way: Way) -> Engine:
+    drafter = None if way.folder is None else drafters[way.folder]
+    ends = models.stop_tokens
+    return Engine(models.target, drafter, models.tokenizer, ends, slots=slots, max_len=args.max_len, tree=way.tree)
+
+
+def _print_throughput(title: str, points: Sequence[Point]) -> None:
+    rows = []
+    for p in points:
+        rows.append(
+            (
+                p.way,
+                str(p.slots),
+                str(p.requests),
+                Spread.of(p.tokens_per_second).words(1),
+                "" if p.way == PLAIN else p.ratio.words(),
+                f"{p.acceptance_length:.2f}",
+                f"{p.host_share:.1%}",
+                str(p.differing),
+            )
+        )
+    columns = ("drafter", "slots", "requests", "tok/s (min to max)", "ratio (min to max)", "tau", "host", "differ")
+    show(title, columns, rows, left=1)
+
+
+def plot(points: Sequence[Point], title: str) -> Any:
+    """A figure of throughput over slots, a line a way, with the spread of the repeats."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for way in dict.fromkeys(point.way for point in points):
+        its = [point for point in points if point.way == way]
+        spreads = [Spread.of(point.tokens_per_second) for point in its]
+        slots = [point.slots for point in its]
+        axes.plot(slots, [s.median for s in spreads], marker="o", label=way)
+        axes.fill_between(slots, [s.min for s in spreads], [s.max for s in spreads], alpha=0.2)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([point.slots for point in points], [str(point.slots) for point in points])
+    axes.set_xlabel("slots")
+    axes.set_ylabel("new tokens a second, all requests")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize="small")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+
+def memory(
+    args: argparse.Namespace,
+    models: Models,
+    drafters: Mapping[Path, Any],
+    ways: Sequence[Way],
+    prompts: Sequence[list[int]],
+) -> Outcome:
+    """Prints what engines of args.slots take with each drafter, as stated and as compiled."""
+    check_trained(ways)
+    rows, records = [], []
+    for way, window, slots in itertools.product(ways[1:], (None, args.window), args.slots):
+        assert way.folder is not None
+        drafter = nnx.merge(*nnx.split(drafters[way.folder]))
+        drafter.config = dataclasses.replace(drafter.config, window=window)
+        engine = Engine(
+            models.target,
+            drafter,
+            models.tokenizer,
+            models.stop_tokens,
+            slots=slots,
+            max_len=args.max_len,
+            tree=way.tree,
+        )
+        stated = engine.memory
+        compiled = compiled_round(engine)
+        record = {
+            "drafter": way.name,
+            "tree": way.tree,
+            "slots": slots,
+            "window": window,
+            **dataclasses.asdict(stated),
+            "arguments": int(compiled.argument_size_in_bytes),
+            "temporaries": int(compiled.temp_size_in_bytes),
+        }
+        records.append(record)
+        sizes = (
+            stated.target + stated.drafter,
+            stated.target_cache,
+            stated.drafter_cache,
+            stated.work,
+            record["arguments"],
+            record["temporaries"],
+        )
+        size_words = (f"{size / MIB:.0f}" for size in sizes)
+        rows.append((str(way), str(slots), "none" if window is None else str(window), *size_words))
+    names = ("slots", "window", "weights", "target cache", "drafter cache", "work, stated", "arguments", "temporaries")
+    show(f"MiB; max_len {args.max_len}, {models.dtype}", ("drafter", *names), rows, left=1)
+    return Outcome({"points": records}, {}, 0)
+
+
+def compiled_round(engine: Engine) -> Any:
+    """The compiler's own account of the memory of the engine's rounds, all slots in use."""
+    slots = jax.eval_shape(lambda: engine._empty(engine.num_slots))
+    lowered = device.advance.lower(
+        engine.target,
+        engine.drafter,
+        engine._tied,
+        slots,
+        np.zeros(engine.num_slots, bool),
+        np.int32(1),
+        np.asarray(False),
+        tree=engine.trees[-1],
+        shared_noise=True,
+    )
+    return lowered.compile().memory_analysis()

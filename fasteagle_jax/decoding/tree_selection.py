@@ -1,0 +1,106 @@
+"""Which draft tree pays: by default, and by measurement (`tree="auto"`).
+
+A shape's speed is tokens a round and row over seconds a round. The tokens depend on drafter, target and text, the
+seconds on the machine and on the number of rows computed; both are measured, and go on being measured while in use.
+Nothing here can change a token of any answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from fasteagle_jax.decoding.tree import Tree
+
+MEMORY = 0.95  # of a mean, what a further round or call leaves of the older ones
+RETRY_ROUNDS = 256  # after which a shape that lost is measured again, if it was close
+CLOSE = 0.8  # of the best one's speed
+
+# Of a target's pass over so many rows, in passes over one: batch 1, float32, by `fasteagle bench --sweep rows`.
+PASS_COSTS = {"cpu": {2: 1.17, 4: 1.18, 8: 1.44, 16: 1.87, 32: 3.17}}
+BEARABLE = 1.25  # passes over one row that a default tree's pass may cost
+
+
+def affordable_nodes(costs: Mapping[int, float]) -> int:
+    """The most rows whose pass costs at most BEARABLE, or the fewest listed."""
+    return max((rows for rows, cost in costs.items() if cost <= BEARABLE), default=min(costs))
+
+
+def default_tree(platform: str) -> Tree:
+    """What to draft for a single request, over before "auto" would have measured, on a JAX platform.
+
+    Where no costs are listed, a pass is bound by reading the weights and Tree()'s nodes cost next to nothing.
+    """
+    costs = PASS_COSTS.get(platform)
+    return Tree() if costs is None else Tree("best_first", nodes=affordable_nodes(costs))
+
+
+def shapes(num_levels: int) -> tuple[Tree | None, ...]:
+    """The trees to choose from for a drafter of N levels, from none (plain decoding) to large ones."""
+    trees: list[Tree | None] = [None]
+    for nodes, levels in ((4, 3), (8, 4), (16, num_levels)):
+        trees.append(Tree("best_first", nodes=nodes, levels=min(levels, num_levels)))
+    return tuple(dict.fromkeys(trees))
+
+
+@dataclasses.dataclass
+class _Mean:
+    """A mean in which the newest values weigh most."""
+
+    total: float = 0.0
+    weight: float = 0.0
+
+    def add(self, total: float, weight: float) -> None:
+        self.total = MEMORY * self.total + total
+        self.weight = MEMORY * self.weight + weight
+
+    @property
+    def value(self) -> float:
+        return self.total / self.weight if self.weight else float("nan")
+
+
+class Pace:
+    """The measurements of each shape, and the choice they lead to."""
+
+    def __init__(self, trees: tuple[Tree | None, ...]) -> None:
+        self.trees = trees
+        self._tokens = {tree: _Mean() for tree in trees}  # a round and row
+        self._seconds: dict[tuple[int, Tree | None], _Mean] = {}  # a round of so many rows
+        self._unused_for = dict.fromkeys(trees, 0)  # rounds
+
+    def record(
+        self, rows: int, tree: Tree | None, *, rounds: int, row_rounds: int, tokens: int, seconds: float | None
+    ) -> None:
+        """Takes a call of the device down.
+
+        Args:
+          rows: rows computed, whether they held a request or not.
+          tree: the shape.
+          rounds: of the call.
+          row_rounds: rounds of all rows that held a request, added up.
+          tokens: those rows' new tokens.
+          seconds: of the call; None where it is not to be counted, compilation being in it.
+        """
+        self._tokens[tree].add(tokens, row_rounds)
+        if seconds is not None and rounds:
+            self._seconds.setdefault((rows, tree), _Mean()).add(seconds, rounds)
+        for other in self.trees:
+            self._unused_for[other] = 0 if other == tree else self._unused_for[other] + rounds
+
+    def unmeasured(self, rows: int) -> list[Tree | None]:
+        """The shapes of which nothing is known for so many rows."""
+        return [t for t in self.trees if (rows, t) not in self._seconds or not self._tokens[t].weight]
+
+    def speed(self, rows: int, tree: Tree | None) -> float:
+        """Tokens a second and row; nan where not measured."""
+        seconds = self._seconds.get((rows, tree), _Mean())
+        return self._tokens[tree].value / seconds.value
+
+    def choose(self, rows: int) -> Tree | None:
+        """The fastest shape for so many rows; now and then one that was nearly as fast. All must be measured."""
+        speeds = {tree: self.speed(rows, tree) for tree in self.trees}
+        best = max(self.trees, key=lambda tree: speeds[tree])
+        for tree in self.trees:
+            if self._unused_for[tree] >= RETRY_ROUNDS and speeds[tree] >= CLOSE * speeds[best]:
+                return tree
+        return best

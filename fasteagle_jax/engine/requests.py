@@ -1,0 +1,99 @@
+"""What is asked of the engine and what comes back.
+
+N levels of the drafter. Names and meanings follow vLLM's `SamplingParams` and `CompletionOutput` where those have one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from fasteagle_jax.decoding.sampling import check
+from fasteagle_jax.errors import UserError
+
+MAX_STOP_TOKENS = 16  # of a request, the target's own end tokens included
+
+Message = Mapping[str, str]  # {"role", "content"}
+Prompt = str | Sequence[int] | Sequence[Message]  # plain text, token ids, or a chat conversation
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How a request is answered. The same prompt, params and seed give the same tokens, in any company.
+
+    Filters apply to logits / temperature in the order top-k, top-p, min-p. Sample i of `n` has a seed of its own, made
+    of `seed` and i; sample 0 has `seed` itself.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 or -1: all
+    top_p: float = 1.0
+    min_p: float = 0.0  # keep tokens of at least this share of the most probable one's probability
+    seed: int = 0
+    max_new_tokens: int = 256
+    stop: Sequence[str] = ()  # the answer ends before the first of these strings; its tokens end with the one that
+    # completed it
+    stop_token_ids: Sequence[int] = ()  # besides the target's own; kept in the tokens
+    ignore_eos: bool = False  # go on after the target's own end tokens
+    n: int = 1  # samples
+    logprobs: bool = False  # of the emitted tokens, under the target's softmax before temperature and filters
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__  # the dataclass is frozen
+        set_field(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        set_field(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.top_k == -1:
+            set_field(self, "top_k", 0)
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "n"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise UserError(f"{name} is {value!r}: give a number")
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+            check(name, getattr(self, name))
+        for name in ("max_new_tokens", "n"):
+            value = getattr(self, name)
+            if not 1 <= value < 2**31 or value != int(value):
+                raise UserError(f"{name} is {value}: give a whole number of at least 1")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise UserError(f"stop is {list(self.stop)!r}: give strings that are not empty")
+        if not all(isinstance(t, int) and not isinstance(t, bool) and 0 <= t < 2**31 for t in self.stop_token_ids):
+            raise UserError(f"stop_token_ids is {list(self.stop_token_ids)!r}: give token ids")
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """The seed of a request's sample: 32 bits of its own, `seed` itself for sample 0."""
+    if sample == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{sample}".encode()).digest()[:4], "little")
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestStatistics:
+    """What answering took."""
+
+    rounds: int  # target passes after prefill
+    accepted_at: tuple[int, ...]  # [N], rounds in which the guess of each depth was accepted
+    seconds: float  # from the start of its prefill to its last token, in company
+
+    @property
+    def acceptance_length(self) -> float:
+        """tau, tokens a target pass; nan without a pass."""
+        return 1 + sum(self.accepted_at) / self.rounds if self.rounds else float("nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """An answer."""
+
+    prompt_index: int  # among the prompts asked together
+    sample: int  # of the prompt's n
+    prompt_tokens: int
+    text: str  # without special tokens, and without the stop string that ended it
+    tokens: tuple[int, ...]  # with the stop token that ended it
+    depths: tuple[int, ...]  # of each token: the depth at which its guess was accepted, 0 for the target's own
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None  # the stop token or string that ended it
+    logprobs: tuple[float, ...] | None  # of each token, where asked for
+    statistics: RequestStatistics

@@ -1,0 +1,179 @@
+"""The device's side of continuous batching: a fixed number of slots that requests pass through.
+
+B slots · P prompt slots of a bucket · S cache slots · N levels.
+Every function is one compiled program for the shapes it is given; which these are is the engine's business.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fasteagle_jax.decoding import speculative as decode
+from fasteagle_jax.decoding.interfaces import Accepted, Tied
+from fasteagle_jax.decoding.sampling import Sampling
+from fasteagle_jax.decoding.speculative import NO_STOP, Prefilled, State, Stop
+from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.devices.sharding import constrain_all
+from fasteagle_jax.nn.kv_cache import Cache, Ring
+
+# The logical axes of slots and of what is prefilled. What the host reads between calls is whole everywhere.
+READ = ("emitted", "depths", "logprobs", "num_emitted", "done")
+AXES = {name: axes for name, axes in decode.AXES.items() if name not in READ}
+
+
+class Slots(NamedTuple):
+    """The requests under way, a row each; free rows are done."""
+
+    state: State
+    sampling: Sampling
+    stop: Stop
+
+
+class Request(NamedTuple):
+    """What the device needs to know of one request; arrays of one row."""
+
+    length: jax.Array  # int32 [1], of the prompt
+    sampling: Sampling
+    stop: Stop
+    scored: jax.Array  # bool [1], whether log-probabilities are wanted
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "num_slots", "most_written", "num_stop_tokens"))
+def empty_slots(
+    target: Any, drafter: Any | None, *, batch: int, num_slots: int, most_written: int, num_stop_tokens: int
+) -> Slots:
+    """`batch` free slots for requests of up to `num_slots` tokens, prompt and answer and slack together."""
+    num_levels = 0 if drafter is None else drafter.num_levels
+    nothing = decode.nothing_prefilled(target, drafter, batch, num_slots, most_written)
+
+    def row(dtype: Any, *shape: int) -> jax.Array:
+        return jnp.zeros((batch, *shape), dtype)
+
+    state = State(
+        nothing.target_cache,
+        nothing.drafter_cache,
+        Accepted(
+            row(nothing.features.dtype, num_levels + 1, nothing.features.shape[1]),
+            row(jnp.int32, num_levels + 1),
+            row(jnp.int32),
+        ),
+        row(jnp.int32, num_slots),
+        row(jnp.int32, num_slots),
+        row(jnp.float32, num_slots),
+        row(bool),
+        row(jnp.int32),
+        ~row(bool),
+    )
+    sampling = Sampling(row(jnp.float32), row(jnp.int32), row(jnp.float32) + 1, row(jnp.float32), row(jnp.uint32))
+    stop = Stop(row(jnp.int32), row(jnp.int32, num_stop_tokens) + NO_STOP)
+    return constrain_all(Slots(state, sampling, stop), AXES)
+
+
+@functools.partial(jax.jit, static_argnames=("num_slots", "drafter_slots", "most_written"))
+def nothing_prefilled(
+    target: Any, drafter: Any | None, *, num_slots: int, drafter_slots: int, most_written: int
+) -> Prefilled:
+    """`decode.nothing_prefilled` of one row, compiled."""
+    return constrain_all(decode.nothing_prefilled(target, drafter, 1, num_slots, most_written, drafter_slots), AXES)
+
+
+@functools.partial(jax.jit, static_argnames=("chunk", "num_levels"))
+def prefill(
+    target: Any,
+    drafter: Any | None,
+    tied: Tied | None,
+    begun: Prefilled,
+    prompt: jax.Array,
+    length: jax.Array,
+    first: jax.Array,
+    *,
+    chunk: int,
+    num_levels: int,
+) -> Prefilled:
+    """`decode.prefill`, compiled; `begun` stays as it is."""
+    made = decode.prefill(target, drafter, tied, begun, prompt, length, first, chunk=chunk, num_levels=num_levels)
+    return constrain_all(made, AXES)
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, request: Request) -> Slots:
+    """The slots with a prefilled request in slot int32 [], its first token chosen."""
+    state = slots.state
+    one = decode.first_state(
+        target,
+        prefilled,
+        request.length,
+        request.sampling,
+        request.stop,
+        num_slots=state.emitted.shape[1],
+        num_levels=state.new.tokens.shape[1] - 1,
+        scored=request.scored,
+    )
+    new = Slots(one, request.sampling, request.stop)
+
+    def insert(into: jax.Array, row: jax.Array, dim: int) -> jax.Array:
+        start = [jnp.zeros((), jnp.int32)] * into.ndim
+        start[dim] = slot
+        return jax.lax.dynamic_update_slice(into, row.astype(into.dtype), start)  # a prompt's cache is shorter
+
+    return constrain_all(jax.tree.map(insert, slots, new, _batch_dims(slots)), AXES)
+
+
+@functools.partial(jax.jit, static_argnames=("tree", "shared_noise"), donate_argnames=("slots",))
+def advance(
+    target: Any,
+    drafter: Any | None,
+    tied: Tied | None,
+    slots: Slots,
+    ended: jax.Array,
+    rounds: jax.Array,
+    until_one_is_done: jax.Array,
+    *,
+    tree: Tree | None,
+    shared_noise: bool,
+) -> tuple[Slots, jax.Array]:
+    """The slots after up to `rounds` int32 [] rounds, and how many there were; rows `ended` bool [B] are done."""
+    state = slots.state._replace(done=slots.state.done | ended)
+    state, ran = decode.decode_rounds(
+        target,
+        drafter,
+        tied,
+        state,
+        slots.sampling,
+        slots.stop,
+        rounds,
+        until_one_is_done,
+        tree=tree,
+        shared_noise=shared_noise,
+    )
+    return constrain_all((slots._replace(state=state), ran), AXES)
+
+
+@jax.jit
+def take_rows(slots: Slots, rows: jax.Array, taken: jax.Array) -> Slots:
+    """New slots, one for each of `rows` int32 [B']; those not `taken` bool [B'] are free."""
+    new = jax.tree.map(lambda x, dim: jnp.take(x, rows, axis=dim), slots, _batch_dims(slots))
+    return constrain_all(new._replace(state=new.state._replace(done=new.state.done | ~taken)), AXES)
+
+
+def _batch_dims(slots: Slots) -> Any:
+    """The dimension of each array that the rows are along: 1 in stacks of layers, else 0."""
+    dims = jax.tree.map(lambda _: 0, slots)
+
+    def stacked(cache: Any, dims: Any) -> Any:
+        if isinstance(cache, Ring) and not isinstance(cache.k, list):
+            return dims._replace(k=1, v=1, positions=1)
+        if isinstance(cache, Cache) and not isinstance(cache.k, list):
+            return dims._replace(k=1, v=1)
+        return dims
+
+    state, its = slots.state, dims.state
+    its = its._replace(
+        target_cache=stacked(state.target_cache, its.target_cache),
+        drafter_cache=stacked(state.drafter_cache, its.drafter_cache),
+    )
+    return dims._replace(state=its)

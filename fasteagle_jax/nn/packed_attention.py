@@ -1,0 +1,187 @@
+"""Attention over packed sequences, as training has it: whole texts side by side in a row, none of which sees another.
+
+B rows · T tokens · K heads of K/V · G query heads per K/V head · D head width.
+No [T, T] scores of a whole row exist: on a TPU JAX's splash attention keeps them in tiles, on a GPU cuDNN does, and
+elsewhere (or where those do not take the shapes) XLA computes BLOCK queries at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from fasteagle_jax.devices.sharding import platform, spec
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.transformer import attention, by_kv_head, by_token
+
+BLOCK = 512  # queries
+TILE = 128  # queries of a block that read no key after the last of them
+TILES = (512, 256, 128)  # of splash attention, in tokens
+KINDS = ("auto", "xla", "splash", "cudnn")
+
+
+class Packed(NamedTuple):
+    """Who sees whom in packed rows: a token itself and those before it, of its own segment and inside the window."""
+
+    segments: jax.Array  # int32 [B, T], 0 is padding
+    window: int | None = None  # W: itself and the W - 1 before it; None for all
+    kind: str = "auto"  # of KINDS
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """`packed_attention`, as layers take it."""
+        return packed_attention(q, k, v, self)
+
+    def visible(self, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
+        """bool [B, size, T], True where the query at start + i sees the key at j; for all queries by default."""
+        num_tokens = self.segments.shape[1]
+        size = num_tokens if size is None else size
+        query, key = (start + jnp.arange(size))[:, None], jnp.arange(num_tokens)
+        seen = key <= query
+        if self.window is not None:
+            seen &= query - key < self.window
+        own = jax.lax.dynamic_slice_in_dim(self.segments, start, size, axis=1)
+        return seen & (own[:, :, None] == self.segments[:, None])
+
+
+def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Array:
+    """Softmax attention of q [B, T, K*G, D] over k and v [B, T, K, D]: [B, T, K*G, D] in v's dtype.
+
+    Raises UserError for an unknown kind, or one that does not take the shapes.
+    """
+    kind = packed.kind
+    if kind not in KINDS:
+        raise UserError(f"attention {kind!r} is not known: use one of {', '.join(KINDS)}")
+    if kind == "auto":
+        kind = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "xla")
+        if (kind == "splash" and _tile(q.shape[1]) is None) or (kind == "cudnn" and _no_cudnn(q, k, v)):
+            kind = "xla"
+    if kind == "splash":
+        return _splash(q, k, v, packed)
+    if kind == "cudnn":
+        if missing := _no_cudnn(q, k, v):
+            raise UserError(f"cuDNN's attention cannot be had ({missing}): use attention auto or xla")
+        return _cudnn(q, k, v, packed.visible())
+    return _in_blocks(q, k, v, packed)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation="cudnn")
+
+
+def _no_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> str:
+    """Why cuDNN does not take the arrays, in a few words; empty where it does."""
+    if q.dtype == jnp.float32:
+        return "it takes no float32"
+    try:
+        visible = jax.ShapeDtypeStruct((q.shape[0], q.shape[1], k.shape[1]), jnp.bool_)
+        jax.eval_shape(_cudnn, q, k, v, visible)
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # not installed; too old; not these shapes
+        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return ""
+
+
+def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: int = BLOCK) -> jax.Array:
+    """The same, by `in_blocks`."""
+    kv_heads = k.shape[2]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, D]
+
+    def attend(own: tuple[jax.Array, ...], start: jax.Array | int, num_keys: int) -> jax.Array:
+        (rows,) = own  # [B, Q, K*G, D]
+        size = rows.shape[1]
+        visible = packed.visible(start, size)[:, :, :num_keys]
+        return by_token(attention(by_kv_head(rows, kv_heads), k[:, :, :num_keys], v[:, :, :num_keys], visible), size)
+
+    return in_blocks(attend, (q,), block)
+
+
+def in_blocks(
+    attend: Callable[[tuple[jax.Array, ...], jax.Array | int, int], jax.Array],
+    queries: tuple[jax.Array, ...],
+    block: int = BLOCK,
+) -> jax.Array:
+    """Causal attention of a row of T tokens, `block` queries at a time where that divides it: [B, T, ...].
+
+    A row of one block is taken in tiles, each over the keys up to its end: 5/8 of the products for four of them, and
+    less than half of the time on a CPU, whose caches hold their scores. Blocks of a longer row read all keys.
+
+    Args:
+      attend: (its part of `queries`, start, num_keys) -> [B, Q, ...], what the Q queries from `start` on get from the
+        first keys.
+      queries: arrays [B, T, ...].
+      block: the most queries whose scores are alive at once.
+    """
+    num_tokens = queries[0].shape[1]
+    if num_tokens <= block or num_tokens % block:
+        tile = TILE if num_tokens % TILE == 0 and num_tokens <= block else num_tokens
+        parts = zip(*(jnp.split(x, num_tokens // tile, axis=1) for x in queries), strict=True)
+        return jnp.concatenate([attend(own, i * tile, (i + 1) * tile) for i, own in enumerate(parts)], axis=1)
+
+    # A loop, since blocks side by side could all be alive at once. Scores are computed again in the backward pass: it
+    # would keep those of all blocks.
+    def one_block(i: jax.Array) -> jax.Array:
+        own = tuple(jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1) for x in queries)
+        return attend(own, i * block, num_tokens)
+
+    blocks = jax.lax.map(jax.checkpoint(one_block), jnp.arange(num_tokens // block))
+    blocks = jnp.moveaxis(blocks, 0, 1)  # [B, blocks, Q, ...]
+    return blocks.reshape(blocks.shape[0], num_tokens, *blocks.shape[3:])
+
+
+# --- splash attention -------------------------------------------------------------------------------------------
+
+
+def _tile(num_tokens: int) -> int | None:
+    return next((tile for tile in TILES if num_tokens % tile == 0), None)
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Array:
+    tile = _tile(q.shape[1])
+    if tile is None:
+        raise UserError(f"splash attention over {q.shape[1]} tokens: use a length that is a multiple of {TILES[-1]}")
+    interpret = platform() != "tpu"
+    run = functools.partial(_splash_shard, window=packed.window, tile=tile, interpret=interpret)
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return run(q, k, v, packed.segments)
+    # A kernel is not split by the compiler: every device gets its own rows and heads.
+    heads = spec(mesh, ("batch", None, "heads", None), k.shape)  # whole heads of K/V, and of q with them
+    rows = PartitionSpec(*spec(mesh, ("batch", None), packed.segments.shape))
+    return jax.shard_map(run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
+        q, k, v, packed.segments
+    )
+
+
+def _splash_shard(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, window: int | None, tile: int, interpret: bool
+) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        BlockSizes,
+        CausalMask,
+        LocalMask,
+        MultiHeadMask,
+        SegmentIds,
+        make_splash_mha_single_device,
+    )
+
+    _, num_tokens, num_heads, width = q.shape
+    shape = (num_tokens, num_tokens)
+    mask = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), 0)
+    kernel = make_splash_mha_single_device(
+        MultiHeadMask([mask] * num_heads),
+        block_sizes=BlockSizes(tile, tile, tile, tile, tile, tile, tile, tile),
+        interpret=interpret,
+    )
+
+    def row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        return kernel(q, k, v, segment_ids=SegmentIds(segments, segments))
+
+    q = (q * width**-0.5).astype(q.dtype)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    out = jax.vmap(row)(q, k, v, segments)  # [B, heads, T, D]
+    return out.transpose(0, 2, 1, 3).astype(v.dtype)

@@ -1,0 +1,244 @@
+"""The target's tokenizer and the few things drafting needs of its chat template.
+
+A folder's tokenizer is read by transformers; a GGUF file's is built here from its metadata, because
+transformers does that only where torch is installed. All functions take what `load_tokenizer` gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.targets.checkpoint import read_gguf, read_json
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "content": ...}
+
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types that are matched whole; only the first are "special"
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
+_USER_TEXT = "fasteaglesentinel"
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # names of its rule for cutting text into pieces
+_LLAMA3_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a model folder or .gguf file (a path from `locate`); UserError if it cannot be had."""
+    path = Path(path)
+    if not path.is_dir():
+        return _gguf_tokenizer(path)
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} has no usable tokenizer ({reason}): put its tokenizer.json there") from error
+
+
+def stop_token_ids(tokenizer: Tokenizer, checkpoint_path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """The ids that end an answer, ascending: the tokenizer's, and those that the checkpoint names."""
+    path = Path(checkpoint_path)
+    named: list[Any] = [tokenizer.eos_token_id]
+    if path.is_file():
+        metadata, _ = read_gguf(path)
+        named += [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    elif (path / "generation_config.json").is_file():
+        eos = read_json(path / "generation_config.json").get("eos_token_id")
+        named += eos if isinstance(eos, list) else [eos]
+    return tuple(sorted({token_id for token_id in named if token_id is not None}))
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    """Token ids of a conversation under the chat template, up to where the assistant begins to answer."""
+    return tokenizer.encode(_render(tokenizer, messages, add_generation_prompt), add_special_tokens=False)
+
+
+def user_header_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that open a conversation, up to the user's first word: a target continues them as the user.
+
+    They include the template's default system prompt, without which self-made prompts are poor.
+    """
+    text = _render(tokenizer, [{"role": "user", "content": _USER_TEXT}], add_generation_prompt=False)
+    header, found, _ = text.partition(_USER_TEXT)
+    if not found:
+        raise UserError("chat template without the user's text: use a template that keeps messages as they are")
+    # A space at the end ("USER: ") belongs to the first token of the word to come.
+    return tokenizer.encode(header.rstrip(" "), add_special_tokens=False)
+
+
+def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a whole conversation, and the [start, end) of each answer in it, its end-of-turn token included.
+
+    What the template itself marks by {% generation %} counts as answers; without such marks, what rendering the
+    conversation up to each answer and past it tells (`prefix_spans`).
+    """
+    if tokenizer.chat_template and _MARKER.search(tokenizer.chat_template):
+        return _marked_spans(tokenizer, messages)
+    return prefix_spans(tokenizer, messages)
+
+
+def _marked_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+    encoded: Any
+    with _template_errors():
+        encoded = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+    edges = np.diff(np.asarray([0, *encoded["assistant_masks"], 0]))
+    spans = zip(np.flatnonzero(edges > 0).tolist(), np.flatnonzero(edges < 0).tolist(), strict=True)
+    return list(encoded["input_ids"]), list(spans)
+
+
+def prefix_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+    """As `assistant_spans`, found by rendering prefixes of the conversation; UserError where that is impossible.
+
+    The conversation begins with the user's (or system's) message. A span holds what the target would have had
+    to generate: not the header before the answer, nor what the template writes after the end of the turn.
+    """
+    text = _render(tokenizer, messages, add_generation_prompt=False)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _render(tokenizer, messages[:i], add_generation_prompt=True)
+        answered = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+        answered_ids = tokenizer.encode(answered, add_special_tokens=False)
+        start, end = len(prompt_ids), len(answered_ids)
+        if not answered.startswith(prompt) or ids[:start] != prompt_ids or ids[:end] != answered_ids:
+            raise UserError(
+                f"chat template without stable prefixes (message {i} changes what stands before it): "
+                "use a template that only appends, or one that marks answers by {% generation %}"
+            )
+        if not answered[len(prompt) :].lstrip().startswith(message["content"].strip()):
+            raise UserError(
+                f"chat template without a generation prompt that ends where message {i} begins: "
+                "use a template that knows add_generation_prompt"
+            )
+        while end > start and ids[end - 1] not in special:
+            end -= 1
+        if end == start:
+            raise UserError(
+                f"chat template without an end-of-turn token after message {i}: use one that closes answers"
+            )
+        spans.append((start, end))
+    return ids, spans
+
+
+def _transformers() -> Any:
+    """The transformers module, imported late since that takes a second, its advice on torch silenced."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
+
+
+def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: use an instruct model or add chat_template.jinja")
+    with _template_errors():
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+    assert isinstance(text, str)
+    return text
+
+
+@contextlib.contextmanager
+def _template_errors() -> Iterator[None]:
+    """Makes a chat template's complaint a UserError."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses this conversation: {error}") from error
+
+
+def _gguf_tokenizer(path: Path) -> Tokenizer:
+    """The byte-level BPE tokenizer that a GGUF file describes, special tokens and chat template included."""
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, processors
+
+    metadata, _ = read_gguf(path)
+    fields = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    if fields.get("model") != "gpt2" or "tokens" not in fields or "merges" not in fields:
+        raise UserError(
+            f"{path} has a tokenizer of kind {fields.get('model')!r}, not byte-level BPE (gpt2): "
+            "use the model's Hugging Face folder"
+        )
+    tokens: list[str] = fields["tokens"]
+    pre = fields.get("pre", "default")
+    # Llama 3 takes a word that is in the vocabulary whole, whatever the merges would make of it.
+    bpe = models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(merge.split(" ", 1)) for merge in fields["merges"]],
+        ignore_merges=pre in _LLAMA3_NAMES,
+    )
+    backend = tokenizers.Tokenizer(bpe)
+    backend.pre_tokenizer = _pre_tokenizer(path, pre)
+    backend.decoder = decoders.ByteLevel()
+    kinds = fields.get("token_type") or [1] * len(tokens)
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        backend.add_tokens(
+            [
+                AddedToken(token, special=special, normalized=False)
+                for token, its in zip(tokens, kinds, strict=True)
+                if its == kind
+            ]
+        )
+    names = {
+        f"{name}_token": tokens[fields[f"{key}_token_id"]]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if f"{key}_token_id" in fields
+    }
+    if fields.get("add_bos_token") and "bos_token" in names:
+        bos = names["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fields["bos_token_id"])]
+        )
+    return _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **names,
+    )
+
+
+def _pre_tokenizer(path: Path, name: str) -> PreTokenizer:
+    """How text is cut into pieces before merging, by its name in the GGUF file."""
+    from tokenizers import Regex, pre_tokenizers
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name in ("gpt2", "gpt-2"):
+        return byte_level
+    if name == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    if name in _LLAMA3_NAMES:
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_LLAMA3_PIECES), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    raise UserError(
+        f"{path} cuts text by the unknown rule {name!r} (known: gpt2, smollm, llama-bpe): "
+        "use the model's Hugging Face folder"
+    )

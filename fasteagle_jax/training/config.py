@@ -1,0 +1,308 @@
+"""A training run: its configuration, how a config file and `key=value` changes make one, and its folder.
+
+The folder may be of a bucket (gs://...).
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
+
+from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
+from fasteagle_jax.devices.sharding import MeshShape
+from fasteagle_jax.drafters.fasteagle import default_config
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import write_text
+from fasteagle_jax.nn.packed_attention import KINDS
+from fasteagle_jax.training.losses import LossConfig
+from fasteagle_jax.training.step import REMAT, OptimizerConfig, Ways, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterChoice:
+    """What drafter to train; sizes that are None are the target's."""
+
+    kind: str = "fasteagle"  # or eagle3
+    num_levels: int = 7
+    draft_vocab_size: int | None = None  # rows of the head, the most frequent tokens of answers; None for all
+    vocabulary_data: tuple[str, ...] = ()  # files of conversations whose answers are counted; empty: the run's data
+    intermediate_size: int | None = None
+    feature_layers: tuple[int, ...] | None = None  # None: 2, L // 2, L - 3
+    reinject: bool = False  # add the fused input again before every level
+    correction: int | None = None  # units that correct a guess by the token before it; None for none
+    window: int | None = None  # positions that a level attends to; None for all
+    from_target: bool = False  # start each level, or EAGLE-3's one layer, from the target's last layer
+    start: str = ""  # start from the drafter in this folder: its weights, draft vocabulary and first levels
+    scale_features: bool = True  # divide each feature by its root mean square, measured on the first batch
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalChoice:
+    """The real decode on held-out prompts during training."""
+
+    prompts: str = ""  # a source of data.read_prompts; empty for no evaluation
+    limit: int = 16
+    max_new: int = 64
+    trees: tuple[str, ...] = ("chain", "best_first:16")
+    every: int = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a training run's result."""
+
+    target: str  # a name or path for targets.readers.open_checkpoint
+    data: tuple[str, ...]  # files of conversations, from prepare_data
+    steps: int
+    batch_size: int = 4  # B, rows
+    accumulate: int = 1  # parts of the batch, one after the other: the same step in less memory
+    length: int = 512  # T, tokens a row
+    seed: int = 0
+    dtype: str = "bfloat16"  # of the products
+    drafter: DrafterChoice = DrafterChoice()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvalChoice = EvalChoice()
+    save_every: int = 200
+    keep: int = 2  # checkpoints, the last ones; the one of the best measured acceptance length is kept besides
+    spike_factor: float = 0.0  # skip a batch whose loss is above so many times the mean of the last 100; 0 for none
+    max_bad_steps: int = 20  # skipped updates in a row (not finite, or spikes) that end the run
+    tensorboard: bool = True  # events in the run folder's tensorboard/
+    wandb: str = ""  # a project of Weights & Biases; empty for none
+    mesh: MeshShape | None = None  # of devices; None for one device
+    attention: str = "auto"  # over packed rows, a kind of packed.KINDS
+    remat: str = "none"  # what the drafter's backward pass computes again, a policy of training.REMAT
+    features: str = ""  # a folder of prepare-features, which the target's layers then need not be run for
+    target_config: LlamaConfig | None = None  # the target's sizes, for use without its weights
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "length", "save_every", "keep", "max_bad_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} is {value!r}: give a whole number of at least 1")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}: "
+                f"use a multiple of {self.accumulate}"
+            )
+        if self.spike_factor and self.spike_factor <= 1:
+            raise UserError(f"spike_factor is {self.spike_factor}: give a factor above 1, e.g. 3, or 0 for none")
+        for name, known in (("attention", KINDS), ("remat", tuple(REMAT))):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"dtype is {self.dtype!r}: use float32 or bfloat16")
+
+
+def load_config(path: str) -> RunConfig:
+    """What `get_config()` of the Python file at `path` returns."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} is not a file: name a config, e.g. configs/smollm2_135m.py")
+    spec = importlib.util.spec_from_file_location("run_config", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except (SyntaxError, AttributeError, TypeError, ImportError) as error:
+        raise UserError(f"{path} gives no configuration ({error}): define get_config() -> RunConfig") from None
+    if not isinstance(config, RunConfig):
+        raise UserError(f"get_config() of {path} returns a {type(config).__name__}: it must return a RunConfig")
+    return config
+
+
+def apply_changes(config: RunConfig, changes: Sequence[str]) -> RunConfig:
+    """The config with changes like `steps=100`, `loss.share=0.5` or `data=a.jsonl,b.jsonl`; UserError for an unknown
+    key."""
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise UserError(f"{change!r} is not a change: write key=value, e.g. steps=100")
+        config = _changed(config, key.split("."), text, key)
+    return config
+
+
+def _changed(config: Any, path: list[str], text: str, whole_key: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    if path[0] not in fields:
+        raise UserError(f"{whole_key} is not a key: there {'are' if len(fields) > 1 else 'is'} {', '.join(fields)}")
+    old = getattr(config, path[0])
+    kind = str(fields[path[0]].type)
+    if dataclasses.is_dataclass(old) and not (len(path) == 1 and kind == "MeshShape | None"):
+        if len(path) == 1:
+            keys = ", ".join(f"{whole_key}.{field.name}" for field in dataclasses.fields(old))
+            raise UserError(f"{whole_key} is a group: change one of {keys}")
+        return dataclasses.replace(config, **{path[0]: _changed(old, path[1:], text, whole_key)})
+    if len(path) > 1:
+        raise UserError(f"{whole_key} is not a key: {path[0]} holds a single value")
+    return dataclasses.replace(config, **{path[0]: _value(text, kind, whole_key)})
+
+
+def _value(text: str, kind: str, key: str) -> Any:
+    """`text` as a value of the annotated type `kind`."""
+    if kind == "str":
+        return text
+    if kind == "MeshShape | None":
+        return None if text == "None" else MeshShape.parse(text)
+    if kind == "tuple[str, ...]":
+        return tuple(part for part in text.split(",") if part)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    kinds: dict[str, tuple[type, ...]] = {
+        "int": (int,),
+        "float": (int, float),
+        "bool": (bool,),
+        "int | None": (int, type(None)),
+        "tuple[int, ...] | None": (tuple, type(None)),
+        "tuple[float, float]": (tuple,),
+    }
+    good = isinstance(value, kinds.get(kind, ()))
+    if not good or (isinstance(value, bool) and "bool" not in kind):
+        raise UserError(f"{key}={text} is not of type {kind}")
+    return float(value) if kind == "float" else value
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The configuration as what a JSON file gives back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def trained(config: RunConfig, steps: int, tokens: int) -> dict[str, Any]:
+    """What a drafter's config.json says of its training; files by their names alone, since drafters are given away."""
+
+    def name(path: str) -> str:
+        return Path(path).name if path and Path(path).exists() else path
+
+    choice, evaluation = config.drafter, config.evaluation
+    config = dataclasses.replace(
+        config,
+        target=name(config.target),
+        data=tuple(map(name, config.data)),
+        features=name(config.features),
+        drafter=dataclasses.replace(
+            choice, start=name(choice.start), vocabulary_data=tuple(map(name, choice.vocabulary_data))
+        ),
+        evaluation=dataclasses.replace(evaluation, prompts=name(evaluation.prompts)),
+    )
+    return {"steps": steps, "tokens": tokens, "run": to_json(config)}
+
+
+def from_json(raw: dict[str, Any]) -> RunConfig:
+    """The configuration of which `to_json` gave `raw`; keys that it has not are at their defaults."""
+
+    def build(kind: Any, raw: dict[str, Any]) -> Any:
+        values = {}
+        for field in dataclasses.fields(kind):
+            if field.name in raw:
+                value = raw[field.name]
+                part = _PARTS.get(str(field.type))
+                values[field.name] = (
+                    build(part, value)
+                    if part is not None and value is not None
+                    else tuple(value)
+                    if isinstance(value, list)
+                    else value
+                )
+        return kind(**values)
+
+    return build(RunConfig, raw)
+
+
+_PARTS: dict[str, Any] = {
+    "DrafterChoice": DrafterChoice,
+    "LossConfig": LossConfig,
+    "OptimizerConfig": OptimizerConfig,
+    "EvalChoice": EvalChoice,
+    "LlamaConfig | None": LlamaConfig,
+    "MeshShape | None": MeshShape,
+    "RopeConfig": RopeConfig,
+}
+
+
+def changes_since(old: dict[str, Any], config: RunConfig) -> list[str]:
+    """`key: old -> new` of what differs from a configuration saved earlier; keys it had not count as their defaults."""
+    return differences(to_json(from_json(old)), to_json(config))
+
+
+def drafter_config(choice: DrafterChoice, target_config: LlamaConfig) -> DrafterConfig:
+    """The sizes of the drafter of a run for a target of these sizes."""
+    changes: dict[str, Any] = {
+        name: getattr(choice, name) for name in ("kind", "num_levels", "reinject", "correction", "window")
+    }
+    for name in ("draft_vocab_size", "intermediate_size", "feature_layers"):
+        if getattr(choice, name) is not None:
+            changes[name] = getattr(choice, name)
+    return default_config(target_config, **changes)
+
+
+def train_step(config: RunConfig, graph: Any, constants: Any, optimizer: Any, shardings: Any = None) -> Any:
+    """The compiled step of a run; arguments and result as of `training.make_train_step`."""
+    return make_train_step(
+        graph,
+        constants,
+        optimizer,
+        config.loss,
+        jnp.dtype(config.dtype),
+        config.seed,
+        accumulate=config.accumulate,
+        ema=config.optimizer.ema,
+        ways=Ways(config.attention, config.remat),
+        shardings=shardings,
+    )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` of every value in which two `to_json` configurations differ."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found
+
+
+# --- the folder -------------------------------------------------------------------------------------------------
+
+
+def in_bucket(path: Any) -> bool:
+    """Whether a path is of an object store, which keeps whole objects and appends to none."""
+    return "://" in os.fspath(path)
+
+
+def write_file(path: epath.Path, text: str) -> None:
+    """Puts `text` at a path of a run folder, whole or not at all."""
+    if in_bucket(path):
+        path.write_text(text)
+    else:
+        write_text(Path(path), text)
+
+
+def check_writable(folder: epath.Path) -> None:
+    """Makes the folder; UserError where nothing can be written to it."""
+    probe = folder / f".writable-{uuid.uuid4().hex}"  # every process of a run tries
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except Exception as error:  # clients of buckets raise many kinds, ImportError among them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        remedy = (
+            "pip install gcsfs google-cloud-storage, log in, and check the bucket's name and rights"
+            if in_bucket(folder)
+            else ""
+        )
+        raise UserError(f"cannot write to {folder} ({reason}): {remedy or 'name a folder of yours'}") from error

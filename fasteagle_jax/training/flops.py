@@ -1,0 +1,49 @@
+"""Floating-point operations of training, and of which devices how many are to be had.
+
+N levels · L layers · H hidden width · F feature layers · T tokens a row · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from fasteagle_jax.config import DrafterConfig, LlamaConfig
+from fasteagle_jax.devices.chips import chip
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Of a device at its best; None where that is not known, as of a CPU."""
+    known = chip(device_kind)
+    return None if known is None else known.flops
+
+
+def flops_per_token(target: LlamaConfig, drafter: DrafterConfig, length: int, share: float) -> float:
+    """What a training step needs for each token, by the numbers of parameters.
+
+    A product with a matrix of P parameters takes 2 P a token forward and 4 P backward (Kaplan et al., arXiv 2001.08361,
+    section 2.1); attention over T tokens 4 T (heads x width) a layer forward and twice that backward (Chowdhery et al.,
+    arXiv 2204.02311, appendix B, which counts the masked half as well). Here
+
+        target, forward:             L (2 P_layer + 4 T A)
+        drafter, both ways:          6 (N P_level + F H^2 + 2 H^2) + N 12 T A'    + 6 N 3 H R where it corrects guesses
+        heads, at `share` of tokens: 2 H V + N 4 H V', and 2 H V' more where V' < V
+
+    with the heads frozen, so that backward has one product and not two; EAGLE-3's head is not, and its level reads 2 H.
+    Norms, softmax and recomputation are not in it.
+    """
+    hidden, levels, width = target.hidden_size, drafter.num_levels, drafter.num_heads * drafter.head_dim
+    layer = _layer(target)
+    forward = target.num_layers * (2 * layer + 4 * length * target.num_heads * target.head_dim)
+    level, inputs, of_own = _layer(drafter), len(drafter.feature_layers) + 2, 0
+    level += hidden * (hidden * drafter.reinject + 3 * (drafter.correction or 0))
+    if drafter.kind == "eagle3":
+        level += hidden * (drafter.num_heads + 2 * drafter.num_kv_heads) * drafter.head_dim
+        inputs, of_own = len(drafter.feature_layers), 2
+    both_ways = 6 * (levels * level + inputs * hidden**2) + levels * 12 * length * width
+    reduced = drafter.draft_vocab_size < drafter.vocab_size
+    heads = hidden * (2 * target.vocab_size + ((4 + of_own) * levels + 2 * reduced) * drafter.draft_vocab_size)
+    return forward + both_ways + share * heads
+
+
+def _layer(config: LlamaConfig | DrafterConfig) -> int:
+    """Parameters of a decoder layer's matrices."""
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return config.hidden_size * (2 * heads + 2 * kv_heads + 3 * config.intermediate_size)

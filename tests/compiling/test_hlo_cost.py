@@ -1,0 +1,185 @@
+"""What a compiled program costs, against programs whose costs are known by hand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fasteagle_jax.compiling import hlo_cost as hlo
+
+L, H = 7, 64
+
+
+def compiled(f, *args) -> str:
+    return jax.jit(f).lower(*args).compile().as_text()
+
+
+def layers(x, stack):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+
+def test_a_loop_counts_as_often_as_it_runs() -> None:
+    x, stack = jnp.zeros((4, H)), jnp.zeros((L, H, H))
+    once = hlo.cost(compiled(layers, x, stack[:1]))
+    found = hlo.cost(compiled(layers, x, stack))
+    assert found.product_flops == L * 2 * 4 * H * H == L * once.product_flops
+    weights = L * H * H * 4
+    # A CPU's compiler copies a layer's weights out of the stack before it reads them; activations come besides.
+    assert 3 * weights <= found.bytes < 3.5 * weights
+    assert found.unknown_loops == 0 and found.host_calls == 0 and not found.collectives
+
+    def rounds(x, stack):
+        return jax.lax.fori_loop(0, 5, lambda i, x: layers(x, stack), x)
+
+    assert hlo.cost(compiled(rounds, x, stack)).product_flops == 5 * found.product_flops
+
+
+def test_a_loop_until_the_data_says_so_counts_once() -> None:
+    def f(x, w):
+        return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w, x)
+
+    found = hlo.cost(compiled(f, jnp.zeros((4, H)), jnp.zeros((H, H))))
+    assert found.unknown_loops == 1 and found.product_flops == 2 * 4 * H * H
+
+
+def test_of_a_conditional_the_branch_asked_for_counts() -> None:
+    def f(x, w):
+        return jax.lax.cond(x.sum() > 0, lambda: layers(x, w), lambda: x)
+
+    text = compiled(f, jnp.zeros((4, H)), jnp.zeros((L, H, H)))
+    assert hlo.cost(text, "most").product_flops == L * 2 * 4 * H * H
+    assert hlo.cost(text, "least").product_flops == 0
+
+
+def test_collectives_say_how_often_and_how_much() -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.NamedSharding(mesh, jax.P(None, None, "x"))
+    rows = jax.NamedSharding(mesh, jax.P(None, "x", None))
+    up, down = jax.device_put(jnp.zeros((L, H, H)), split), jax.device_put(jnp.zeros((L, H, H)), rows)
+    x = jax.device_put(jnp.zeros((4, H)), jax.NamedSharding(mesh, jax.P()))
+
+    def f(x, up, down):
+        return jax.lax.scan(lambda x, w: ((x @ w[0]) @ w[1], None), x, (up, down))[0]
+
+    found = hlo.cost(compiled(f, x, up, down))
+    reduced = found.collectives["all-reduce"]
+    size = L * 4 * H * 4
+    assert reduced.number == L and reduced.bytes == size
+    assert reduced.sent == pytest.approx(2 * 7 / 8 * size) and reduced.steps == L * 8
+    assert found.product_flops == L * 2 * 2 * 4 * H * H / 8
+
+
+def test_a_callback_is_a_call_to_the_host() -> None:
+    def f(x):
+        return jax.pure_callback(lambda x: np.asarray(x), x, x) + 1
+
+    assert hlo.cost(compiled(f, jnp.zeros((4,)))).host_calls == 1
+
+
+# As libtpu writes it: layouts in tiles, S(1) on the chip, a counter whose bound comes in by the loop's tuple.
+TPU = """HloModule m, is_scheduled=true
+
+%other_tiles (given: bf16[32,4096,512]) -> bf16[32,4096,512] {
+  %given = bf16[32,4096,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %same = bf16[32,4096,512]{2,1,0:T(16,128)(2,1)} copy(%given)
+}
+
+%slice (stack: bf16[32,4096,512], i: s32[], x: bf16[4096]) -> bf16[512] {
+  %x = bf16[4096]{0:T(1024)(128)(2,1)S(1)} parameter(2)
+  %row = bf16[1,4096]{1,0:T(2,128)(2,1)S(1)} bitcast(%x)
+  %stack = bf16[32,4096,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %laid_out = bf16[32,4096,512]{2,1,0:T(16,128)(2,1)} fusion(%stack), kind=kLoop, calls=%other_tiles
+  %part = bf16[1,4096,512]{2,1,0:T(8,128)(2,1)} dynamic-slice(%laid_out, %i, %zero, %zero), dynamic_slice_sizes={1,4096,512}
+  %matrix = bf16[4096,512]{1,0:T(8,128)(2,1)} bitcast(%part)
+  %y = bf16[1,512]{1,0:T(2,128)(2,1)S(1)} convolution(%row, %matrix), dim_labels=bf_io->bf
+  ROOT %z = bf16[512]{0:T(512)(128)(2,1)S(1)} bitcast(%y)
+}
+
+%write (cache: bf16[8,2048,128], new: bf16[8,3,128], at: s32[]) -> bf16[8,2048,128] {
+  %cache = bf16[8,2048,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %new = bf16[8,3,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %at = s32[]{:T(128)S(6)} parameter(2)
+  %none = s32[]{:T(128)} constant(0)
+  ROOT %cache.2 = bf16[8,2048,128]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%cache, %new, %none, %at, %none)
+}
+
+%body (state: (s32[], bf16[32,4096,512], bf16[4096], s32[], bf16[8,2048,128], /*index=5*/bf16[8,3,128])) -> (s32[], bf16[32,4096,512], bf16[4096], s32[], bf16[8,2048,128], /*index=5*/bf16[8,3,128]) {
+  %state = (s32[]{:T(128)}, bf16[32,4096,512]{2,1,0:T(8,128)(2,1)}, bf16[4096]{0:T(1024)(128)(2,1)S(1)}, s32[]{:T(128)}, bf16[8,2048,128]{2,1,0:T(8,128)(2,1)}, /*index=5*/bf16[8,3,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %n = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %w = bf16[32,4096,512]{2,1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
+  %h = bf16[4096]{0:T(1024)(128)(2,1)S(1)} get-tuple-element(%state), index=2
+  %end = s32[]{:T(128)} get-tuple-element(%state), index=3
+  %kv = bf16[8,2048,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%state), index=4
+  %fresh = bf16[8,3,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%state), index=5
+  %step = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)S(6)} add(%n, %step)
+  %out = bf16[512]{0:T(512)(128)(2,1)S(1)} fusion(%w, %next, %h), kind=kOutput, calls=%slice, metadata={op_name="product"}
+  %kv.2 = bf16[8,2048,128]{2,1,0:T(8,128)(2,1)} fusion(%kv, %fresh, %next), kind=kLoop, calls=%write
+  ROOT %new_state = (s32[]{:T(128)}, bf16[32,4096,512]{2,1,0:T(8,128)(2,1)}, bf16[4096]{0:T(1024)(128)(2,1)S(1)}, s32[]{:T(128)}, bf16[8,2048,128]{2,1,0:T(8,128)(2,1)}, /*index=5*/bf16[8,3,128]{2,1,0:T(8,128)(2,1)}) tuple(%next, %w, %h, %end, %kv.2, %fresh)
+}
+
+%goes_on (state.1: (s32[], bf16[32,4096,512], bf16[4096], s32[], bf16[8,2048,128], /*index=5*/bf16[8,3,128])) -> pred[] {
+  %state.1 = (s32[]{:T(128)}, bf16[32,4096,512]{2,1,0:T(8,128)(2,1)}, bf16[4096]{0:T(1024)(128)(2,1)S(1)}, s32[]{:T(128)}, bf16[8,2048,128]{2,1,0:T(8,128)(2,1)}, /*index=5*/bf16[8,3,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %n.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  %end.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=3
+  ROOT %less = pred[]{:T(512)} compare(%n.1, %end.1), direction=LT
+}
+
+ENTRY %main (w.0: bf16[32,4096,512], h.0: bf16[4096], kv.0: bf16[8,2048,128], fresh.0: bf16[8,3,128]) -> bf16[8,2048,128] {
+  %w.0 = bf16[32,4096,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %h.0 = bf16[4096]{0:T(1024)(128)(2,1)} parameter(1)
+  %kv.0 = bf16[8,2048,128]{2,1,0:T(8,128)(2,1)} parameter(2)
+  %fresh.0 = bf16[8,3,128]{2,1,0:T(8,128)(2,1)} parameter(3)
+  %h.1 = bf16[4096]{0:T(1024)(128)(2,1)S(1)} copy(%h.0)
+  %zero.0 = s32[]{:T(128)S(6)} constant(0)
+  %last = s32[]{:T(128)S(6)} constant(20)
+  %begin = (s32[]{:T(128)}, bf16[32,4096,512]{2,1,0:T(8,128)(2,1)}, bf16[4096]{0:T(1024)(128)(2,1)S(1)}, s32[]{:T(128)}, bf16[8,2048,128]{2,1,0:T(8,128)(2,1)}, /*index=5*/bf16[8,3,128]{2,1,0:T(8,128)(2,1)}) tuple(%zero.0, %w.0, %h.1, %last, %kv.0, %fresh.0)
+  %loop = (s32[]{:T(128)}, bf16[32,4096,512]{2,1,0:T(8,128)(2,1)}, bf16[4096]{0:T(1024)(128)(2,1)S(1)}, s32[]{:T(128)}, bf16[8,2048,128]{2,1,0:T(8,128)(2,1)}, /*index=5*/bf16[8,3,128]{2,1,0:T(8,128)(2,1)}) while(%begin), condition=%goes_on, body=%body
+  ROOT %result = bf16[8,2048,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=4
+}
+"""  # noqa: E501
+
+
+def test_bytes_of_hbm_are_those_of_slices_in_tiles_and_what_is_on_the_chip_is_free() -> None:
+    found = hlo.cost(TPU)
+    turns, matrix = 10, 4096 * 512 * 2
+    fresh = 8 * 8 * 128 * 2  # 3 rows fill a tile of 8: read, and written in place
+    scalars = turns * 8
+    assert found.bytes == 4096 * 2 + turns * (matrix + 2 * fresh) + scalars
+    assert hlo.heaviest(TPU)[0] == (turns * matrix, "fusion", "bf16[512]", "product")
+
+
+def test_a_batched_product_written_as_a_convolution_counts_without_its_padding() -> None:
+    window = "window={size=8 stride=7 pad=0_0 lhs_dilate=8}"
+    left, right = "bf16[8,240,128]{2,1,0}", "bf16[8,2048,128]{2,1,0}"
+    text = f"""HloModule m
+ENTRY %main (a: bf16[8,240,128], b: bf16[8,2048,128]) -> f32[8,240,2048] {{
+  %a = {left} parameter(0)
+  %b = {right} parameter(1)
+  ROOT %c = f32[8,240,2048]{{2,1,0}} convolution(%a, %b), {window}, dim_labels=0bf_0oi->0bf
+}}
+"""
+    assert hlo.cost(text).product_flops == 2 * 8 * 240 * 2048 * 128
+
+
+@pytest.mark.parametrize(
+    "groups, ways",
+    [
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups={{0,1,2},{3,4,5}}", 3),
+        ("replica_groups=mesh['a'=1,'b'=4,'c'=2] {'b','c'}", 8),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", 2),
+    ],
+)
+def test_the_devices_of_an_exchange_are_counted(groups: str, ways: int) -> None:
+    text = f"""HloModule m
+ENTRY %main (a: f32[1024]) -> f32[{1024 * ways}] {{
+  %a = f32[1024]{{0}} parameter(0)
+  ROOT %b = f32[{1024 * ways}]{{0}} all-gather(%a), channel_id=1, {groups}, dimensions={{0}}
+}}
+"""
+    assert hlo.cost(text).collectives["all-gather"].sent == (ways - 1) * 4096

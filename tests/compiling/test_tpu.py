@@ -1,0 +1,123 @@
+"""The decode round and the train step at 8B, compiled for slices by libtpu: what fits, what moves, what is exchanged.
+
+Few layers stand for all: a scan compiles to one body, whatever it repeats. The golden figures are of the jax and
+libtpu that pyproject.toml pins; another compiler may fuse otherwise, hence the tolerance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import pytest
+
+from fasteagle_jax.compiling.programs import Decoding, Report, compile_program, lower
+from fasteagle_jax.devices import topology
+from fasteagle_jax.devices.chips import chip, slice_names
+from fasteagle_jax.devices.sharding import MeshShape
+from fasteagle_jax.training.config import RunConfig, load_config
+
+pytestmark = pytest.mark.tpu
+SLICES = ("v5e:2x4", "v6e:2x4")
+TOLERANCE = 0.05  # of a golden figure
+TRAIN_FLOPS = 1.04  # over what flops.py counts: recomputation of the levels is not in it
+
+
+def config(name: str = "llama31_8b", num_layers: int = 11) -> RunConfig:
+    """Of a target's widths; the features of 11 layers cut them into runs of 2, 3, 3 and 3, none of a single layer."""
+    whole = load_config(f"configs/{name}.py")
+    assert whole.target_config is not None
+    few = dataclasses.replace(whole.target_config, num_layers=num_layers)
+    return dataclasses.replace(whole, target_config=few, drafter=dataclasses.replace(whole.drafter, num_levels=3))
+
+
+@functools.cache
+def compiled(slice_name: str, program: str) -> Report:
+    mesh = MeshShape(1, 1, 8) if program == "decode" else None
+    with jax.default_matmul_precision("default"):
+        return compile_program(config(), program, topology.devices(slice_name), Decoding(), mesh)
+
+
+@pytest.mark.parametrize("name", slice_names())
+def test_libtpu_knows_every_slice(name: str) -> None:
+    generation, _, shape = name.partition(":")
+    chips = math.prod(map(int, shape.split("x")))
+    devices = topology.devices(name)
+    assert len(devices) == chips * (2 if generation == "tpu7x" else 1)
+    known = chip(devices[0].device_kind)
+    assert known is not None and known.bandwidth and known.link
+
+
+# Bytes over ideal ones, and the mebibytes of temporaries at most.
+DECODE = {"v5e:2x4": (1.00, 64), "v6e:2x4": (1.00, 64)}
+
+
+@pytest.mark.parametrize("slice_name", SLICES)
+def test_a_decode_round_moves_the_weights_and_the_cache_once(slice_name: str) -> None:
+    found = compiled(slice_name, "decode")
+    ratio, temporaries = DECODE[slice_name]
+    assert found.bytes_ratio == pytest.approx(ratio, rel=TOLERANCE)
+    assert found.hbm is not None and found.peak < found.hbm
+    assert found.temporaries < temporaries * 2**20  # no copy of the stacked weights or the cache in another layout
+    assert found.cost.host_calls == 0
+    exchanges = found.cost.collectives
+    # Two sums a layer, of attention and of the MLP, in target and drafter; a few small ones for embedding and choice.
+    assert 2 * (11 + 3) <= exchanges["all-reduce"].number <= 2 * (11 + 3) + 20
+    assert set(exchanges) <= {"all-reduce", "all-gather", "collective-permute", "all-to-all"}
+    rest = sum(own.bytes for kind, own in exchanges.items() if kind != "all-reduce")
+    assert rest < 4 * 2**20  # neither weights nor the vocabulary's scores are gathered
+    assert found.same_again
+
+
+# Where the compiler would rather have the weights in another layout than they come in.
+@pytest.mark.parametrize(
+    "name, slice_name, ratio", [("llama31_8b", "tpu7x:2x2x1", 1.00), ("vicuna_13b", "v6e:2x4", 1.02)]
+)
+def test_no_weights_are_copied_into_another_layout(name: str, slice_name: str, ratio: float) -> None:
+    with jax.default_matmul_precision("default"):
+        found = compile_program(config(name), "decode", topology.devices(slice_name), Decoding(tree=None))
+    assert found.bytes_ratio == pytest.approx(ratio, rel=TOLERANCE)
+    assert found.temporaries < 16 * 2**20
+
+
+@functools.cache
+def lowered(program: str, rows: int) -> str:
+    few = dataclasses.replace(config(num_layers=5), batch_size=rows)
+    return lower(few, program, topology.devices("v5e:2x4"), Decoding(rows))[2].as_text()
+
+
+@pytest.mark.parametrize("program", ["decode", "train"])
+def test_equal_shapes_are_one_program_and_others_another(program: str) -> None:
+    # Tokens, positions and lengths are arguments: what they are is not in the program.
+    assert lowered(program, 8) == lowered.__wrapped__(program, 8) != lowered(program, 16)
+
+
+def test_a_train_step_makes_the_logits_of_a_chunk_at_most() -> None:
+    whole = config()
+    assert whole.target_config is not None
+    hidden, rows = whole.target_config.hidden_size, {whole.target_config.vocab_size, whole.drafter.draft_vocab_size}
+    found = {
+        tuple(map(int, dims.split("x"))) for dims in re.findall(r"tensor<(\d+(?:x\d+)*)x[a-z]", lowered("train", 8))
+    }
+    # All arrays over a vocabulary but weights, of all devices together.
+    logits = [dims for dims in found if rows & set(dims) and hidden not in dims]
+    assert max(map(len, logits)) == 3  # [B, C, V]
+    assert all(math.prod(dims) <= whole.loss.chunk * max(rows & set(dims)) for dims in logits)
+
+
+@pytest.mark.parametrize("slice_name", SLICES)
+def test_a_train_step_fits_and_computes_what_is_necessary(slice_name: str) -> None:
+    found = compiled(slice_name, "train")
+    assert found.hbm is not None and found.peak < found.hbm
+    logits = 8 * 2048 * 128_256 * 4 / found.devices  # a device's part of [B, T, V]
+    assert found.temporaries < 3 * logits
+    assert found.cost.product_flops / found.necessary_flops == pytest.approx(TRAIN_FLOPS, rel=TOLERANCE)
+    assert found.cost.host_calls == 0
+    # Weights come whole by either kind: each layer's once forward and once or twice backward, the head once.
+    gathered = sum(found.cost.collectives[kind].bytes for kind in ("all-gather", "collective-permute"))
+    weights = 2 * (found.weights["target"] + found.weights["drafter"]) * found.devices
+    assert gathered < weights
+    assert found.same_again

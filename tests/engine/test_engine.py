@@ -1,0 +1,393 @@
+"""The engine gives each request what plain decoding gives it alone: whatever the slots, the order, the tree.
+
+Everything is float32 on a tiny target with a byte tokenizer. The reference is `decode.generate`, a request at a time,
+and slow versions in Python of what the engine adds: stop strings and streamed text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_folder import make_target
+
+from fasteagle_jax import Completion, Engine, SamplingParams, UserError
+from fasteagle_jax.data.packing import Conversation, PackedData
+from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.speculative import generate_jit, make_stop, pad_prompts
+from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
+from fasteagle_jax.engine.detokenizer import decode
+from fasteagle_jax.engine.engine import Piece, prompt_buckets, row_counts
+from fasteagle_jax.engine.requests import sample_seed
+from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.targets.tokenizer import load_tokenizer
+from fasteagle_jax.training.losses import LossConfig
+from fasteagle_jax.training.step import OptimizerConfig, TrainState, init_drafter, make_optimizer, make_train_step
+
+MAX_LEN, MAX_NEW, CHUNK, N = 664, 48, 16, 3
+STOP_STRINGS = ("e", "qz", "\n", "ab")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_target(tmp_path_factory.mktemp("engine") / "target", stop_rate=4.5)
+
+
+@pytest.fixture(scope="module")
+def target(folder):
+    return load_target(str(folder)).model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def say(target):
+    """Plain decoding of one request by the jitted `generate`: one program for all."""
+
+    def say(prompt, params: SamplingParams, sample: int, stop_tokens: tuple[int, ...]) -> list[int]:
+        tokens, lengths = pad_prompts([list(prompt) + [0] * (MAX_LEN - len(prompt))], CHUNK)
+        sampling = make_sampling(
+            1, params.temperature, params.top_k, params.top_p, sample_seed(params.seed, sample), params.min_p
+        )
+        limit = min(params.max_new_tokens, MAX_LEN - len(prompt))
+        stop = make_stop(1, limit, (*stop_tokens, *[-2] * (4 - len(stop_tokens))))
+        made = generate_jit(
+            target, None, tokens, lengths * 0 + len(prompt), sampling, stop, max_new=MAX_NEW, tree=Tree(), chunk=CHUNK
+        )
+        return np.asarray(made.tokens)[0, : int(made.lengths[0])].tolist()
+
+    return say
+
+
+@pytest.fixture(scope="module")
+def drafter(target, say):
+    """A FastEagle with a window shorter than the prompts, after some steps on what the target says."""
+    config = default_config(target.config, num_levels=N, feature_layers=(0, 1), window=64)
+    rng = np.random.default_rng(5)
+    conversations = []
+    for i in range(40):
+        prompt = rng.integers(256, size=8).tolist()
+        answer = say(prompt, SamplingParams(temperature=0.7, seed=i, max_new_tokens=MAX_NEW), 0, ())
+        conversations.append(Conversation.of(str(i), prompt + answer, [[8, 8 + len(answer)]]))
+    data = PackedData(conversations, T=64, B=8, seed=0)
+    drafter = jax.jit(lambda: init_drafter(config, target, jax.random.key(0), from_target=False))()
+    graph, params, constants = nnx.split(drafter, nnx.Param, ...)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=5), 80)
+    step = make_train_step(graph, constants, optimizer, LossConfig(chunk=512), jnp.float32, seed=0)
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    for i in range(80):
+        state, _ = step(state, target, data.batch(i))
+    return nnx.merge(graph, state.params, constants)
+
+
+def make_engine(target, drafter, tokenizer, **changes) -> Engine:
+    sizes = dict(slots=4, max_len=MAX_LEN, tree="best_first:8", chunk=CHUNK)
+    return Engine(target, drafter, tokenizer, (tokenizer.eos_token_id,), **(sizes | changes))
+
+
+# --- equality ---------------------------------------------------------------------------------------------------
+
+
+def mixed_requests(tokenizer) -> list[tuple[list[int], SamplingParams]]:
+    """Prompts of 3 to 600 tokens, some with a common beginning; greedy and sampled, with stops, with n."""
+    rng = random.Random(0)
+    system = [rng.randrange(256) for _ in range(70)]
+    requests = []
+    for i in range(150):
+        length = rng.choice([3, 4, 9, 15, 16, 17, 40, 64, 65, 130, 300, 600])
+        prompt = [rng.randrange(256) for _ in range(length)]
+        if i % 5 == 0:
+            prompt = (system + prompt)[:600]
+        params = SamplingParams(
+            temperature=rng.choice([0.0, 0.0, 0.7, 1.0]),
+            top_k=rng.choice([0, 0, 20]),
+            top_p=rng.choice([1.0, 1.0, 0.9]),
+            min_p=rng.choice([0.0, 0.0, 0.02]),
+            seed=rng.randrange(2**32),
+            max_new_tokens=rng.choice([1, 2, 7, 20, MAX_NEW]),
+            stop=rng.choice([(), (), STOP_STRINGS[:1], STOP_STRINGS]),
+            stop_token_ids=rng.choice([(), (), (ord("x"), ord("y"))]),
+            ignore_eos=rng.random() < 0.3,
+            n=3 if i % 6 == 0 else 1,
+        )
+        requests.append((prompt, params))
+    assert sum(params.n for _, params in requests) == 200
+    return requests
+
+
+@dataclasses.dataclass
+class Expected:
+    tokens: list[int]
+    text: str
+    finish_reason: str
+
+
+def cut(tokenizer, tokens: list[int], params: SamplingParams, stop_tokens: tuple[int, ...]) -> Expected:
+    """The answer up to the token with which the text, whole characters only, first holds a stop string."""
+    for i in range(1, len(tokens) + 1):
+        text = decode(tokenizer, tokens[:i])
+        if i < len(tokens) or tokens[-1] not in tokenizer.all_special_ids:
+            text = text.rstrip("\ufffd") if text.endswith("\ufffd") else text
+        found = [text.index(stop) for stop in params.stop if stop in text]
+        if found:
+            return Expected(tokens[:i], text[: min(found)], "stop")
+    return Expected(tokens, decode(tokenizer, tokens), "stop" if tokens[-1] in stop_tokens else "length")
+
+
+@pytest.fixture(scope="module")
+def requests(tokenizer):
+    return mixed_requests(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def expected(say, requests, tokenizer) -> dict[tuple[int, int], Expected]:
+    answers = {}
+    for i, (prompt, params) in enumerate(requests):
+        stop_tokens = (*params.stop_token_ids, *(() if params.ignore_eos else (tokenizer.eos_token_id,)))
+        for sample in range(params.n):
+            tokens = say(prompt, params, sample, stop_tokens)
+            answers[i, sample] = cut(tokenizer, tokens, params, stop_tokens)
+    reasons = [answer.finish_reason for answer in answers.values()]
+    assert min(reasons.count("stop"), reasons.count("length")) > 40  # both are at stake
+    return answers
+
+
+def compare(made: list[Completion], expected: dict[tuple[int, int], Expected], order: list[int]) -> None:
+    assert len(made) == len(expected)
+    for completion in made:
+        answer = expected[order[completion.prompt_index], completion.sample]
+        assert list(completion.tokens) == answer.tokens
+        assert (completion.text, completion.finish_reason) == (answer.text, answer.finish_reason)
+        took = completion.statistics
+        assert len(completion.tokens) == 1 + took.rounds + sum(took.accepted_at) == len(completion.depths)
+
+
+@pytest.mark.parametrize(
+    ("slots", "tree"),
+    [
+        (1, "best_first:8"),
+        (4, "best_first:8"),
+        (4, "auto"),
+        *[pytest.param(*more, marks=pytest.mark.slow) for more in ((16, "best_first:8"), (1, "auto"), (16, "auto"))],
+    ],
+)
+def test_200_mixed_requests_are_answered_as_plain_decoding_answers_each_alone(
+    target, drafter, tokenizer, requests, expected, slots, tree, compilations
+):
+    engine = make_engine(target, drafter, tokenizer, slots=slots, tree=tree)
+    accepted = 0
+    for order in (list(range(len(requests))), random.Random(slots).sample(range(len(requests)), len(requests))):
+        made = engine.generate([requests[i][0] for i in order], [requests[i][1] for i in order])
+        compare(made, expected, order)
+        accepted += sum(sum(completion.statistics.accepted_at) for completion in made)
+    if tree != "auto":
+        assert accepted > 200  # guesses are what is being tested
+    assert 0 < len(compilations) <= engine.most_programs
+
+
+def test_without_a_drafter_it_is_a_plain_decoder_through_the_same_code(target, tokenizer, requests, expected):
+    engine = make_engine(target, None, tokenizer)
+    made = engine.generate([prompt for prompt, _ in requests], [params for _, params in requests])
+    compare(made, expected, list(range(len(requests))))
+    assert {completion.statistics.acceptance_length for completion in made if completion.statistics.rounds} == {1.0}
+
+
+def test_a_second_run_compiles_nothing(target, drafter, tokenizer, requests, compilations):
+    engine = make_engine(target, drafter, tokenizer)
+    prompts, params = zip(*requests[:30], strict=True)
+    engine.generate(prompts, params)
+    compilations.clear()
+    engine.generate(prompts[::-1], params[::-1])
+    assert compilations == []
+
+
+def test_completions_come_as_they_are_finished(target, drafter, tokenizer):
+    engine = make_engine(target, drafter, tokenizer, slots=2)
+    limits = [MAX_NEW, 2, 3, 4]
+    params = [SamplingParams(temperature=0, max_new_tokens=limit, ignore_eos=True) for limit in limits]
+    order = [completion.prompt_index for completion in engine.complete([[1, 2]] * 4, params)]
+    assert order == [1, 2, 3, 0]
+
+
+# --- text -------------------------------------------------------------------------------------------------------
+
+
+def test_of_waiting_requests_the_lowest_number_is_next(target, drafter, tokenizer):
+    engine = make_engine(target, drafter, tokenizer, slots=1)
+    params = SamplingParams(temperature=0, max_new_tokens=2)
+    asked = [request for number in (3, 1, 2) for request in engine.requests(number, [5, 6, 7], params)]
+    assert [completion.prompt_index for completion in engine.serve(iter(asked))] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_streamed_pieces_are_whole_characters_and_add_up_to_the_text(target, drafter, tokenizer, seed):
+    engine = make_engine(target, drafter, tokenizer)
+    params = SamplingParams(seed=seed, max_new_tokens=MAX_NEW, ignore_eos=True, stop="zq")
+    pieces = list(engine.stream_pieces("häß", params))
+    completion = pieces.pop()
+    assert isinstance(completion, Completion) and all(isinstance(piece, Piece) for piece in pieces)
+    (alone,) = engine.generate("häß", params)
+    assert completion.tokens == alone.tokens
+    assert "".join(piece.text for piece in pieces) == completion.text == alone.text
+    assert list(engine.stream("häß", params)) == [piece.text for piece in pieces if piece.text]
+
+
+# --- arguments --------------------------------------------------------------------------------------------------
+
+
+def test_texts_tokens_and_conversations_are_prompts(target, drafter, tokenizer):
+    engine = make_engine(target, drafter, tokenizer)
+    params = SamplingParams(temperature=0, max_new_tokens=8)
+    talk = [{"role": "user", "content": "Hello"}]
+    rendered = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    made = engine.generate([rendered, tokenizer.encode(rendered), talk], params)
+    assert len({completion.tokens for completion in made}) == 1
+    for alone in (rendered, tokenizer.encode(rendered), talk):
+        assert engine.generate(alone, params)[0].tokens == made[0].tokens
+
+
+def test_log_probabilities_come_where_asked_for(target, drafter, tokenizer):
+    engine = make_engine(target, drafter, tokenizer)
+    asked = SamplingParams(seed=1, max_new_tokens=12, logprobs=True, ignore_eos=True)
+    first, second = engine.generate([[1, 2, 3]] * 2, [asked, dataclasses.replace(asked, logprobs=False)])
+    assert second.logprobs is None and first.tokens == second.tokens
+    plain = make_engine(target, None, tokenizer).generate([[1, 2, 3]], asked)[0]
+    np.testing.assert_allclose(first.logprobs, plain.logprobs, rtol=1e-4, atol=1e-4)
+    assert len(first.logprobs) == 12 and max(first.logprobs) < 0
+
+
+def test_the_samples_of_a_prompt_differ_and_the_first_is_that_of_n_1(target, drafter, tokenizer):
+    engine = make_engine(target, drafter, tokenizer)
+    params = SamplingParams(seed=7, n=3, max_new_tokens=12, ignore_eos=True)
+    made = engine.generate([[5, 6], [7, 8]], params)
+    assert [(c.prompt_index, c.sample) for c in made] == list(itertools.product(range(2), range(3)))
+    for prompt in range(2):
+        assert len({completion.tokens for completion in made if completion.prompt_index == prompt}) == 3
+    assert made[0].tokens == engine.generate([[5, 6]], dataclasses.replace(params, n=1))[0].tokens
+
+
+def test_an_answer_ends_at_max_len(target, drafter, tokenizer):
+    engine = make_engine(target, drafter, tokenizer, max_len=40)
+    (made,) = engine.generate([[1] * 30], SamplingParams(max_new_tokens=100, ignore_eos=True))
+    assert (len(made.tokens), made.finish_reason) == (10, "length")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sampling", "message"),
+    [
+        ([[1], []], None, "prompt 1 is empty"),
+        (["ok", ""], None, "prompt 1 is empty"),
+        ([[1], [1] * MAX_LEN], None, f"prompt 1 has {MAX_LEN} tokens, but a request has {MAX_LEN}"),
+        ([[1], [2, 70_000]], None, "prompt 1 holds 70000: give token ids below"),
+        ([[1], [2]], [SamplingParams()], "1 sampling params for 2 prompts"),
+        ([[{"role": "tool", "content": "x"}]], None, "prompt 0: the chat template refuses"),
+        ([[1]], SamplingParams(stop_token_ids=tuple(range(16))), "prompt 0 has 17 stop tokens: give at most 16"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_user_errors(target, tokenizer, prompts, sampling, message):
+    with pytest.raises(UserError, match=message):
+        make_engine(target, None, tokenizer).generate(prompts, sampling)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (dict(temperature=-1), "temperature is -1"),
+        (dict(top_p=0), "top_p is 0"),
+        (dict(min_p=2), "min_p is 2"),
+        (dict(n=0), "n is 0"),
+        (dict(max_new_tokens=1.5), "max_new_tokens is 1.5"),
+        (dict(max_new_tokens=float("inf")), "max_new_tokens is inf"),
+        (dict(n=float("nan")), "n is nan"),
+        (dict(stop_token_ids=[2**31]), "stop_token_ids is"),
+        (dict(seed="x"), "seed is 'x': give a number"),
+        (dict(stop=[""]), "stop is"),
+        (dict(stop_token_ids=["a"]), "stop_token_ids is"),
+    ],
+)
+def test_bad_sampling_params_are_user_errors_that_name_the_value(bad, message):
+    with pytest.raises(UserError, match=message):
+        SamplingParams(**bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (dict(slots=0), "slots is 0"),
+        (dict(max_len=4000), "max_len is 4000: give a whole number up to the target's 1024"),
+        (dict(slots=2_000_000), "memory needed is .* the device has .* free: lower slots"),
+        (dict(tree="bush"), "tree 'bush' is not known"),
+    ],
+)
+def test_sizes_that_cannot_be_are_user_errors(target, drafter, tokenizer, bad, message):
+    with pytest.raises(UserError, match=message):
+        make_engine(target, drafter, tokenizer, **bad)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------
+
+
+def test_with_a_window_the_drafters_cache_does_not_grow_with_the_length(target, drafter, tokenizer):
+    sizes = [make_engine(target, drafter, tokenizer, max_len=n).memory for n in (256, 512, 1024)]
+    assert sizes[0].drafter_cache == sizes[1].drafter_cache == sizes[2].drafter_cache
+    assert sizes[2].target_cache > 1.9 * sizes[1].target_cache
+    whole = jax.jit(lambda: FastEagle(dataclasses.replace(drafter.config, window=None), jax.random.key(0)))()
+    sizes = [make_engine(target, whole, tokenizer, max_len=n).memory.drafter_cache for n in (256, 1024)]
+    assert sizes[1] > 3 * sizes[0]
+
+
+def test_the_stated_memory_of_the_caches_is_what_is_taken(target, drafter, tokenizer):
+    engine = make_engine(target, drafter, tokenizer)
+    state = engine._empty(engine.num_slots).state
+    for name in ("target_cache", "drafter_cache"):
+        taken = sum(x.nbytes for x in jax.tree.leaves(getattr(state, name)))
+        assert getattr(engine.memory, name) == taken
+
+
+def test_numbers_of_buckets_and_rows_are_few():
+    assert prompt_buckets(2048, 64) == (256, 1024, 2048)
+    assert prompt_buckets(100, 64) == (128,)
+    assert [row_counts(n) for n in (1, 4, 8, 16, 64)] == [(1,), (4,), (8, 2), (16, 4), (64, 16, 4)]
+
+
+def test_a_conversation_goes_on_without_prefilling_what_was_said_before(target, drafter, tokenizer, monkeypatch):
+    engine = make_engine(target, drafter, tokenizer)
+    firsts = []
+    run = engine._run_prefill
+    monkeypatch.setattr(engine, "_run_prefill", lambda *args: firsts.append(args[3]) or run(*args))
+    said = list(range(5 * CHUNK + 3))
+    params = SamplingParams(temperature=0, max_new_tokens=4)
+    list(engine.stream(said, params))
+    assert firsts == [0, 5]
+    longer = list(engine.stream_pieces(said + [1] * 20, params))[-1]
+    assert firsts[2:] == [5, 6]
+    assert longer.tokens == make_engine(target, drafter, tokenizer).generate([said + [1] * 20], params)[0].tokens
+
+
+def test_a_common_beginning_is_prefilled_once(target, drafter, tokenizer, monkeypatch):
+    engine = make_engine(target, drafter, tokenizer)
+    chunks = []
+    run = engine._run_prefill
+
+    def counting(begun, prompt, bucket, first, drafts):
+        chunks.append(-(-len(prompt) // CHUNK) - first)
+        return run(begun, prompt, bucket, first, drafts)
+
+    monkeypatch.setattr(engine, "_run_prefill", counting)
+    system = list(range(10 * CHUNK + 3))
+    params = SamplingParams(temperature=0, max_new_tokens=4)
+    together = engine.generate([system + [200 + i] * 5 for i in range(6)], params)
+    assert sum(chunks) == 10 + 6  # the beginning's, and one of each prompt
+    for i, completion in enumerate(together):
+        alone = make_engine(target, drafter, tokenizer).generate([system + [200 + i] * 5], params)
+        assert alone[0].tokens == completion.tokens

@@ -1,0 +1,250 @@
+"""The chunked loss and its gradient against a version that makes all logits, and the memory that it saves."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.training.losses import LossConfig, level_loss, select_positions
+
+N, B, T, H, V = 3, 2, 12, 8, 20
+CLOSE = dict(rtol=1e-5, atol=1e-6)  # float32; sums over 20 tokens and 24 positions in another order
+
+# Two segments in the first row, one and padding in the second.
+POSITIONS = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0]])
+SEGMENTS = np.array([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3])
+SUPERVISED = np.array([[0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 1, 1], [0, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0]], bool)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+
+
+def inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
+    return normal(0, N, B, T, H), normal(1, B, T, H), normal(2, V, H)
+
+
+def slow_loss(hidden, target_hidden, pairs, head, ids, config):
+    """Loss and (loss, hits, acceptance) a level. `pairs` are (row, target position) that count."""
+    losses, metrics = [], []
+    for i in range(1, N + 1):
+        # The segment must reach back i tokens.
+        b, s = np.array([pair for pair in pairs if POSITIONS[pair] >= i]).T
+        h, at_target = hidden[i - 1][b, s - i], target_hidden[b, s]
+        p_full = jax.nn.softmax(at_target @ head.T)
+        q, p = jax.nn.softmax(h @ head[ids].T), p_full[:, ids]
+        overlap = jnp.minimum(p, q).sum(axis=1)
+        gap = jnp.abs(h - at_target)
+        terms = config.cross_entropy * -(p * jnp.log(q)).sum(axis=1)
+        terms += config.total_variation * (1 - overlap)
+        terms += config.acceptance * -jnp.log(overlap)
+        terms += config.smooth_l1 * jnp.where(gap < 1, gap**2 / 2, gap - 0.5).mean(axis=1)
+        hits = ids[jnp.argmax(q, axis=1)] == jnp.argmax(p_full, axis=1)
+        losses.append(terms.mean())
+        metrics.append([terms.mean(), hits.mean(), overlap.mean()])
+    weights = jnp.array([config.level_decay**i for i in range(N)])
+    if config.last_level_only:
+        weights = jnp.array([0.0] * (N - 1) + [1.0])
+    return (weights * jnp.stack(losses)).sum() / weights.sum(), metrics
+
+
+def pairs_that_count() -> list[tuple[int, int]]:
+    """(b, s) whose next token is supervised and which one token at least precedes in the segment."""
+    return [(b, s) for b, s in np.ndindex(B, T - 1) if SUPERVISED[b, s + 1] and POSITIONS[b, s] >= 1]
+
+
+CONFIGS = {
+    "cross entropy": LossConfig(chunk=5),
+    "total variation": LossConfig(cross_entropy=0.0, total_variation=1.0, chunk=5),
+    "acceptance": LossConfig(cross_entropy=0.0, acceptance=1.0, chunk=5),
+    "smooth L1": LossConfig(cross_entropy=0.0, smooth_l1=1.0, chunk=5),
+    "all terms, even weights, one chunk": LossConfig(0.1, 0.2, 0.3, 0.4, level_decay=1.0, chunk=256),
+    "last level only": LossConfig(last_level_only=True, chunk=1),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("ids", [np.arange(V), np.array([0, 3, 4, 9, 17])], ids=["full", "reduced"])
+def test_loss_metrics_and_gradient_are_those_of_the_loss_that_makes_all_logits(config, ids):
+    hidden, target_hidden, head = inputs()
+    picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), config.share, jax.random.key(0))
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def fast(hidden):
+        positions = jnp.asarray(POSITIONS)
+        return level_loss(hidden, target_hidden, positions, picked, real, head, head[ids], config)
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def slow(hidden):
+        return slow_loss(hidden, target_hidden, pairs_that_count(), head, jnp.asarray(ids), config)
+
+    (loss, metrics), gradient = jax.jit(fast)(hidden)
+    (expected, expected_metrics), expected_gradient = jax.jit(slow)(hidden)
+    np.testing.assert_allclose(loss, expected, **CLOSE)
+    np.testing.assert_allclose(jnp.stack(metrics[:3], axis=1), jnp.asarray(expected_metrics), **CLOSE)
+    np.testing.assert_allclose(gradient, expected_gradient, **CLOSE)
+    assert np.abs(gradient[N - 1]).max() > 1e-3
+    assert config.last_level_only == (np.abs(gradient[0]).max() == 0)
+
+
+def test_a_stack_and_a_list_of_levels_have_one_loss_and_gradient():
+    hidden, target_hidden, head = inputs()
+    picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(hidden):
+        positions = jnp.asarray(POSITIONS)
+        return level_loss(hidden, target_hidden, positions, picked, real, head, head, LossConfig(chunk=7))[0]
+
+    stacked, gradient = loss(hidden)
+    listed, gradients = loss(list(hidden))
+    np.testing.assert_allclose(stacked, listed, **CLOSE)
+    np.testing.assert_allclose(gradient, jnp.stack(gradients), **CLOSE)
+
+
+def test_a_level_counts_the_positions_whose_segment_reaches_back_far_enough():
+    hidden, target_hidden, head = inputs()
+    picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
+    args = (hidden, target_hidden, jnp.asarray(POSITIONS), picked, real, head, head, LossConfig())
+    expected = [sum(POSITIONS[pair] >= i for pair in pairs_that_count()) for i in (1, 2, 3)]
+    assert expected[0] > expected[1] > expected[2]
+    assert jax.jit(level_loss, static_argnums=7)(*args)[1].count.tolist() == expected
+
+
+def test_a_packed_rows_loss_is_that_of_its_segments_apart():
+    """Levels are means over positions, so with one level the segments' losses add up by their counts."""
+    hidden, target_hidden, head = inputs()
+    config = LossConfig(chunk=4)
+
+    @jax.jit
+    def loss(supervised):
+        picked, real = select_positions(supervised, jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
+        positions = jnp.asarray(POSITIONS)
+        return level_loss(hidden[:1], target_hidden, positions, picked, real, head, head, config)
+
+    whole, metrics = loss(jnp.asarray(SUPERVISED))
+    apart = []
+    for row, segment in ((0, 1), (0, 2), (1, 1)):
+        here = np.zeros((B, T), bool)
+        here[row] = SEGMENTS[row] == segment
+        apart.append(loss(jnp.asarray(SUPERVISED & here)))
+    counts = np.array([m.count[0] for _, m in apart])
+    assert counts.sum() == metrics.count[0] and (counts > 0).all()
+    np.testing.assert_allclose(whole, (counts * np.array([x for x, _ in apart])).sum() / counts.sum(), **CLOSE)
+
+
+def test_other_segments_and_unsupervised_positions_get_no_gradient():
+    hidden, target_hidden, head = inputs()
+    picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
+
+    def loss(hidden):
+        args = (target_hidden, jnp.asarray(POSITIONS), picked, real, head, head, LossConfig())
+        return level_loss(hidden, *args)[0]
+
+    moved = np.abs(jax.jit(jax.grad(loss))(hidden)).max(axis=-1) > 0  # [N, B, T]
+    expected = np.zeros((N, B, T), bool)
+    for b, s in pairs_that_count():
+        for i in range(1, min(N, POSITIONS[b, s]) + 1):
+            expected[i - 1, b, s - i] = True
+    np.testing.assert_array_equal(moved, expected)
+
+
+def test_nothing_selected_means_no_loss_and_no_gradient():
+    hidden, target_hidden, head = inputs()
+    picked, real = select_positions(jnp.zeros((B, T), bool), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
+
+    def loss(hidden):
+        args = (target_hidden, jnp.asarray(POSITIONS), picked, real, head, head, LossConfig())
+        return level_loss(hidden, *args)[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(hidden)
+    assert value == 0 and not gradient.any() and not real.any()
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["the target's head", "its own"])
+def test_under_bfloat16_heads_all_products_are_of_bfloat16_backwards_too(trained):
+    hidden, target_hidden, head = inputs()
+    picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
+
+    def loss(hidden, own):
+        heads = (head.astype(jnp.bfloat16), head.astype(jnp.bfloat16), LossConfig(), own if trained else None)
+        return level_loss(hidden, target_hidden, jnp.asarray(POSITIONS), picked, real, *heads)[0]
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head.astype(jnp.bfloat16)).as_text()
+    operands = re.findall(r"dot_general .*: \(tensor<([^>]*)>, tensor<([^>]*)>\)", program)
+    assert len(operands) >= 3 + trained  # of the target and a level; backwards to its state, and to its head
+    assert all(part.endswith("xbf16") for pair in operands for part in pair), operands
+
+
+# --- which positions --------------------------------------------------------------------------------------------
+
+select = jax.jit(select_positions, static_argnums=2)
+
+
+def pairs_of(picked, real) -> list[tuple[int, int]]:
+    """(row, position) of what `select` returned, in its order."""
+    return [(int(b), int(picked[b, j])) for b, j in zip(*np.nonzero(real), strict=True)]
+
+
+def test_all_positions_that_count_are_selected_once_where_the_share_is_large_enough():
+    for share in (1.0, 0.75):
+        picked, real = select(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), share, jax.random.key(0))
+        assert picked.shape == (B, round(share * T))
+        assert pairs_of(picked, real) == pairs_that_count()
+
+
+def test_a_small_share_is_a_new_subset_for_every_key_and_every_position_gets_its_turn():
+    expected = set(pairs_that_count())
+    seen: set[tuple[int, int]] = set()
+    subsets = set()
+    for seed in range(40):
+        picked, real = select(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 0.25, jax.random.key(seed))
+        assert picked.shape == (B, 3) and real.all()
+        chosen = pairs_of(picked, real)
+        assert len(set(chosen)) == 6 and set(chosen) <= expected
+        seen |= set(chosen)
+        subsets.add(tuple(chosen))
+    assert seen == expected and len(subsets) > 30
+    again = select(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 0.25, jax.random.key(39))[0]
+    np.testing.assert_array_equal(again, picked)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+
+def temporaries(num_tokens: int, vocab: int, chunk: int) -> int:
+    """Bytes that the compiled gradient needs besides its arguments and result."""
+
+    def loss(hidden, target_hidden, head):
+        positions = jnp.arange(num_tokens)[None]
+        picked, real = select_positions(jnp.ones(positions.shape, bool), positions, 1.0, jax.random.key(0))
+        config = LossConfig(chunk=chunk)
+        return level_loss(hidden, target_hidden, positions, picked, real, head, head, config)[0]
+
+    shape = jax.ShapeDtypeStruct
+    hidden, target = shape((N, 1, num_tokens, H), jnp.float32), shape((1, num_tokens, H), jnp.float32)
+    compiled = jax.jit(jax.grad(loss)).lower(hidden, target, shape((vocab, H), jnp.float32)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary():
+    """From 1024 to 2048 tokens, one float32 [T, V] more would be 16 MiB; hidden states of all levels are 0.1 MiB."""
+    vocab, one_more = 4096, 1024 * 4096 * 4
+    few, many = temporaries(1024, vocab, chunk=64), temporaries(2048, vocab, chunk=64)
+    assert many - few < one_more / 16
+    assert few < one_more / 2  # a few [C, V] of 1 MiB each
+    assert temporaries(1024, vocab, chunk=1024) > one_more  # what is measured does see such arrays
+
+
+@pytest.mark.parametrize("bad", [dict(share=0.0), dict(share=1.1), dict(chunk=0)], ids=str)
+def test_a_bad_loss_setting_is_a_user_error(bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(UserError, match=f"loss {name} is {value}"):
+        LossConfig(**bad)

@@ -1,0 +1,59 @@
+"""A drafter that sees the same few conversations again and again knows them by heart, and decodes so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fasteagle_jax.data.packing import Conversation, PackedData
+from fasteagle_jax.decoding.acceptance import measure_acceptance
+from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.speculative import generate
+from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.training.config import apply_changes, drafter_config, load_config
+from fasteagle_jax.training.step import feature_rms, first_state, init_drafter, make_optimizer, make_train_step
+from tests.tiny_models import tiny_target
+
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
+CHANGES = (
+    "steps=300",
+    "length=64",
+    "batch_size=16",  # all conversations in every batch
+    "optimizer.learning_rate=1.5e-2",
+    "drafter.intermediate_size=256",  # memory
+    "loss.share=1.0",
+    "loss.chunk=1024",
+    "loss.level_decay=1.0",  # all levels alike
+)
+PROMPT, ANSWER = 6, 25
+
+
+def test_thirty_two_conversations_are_learnt_by_heart_by_every_level_and_then_drafted_almost_whole() -> None:
+    config = apply_changes(load_config(str(CONFIG)), CHANGES)
+    target = tiny_target(stacked=False, num_layers=2, sharpness=6.0)  # whose second choices are far behind
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(40, size=PROMPT).tolist() for _ in range(32)]
+    said = generate(target, None, prompts, make_sampling(32), max_new=ANSWER, tree=Tree.parse("chain"), chunk=8)
+    texts = [prompt + np.asarray(answer)[:ANSWER].tolist() for prompt, answer in zip(prompts, said.tokens, strict=True)]
+    samples = [Conversation.of(f"{i}", text, [[PROMPT, len(text)]]) for i, text in enumerate(texts)]
+    data = PackedData(samples, config.length, config.batch_size, config.seed)
+    assert data.num_batches_per_epoch(0) == 1
+
+    sizes = drafter_config(config.drafter, target.config)
+    rms = feature_rms(target, jax.tree.map(jnp.asarray, data.batch(0)), sizes.feature_layers)
+    drafter = init_drafter(sizes, target, jax.random.key(0), feature_rms=rms, from_target=False)
+    graph, params, constants = nnx.split(drafter, nnx.Param, ...)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    step = make_train_step(graph, constants, optimizer, config.loss, jnp.float32, config.seed)
+    state = first_state(params, optimizer)
+    for i in range(config.steps):
+        state, result = step(state, target, jax.tree.map(jnp.asarray, data.batch(i)))
+    assert result.metrics.accuracy.min() > 0.95, result.metrics.accuracy
+
+    drafter = nnx.merge(graph, state.params, constants)
+    found = measure_acceptance(target, drafter, prompts, Tree.parse("chain"), max_new=ANSWER, batch_size=32)
+    assert found.length > 0.9 * (drafter.num_levels + 1), found

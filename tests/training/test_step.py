@@ -1,0 +1,289 @@
+"""First weights, the optimiser's schedule and the train step."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from fasteagle_jax.data.packing import Batch, Conversation, PackedData
+from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.transformer import hold_columns, rms_norm, rotation, unstack
+from fasteagle_jax.training.checkpoints import Checkpoints
+from fasteagle_jax.training.losses import LossConfig
+from fasteagle_jax.training.step import (
+    OptimizerConfig,
+    TrainState,
+    drafter_loss,
+    feature_rms,
+    first_state,
+    init_drafter,
+    make_optimizer,
+    make_train_step,
+)
+from tests.tiny_models import tiny_target
+
+LEVELS = 2
+
+
+def packed_batch(seed: int = 0, rows: int = 2, lengths: tuple[int, int] = (18, 18), answer: int = 3) -> Batch:
+    """Rows of packed conversations without the token 39, of so many tokens; their answers start at `answer`."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(lengths[0], lengths[1] + 1, 4 * rows)
+    samples = [
+        Conversation.of(f"{i}", rng.integers(39, size=n).tolist(), [[answer, int(n)]]) for i, n in enumerate(sizes)
+    ]
+    return jax.tree.map(jnp.asarray, PackedData(samples, 40, rows, seed).batch(0))
+
+
+def run_steps(state: TrainState, step: object, target: object, num_steps: int) -> tuple[TrainState, list[float]]:
+    """The state after `num_steps` steps, and their losses."""
+    losses = []
+    for i in range(num_steps):
+        state, result = step(state, target, packed_batch(i % 2))  # type: ignore[operator]
+        losses.append(float(result.loss))
+    return state, losses
+
+
+def new_run(drafter: FastEagle, accumulate: int = 1, **changes: object) -> tuple[TrainState, object, object, object]:
+    """(state, step, graph, constants) of a run that trains `drafter`; `changes` are of the optimiser."""
+    graph, params, constants = nnx.split(drafter, nnx.Param, ...)
+    config = OptimizerConfig(**{"learning_rate": 1e-2, "warmup_steps": 1} | changes)
+    optimizer, loss = make_optimizer(config, 100), LossConfig(share=0.5, chunk=16)
+    step = make_train_step(graph, constants, optimizer, loss, jnp.float32, 0, accumulate=accumulate, ema=config.ema)
+    # The step donates its state, and a drafter may serve several runs.
+    return first_state(jax.tree.map(jnp.copy, params), optimizer, config.ema), step, graph, constants
+
+
+def small_drafter(target: object, **changes: object) -> FastEagle:
+    """Of LEVELS levels, to train."""
+    return init_drafter(default_config(target.config, num_levels=LEVELS, **changes), target, jax.random.key(0))
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_levels_start_as_the_targets_last_layer(stacked: bool) -> None:
+    target = tiny_target(stacked=stacked)
+    drafter = init_drafter(default_config(target.config, num_levels=LEVELS), target, jax.random.key(0))
+    hold_columns(target)  # as what is trained has them
+    last = unstack(target.layers, 5)[-1] if stacked else target.layers[-1]
+    for level in unstack(drafter.levels, LEVELS) if stacked else list(drafter.levels):
+        jax.tree.map(np.testing.assert_array_equal, level.layer, last)
+        np.testing.assert_array_equal(level.norm[...], target.norm[...])
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_eagle3_starts_as_the_targets_last_layer_and_head(stacked: bool) -> None:
+    target, ids = tiny_target(stacked=stacked), jnp.arange(5, 35)
+    config = default_config(target.config, kind="eagle3", num_levels=LEVELS, draft_vocab_size=30)
+    drafter = init_drafter(config, target, jax.random.key(0), token_ids=ids, feature_rms=jnp.asarray([1.0, 2.0, 4.0]))
+    last = unstack(target.layers, 5)[-1] if stacked else target.layers[-1]
+    # Without its attention to embeddings the layer says of a feature what the target's says of a hidden state.
+    features = jax.random.normal(jax.random.key(1), (1, 6, 3 * config.hidden_size))
+    positions, visible = jnp.arange(6)[None], jnp.tril(jnp.ones((1, 6, 6), bool))
+    found, _ = drafter.hidden_states(target.embedding[...], features, jnp.zeros((1, 6), jnp.int32), positions, visible)
+    turn = rotation(positions, config.rope, config.head_dim)
+    out, _ = last(features[..., -config.hidden_size :], turn, visible, None)
+    expected = rms_norm(out, target.norm[...], config.rms_norm_eps)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(drafter.head[...], target.head_rows()[ids])
+
+
+def test_a_drafter_of_other_sizes_cannot_start_from_the_target() -> None:
+    target = tiny_target()
+    with pytest.raises(UserError, match="from_target"):
+        init_drafter(default_config(target.config, num_levels=2, intermediate_size=8), target, jax.random.key(0))
+    with pytest.raises(UserError, match="from_target"):
+        sizes = default_config(target.config, kind="eagle3", intermediate_size=8)
+        init_drafter(sizes, target, jax.random.key(0))
+    with pytest.raises(UserError, match="reinject=False"):
+        init_drafter(default_config(target.config, kind="eagle3", reinject=True), target, jax.random.key(0))
+
+
+def test_training_never_consumes_the_target() -> None:
+    """The step donates its state: a buffer that a drafter shares with the target would be gone after it."""
+    target = tiny_target(stacked=False)
+    before = jax.tree.map(np.asarray, target)
+    state, step, _, _ = new_run(init_drafter(default_config(target.config, num_levels=2), target, jax.random.key(0)))
+    run_steps(state, step, target, 2)
+    jax.tree.map(np.testing.assert_array_equal, target, before)
+
+
+def test_stacked_and_listed_models_have_the_same_loss_and_gradient() -> None:
+    target = tiny_target()
+    config = default_config(target.config, num_levels=3, reinject=True, correction=8, draft_vocab_size=30)
+    drafter = init_drafter(config, target, jax.random.key(0), token_ids=jnp.arange(5, 35))
+    drafter.correction.to_state[...] += 0.1  # not at zero, where its other parts have no gradient
+
+    def loss(params: object, graph: object, constants: object, target: object) -> jax.Array:
+        drafter = nnx.merge(graph, params, constants)
+        return drafter_loss(drafter, target, packed_batch(), jax.random.key(1), LossConfig(chunk=16))[0]
+
+    found = []
+    for model, draft in ((target, drafter), (target.unstacked(), drafter.unstacked())):
+        graph, params, constants = nnx.split(draft, nnx.Param, ...)
+        value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, graph, constants, model)
+        found.append((value, nnx.merge(graph, gradient, constants)))
+    (one, stacked), (other, listed) = found
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert float(one) > 0
+    # Sums in another order: float32 rounding of gradients that are at most about 1.
+    listed = listed.stacked_form()
+    for part in ("levels", "correction", "fuse"):
+        ours, theirs = getattr(stacked, part), getattr(listed, part)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
+        assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(ours))
+
+
+def test_feature_rms_is_of_an_ordinary_token() -> None:
+    target = tiny_target()
+    rms = feature_rms(target, packed_batch(), (0, 2))
+    embedding = np.asarray(target.embedding[...])
+    np.testing.assert_allclose(rms[0], np.sqrt((embedding**2).mean()), rtol=0.2)
+    assert rms[1] > rms[0]
+
+
+def test_the_rate_warms_up_stays_and_falls() -> None:
+    optimizer = make_optimizer(
+        OptimizerConfig(learning_rate=1.0, warmup_steps=4, decay_share=0.5, final_share=0.1, clip_norm=1e9), 20
+    )
+    params = {"w": jnp.zeros(())}
+    state = optimizer.init(params)
+    sizes = []
+    for _ in range(21):  # AdamW's step has the size of the rate under a constant gradient
+        updates, state = optimizer.update({"w": jnp.ones(())}, state, params)
+        sizes.append(-float(updates["w"]))
+    expected = [0, 0.25, 0.5, 0.75, *[1.0] * 6, *(1 - 0.09 * i for i in range(11))]
+    np.testing.assert_allclose(sizes, expected, atol=1e-4)
+
+
+def test_the_loss_falls_and_a_restored_state_goes_on_bitwise(tmp_path: object) -> None:
+    target = tiny_target(stacked=False)
+    drafter = init_drafter(default_config(target.config, num_levels=2), target, jax.random.key(0))
+    state, step, _, constants = new_run(drafter)
+    state, early = run_steps(state, step, target, 4)
+    with Checkpoints(f"{tmp_path}/checkpoints", keep=1) as checkpoints:
+        checkpoints.save(4, (state, constants), {})
+        checkpoints.wait()
+    state, late = run_steps(state, step, target, 40)
+    assert np.mean(late[-4:]) < 0.9 * np.mean(early)
+
+    other, step, _, constants = new_run(init_drafter(drafter.config, target, jax.random.key(7)))
+    with Checkpoints(f"{tmp_path}/checkpoints", keep=1) as checkpoints:
+        assert checkpoints.latest_step() == 4
+        other, constants = checkpoints.restore(4, (other, constants))
+    assert int(other.step) == 4
+    _, again = run_steps(other, step, target, 40)
+    assert again == late
+
+
+# --- accumulation, skipped updates, the average -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_parts", "stacked", "kind"), [(2, True, "fasteagle"), (4, False, "eagle3")])
+def test_parts_of_a_batch_one_after_the_other_give_the_step_of_the_whole_batch(
+    num_parts: int, stacked: bool, kind: str
+) -> None:
+    """Rows have unlike numbers of positions at each level, so a mean of the parts' losses would be another loss."""
+    target = tiny_target(num_layers=2, stacked=stacked)
+    drafter, batch = small_drafter(target, kind=kind), packed_batch(3, rows=4, lengths=(3, 18), answer=1)
+    whole, step, _, _ = new_run(drafter, warmup_steps=0)
+    whole, expected = step(whole, target, batch)
+    assert len(set(np.asarray(expected.metrics.count).tolist())) == LEVELS
+    parts, step, _, _ = new_run(drafter, num_parts, warmup_steps=0)
+    parts, result = step(parts, target, batch)
+    # Sums in another order: float32 rounding.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), result, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        parts.optimizer[1][0].mu,
+        whole.optimizer[1][0].mu,
+    )
+
+
+def poisoned_target() -> object:
+    """A target that has no finite word for token 39, which `packed_batch` never holds."""
+    target = tiny_target(num_layers=2)
+    target.embedding[...] = target.embedding[...].at[39].set(jnp.nan)
+    return target
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_batch_without_a_finite_loss_changes_nothing_but_the_step(ema: float) -> None:
+    target = poisoned_target()
+    state, step, _, _ = new_run(small_drafter(tiny_target(num_layers=2)), ema=ema)
+    state, _ = run_steps(state, step, target, 3)
+    before = jax.tree.map(np.array, state)
+    batch = packed_batch(1)
+    state, result = step(state, target, batch.__class__(batch.tokens.at[0, 5].set(39), *jax.tree.leaves(batch)[1:]))
+    assert not result.applied and not np.isfinite(result.loss)
+    jax.tree.map(np.testing.assert_array_equal, state._replace(step=0), before._replace(step=0))
+    assert int(state.step) == before.step + 1 == 4
+    state, result = step(state, target, batch)
+    assert result.applied and np.isfinite(result.loss)
+
+
+def test_a_loss_above_the_limit_changes_nothing_either() -> None:
+    target = tiny_target(num_layers=2)
+    state, step, _, _ = new_run(small_drafter(target))
+    state, result = step(state, target, packed_batch())
+    before = jax.tree.map(np.array, state.params)
+    state, result = step(state, target, packed_batch(), np.float32(0.5 * result.loss))
+    assert not result.applied
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+
+
+def test_the_average_follows_the_weights_and_is_what_decodes() -> None:
+    target = tiny_target(num_layers=2)
+    state, step, _, _ = new_run(small_drafter(target), ema=0.5)
+    average = jax.tree.map(np.array, state.params)
+    for i in range(8):
+        state, _ = step(state, target, packed_batch(i % 2))
+        decay = min(0.5, (1 + i) / (10 + i))
+        average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p), average, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.weights, average)
+    plain, _, _, _ = new_run(small_drafter(target))
+    assert plain.average is None and plain.weights is plain.params
+
+
+# --- Muon -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_muon_takes_the_matrices_and_leaves_the_vectors_to_adamw(stacked: bool) -> None:
+    target = tiny_target(num_layers=2, stacked=stacked)
+    drafter = small_drafter(target, reinject=True, correction=8)
+    drafter.correction.to_state[...] += 0.1  # not at zero, where its other parts have no gradient
+    state, step, _, _ = new_run(drafter, name="muon", warmup_steps=0, clip_norm=1e9)
+    before = jax.tree.map(np.array, state.params)
+    state, result = step(state, target, packed_batch())
+    assert result.applied
+    changes = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: np.asarray(a - b), state.params, before))
+    matrices = 0
+    for path, change in changes:
+        name = jax.tree_util.keystr(path)
+        if "norm" in name:
+            # Adam's first step has one size, whatever the gradient: with Nesterov's momentum 1.4737 times the rate.
+            np.testing.assert_allclose(np.abs(change), 1.4737e-2, rtol=1e-2, err_msg=name)
+            continue
+        for matrix in change.reshape(-1, *change.shape[-2:]):
+            size = np.linalg.svd(matrix / (1e-2 * 0.2 * max(matrix.shape) ** 0.5), compute_uv=False)
+            kept = size[size > 0.3]  # Newton-Schulz brings all that is not tiny to between 0.5 and 1.5
+            assert len(kept) >= len(size) // 2 and kept.max() < 1.5, name
+            matrices += 1
+    assert matrices == 2 + 3 + LEVELS * 8
+
+
+def test_optimizer_values_are_checked() -> None:
+    with pytest.raises(UserError, match="learning_rate 0"):
+        OptimizerConfig(learning_rate=0)
+    with pytest.raises(UserError, match="decay_share is 2"):
+        OptimizerConfig(decay_share=2)
+    with pytest.raises(UserError, match="name is 'sgd': use adamw or muon"):
+        OptimizerConfig(name="sgd")
+    with pytest.raises(UserError, match="ema is 1: give a decay"):
+        OptimizerConfig(ema=1)
+    assert isinstance(make_optimizer(OptimizerConfig(), 10), optax.GradientTransformation)
