@@ -9,11 +9,12 @@ Sizes: the published config.json of deepseek-ai/DeepSeek-R1-Distill-Llama-8B. Op
 EAGLE-3's (arXiv 2503.01840).
 """
 
-from fasteagle_jax.config import LlamaConfig, RopeConfig
 from fasteagle_jax.devices.sharding import MeshShape
+from fasteagle_jax.nn.rope import RopeConfig
+from fasteagle_jax.targets.llama import LlamaConfig
 from fasteagle_jax.training.config import DrafterChoice, RunConfig
 from fasteagle_jax.training.losses import LossConfig
-from fasteagle_jax.training.step import OptimizerConfig
+from fasteagle_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> RunConfig:

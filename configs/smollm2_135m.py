@@ -8,7 +8,7 @@ Any machine; 510 to 1,100 training tokens a second on two CPU cores (train/READM
 
 from fasteagle_jax.training.config import DrafterChoice, RunConfig
 from fasteagle_jax.training.losses import LossConfig
-from fasteagle_jax.training.step import OptimizerConfig
+from fasteagle_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> RunConfig:

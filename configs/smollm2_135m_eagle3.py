@@ -8,7 +8,7 @@ Any machine with 8 GB. Its level weights: docs/results.md, "EAGLE-3's level weig
 
 from fasteagle_jax.training.config import DrafterChoice, RunConfig
 from fasteagle_jax.training.losses import LossConfig
-from fasteagle_jax.training.step import OptimizerConfig
+from fasteagle_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> RunConfig:

@@ -5,7 +5,7 @@ python -m train.drafter --config configs/tiny.py --run runs/tiny target=FOLDER d
 
 from fasteagle_jax.training.config import DrafterChoice, RunConfig
 from fasteagle_jax.training.losses import LossConfig
-from fasteagle_jax.training.step import OptimizerConfig
+from fasteagle_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> RunConfig:

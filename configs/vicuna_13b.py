@@ -8,11 +8,11 @@ Sizes: the published config.json of lmsys/vicuna-13b-v1.3. Optimiser, draft voca
 2503.01840).
 """
 
-from fasteagle_jax.config import LlamaConfig
 from fasteagle_jax.devices.sharding import MeshShape
+from fasteagle_jax.targets.llama import LlamaConfig
 from fasteagle_jax.training.config import DrafterChoice, RunConfig
 from fasteagle_jax.training.losses import LossConfig
-from fasteagle_jax.training.step import OptimizerConfig
+from fasteagle_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> RunConfig:

@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fasteagle_jax.config import LlamaConfig
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
 from fasteagle_jax.decoding.tree import Draft, Tree, build
 from fasteagle_jax.nn.kv_cache import Cache
-from fasteagle_jax.targets.llama import Llama
+from fasteagle_jax.targets.llama import Llama, LlamaConfig
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:

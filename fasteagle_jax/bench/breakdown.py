@@ -23,7 +23,8 @@ from fasteagle_jax.bench.runner import Case, Contest, tree_of
 from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.decoding.interfaces import Ranking
 from fasteagle_jax.decoding.sampling import choose
-from fasteagle_jax.decoding.speculative import State, advance, decode_rounds, root_only
+from fasteagle_jax.decoding.speculative import advance, decode_rounds, root_only
+from fasteagle_jax.decoding.state import State
 from fasteagle_jax.decoding.tree import Draft, visible_nodes, walk
 from fasteagle_jax.nn.kv_cache import commit
 

@@ -10,13 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from fasteagle_jax.bench.prompts import Models
-from fasteagle_jax.data.packing import Prompt, read_prompts
+from fasteagle_jax.data.sources import Prompt, read_prompts
 from fasteagle_jax.drafters.files import load_drafter, read_config
 from fasteagle_jax.drafters.simulated import parse_rates
 from fasteagle_jax.drafters.table import CLASSES
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.checkpoint import open_checkpoint
+from fasteagle_jax.targets.loading import open_checkpoint
 
 PLAIN, SIMULATED = "plain", "simulated"
 

@@ -18,20 +18,8 @@ import operator
 from collections.abc import Sequence
 from pathlib import Path
 
-from fasteagle_jax.commands.compile_check import SAME_SIZES, TARGETS, file_of
-from fasteagle_jax.commands.terminal import Parser
-from fasteagle_jax.drafters.simulated import parse_rates
+from fasteagle_jax.compiling.table import SAME_SIZES, TARGETS, file_of
 from fasteagle_jax.errors import UserError
-
-
-def predict(argv: Sequence[str] | None) -> int:
-    """Prints the table as the command line says; returns the exit code."""
-    parser = Parser(prog="fasteagle bench --predict", description=__doc__)
-    parser.add_argument("--predict", type=Path, required=True, metavar="FOLDER", help="of fasteagle compile --table")
-    parser.add_argument("--rates", required=True, metavar="R/R/...", help="accepted at each depth, e.g. 0.8/0.7/0.6")
-    args = parser.parse_args(argv)
-    print(predictions(args.predict, parse_rates(args.rates)))
-    return 0
 
 
 def acceptance_length(rates: Sequence[float]) -> float:

@@ -5,20 +5,13 @@ B rows · P prompt slots · C tokens of a prefill chunk.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from fasteagle_jax.commands.terminal import add_dtype_option, dtype_named
-from fasteagle_jax.drafters.files import load_drafter
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.checkpoint import DEFAULT_TARGET
-from fasteagle_jax.targets.loading import load_target
-from fasteagle_jax.targets.tokenizer import load_tokenizer, stop_token_ids
 
 CHUNK = 64  # C
 
@@ -32,24 +25,6 @@ class Models(NamedTuple):
     stop_tokens: tuple[int, ...]
     drafter: Any | None
     dtype: str  # of the weights
-
-
-def add_target_options(parser: Any) -> None:
-    """Adds --target and --dtype."""
-    parser.add_argument("--target", default=DEFAULT_TARGET, help="folder, .gguf file or hub name (default %(default)s)")
-    add_dtype_option(parser, "default float32 on a CPU, else bfloat16")
-
-
-def load_models(args: argparse.Namespace, drafter_folder: Path | None) -> Models:
-    """The models that the options name; UserError for those that cannot be had or do not fit each other."""
-    dtype = dtype_named(args.dtype)
-    target = load_target(args.target, dtype)
-    tokenizer = load_tokenizer(target.checkpoint.path)
-    stop_tokens = stop_token_ids(tokenizer, target.checkpoint.path)
-    drafter = None
-    if drafter_folder is not None:
-        drafter = load_drafter(drafter_folder, target.checkpoint.config, target.fingerprint, dtype)
-    return Models(target.model, target.fingerprint, tokenizer, stop_tokens, drafter, jnp.dtype(dtype).name)
 
 
 def prompt_slots(length: int) -> int:

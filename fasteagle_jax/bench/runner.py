@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from fasteagle_jax.bench.decoders import PLAIN, Way
 from fasteagle_jax.bench.prompts import CHUNK, Models, check_fits, pad, prompt_slots
 from fasteagle_jax.bench.timing import Compilations
-from fasteagle_jax.data.packing import Prompt
+from fasteagle_jax.data.sources import Prompt
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.sampling import Sampling
-from fasteagle_jax.decoding.speculative import State, Statistics, Stop, advance, make_stop, slots_needed, start
+from fasteagle_jax.decoding.speculative import advance, start
+from fasteagle_jax.decoding.state import State, Statistics, Stop, make_stop, slots_needed
 from fasteagle_jax.decoding.tree import Tree
 from fasteagle_jax.drafters.simulated import simulated
 from fasteagle_jax.engine.detokenizer import decode

@@ -22,7 +22,8 @@ from fasteagle_jax.bench.prompts import CHUNK, Models, pad
 from fasteagle_jax.bench.sweeps import Outcome, check_trained, machine
 from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.decoding.sampling import Sampling, choose, make_sampling
-from fasteagle_jax.decoding.speculative import State, advance, make_stop, start
+from fasteagle_jax.decoding.speculative import advance, start
+from fasteagle_jax.decoding.state import State, make_stop
 from fasteagle_jax.decoding.tree import Tree
 from fasteagle_jax.decoding.tree_selection import shapes
 from fasteagle_jax.errors import UserError

@@ -29,8 +29,7 @@ import numpy as np
 from fasteagle_jax.bench.figures import show
 from fasteagle_jax.bench.prompts import check_fits
 from fasteagle_jax.bench.sweeps import machine
-from fasteagle_jax.commands.terminal import TERMINATED, Parser, check_new, program, whole, write_new
-from fasteagle_jax.commands.train_drafter import train
+from fasteagle_jax.commands.terminal import TERMINATED, Parser, program, whole
 from fasteagle_jax.data.sources import read_prompts
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.tree import Tree
@@ -38,10 +37,11 @@ from fasteagle_jax.drafters.files import load_drafter
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import SamplingParams
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.checkpoint import open_checkpoint
-from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.io.files import check_new, write_new
+from fasteagle_jax.targets.loading import load_target, open_checkpoint
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.training.config import RunConfig, apply_changes, changes_since, load_config
+from fasteagle_jax.training.loop import train
 from fasteagle_jax.training.metrics_log import finite
 
 BASE = "base"

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-from fasteagle_jax.bench.prompts import add_target_options
 from fasteagle_jax.bench.timing import Stopwatch
+from fasteagle_jax.commands.models import add_target_options
 from fasteagle_jax.commands.terminal import add_sampling_options, whole
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.tree import Tree
@@ -28,7 +28,7 @@ from fasteagle_jax.engine.engine import Engine, Piece
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.checkpoint import open_checkpoint
+from fasteagle_jax.targets.loading import open_checkpoint
 
 ONE_AT_A_TIME = "best_first:4 on a CPU, best_first:16 elsewhere"  # what `tree_named(None)` is, in words
 COLOURS = ("green", "cyan", "blue", "magenta", "yellow", "red", "bright_black")  # of depths 1, 2, ...; the last: deeper

@@ -51,26 +51,19 @@ from fasteagle_jax.commands.terminal import (
     INTERRUPTED,
     Parser,
     add_filter_options,
+    add_share_options,
     dtype_named,
     program,
     whole,
-    writing,
 )
 from fasteagle_jax.data.manifest import manifest_path, read_manifest
-from fasteagle_jax.data.shares import Share, add_share_options, join
-from fasteagle_jax.engine.batch_records import (
-    AnswerFile,
-    BatchRequest,
-    Refusal,
-    answer_record,
-    numbered,
-    read_requests,
-    refusal_record,
-)
+from fasteagle_jax.data.shares import Share, join
+from fasteagle_jax.engine.batch_records import AnswerFile, answer_record, refusal_record
+from fasteagle_jax.engine.batch_requests import BatchRequest, Refusal, numbered, read_requests
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import write_text
+from fasteagle_jax.io.files import write_text, writing
 
 
 @program

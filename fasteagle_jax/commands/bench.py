@@ -41,8 +41,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from fasteagle_jax.bench import predict, verify_cost
 from fasteagle_jax.bench import sweeps as sweep
-from fasteagle_jax.bench import verify_cost
 from fasteagle_jax.bench.breakdown import Split, Splitter
 from fasteagle_jax.bench.decoders import Way, find_drafters, load_drafters, parse_ways, read_tasks
 from fasteagle_jax.bench.figures import (
@@ -53,17 +53,18 @@ from fasteagle_jax.bench.figures import (
     speedup_figure,
     split_figure,
 )
-from fasteagle_jax.bench.predict import predict
-from fasteagle_jax.bench.prompts import Models, add_target_options, check_fits, load_models
+from fasteagle_jax.bench.prompts import Models, check_fits
 from fasteagle_jax.bench.runner import Contest, Measured, Result
 from fasteagle_jax.commands.answers import ONE_AT_A_TIME
-from fasteagle_jax.commands.terminal import Parser, add_filter_options, check_new, program, whole
-from fasteagle_jax.data.packing import Prompt
+from fasteagle_jax.commands.models import add_target_options, load_models
+from fasteagle_jax.commands.terminal import Parser, add_filter_options, program, whole
+from fasteagle_jax.data.sources import Prompt
 from fasteagle_jax.decoding.sampling import Sampling, make_sampling
 from fasteagle_jax.decoding.tree import Tree
 from fasteagle_jax.decoding.tree_selection import default_tree
+from fasteagle_jax.drafters.simulated import parse_rates
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import new_folder
+from fasteagle_jax.io.files import check_new, new_folder
 from fasteagle_jax.targets.tokenizer import encode_chat
 
 TOKENS_DIFFER = 1  # exit code
@@ -79,8 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures as the command line says; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
     if any(word.partition("=")[0] == "--predict" for word in words):  # measures nothing, and needs no model
-        return predict(words)
+        args = _prediction_parser().parse_args(words)
+        print(predict.predictions(args.predict, parse_rates(args.rates)))
+        return 0
     return bench(_parser().parse_args(words))
+
+
+def _prediction_parser() -> Parser:
+    parser = Parser(prog="fasteagle bench --predict", description=predict.__doc__)
+    parser.add_argument("--predict", type=Path, required=True, metavar="FOLDER", help="of fasteagle compile --table")
+    parser.add_argument("--rates", required=True, metavar="R/R/...", help="accepted at each depth, e.g. 0.8/0.7/0.6")
+    return parser
 
 
 def _parser() -> Parser:

@@ -24,10 +24,13 @@ from flax import nnx
 from fasteagle_jax.bench.figures import show
 from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.commands.terminal import Parser, program, whole
-from fasteagle_jax.data.packing import Conversation, PackedData
+from fasteagle_jax.data.conversations import Conversation
+from fasteagle_jax.data.packing import PackedData
 from fasteagle_jax.targets.loading import load_target
-from fasteagle_jax.training.config import RunConfig, apply_changes, drafter_config, load_config, train_step
-from fasteagle_jax.training.step import first_state, init_drafter, make_optimizer
+from fasteagle_jax.training.config import RunConfig, apply_changes, drafter_config, load_config
+from fasteagle_jax.training.init import init_drafter
+from fasteagle_jax.training.optimizer import make_optimizer
+from fasteagle_jax.training.step import first_state, train_step
 
 
 @program

@@ -29,7 +29,7 @@ from fasteagle_jax.commands.answers import (
     tree_named,
 )
 from fasteagle_jax.commands.terminal import Parser, program
-from fasteagle_jax.data.packing import Message
+from fasteagle_jax.data.sources import Message
 from fasteagle_jax.engine.engine import Engine, Piece
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError

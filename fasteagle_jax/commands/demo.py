@@ -27,9 +27,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fasteagle_jax.bench.prompts import CHUNK, Models, load_models, pad
+from fasteagle_jax.bench.prompts import CHUNK, Models, pad
 from fasteagle_jax.commands import prepare_data, train_drafter
 from fasteagle_jax.commands.answers import ONE_AT_A_TIME
+from fasteagle_jax.commands.models import load_models
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, program, whole
 from fasteagle_jax.decoding import speculative as decoding
 from fasteagle_jax.decoding.acceptance import Acceptance
@@ -39,11 +40,11 @@ from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import cache_folder
-from fasteagle_jax.targets.checkpoint import DEFAULT_TARGET, open_checkpoint
+from fasteagle_jax.targets.loading import DEFAULT_TARGET, open_checkpoint
 from fasteagle_jax.targets.tokenizer import encode_chat
 from fasteagle_jax.training.config import DrafterChoice, RunConfig
 from fasteagle_jax.training.losses import LossConfig
-from fasteagle_jax.training.step import OptimizerConfig
+from fasteagle_jax.training.optimizer import OptimizerConfig
 
 QUESTIONS = (
     "Why is the sky blue?",

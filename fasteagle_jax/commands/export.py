@@ -22,14 +22,17 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from fasteagle_jax.commands.terminal import Parser, check_new, program, whole
+from fasteagle_jax.commands.terminal import Parser, program, whole
 from fasteagle_jax.drafters.files import STORAGE, load_drafter, packed, save_drafter, tensors_of, unpacked
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.checkpoint import fingerprint, open_checkpoint
+from fasteagle_jax.io.files import check_new
+from fasteagle_jax.targets.checkpoint import fingerprint
+from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.training.checkpoints import Checkpoints
 from fasteagle_jax.training.config import RunConfig, drafter_config, from_json, trained
-from fasteagle_jax.training.step import first_state, make_optimizer
+from fasteagle_jax.training.optimizer import make_optimizer
+from fasteagle_jax.training.step import first_state
 
 
 @program

@@ -33,11 +33,12 @@ from fasteagle_jax.commands.answers import (
     sampling_params,
     tree_named,
 )
-from fasteagle_jax.commands.terminal import Parser, check_new, program, whole, write_new
-from fasteagle_jax.data.packing import Message, Prompt, read_prompts
+from fasteagle_jax.commands.terminal import Parser, program, whole
+from fasteagle_jax.data.sources import Message, Prompt, read_prompts
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import check_new, write_new
 
 
 @program

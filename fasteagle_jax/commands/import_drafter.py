@@ -22,13 +22,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from fasteagle_jax.commands.terminal import Parser, check_new, program, whole
-from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
+from fasteagle_jax.commands.terminal import Parser, program, whole
+from fasteagle_jax.drafters.base import DrafterConfig, default_config
 from fasteagle_jax.drafters.eagle3 import Eagle3
-from fasteagle_jax.drafters.fasteagle import default_config
 from fasteagle_jax.drafters.files import fill, save_drafter
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.checkpoint import DEFAULT_TARGET, fingerprint, open_checkpoint, read_json
+from fasteagle_jax.io.files import check_new, read_json
+from fasteagle_jax.nn.rope import RopeConfig
+from fasteagle_jax.targets.checkpoint import fingerprint
+from fasteagle_jax.targets.llama import LlamaConfig
+from fasteagle_jax.targets.loading import DEFAULT_TARGET, open_checkpoint
 
 LEVELS = 8  # of the published evaluation: a first pass and depth 7
 _NOT_OURS = ("embed_tokens.weight", "t2d")  # the target's, and what d2t says already

@@ -38,19 +38,20 @@ from typing import Any
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from fasteagle_jax.bench.prompts import add_target_options
 from fasteagle_jax.commands.answers import add_draft_options, tree_named
-from fasteagle_jax.commands.terminal import Parser, add_sampling_options, dtype_named, program, whole, writing
+from fasteagle_jax.commands.models import add_target_options
+from fasteagle_jax.commands.terminal import Parser, add_sampling_options, add_share_options, dtype_named, program, whole
 from fasteagle_jax.data.answering import AHEAD, MIN_ANSWER, Outcome, Rules, Sample, Talk, answer_all
+from fasteagle_jax.data.conversations import Conversation, ConversationWriter
 from fasteagle_jax.data.manifest import damaged, manifest_path, read_manifest
-from fasteagle_jax.data.packing import Conversation, ConversationWriter
-from fasteagle_jax.data.shares import add_share_options, join
+from fasteagle_jax.data.shares import join
 from fasteagle_jax.data.sources import HeldOut, read_dialogues, read_prompts
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import sha256, write_text
-from fasteagle_jax.targets.checkpoint import fingerprint, open_checkpoint
+from fasteagle_jax.io.files import sha256, write_text, writing
+from fasteagle_jax.targets.checkpoint import fingerprint
+from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.targets.tokenizer import assistant_spans, load_tokenizer, prefix_spans, user_header_ids
 
 SELF = "self"  # the source in which the target writes the user's messages

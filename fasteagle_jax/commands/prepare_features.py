@@ -25,10 +25,12 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from fasteagle_jax.commands.terminal import Parser, program, writing
+from fasteagle_jax.commands.terminal import Parser, program
+from fasteagle_jax.data.conversations import read_conversations
 from fasteagle_jax.data.features import STORED, FeatureSettings, TargetValues, write_features
-from fasteagle_jax.data.packing import Batch, PackedData, read_conversations
+from fasteagle_jax.data.packing import Batch, PackedData
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import writing
 from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.training.config import RunConfig, apply_changes, drafter_config, load_config

@@ -6,17 +6,14 @@ Exit codes: 0 done, 2 something the user can mend (one line on stderr says what)
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
 from fasteagle_jax.devices.chips import set_libtpu_flags
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import write_text
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
@@ -71,28 +68,6 @@ def program(main: Callable[[Sequence[str] | None], int | None]) -> Main:
             return _fail(_OUT_OF_MEMORY)
 
     return guarded
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Names the file in errors of the system that do not, a full disk for one."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or path}: {error.strerror or error}") from error
-
-
-def check_new(path: Path | None) -> None:
-    """Raises UserError where an output file exists already; None is no file."""
-    if path is not None and path.exists():
-        raise UserError(f"{path} exists: name another output, or remove it")
-
-
-def write_new(path: Path, text: str) -> None:
-    """Writes a new file, whole or not at all."""
-    with writing(path):
-        check_new(path)
-        write_text(path, text)
 
 
 _OUT_OF_MEMORY = "out of memory: use a smaller batch, shorter lengths or --dtype bfloat16"
@@ -156,3 +131,16 @@ def dtype_named(name: str | None, on_cpu: str = "float32") -> Any:
 
     name = name or (on_cpu if jax.default_backend() == "cpu" else "bfloat16")
     return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+
+
+def add_share_options(parser: Any, what: str) -> None:
+    """Adds the options that `join` reads; `what` is shared, e.g. "the lines"."""
+    group = parser.add_argument_group("several processes")
+    group.add_argument(
+        "--distributed", action="store_true", help="be one of those that jax.distributed finds; implied by the rest"
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 listens; also JAX_COORDINATOR_ADDRESS"
+    )
+    group.add_argument("--num-processes", type=whole(1), metavar="N", help=f"that share {what}")
+    group.add_argument("--process-id", type=whole(0), metavar="I", help="this one, from 0")

@@ -16,12 +16,17 @@ import functools
 import json
 import math
 import re
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
+from fasteagle_jax.compiling.hlo_parser import Array, Instruction, Program, parse
+from fasteagle_jax.compiling.hlo_scalars import Scalars, Value
+
 Branch = Literal["least", "most"]
+
 HBM = (0,)  # memory spaces of a layout, S(n): 0 is HBM (or a GPU's or CPU's memory), others are on the chip or the host
+
 MOST_TURNS = 1_000_000  # of a loop that is run for its counter alone
 
 COLLECTIVES = (
@@ -96,13 +101,13 @@ def cost(text: str, branch: Branch = "most") -> Cost:
     `branch` says which branch of a conditional runs: the one that reads and writes least (a decode that is greedy), or
     most (a train step that is applied).
     """
-    program = _parse(text)
+    program = parse(text)
     return _Counter(program, branch).computation(program.entry, {})
 
 
 def heaviest(text: str, branch: Branch = "most", most: int = 20) -> list[tuple[float, str, str, str]]:
     """The operations that move the most bytes: (bytes, opcode, shape, where in the source program), largest first."""
-    program = _parse(text)
+    program = parse(text)
     counter = _Counter(program, branch)
     found: list[tuple[float, str, str, str]] = []
     counter.log = found
@@ -110,176 +115,18 @@ def heaviest(text: str, branch: Branch = "most", most: int = 20) -> list[tuple[f
     return sorted(found, key=lambda entry: -entry[0])[:most]
 
 
-# --- reading ----------------------------------------------------------------------------------------------------
-
-
-class Array(NamedTuple):
-    """An array's shape as laid out."""
-
-    dtype: str
-    dims: tuple[int, ...]
-    minor_to_major: tuple[int, ...]
-    tile: tuple[int, ...]
-    space: int
-
-    @property
-    def size(self) -> int:
-        """Elements, padding aside."""
-        return math.prod(self.dims)
-
-    @property
-    def bytes(self) -> float:
-        """As laid out: the minor dimensions filled up to whole tiles."""
-        major_to_minor = [self.dims[i] for i in reversed(self.minor_to_major)] or list(self.dims)
-        for i in range(1, min(len(self.tile), len(major_to_minor)) + 1):
-            major_to_minor[-i] = -(-major_to_minor[-i] // self.tile[-i]) * self.tile[-i]
-        return math.prod(major_to_minor) * _bits(self.dtype) / 8
-
-
-class Instruction(NamedTuple):
-    """One line of a computation."""
-
-    name: str
-    shape: tuple[Array, ...]  # of one array, or of all of a tuple's, flat
-    is_tuple: bool
-    opcode: str
-    operands: tuple[str, ...]
-    inside: str  # the brackets' text: a constant's value, a parameter's number
-    attributes: str
-    is_root: bool
-
-    @property
-    def where(self) -> str:
-        """The operation's name in the source program."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
-
-    @property
-    def part(self) -> int:
-        """Of a get-tuple-element."""
-        found = re.search(r"\bindex=(\d+)", self.attributes)
-        assert found, self.attributes
-        return int(found[1])
-
-    def called(self, name: str) -> str:
-        """The computation that an attribute such as `body` names."""
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
-        return found[1] if found else ""
-
-
-class Program(NamedTuple):
-    """Computations by name, each its instructions by name, in order."""
-
-    computations: dict[str, dict[str, Instruction]]
-    entry: str
-
-    def root(self, name: str) -> Instruction:
-        """A computation's last instruction."""
-        return next(i for i in self.computations[name].values() if i.is_root)
-
-
-_ENDS = re.compile(r"\}(,|$)")  # a computation; one for another kind of core says so here
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
-
-
-def _arrays(text: str) -> tuple[Array, ...]:
-    return tuple(_array(found) for found in _ARRAY.finditer(text))
-
-
-def _array(found: re.Match[str]) -> Array:
-    dtype, dims, layout = found[1], found[2], found[3] or ""
-    sizes = tuple(int(d.strip().lstrip("<=")) for d in dims.split(",") if d.strip())
-    order, _, details = layout.partition(":")
-    minor_to_major = tuple(int(i) for i in order.split(",") if i.strip().isdigit())
-    tile = re.search(r"T\(([\d,]+)\)", details)
-    space = re.search(r"S\((\d+)\)", details)
-    return Array(
-        dtype,
-        sizes,
-        minor_to_major,
-        tuple(int(t) for t in tile[1].split(",")) if tile else (),
-        int(space[1]) if space else 0,
-    )
-
-
-def _bits(dtype: str) -> int:
-    if dtype == "pred":
-        return 8
-    if dtype in ("token", "opaque"):
-        return 0
-    found = re.match(r"[a-z]+(\d+)", dtype)
-    return int(found[1]) if found else 0
-
-
-def _parse(text: str) -> Program:
-    computations: dict[str, dict[str, Instruction]] = {}
-    entry, current = "", None
-    for line in _whole_lines(text):
-        if line.startswith(("%", "ENTRY ")) and line.endswith("{"):
-            name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
-            current = computations.setdefault(name, {})
-            if line.startswith("ENTRY "):
-                entry = name
-        elif _ENDS.match(line):
-            current = None
-        elif current is not None and " = " in line:
-            instruction = _instruction(line)
-            current[instruction.name] = instruction
-    return Program(computations, entry)
-
-
-def _whole_lines(text: str) -> list[str]:
-    """Lines, those that a kernel's metadata breaks put together again."""
-    lines: list[str] = []
-    inside = False
-    for line in text.splitlines():
-        if inside and not _ENDS.match(line) and not line.startswith("  "):
-            lines[-1] += line
-            continue
-        inside = not _ENDS.match(line) and (inside or (line.startswith(("%", "ENTRY ")) and line.endswith("{")))
-        lines.append(line)
-    return lines
-
-
-def _instruction(line: str) -> Instruction:
-    line = re.sub(r"/\*index=\d+\*/", "", line.strip())
-    is_root = line.startswith("ROOT ")
-    name, _, rest = line.removeprefix("ROOT ").partition(" = ")
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    opcode, _, _ = rest.partition("(")
-    close = _closing(rest, len(opcode))
-    inside = rest[len(opcode) + 1 : close]
-    operands = () if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.\-]+)", inside))
-    attributes = rest[close + 1 :]
-    return Instruction(
-        name.lstrip("%"), _arrays(shape), shape.startswith("("), opcode, operands, inside, attributes, is_root
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    """The index of the bracket that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[i], 0)
-        if depth == 0:
-            return i
-    raise ValueError(f"unbalanced brackets: {text[:80]}")
-
-
-# --- counting ---------------------------------------------------------------------------------------------------
-
-# A computation's argument where it is known: an int, a list of these for a tuple, None for anything else.
-Value = Any
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "optimization-barrier", "add-dependency", "domain",
 }  # fmt: skip
+
 _ELEMENTWISE = {
     "add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "exponential", "exponential-minus-one",
     "log", "log-plus-one", "logistic", "tanh", "rsqrt", "sqrt", "cosine", "sine", "negate", "remainder", "erf", "atan2",
 }  # fmt: skip
+
 _SLICES = ("dynamic-slice", "slice", "gather")
+
 _ON_HOST = re.compile(r"callback|infeed|outfeed|MoveToHost|MoveToDevice", re.IGNORECASE)
 
 
@@ -355,7 +202,7 @@ class _Counter:
 
     def value(self, name: str, body: dict[str, Instruction], arguments: dict[int, Value]) -> Value:
         """What an instruction gives where that follows from constants: an int, a list of these of a tuple, or None."""
-        return _Scalars(self.program, body, arguments).value(name)
+        return Scalars(self.program, body, arguments).value(name)
 
     def turns(self, i: Instruction, start: Value) -> int | None:
         """How often a loop's body runs."""
@@ -375,7 +222,7 @@ class _Counter:
                 return None
             if not goes_on:
                 return turn
-            scalars = _Scalars(self.program, of_body, {0: now})
+            scalars = Scalars(self.program, of_body, {0: now})
             now = [scalars.value(name) if n in needed else None for n, name in enumerate(_tuple_parts(root, of_body))]
         return None
 
@@ -661,74 +508,3 @@ def _taps(kernel: int, size: int, out: int, stride: int, hole: int, spread: int,
         at = np.arange(out) * stride + tap * hole - low
         number += int(((at % spread == 0) & (at >= 0) & (at // spread < size)).sum())
     return number
-
-
-class _Scalars:
-    """The scalars of one computation that follow from constants and known arguments."""
-
-    def __init__(self, program: Program, body: dict[str, Instruction], arguments: dict[int, Value]):
-        self.program = program
-        self.body = body
-        self.arguments = arguments
-        self.known: dict[str, Value] = {}
-
-    def value(self, name: str) -> Value:
-        """See _Counter.value."""
-        if name not in self.known:
-            self.known[name] = None  # while it is being computed
-            self.known[name] = self._compute(self.body[name])
-        return self.known[name]
-
-    def _compute(self, i: Instruction) -> Value:
-        if i.opcode == "parameter":
-            return self.arguments.get(int(i.inside))
-        if i.opcode == "tuple":
-            return [self.value(name) for name in i.operands]
-        if i.opcode == "get-tuple-element":
-            whole = self.value(i.operands[0])
-            return whole[i.part] if isinstance(whole, list) else None
-        if i.opcode in ("opt-barrier", "optimization-barrier"):
-            return self.value(i.operands[0])
-        if i.is_tuple or len(i.shape) != 1 or i.shape[0].size != 1:
-            return None
-        if i.opcode == "constant":
-            return _literal(i.inside)
-        if i.opcode in ("copy", "bitcast", "reshape", "convert", "copy-done"):
-            return self.value(i.operands[0])
-        if i.opcode in ("fusion", "call"):
-            inner = self.program.computations[i.called("calls") or i.called("to_apply")]
-            arguments = {n: self.value(name) for n, name in enumerate(i.operands)}
-            return _Scalars(self.program, inner, arguments).value(next(r.name for r in inner.values() if r.is_root))
-        values = [self.value(name) for name in i.operands]
-        if any(not isinstance(v, int) for v in values):
-            return None
-        return _operate(i, values)
-
-
-def _literal(text: str) -> int | None:
-    text = text.strip().strip("{} ")
-    if text in ("true", "false"):
-        return int(text == "true")
-    return int(text) if re.fullmatch(r"-?\d+", text) else None
-
-
-def _operate(i: Instruction, v: list[int]) -> int | None:
-    if i.opcode == "compare":
-        direction = re.search(r"direction=(\w+)", i.attributes)
-        a, b = v
-        return int({"LT": a < b, "LE": a <= b, "GT": a > b, "GE": a >= b, "EQ": a == b, "NE": a != b}[direction[1]])  # type: ignore[index]
-    if i.opcode == "select":
-        return v[1] if v[0] else v[2]
-    if i.opcode == "not" and i.shape[0].dtype == "pred":
-        return int(not v[0])
-    simple = {
-        "add": lambda: v[0] + v[1],
-        "subtract": lambda: v[0] - v[1],
-        "multiply": lambda: v[0] * v[1],
-        "maximum": lambda: max(v),
-        "minimum": lambda: min(v),
-        "and": lambda: v[0] & v[1],
-        "or": lambda: v[0] | v[1],
-        "negate": lambda: -v[0],
-    }
-    return simple[i.opcode]() if i.opcode in simple else None

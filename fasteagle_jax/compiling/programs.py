@@ -20,10 +20,12 @@ from flax import nnx
 from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fasteagle_jax.compiling import hlo_cost as hlo
+from fasteagle_jax.compiling.hlo_cost import Cost, cost
 from fasteagle_jax.data.packing import Batch
-from fasteagle_jax.decoding import speculative as decode
+from fasteagle_jax.decoding import state as decoding_state
 from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.speculative import decode_rounds, start
+from fasteagle_jax.decoding.state import Stop
 from fasteagle_jax.decoding.tree import Tree
 from fasteagle_jax.devices.chips import CHIPS, GIB, SLICES, Chip, chip
 from fasteagle_jax.devices.sharding import (
@@ -40,9 +42,10 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.transformer import stacks_are_faster
 from fasteagle_jax.targets import llama
 from fasteagle_jax.targets.llama import Llama
-from fasteagle_jax.training.config import RunConfig, drafter_config, train_step
+from fasteagle_jax.training.config import RunConfig, drafter_config
 from fasteagle_jax.training.flops import flops_per_token
-from fasteagle_jax.training.step import first_state, make_optimizer
+from fasteagle_jax.training.optimizer import make_optimizer
+from fasteagle_jax.training.step import first_state, train_step
 
 COMPILER_OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}}  # which times kernels, and so needs a GPU
 PROGRAMS = ("prefill", "decode", "train")
@@ -75,7 +78,7 @@ class Report:
     temporaries: int
     peak: int
     hbm: float | None  # None: not known, of a CPU
-    cost: hlo.Cost
+    cost: Cost
     same_again: bool | None  # what it makes of its state goes in again by the same program; None: it has no state
     ideal_bytes: float  # weights once, and what is in the caches once
     necessary_flops: float  # of matrix products
@@ -108,7 +111,7 @@ class Report:
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in properties}
 
 
-def _roofline(cost: hlo.Cost, device: Chip | None) -> dict[str, float]:
+def _roofline(cost: Cost, device: Chip | None) -> dict[str, float]:
     if device is None or device.bandwidth is None or device.link is None:
         return {}
     exchange = [max(c.sent / (2 * device.link), c.steps * HOP) for c in cost.collectives.values()]
@@ -182,7 +185,7 @@ def compile_program(
         temporaries=int(memory.temp_size_in_bytes),
         peak=peak,
         hbm=None if known is None else known.hbm,
-        cost=hlo.cost(compiled.as_text(), "most" if program == "train" else "least"),
+        cost=cost(compiled.as_text(), "most" if program == "train" else "least"),
         same_again=_same_again(made, compiled),
         ideal_bytes=bytes_a_device(made.read),
         necessary_flops=made.necessary_flops / len(devices),
@@ -245,7 +248,7 @@ def _train(config: RunConfig, mesh: Mesh, _: Decoding) -> Shapes:
         return graph, first_state(params, optimizer, config.optimizer.ema), constants
 
     graph, state, constants = nnx.eval_shape(start)
-    state = on_mesh(mesh, state, AXES)
+    state = on_mesh(mesh, state, decoding_state.AXES)
     target = _target(config, mesh, stacked=stacked)
     constants = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), constants)
     rows = (config.batch_size, config.length)
@@ -272,7 +275,7 @@ def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
 
     def rounds(target: Any, drafter: Any, tied: Any, state: Any, sampling: Any, stop: Any) -> Any:
         tied = _whole(tied, target)
-        return decode.decode_rounds(target, drafter, tied, state, sampling, stop, tree=decoding.tree)[0]
+        return decode_rounds(target, drafter, tied, state, sampling, stop, tree=decoding.tree)[0]
 
     nodes = decoding.tree.num_nodes(drafter.num_levels) if decoding.tree else 1
     placed = jax.tree.map(lambda x: x.sharding, state)
@@ -294,7 +297,7 @@ def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
 def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
     target, drafter, tied, state, sampling, stop = _decoding_arguments(config, mesh, decoding)
     rows = jax.ShapeDtypeStruct((decoding.batch, decoding.chunk), jnp.int32)
-    asked = on_mesh(mesh, {"tokens": rows, "length": _int32(decoding.batch)}, decode.AXES)
+    asked = on_mesh(mesh, {"tokens": rows, "length": _int32(decoding.batch)}, decoding_state.AXES)
 
     def start(target: Any, drafter: Any, prompts: Any, lengths: Any, sampling: Any, stop: Any) -> Any:
         return _start(config, decoding, target, drafter, prompts, lengths, sampling, stop)[0]
@@ -325,8 +328,8 @@ def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tu
         drafter = jax.eval_shape(lambda: class_of(sizes)(sizes, jax.random.key(0), dtype, stacked=stacked))
         drafter = weights_on_mesh(mesh, drafter, AXES)
     batch = decoding.batch
-    sampling = on_mesh(mesh, jax.eval_shape(lambda: make_sampling(batch)), decode.AXES)
-    stop = on_mesh(mesh, decode.Stop(_int32(batch), _int32(batch, 2)), decode.AXES)
+    sampling = on_mesh(mesh, jax.eval_shape(lambda: make_sampling(batch)), decoding_state.AXES)
+    stop = on_mesh(mesh, Stop(_int32(batch), _int32(batch, 2)), decoding_state.AXES)
 
     def start(target: Any, drafter: Any, prompts: Any, lengths: Any, sampling: Any, stop: Any) -> Any:
         return _start(config, decoding, target, drafter, prompts, lengths, sampling, stop)
@@ -337,7 +340,7 @@ def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tu
     if tied is not None:  # the target's own arrays are not there twice
         same = tied.head.shape == _head(target).shape
         tied = on_mesh(mesh, tied._replace(embedding=None, head=None if same else tied.head), llama.AXES)
-    return target, drafter, tied, on_mesh(mesh, state, decode.AXES), sampling, stop
+    return target, drafter, tied, on_mesh(mesh, state, decoding_state.AXES), sampling, stop
 
 
 def _start(
@@ -350,15 +353,13 @@ def _start(
     sampling: Any,
     stop: Any,
 ) -> Any:
-    """decode.start with as many new tokens as fill the slots."""
+    """`speculative.start` with as many new tokens as fill the slots."""
     num_levels = 0 if drafter is None else decoding.tree.num_levels(drafter.num_levels)  # type: ignore[union-attr]
     max_new = decoding.slots - decoding.chunk - num_levels - 1
     if max_new < decoding.chunk:
         raise UserError(f"{decoding.slots} cache slots are too few for chunks of {decoding.chunk}: use more")
     tree = decoding.tree or Tree()
-    return decode.start(
-        target, drafter, prompts, lengths, sampling, stop, max_new=max_new, tree=tree, chunk=decoding.chunk
-    )
+    return start(target, drafter, prompts, lengths, sampling, stop, max_new=max_new, tree=tree, chunk=decoding.chunk)
 
 
 def _whole(tied: Any, target: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from fasteagle_jax.data.packing import Conversation
+from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.sources import HeldOut, Message
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams

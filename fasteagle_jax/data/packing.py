@@ -5,190 +5,21 @@ N tokens of all samples · B rows of a batch · T tokens of a row · V vocabular
 
 from __future__ import annotations
 
-import array
 import bisect
 import dataclasses
 import hashlib
-import json
-import logging
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Self, overload
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from fasteagle_jax.data.sources import Message as Message  # also importable from here
-from fasteagle_jax.data.sources import Prompt as Prompt
-from fasteagle_jax.data.sources import read_dialogues as read_dialogues
-from fasteagle_jax.data.sources import read_prompts as read_prompts
+from fasteagle_jax.data.conversations import Conversation, Conversations, log
 from fasteagle_jax.errors import UserError
 
 MIN_WINDOW = 16  # tokens: a shorter rest of a cut sample has too little context to be worth a segment
+
 PACKING_WINDOW = 512  # segments packed together
-
-log = logging.getLogger(__name__)
-
-
-# --- conversations on disk ---
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Conversation:
-    """A conversation as tokens: int32 [n], with the assistant's spans [start, end) in order: int32 [k, 2]."""
-
-    id: str
-    tokens: np.ndarray
-    assistant: np.ndarray
-
-    @classmethod
-    def of(cls, id: str, tokens: Sequence[int], assistant: Sequence[Sequence[int]]) -> Self:
-        """The conversation of plain lists; UserError on tokens or spans that cannot be."""
-        if not isinstance(id, str) or not id:
-            raise UserError(f"id {id!r}: give a text")
-        if not isinstance(tokens, list) or set(map(type, tokens)) != {int}:
-            raise UserError("tokens: give a list of at least one whole number")
-        if not 0 <= min(tokens) <= max(tokens) < 2**31:
-            raise UserError(f"tokens from {min(tokens)} to {max(tokens)}: give numbers from 0 to 2**31 - 1")
-        if not isinstance(assistant, list) or any(
-            not isinstance(span, list) or len(span) != 2 or set(map(type, span)) != {int} for span in assistant
-        ):
-            raise UserError("assistant: give a list of [start, end] pairs of whole numbers")
-        end = 0
-        for span in assistant:
-            if not end <= span[0] < span[1] <= len(tokens):
-                raise UserError(
-                    f"assistant span {span} of {len(tokens)} tokens: "
-                    "give spans [start, end) in order, not empty and inside the tokens"
-                )
-            end = span[1]
-        return cls(id, np.array(tokens, np.int32), np.array(assistant, np.int32).reshape(-1, 2))
-
-
-class Conversations(Sequence[Conversation]):
-    """Conversations end to end in a few arrays, 4 bytes a token; its items are views of them."""
-
-    def __init__(self, conversations: Iterable[Conversation]) -> None:
-        self.ids: list[str] = []
-        tokens, spans = array.array("i"), array.array("i")  # which grow in place, unlike lists and unlike NumPy's
-        ends, span_ends = array.array("q", [0]), array.array("q", [0])
-        for c in conversations:
-            self.ids.append(c.id)
-            tokens.frombytes(c.tokens.astype(np.int32, copy=False).tobytes())
-            spans.frombytes(c.assistant.astype(np.int32, copy=False).tobytes())
-            ends.append(len(tokens))
-            span_ends.append(len(spans) // 2)
-        self.tokens = np.asarray(tokens)  # int32 [N]
-        self.spans = np.asarray(spans).reshape(-1, 2)  # int32, each counted from its conversation's first token
-        self.ends, self.span_ends = np.asarray(ends), np.asarray(span_ends)  # one entry more than conversations
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Conversation]: ...
-
-    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        i = range(len(self))[index]
-        tokens = self.tokens[self.ends[i] : self.ends[i + 1]]
-        return Conversation(self.ids[i], tokens, self.spans[self.span_ends[i] : self.span_ends[i + 1]])
-
-
-def read_conversations(*paths: str | os.PathLike[str]) -> Conversations:
-    """The conversations of files by ConversationWriter; UserError with file and line on a corrupt line."""
-    return Conversations(conversation for path in paths for conversation in _lines(path))
-
-
-def _lines(path: str | os.PathLike[str]) -> Iterator[Conversation]:
-    try:
-        with open(path, "rb") as file:
-            for n, line in enumerate(file, 1):
-                yield _conversation(line, f"{path}:{n}")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give a file of conversations") from error
-
-
-def _conversation(line: bytes, where: str) -> Conversation:
-    try:
-        record = json.loads(line)
-        if not isinstance(record, dict):
-            raise UserError(f"a {type(record).__name__}, not an object")
-        return Conversation.of(*(record[key] for key in ("id", "tokens", "assistant")))
-    except (ValueError, KeyError) as error:  # UserError is a ValueError
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(
-            f"{where}: no conversation ({reason}): delete the line, or run what wrote it on to its end"
-        ) from error
-
-
-class ConversationWriter:
-    """Appends conversations to a file of JSON lines and resumes where a killed run stopped.
-
-    `id in writer` says whether a conversation is there already. On opening, a torn last line is cut off; a
-    whole line that is corrupt raises UserError with file and line. For one writer a file at a time.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.ids: set[str] = set()
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115  # closed by close()
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; give another file") from error
-        self._file.seek(0)
-        end = 0
-        for n, line in enumerate(self._file, 1):
-            ended = line.endswith(b"\n")
-            try:
-                self.ids.add(_conversation(line, f"{path}:{n}").id)
-            except UserError:
-                if ended:
-                    self._file.close()
-                    raise
-                log.warning("%s: cut off a torn last line of %d bytes", path, len(line))
-                self._file.truncate(end)
-                return
-            if not ended:  # whole, but its newline is missing
-                self._file.write(b"\n")
-                return
-            end += len(line)
-
-    def append(self, conversations: Iterable[Conversation]) -> None:
-        """Writes a batch and waits until it is on the disk. An id that is there already raises UserError."""
-        lines: dict[str, str] = {}
-        for c in conversations:
-            if c.id in self.ids or c.id in lines:
-                raise UserError(f"conversation {c.id!r} is in the file already: skip those `in` the writer")
-            record = {"id": c.id, "tokens": c.tokens.tolist(), "assistant": c.assistant.tolist()}
-            Conversation.of(**record)  # nothing is written that could not be read
-            lines[c.id] = json.dumps(record, separators=(",", ":")) + "\n"
-        self._file.write("".join(lines.values()).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.ids.update(lines)
-
-    def __contains__(self, id: str) -> bool:
-        return id in self.ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def close(self) -> None:
-        """Closes the file; what was appended is on the disk already."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 # --- packing ---
 
@@ -347,32 +178,3 @@ def best_fit(pieces: np.ndarray, lengths: np.ndarray, T: int) -> list[list[int]]
 def pack(conversations: Sequence[Conversation], T: int, B: int, seed: int, step: int) -> Batch:
     """The batch of one step; for many steps keep a PackedData, which plans an epoch once."""
     return PackedData(conversations, T, B, seed).batch(step)
-
-
-# --- draft vocabulary ---
-
-
-def token_counts(conversations: Iterable[Conversation], V: int, assistant_only: bool) -> np.ndarray:
-    """How often each token occurs, int64 [V], in all tokens or in the assistant's alone."""
-    counts = np.zeros(V, np.int64)
-    for c in conversations:
-        if c.tokens.max() >= V:
-            raise UserError(f"conversation {c.id!r} has token {c.tokens.max()} of {V}: use the target's own tokenizer")
-        parts = [c.tokens[start:end] for start, end in c.assistant] if assistant_only else [c.tokens]
-        for part in parts:
-            np.add.at(counts, part, 1)
-    return counts
-
-
-def draft_vocabulary(counts: np.ndarray, size: int) -> np.ndarray:
-    """The `size` most frequent tokens as sorted ids, int32 [size]; of equally frequent ones the lower ids."""
-    if not 1 <= size <= len(counts):
-        raise UserError(f"draft vocabulary of {size} tokens: give 1 to {len(counts)}, the target's vocabulary")
-    order = np.argsort(-np.asarray(counts, np.int64), kind="stable")
-    return np.sort(order[:size]).astype(np.int32)
-
-
-def coverage(ids: np.ndarray, counts: np.ndarray) -> float:
-    """The share of all occurrences that are of tokens in `ids`; 0.0 where nothing was counted."""
-    total = counts.sum()
-    return float(counts[ids].sum() / total) if total else 0.0

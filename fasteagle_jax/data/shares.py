@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from fasteagle_jax.commands.terminal import whole
 from fasteagle_jax.errors import UserError
 
 
@@ -27,19 +26,6 @@ class Share(NamedTuple):
         if self.processes == 1:
             return path
         return path.with_name(f"{path.stem}-{self.process:05d}-of-{self.processes:05d}{path.suffix}")
-
-
-def add_share_options(parser: Any, what: str) -> None:
-    """Adds the options that `join` reads; `what` is shared, e.g. "the lines"."""
-    group = parser.add_argument_group("several processes")
-    group.add_argument(
-        "--distributed", action="store_true", help="be one of those that jax.distributed finds; implied by the rest"
-    )
-    group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where process 0 listens; also JAX_COORDINATOR_ADDRESS"
-    )
-    group.add_argument("--num-processes", type=whole(1), metavar="N", help=f"that share {what}")
-    group.add_argument("--process-id", type=whole(0), metavar="I", help="this one, from 0")
 
 
 def connect(args: argparse.Namespace) -> bool:

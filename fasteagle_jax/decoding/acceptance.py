@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fasteagle_jax.decoding.sampling import make_sampling
-from fasteagle_jax.decoding.speculative import Statistics, generate
+from fasteagle_jax.decoding.speculative import generate
+from fasteagle_jax.decoding.state import Statistics
 from fasteagle_jax.decoding.tree import Tree
 from fasteagle_jax.devices.sharding import fetch
 

@@ -9,233 +9,30 @@ the target cache holds positions 0..n-1, the drafter cache stream positions up t
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
+from fasteagle_jax.decoding.prefill import first_state, nothing_prefilled, pad_prompts, prefill
 from fasteagle_jax.decoding.sampling import Sampling, choose
+from fasteagle_jax.decoding.state import (
+    AXES,
+    NO_TOKEN,
+    Generation,
+    State,
+    Stop,
+    is_stop,
+    make_stop,
+    slots_needed,
+    token_logprobs,
+)
 from fasteagle_jax.decoding.tree import NO_PARENT, Draft, Tree, visible_nodes, walk
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.devices.sharding import by_shard, constrain_all
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn import kv_cache as cache
-from fasteagle_jax.nn.kv_cache import Cache, commit
-
-NO_TOKEN = -1
-NO_STOP = -2  # fills a row's stop tokens up: no token has this id
-# The logical axes of what decoding keeps (see sharding.RULES).
-AXES = cache.AXES | {
-    "features": ("rows", None, None),
-    "tokens": ("rows", None),
-    "count": ("rows",),
-    "emitted": ("rows", None),
-    "depths": ("rows", None),
-    "logprobs": ("rows", None),
-    "scored": ("rows",),
-    "num_emitted": ("rows",),
-    "done": ("rows",),
-}
-
-
-class Statistics(NamedTuple):
-    """What a row's rounds did."""
-
-    rounds: jax.Array  # int32 [B], target passes after prefill
-    # int32 [B, N], rounds in which the guess of each depth was accepted and kept; where a row ends inside an accepted
-    # path, its last token counts as the target's own, so that tokens = 1 + rounds + sum(accepted_at)
-    accepted_at: jax.Array
-
-
-class State(NamedTuple):
-    """Everything that changes while decoding."""
-
-    target_cache: Cache
-    drafter_cache: Any | None
-    new: Accepted  # newly accepted tokens, the pending one last
-    emitted: jax.Array  # int32 [B, slots], NO_TOKEN past `num_emitted`
-    depths: jax.Array  # int32 [B, slots], the depth at which each was accepted, 0 for the target's own token
-    logprobs: jax.Array | None  # float32 [B, slots] of the emitted tokens, where `scored`; None: never computed
-    scored: jax.Array  # bool [B]
-    num_emitted: jax.Array  # int32 [B]
-    done: jax.Array  # bool [B]
-
-    @property
-    def statistics(self) -> Statistics:
-        """What the rounds did: each ends with one token of the target's own, as does prefill."""
-        num_levels = self.new.tokens.shape[1] - 1
-        real = jnp.arange(self.depths.shape[1]) < self.num_emitted[:, None]
-        at = jnp.arange(1, num_levels + 1)
-        accepted_at = ((self.depths[..., None] == at) & real[..., None]).sum(axis=1)
-        own = ((self.depths == 0) & real).sum(axis=1)
-        return Statistics(jnp.maximum(own - 1, 0), accepted_at)
-
-
-class Stop(NamedTuple):
-    """When a row ends: at its limit, or with the first of its tokens (kept)."""
-
-    max_new: jax.Array  # int32 [B]
-    tokens: jax.Array  # int32 [B, number of stop tokens], NO_STOP for none
-
-
-class Generation(NamedTuple):
-    """What `generate` returns."""
-
-    tokens: jax.Array  # int32 [B, max_new], NO_TOKEN past `lengths`; a stop token is kept
-    lengths: jax.Array  # int32 [B]
-    stopped: jax.Array  # bool [B], True where a stop token ended the row, False where its length did
-    statistics: Statistics
-
-
-def slots_needed(prompt_slots: int, chunk: int, max_new: int, num_levels: int) -> int:
-    """Cache slots a row needs: its tokens, and slack for a write of a whole chunk or path past its end."""
-    return prompt_slots + max(chunk, max_new + num_levels + 1)
-
-
-# --- prefill ----------------------------------------------------------------------------------------------------
-
-
-class Prefilled(NamedTuple):
-    """Prompts, or their beginnings of a whole number of chunks, in the caches."""
-
-    target_cache: Cache
-    drafter_cache: Any | None
-    hidden: jax.Array  # [B, H], the target's final hidden state of the last token
-    features: jax.Array  # [B, F*H], the target's features of the last token
-
-
-def nothing_prefilled(
-    target: Any,
-    drafter: Any | None,
-    batch: int,
-    num_slots: int,
-    most_written: int,
-    drafter_slots: int | None = None,
-) -> Prefilled:
-    """Where prefill begins: empty caches.
-
-    `num_slots` is for the target, `drafter_slots` for the drafter (None: the same), `most_written` how many tokens a
-    row is written at a time.
-    """
-    width, dtype = target.config.hidden_size, target.activation_dtype
-    num_features = 0 if drafter is None else len(drafter.feature_layers)
-    return Prefilled(
-        target.empty_cache(batch, num_slots),
-        None if drafter is None else drafter.empty_cache(batch, drafter_slots or num_slots, most_written),
-        jnp.zeros((batch, width), dtype),
-        jnp.zeros((batch, num_features * width), dtype),
-    )
-
-
-def prefill(
-    target: Any,
-    drafter: Any | None,
-    tied: Tied | None,
-    begun: Prefilled,
-    prompts: jax.Array,
-    lengths: jax.Array,
-    first: jax.Array | int = 0,
-    *,
-    chunk: int,
-    num_levels: int | None = None,
-) -> Prefilled:
-    """The prompts in the caches, a chunk a forward pass.
-
-    Args:
-      target, drafter, tied: the models; drafter and tied are None for plain decoding.
-      begun: the prompts' first `first` chunks, in caches that have slots for all.
-      prompts: int32 [B, P], right-padded, P a multiple of `chunk`.
-      lengths: int32 [B], at least 1, and more than the chunks begun.
-      first: the chunk to go on with.
-      chunk: C, tokens a forward pass takes. A prompt's chunks are the same wherever it goes on, so its numbers are.
-      num_levels: of the drafts to come, None for all of the drafter's. 0 leaves the prompts out of its cache: cheaper,
-        where nothing will be drafted.
-    """
-    batch = prompts.shape[0]
-    feature_layers = drafter.feature_layers if drafter is not None else ()
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((chunk, chunk), bool)), (batch, chunk, chunk))
-
-    def take_chunk(i: jax.Array, carry: Prefilled) -> Prefilled:
-        start = i * chunk
-        tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)  # [B, C]
-        positions = jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape)
-        out = target(tokens, positions, causal, carry.target_cache, feature_layers)
-        here = jnp.clip(lengths - start, 0, chunk)  # tokens of each row in this chunk
-        target_cache = commit(carry.target_cache, out.fresh, here)
-
-        at_last = jnp.maximum(here - 1, 0)[:, None, None]
-        any_here = (here > 0)[:, None]
-        hidden = jnp.where(any_here, jnp.take_along_axis(out.hidden, at_last, axis=1)[:, 0], carry.hidden)
-        if drafter is None:
-            return Prefilled(target_cache, None, hidden, carry.features)
-        features = jnp.where(any_here, jnp.take_along_axis(out.features, at_last, axis=1)[:, 0], carry.features)
-        # Stream position t of the drafter reads the token after it, x[t+1], and the features of t: from the second
-        # chunk on, those begin with the last of the chunk before, and nothing but the chunk's own tokens is read.
-        shifted = jnp.concatenate([carry.features[:, None], out.features[:, :-1]], axis=1)
-        known = Accepted(
-            jnp.where(i == 0, out.features, shifted),
-            jnp.where(i == 0, jnp.roll(tokens, -1, axis=1), tokens),
-            jnp.where(i == 0, jnp.maximum(here - 1, 0), here),
-        )
-        drafter_cache = carry.drafter_cache
-        if num_levels == 0:
-            drafter_cache = drafter.skip(known, drafter_cache)
-        else:
-            drafter_cache = drafter.extend(tied, known, drafter_cache, num_levels or drafter.num_levels)
-        return constrain_all(Prefilled(target_cache, drafter_cache, hidden, features), AXES)
-
-    # Without the barrier XLA knows that the caches are zeros and, where the loop has one turn, folds attention over
-    # them at compile time, which took minutes.
-    begun = jax.lax.optimization_barrier(begun)
-    num_chunks = (lengths.max() + chunk - 1) // chunk
-    return jax.lax.fori_loop(first, num_chunks, take_chunk, begun)
-
-
-def first_state(
-    target: Any,
-    prefilled: Prefilled,
-    lengths: jax.Array,
-    sampling: Sampling,
-    stop: Stop,
-    *,
-    num_slots: int,
-    num_levels: int,
-    scored: jax.Array | None = None,
-) -> State:
-    """The State after prefill, with the first token chosen.
-
-    Args:
-      target, prefilled, lengths, sampling, stop: per row.
-      num_slots: of `emitted`; a round writes up to N past a row's last token.
-      num_levels: N of the drafter, 0 for plain decoding.
-      scored: bool [B], rows whose log-probabilities are wanted; None where they are never computed.
-    """
-    batch = lengths.shape[0]
-    logits = target.logits(prefilled.hidden[:, None])  # [B, 1, V]
-    pending = choose(logits, lengths[:, None], sampling)  # [B, 1]
-    slack = ((0, 0), (0, num_levels))
-    nothing = jnp.full((batch, num_slots), NO_TOKEN, jnp.int32)
-    logprobs = None
-    if scored is not None:
-        logprobs = jnp.zeros((batch, num_slots)).at[:, :1].set(_logprobs(logits, pending, scored))
-    return State(
-        prefilled.target_cache,
-        prefilled.drafter_cache,
-        Accepted(
-            jnp.pad(prefilled.features[:, None], (*slack, (0, 0))),
-            jnp.pad(pending, slack),
-            jnp.ones((batch,), jnp.int32),
-        ),
-        nothing.at[:, :1].set(pending),
-        nothing.at[:, :1].set(0),
-        logprobs,
-        jnp.zeros((batch,), bool) if scored is None else scored,
-        jnp.ones((batch,), jnp.int32),
-        _is_stop(pending, stop)[:, 0] | (stop.max_new <= 1),
-    )
-
+from fasteagle_jax.nn.kv_cache import commit
 
 # --- a round ----------------------------------------------------------------------------------------------------
 
@@ -278,7 +75,7 @@ def decode_round(
 
     with jax.named_scope("commit"):
         index = jnp.arange(num_levels + 1)
-        stops = _is_stop(picked, stop) & (index <= path.accepted[:, None])
+        stops = is_stop(picked, stop) & (index <= path.accepted[:, None])
         until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1), num_levels + 1) + 1
         count = jnp.minimum(path.accepted + 1, jnp.minimum(until_stop, stop.max_new - state.num_emitted))
         count = jnp.where(state.done, 0, count).astype(jnp.int32)
@@ -289,7 +86,7 @@ def decode_round(
         depths = jnp.where(index == count[:, None] - 1, 0, index + 1)
         told: tuple[Any, ...] = jnp.where(real, picked, NO_TOKEN), jnp.where(real, depths, NO_TOKEN), None
         if state.logprobs is not None:
-            told = *told[:2], _logprobs(_at(logits, path.nodes), picked, state.scored)
+            told = *told[:2], token_logprobs(_at(logits, path.nodes), picked, state.scored)
         emitted, depths, logprobs = _write((state.emitted, state.depths, state.logprobs), told, slot)
         num_emitted = state.num_emitted + count
         done = state.done | (until_stop <= count) | (num_emitted >= stop.max_new)
@@ -332,21 +129,6 @@ def root_only(new: Accepted) -> Draft:
     last = jnp.maximum(new.count - 1, 0)[:, None]
     root = jnp.take_along_axis(new.tokens, last, axis=1)
     return Draft(root, jnp.full_like(root, NO_PARENT), jnp.zeros_like(root))
-
-
-def _is_stop(tokens: jax.Array, stop: Stop) -> jax.Array:
-    """bool [B, T] for tokens int32 [B, T]."""
-    return (tokens[..., None] == stop.tokens[:, None]).any(axis=-1)
-
-
-def _logprobs(logits: jax.Array, tokens: jax.Array, scored: jax.Array) -> jax.Array:
-    """float32 [B, T], log-probability of tokens int32 [B, T] under the target's own softmax; 0 if nobody asks."""
-
-    def compute() -> jax.Array:
-        own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return own - jax.nn.logsumexp(logits, axis=-1)
-
-    return jax.lax.cond(scored.any(), compute, lambda: jnp.zeros(tokens.shape))
 
 
 # --- whole programs ---------------------------------------------------------------------------------------------
@@ -405,7 +187,7 @@ def generate_jit(
     state, _ = decode_rounds(target, drafter, tied, state, sampling, stop, tree=tree, shared_noise=shared_noise)
     tokens = state.emitted[:, :max_new]
     last = jnp.take_along_axis(tokens, state.num_emitted[:, None] - 1, axis=1)
-    return Generation(tokens, state.num_emitted, _is_stop(last, stop)[:, 0], state.statistics)
+    return Generation(tokens, state.num_emitted, is_stop(last, stop)[:, 0], state.statistics)
 
 
 @functools.partial(jax.jit, static_argnames=("max_new", "tree", "chunk"))
@@ -448,31 +230,6 @@ def advance(
 ) -> State:
     """The State after up to `rounds` more rounds; the one given is consumed."""
     return decode_rounds(target, drafter, tied, state, sampling, stop, rounds, tree=tree, shared_noise=shared_noise)[0]
-
-
-# --- the host's side --------------------------------------------------------------------------------------------
-
-
-def pad_prompts(prompts: list[list[int]], chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Prompts right-padded to int32 [B, P], P the next multiple of `chunk`, and their lengths int32 [B]."""
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise UserError(f"prompt {i} is empty: give at least one token")
-    longest = max(len(prompt) for prompt in prompts)
-    slots = -(-longest // chunk) * chunk
-    padded = np.zeros((len(prompts), slots), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return jnp.asarray(padded), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
-
-
-def make_stop(batch: int, max_new: int | list[int], stop_tokens: tuple[int, ...] = ()) -> Stop:
-    """A Stop from one limit for all rows or one a row."""
-    limits = list(max_new) if isinstance(max_new, (list, tuple)) else [max_new] * batch
-    if len(limits) != batch or min(limits) < 1:
-        raise UserError(f"max_new is {max_new}: give a whole number of at least 1, for all rows or one a row")
-    tokens = jnp.asarray([stop_tokens or (NO_STOP,)] * batch, jnp.int32)
-    return Stop(jnp.asarray(limits, jnp.int32), tokens)
 
 
 def generate(

@@ -5,17 +5,70 @@ B rows · T stream positions · F feature layers · H hidden width · V draft vo
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.config import DrafterConfig
-from fasteagle_jax.decoding.interfaces import Accepted, Tied
+from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
+from fasteagle_jax.decoding.sampling import gumbel_noise
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Ring, as_ring, empty_cache, ring_slots
-from fasteagle_jax.nn.transformer import LayerConfig, hold_columns, matmul
+from fasteagle_jax.nn.linear import matmul
+from fasteagle_jax.nn.rope import RopeConfig
+from fasteagle_jax.nn.transformer import LayerConfig, hold_columns
+
+
+def check_features(feature_layers: tuple[int, ...], num_layers: int) -> None:
+    """Raises UserError where a target of so many layers has no such inputs; `num_layers` is the last one's output."""
+    if wrong := [f for f in feature_layers if not 0 <= f <= num_layers]:
+        raise UserError(
+            f"feature_layers has {', '.join(map(str, wrong))}, the target {num_layers} layers: "
+            f"give 0 to {num_layers}, or take the target that the drafter was trained for"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+    """Sizes and switches of a drafter; `hidden_size` and `vocab_size` are its target's."""
+
+    hidden_size: int  # H
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int  # rows of the head it guesses among; vocab_size for all
+    feature_layers: tuple[int, ...]  # the target's layers whose inputs it reads
+    kind: str = "fasteagle"
+    num_levels: int = 7  # N
+    rms_norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    reinject: bool = False  # add the fused input again before every level
+    correction: int | None = None  # R, hidden units that correct a guess by the token before it; None for none
+    window: int | None = None  # W: a position sees itself and the W - 1 before it; None for all
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "num_levels")
+        for name in sizes:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise UserError(f"drafter {name} is {getattr(self, name)!r}: give a whole number of at least 1")
+        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise UserError(
+                f"draft_vocab_size is {self.draft_vocab_size}: it must be 1 to the target's {self.vocab_size}"
+            )
+        if self.correction is not None and (not isinstance(self.correction, int) or self.correction < 1):
+            raise UserError(f"drafter correction is {self.correction!r}: give a number of units, or None for none")
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise UserError(
+                f"drafter window is {self.window!r}: give a whole number of at least 1, or None for no limit"
+            )
+        if not self.feature_layers:
+            raise UserError("feature_layers is empty: name at least one of the target's layers")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"drafter num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
 
 
 class Constant(nnx.Variable):
@@ -106,3 +159,59 @@ def causal(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
     """bool, True where a query at one position sees a key at another: itself and the `window` - 1 before it."""
     visible = key <= query
     return visible if window is None else visible & (query - key < window)
+
+
+def pending(new: Accepted) -> jax.Array:
+    """int32 [B], the last of the accepted tokens, at which a tree is rooted."""
+    return jnp.take_along_axis(new.tokens, jnp.maximum(new.count - 1, 0)[:, None], axis=1)[:, 0]
+
+
+def newest(new: Accepted, most: int) -> tuple[Accepted, jax.Array]:
+    """The last `most` of each row's newly accepted tokens, and int32 [B] how many went before them."""
+    if most >= new.tokens.shape[1]:
+        return new, jnp.zeros_like(new.count)
+    skipped = jnp.maximum(new.count - most, 0)
+    index = skipped[:, None] + jnp.arange(most)  # [B, most]
+    features = jnp.take_along_axis(new.features, index[..., None], axis=1)
+    return Accepted(features, jnp.take_along_axis(new.tokens, index, axis=1), new.count - skipped), skipped
+
+
+def rank(logits: jax.Array, positions: jax.Array, ids: jax.Array, ranking: Ranking) -> jax.Array:
+    """Log-probabilities float32 [B, N, V] by which a draft tree ranks its guesses.
+
+    At temperature 0 the drafter's own. Above it, those of logits / temperature, and with shared noise, of these plus
+    the noise the target will add at `positions` [B, N], or [B, 1] for all of them, so that guesses agree with its draw
+    far more often. Ranking never influences which token the target chooses.
+    """
+    temperature = ranking.sampling.temperature
+    sampled = temperature > 0
+
+    def perturbed() -> jax.Array:
+        scaled = logits / jnp.where(sampled, temperature, 1.0)[:, None, None]
+        if not ranking.shared_noise:
+            return scaled
+        noise = gumbel_noise(ranking.sampling.seed[:, None], positions, ids)
+        return jnp.where(sampled[:, None, None], scaled + noise, scaled)
+
+    return jax.nn.log_softmax(jax.lax.cond(sampled.any(), perturbed, lambda: logits), axis=-1)
+
+
+def default_config(target_config: Any, **changes: Any) -> DrafterConfig:
+    """The DrafterConfig whose sizes are the target's, with `changes`; UserError where the target has no such layers."""
+    c = target_config
+    last = c.num_layers - 1
+    sizes = dict(
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_heads=c.num_heads,
+        num_kv_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        rms_norm_eps=c.rms_norm_eps,
+        rope=c.rope,
+        vocab_size=c.vocab_size,
+        draft_vocab_size=c.vocab_size,
+        feature_layers=tuple(min(max(f, 0), last) for f in (2, c.num_layers // 2, c.num_layers - 3)),
+    )
+    config = dataclasses.replace(DrafterConfig(**sizes), **changes)
+    check_features(config.feature_layers, c.num_layers)
+    return config

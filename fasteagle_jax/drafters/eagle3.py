@@ -16,30 +16,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
 from fasteagle_jax.decoding.tree import Draft, Tree, grow
 from fasteagle_jax.devices.sharding import constrain
-from fasteagle_jax.drafters.base import DrafterModule, causal, copy_weights, draft_ids, layer_config
-from fasteagle_jax.drafters.fasteagle import newest, pending, rank
-from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.kv_cache import Ring, commit_ring, seen_in_ring
-from fasteagle_jax.nn.packed_attention import Packed, in_blocks
-from fasteagle_jax.nn.transformer import (
-    LAYER_AXES,
-    MASKED,
-    DecoderLayer,
-    Past,
-    attention,
-    by_kv_head,
-    by_token,
-    embed,
-    head_logits,
-    matmul,
-    rms_norm,
-    rotate,
-    rotation,
+from fasteagle_jax.drafters.base import (
+    DrafterConfig,
+    DrafterModule,
+    causal,
+    copy_weights,
+    draft_ids,
+    layer_config,
+    newest,
+    pending,
+    rank,
 )
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.attention import MASKED, Past, attention, by_kv_head, by_token
+from fasteagle_jax.nn.embedding import embed
+from fasteagle_jax.nn.kv_cache import Ring, commit_ring, seen_in_ring
+from fasteagle_jax.nn.linear import head_logits, matmul
+from fasteagle_jax.nn.norm import rms_norm
+from fasteagle_jax.nn.packed_attention import Packed, in_blocks
+from fasteagle_jax.nn.rope import rotate, rotation
+from fasteagle_jax.nn.transformer import LAYER_AXES, DecoderLayer
 
 AXES = LAYER_AXES | {"fc": ("embed", "fused"), "head": ("vocab", "embed")}
 

@@ -12,7 +12,6 @@ guess by the token before it on its path, outside of the cascade (as the later T
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -20,37 +19,35 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.config import DrafterConfig, check_features
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
-from fasteagle_jax.decoding.sampling import gumbel_noise
 from fasteagle_jax.decoding.tree import Draft, Tree, build, grow
 from fasteagle_jax.devices.sharding import constrain, training_rows
-from fasteagle_jax.drafters.base import DrafterModule, causal, copy_weights, draft_ids, layer_config
-from fasteagle_jax.nn.kv_cache import Ring, commit_ring, seen_in_ring
-from fasteagle_jax.nn.transformer import (
-    LAYER_AXES,
-    Attend,
-    DecoderLayer,
-    Past,
-    RowWeight,
-    embed,
-    head_logits,
-    hold_columns,
-    matmul,
-    rms_norm,
-    rotation,
-    run_layers,
-    stack,
-    unstack,
+from fasteagle_jax.drafters.base import (
+    DrafterConfig,
+    DrafterModule,
+    causal,
+    copy_weights,
+    draft_ids,
+    layer_config,
+    newest,
+    pending,
+    rank,
 )
+from fasteagle_jax.nn.attention import Attend, Past
+from fasteagle_jax.nn.embedding import embed
+from fasteagle_jax.nn.kv_cache import Ring, commit_ring, seen_in_ring
+from fasteagle_jax.nn.linear import RowWeight, head_logits, matmul
+from fasteagle_jax.nn.norm import rms_norm
+from fasteagle_jax.nn.rope import rotation
+from fasteagle_jax.nn.transformer import LAYER_AXES, DecoderLayer, hold_columns, run_layers, stack, unstack
 
 AXES = (
     LAYER_AXES
     | {name: ("embed", "fused") for name in ("fc", "fuse", "reinject", "of_state", "of_token")}
     | {"to_state": ("fused", "embed")}
 )
-EMBEDDING_SHARE = 0.1  # of the stream's size that the embedding starts with, beside levels that never saw one there
 
+EMBEDDING_SHARE = 0.1  # of the stream's size that the embedding starts with, beside levels that never saw one there
 
 _LEVEL = {  # name in the file: attribute path of a Level, transposed
     "input_layernorm.weight": (("layer", "input_norm"), False),
@@ -351,59 +348,3 @@ class FastEagle(DrafterModule):
                 if param is not None:
                     places.append((f"levels.{i}.{name}", param, transposed and not isinstance(param, RowWeight)))
         return places
-
-
-def pending(new: Accepted) -> jax.Array:
-    """int32 [B], the last of the accepted tokens, at which a tree is rooted."""
-    return jnp.take_along_axis(new.tokens, jnp.maximum(new.count - 1, 0)[:, None], axis=1)[:, 0]
-
-
-def newest(new: Accepted, most: int) -> tuple[Accepted, jax.Array]:
-    """The last `most` of each row's newly accepted tokens, and int32 [B] how many went before them."""
-    if most >= new.tokens.shape[1]:
-        return new, jnp.zeros_like(new.count)
-    skipped = jnp.maximum(new.count - most, 0)
-    index = skipped[:, None] + jnp.arange(most)  # [B, most]
-    features = jnp.take_along_axis(new.features, index[..., None], axis=1)
-    return Accepted(features, jnp.take_along_axis(new.tokens, index, axis=1), new.count - skipped), skipped
-
-
-def rank(logits: jax.Array, positions: jax.Array, ids: jax.Array, ranking: Ranking) -> jax.Array:
-    """Log-probabilities float32 [B, N, V] by which a draft tree ranks its guesses.
-
-    At temperature 0 the drafter's own. Above it, those of logits / temperature, and with shared noise, of these plus
-    the noise the target will add at `positions` [B, N], or [B, 1] for all of them, so that guesses agree with its draw
-    far more often. Ranking never influences which token the target chooses.
-    """
-    temperature = ranking.sampling.temperature
-    sampled = temperature > 0
-
-    def perturbed() -> jax.Array:
-        scaled = logits / jnp.where(sampled, temperature, 1.0)[:, None, None]
-        if not ranking.shared_noise:
-            return scaled
-        noise = gumbel_noise(ranking.sampling.seed[:, None], positions, ids)
-        return jnp.where(sampled[:, None, None], scaled + noise, scaled)
-
-    return jax.nn.log_softmax(jax.lax.cond(sampled.any(), perturbed, lambda: logits), axis=-1)
-
-
-def default_config(target_config: Any, **changes: Any) -> DrafterConfig:
-    """The DrafterConfig whose sizes are the target's, with `changes`; UserError where the target has no such layers."""
-    c = target_config
-    last = c.num_layers - 1
-    sizes = dict(
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_heads=c.num_heads,
-        num_kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        rms_norm_eps=c.rms_norm_eps,
-        rope=c.rope,
-        vocab_size=c.vocab_size,
-        draft_vocab_size=c.vocab_size,
-        feature_layers=tuple(min(max(f, 0), last) for f in (2, c.num_layers // 2, c.num_layers - 3)),
-    )
-    config = dataclasses.replace(DrafterConfig(**sizes), **changes)
-    check_features(config.feature_layers, c.num_layers)
-    return config

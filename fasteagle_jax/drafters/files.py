@@ -27,11 +27,12 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig, check_features
 from fasteagle_jax.devices.sharding import make_on, place
+from fasteagle_jax.drafters.base import DrafterConfig, check_features
 from fasteagle_jax.drafters.table import AXES, CLASSES, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import new_folder, sha256
+from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.nn.transformer import hold_rows, stacks_are_faster
 
 TENSORS = "model.safetensors"
@@ -70,7 +71,7 @@ def save_drafter(
 
 def load_drafter(
     folder: str | os.PathLike[str],
-    target_config: LlamaConfig,
+    target_config: Any,
     fingerprint: str,
     dtype: Any = jnp.float32,
     *,

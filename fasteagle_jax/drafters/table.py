@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.drafters import eagle3, fasteagle
+from fasteagle_jax.drafters.base import DrafterConfig
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.errors import UserError

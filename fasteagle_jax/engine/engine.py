@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fasteagle_jax.config import DrafterConfig, LlamaConfig
+from fasteagle_jax.decoding.prefill import Prefilled
 from fasteagle_jax.decoding.sampling import Sampling
-from fasteagle_jax.decoding.speculative import NO_STOP, Prefilled, State, Stop
+from fasteagle_jax.decoding.state import NO_STOP, State, Stop
 from fasteagle_jax.decoding.tree import Tree
 from fasteagle_jax.decoding.tree_selection import Pace, shapes
-from fasteagle_jax.devices.memory import Memory, available, bytes_of
-from fasteagle_jax.devices.sharding import check_heads, place_weights, process_values, shardings
+from fasteagle_jax.devices.memory import Memory, bytes_of
+from fasteagle_jax.devices.sharding import place_weights, process_values, shardings
 from fasteagle_jax.drafters import table
 from fasteagle_jax.drafters.files import load_drafter, read_config
 from fasteagle_jax.engine import slots as device
@@ -48,19 +47,23 @@ from fasteagle_jax.engine.requests import (
     sample_seed,
 )
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
+from fasteagle_jax.engine.sizes import available_everywhere, check_mesh, check_sizes, prompt_buckets, row_counts
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets import llama
-from fasteagle_jax.targets.checkpoint import open_checkpoint
 from fasteagle_jax.targets.llama import Llama
-from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.targets.loading import load_target, open_checkpoint
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 
 ROUNDS = 16  # that the device runs at most before the host looks
+
 ROUNDS_BETWEEN_TEXT = 4  # the same while the host has to look for stop strings
+
 WORK = 8  # float32 arrays of the logits' size that a round takes, by the compiler's account
-LEAST_ROWS = 4  # fewer rows are hardly faster to compute
+
 SHARED_BEGINNINGS = 4  # prefilled once and kept for the prompts to come
+
 LOOKAHEAD = 4  # waiting requests read ahead, for each slot: where common beginnings are looked for
+
 WARM_UP = ("The capital of France is", "def fibonacci(n):", "Once upon a time, there was", "Water boils when")
 
 log = logging.getLogger(__name__)
@@ -204,7 +207,7 @@ class Engine:
         self._cache_slots = self.max_len + self._most_written
         self.memory = self._needed()
         taken = self.memory.target + self.memory.drafter  # weights that are there already
-        free = _available(mesh)
+        free = available_everywhere(mesh)
         self.memory.check(None if free is None else free + taken, "lower slots or max_len, or use bfloat16")
 
         self._tied = None if drafter is None else drafter.tie(target)  # the embedding is the target's own array
@@ -257,7 +260,7 @@ class Engine:
         if mesh is not None:
             check_mesh(mesh, slots, config, drafter_config)
         weights = bytes_of(sizes, mesh, llama.AXES), bytes_of(drafter_sizes, mesh, table.AXES)
-        Memory(*weights, 0, 0, 0, 0).check(_available(mesh), "use bfloat16 or a larger device")
+        Memory(*weights, 0, 0, 0, 0).check(available_everywhere(mesh), "use bfloat16 or a larger device")
         loaded = load_target(target, dtype, mesh=mesh)
         tokenizer = load_tokenizer(loaded.checkpoint.path)
         model = None if folder is None else load_drafter(folder, config, loaded.fingerprint, dtype, mesh=mesh)
@@ -687,50 +690,6 @@ def _described(request: _Request) -> device.Request:
         stop=Stop(row(request.max_new, np.int32), row([*request.stop_tokens, *[NO_STOP] * spare], np.int32)),
         scored=row(params.logprobs, bool),
     )
-
-
-# --- sizes ------------------------------------------------------------------------------------------------------
-
-
-def check_sizes(slots: int, max_len: int, positions: int) -> None:
-    """Raises UserError for numbers of slots and tokens that no engine has."""
-    if not isinstance(slots, int) or slots < 1:
-        raise UserError(f"slots is {slots!r}: give a whole number of at least 1")
-    if not isinstance(max_len, int) or not 1 <= max_len <= positions:
-        raise UserError(f"max_len is {max_len!r}: give a whole number up to the target's {positions} positions")
-
-
-def check_mesh(mesh: Mesh, slots: int, target: LlamaConfig, drafter: DrafterConfig | None) -> None:
-    """Raises UserError where the mesh does not divide the slots, or the heads of K/V of a model."""
-    data = mesh.shape["data"]
-    if slots % data:
-        raise UserError(f"slots is {slots}, which data {data} of the mesh does not divide: use a multiple of {data}")
-    check_heads(mesh, target, drafter)
-
-
-def _available(mesh: Mesh | None) -> int | None:
-    """`available` on the device, of all processes, that has the least."""
-    free = available(mesh)
-    least = float(process_values(mesh, math.inf if free is None else free).min())
-    return None if math.isinf(least) else int(least)
-
-
-def prompt_buckets(max_len: int, chunk: int) -> tuple[int, ...]:
-    """The sizes of cache that prompts are prefilled in: 4, 16, 64, ... chunks, the last one for all prompts."""
-    most = -(-max_len // chunk) * chunk
-    sizes = itertools.takewhile(lambda size: size < most, (chunk * 4**i for i in itertools.count(1)))
-    return (*sizes, most)
-
-
-def row_counts(slots: int, ways: int = 1) -> tuple[int, ...]:
-    """The numbers of rows that are computed: all slots, and quarters thereof as long as that saves something.
-
-    Where rows are split `ways`, each part has equally many.
-    """
-    counts = [slots // ways]
-    while counts[-1] > LEAST_ROWS:
-        counts.append(-(-counts[-1] // 4))
-    return tuple(ways * count for count in counts)
 
 
 def _chunks_alike(a: tuple[int, ...], b: tuple[int, ...], chunk: int) -> int:

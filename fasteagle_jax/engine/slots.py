@@ -12,17 +12,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fasteagle_jax.decoding import speculative as decode
+from fasteagle_jax.decoding import prefill as prompts
+from fasteagle_jax.decoding import state as decoding_state
 from fasteagle_jax.decoding.interfaces import Accepted, Tied
+from fasteagle_jax.decoding.prefill import Prefilled
 from fasteagle_jax.decoding.sampling import Sampling
-from fasteagle_jax.decoding.speculative import NO_STOP, Prefilled, State, Stop
+from fasteagle_jax.decoding.speculative import decode_rounds
+from fasteagle_jax.decoding.state import NO_STOP, State, Stop
 from fasteagle_jax.decoding.tree import Tree
 from fasteagle_jax.devices.sharding import constrain_all
 from fasteagle_jax.nn.kv_cache import Cache, Ring
 
 # The logical axes of slots and of what is prefilled. What the host reads between calls is whole everywhere.
 READ = ("emitted", "depths", "logprobs", "num_emitted", "done")
-AXES = {name: axes for name, axes in decode.AXES.items() if name not in READ}
+AXES = {name: axes for name, axes in decoding_state.AXES.items() if name not in READ}
 
 
 class Slots(NamedTuple):
@@ -48,7 +51,7 @@ def empty_slots(
 ) -> Slots:
     """`batch` free slots for requests of up to `num_slots` tokens, prompt and answer and slack together."""
     num_levels = 0 if drafter is None else drafter.num_levels
-    nothing = decode.nothing_prefilled(target, drafter, batch, num_slots, most_written)
+    nothing = prompts.nothing_prefilled(target, drafter, batch, num_slots, most_written)
 
     def row(dtype: Any, *shape: int) -> jax.Array:
         return jnp.zeros((batch, *shape), dtype)
@@ -77,8 +80,8 @@ def empty_slots(
 def nothing_prefilled(
     target: Any, drafter: Any | None, *, num_slots: int, drafter_slots: int, most_written: int
 ) -> Prefilled:
-    """`decode.nothing_prefilled` of one row, compiled."""
-    return constrain_all(decode.nothing_prefilled(target, drafter, 1, num_slots, most_written, drafter_slots), AXES)
+    """`prefill.nothing_prefilled` of one row, compiled."""
+    return constrain_all(prompts.nothing_prefilled(target, drafter, 1, num_slots, most_written, drafter_slots), AXES)
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "num_levels"))
@@ -94,8 +97,8 @@ def prefill(
     chunk: int,
     num_levels: int,
 ) -> Prefilled:
-    """`decode.prefill`, compiled; `begun` stays as it is."""
-    made = decode.prefill(target, drafter, tied, begun, prompt, length, first, chunk=chunk, num_levels=num_levels)
+    """`prefill.prefill`, compiled; `begun` stays as it is."""
+    made = prompts.prefill(target, drafter, tied, begun, prompt, length, first, chunk=chunk, num_levels=num_levels)
     return constrain_all(made, AXES)
 
 
@@ -103,7 +106,7 @@ def prefill(
 def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, request: Request) -> Slots:
     """The slots with a prefilled request in slot int32 [], its first token chosen."""
     state = slots.state
-    one = decode.first_state(
+    one = prompts.first_state(
         target,
         prefilled,
         request.length,
@@ -138,7 +141,7 @@ def advance(
 ) -> tuple[Slots, jax.Array]:
     """The slots after up to `rounds` int32 [] rounds, and how many there were; rows `ended` bool [B] are done."""
     state = slots.state._replace(done=slots.state.done | ended)
-    state, ran = decode.decode_rounds(
+    state, ran = decode_rounds(
         target,
         drafter,
         tied,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from fasteagle_jax.errors import UserError
 
 
 @contextmanager
@@ -63,3 +70,71 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names the file in errors of the system that do not, a full disk for one."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or path}: {error.strerror or error}") from error
+
+
+def check_new(path: Path | None) -> None:
+    """Raises UserError where an output file exists already; None is no file."""
+    if path is not None and path.exists():
+        raise UserError(f"{path} exists: name another output, or remove it")
+
+
+def write_new(path: Path, text: str) -> None:
+    """Writes a new file, whole or not at all."""
+    with writing(path):
+        check_new(path)
+        write_text(path, text)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises UserError if it is not JSON or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({first_line(error)}): download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object: download it again")
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def in_bucket(path: Any) -> bool:
+    """Whether a path is of an object store, which keeps whole objects and appends to none."""
+    return "://" in os.fspath(path)
+
+
+def write_file(path: epath.Path, text: str) -> None:
+    """Puts `text` at a path of a run folder, whole or not at all."""
+    if in_bucket(path):
+        path.write_text(text)
+    else:
+        write_text(Path(path), text)
+
+
+def check_writable(folder: epath.Path) -> None:
+    """Makes the folder; UserError where nothing can be written to it."""
+    probe = folder / f".writable-{uuid.uuid4().hex}"  # every process of a run tries
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except Exception as error:  # clients of buckets raise many kinds, ImportError among them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        remedy = (
+            "pip install gcsfs google-cloud-storage, log in, and check the bucket's name and rights"
+            if in_bucket(folder)
+            else ""
+        )
+        raise UserError(f"cannot write to {folder} ({reason}): {remedy or 'name a folder of yours'}") from error

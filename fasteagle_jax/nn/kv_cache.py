@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fasteagle_jax.devices.sharding import by_shard
-from fasteagle_jax.nn.transformer import held, held_dtype
+from fasteagle_jax.nn.attention import held, held_dtype
 
 NOTHING = -1  # the position of a slot that holds none
 # The logical axes of a cache's arrays by name (see sharding.RULES), a stack's first dimension left out.

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from fasteagle_jax.devices.sharding import platform, spec
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.transformer import attention, by_kv_head, by_token
+from fasteagle_jax.nn.attention import attention, by_kv_head, by_token
 
 BLOCK = 512  # queries
 TILE = 128  # queries of a block that read no key after the last of them

@@ -5,30 +5,87 @@ B rows · Q query tokens · L layers · H hidden width · V vocabulary · F feat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.config import LlamaConfig
 from fasteagle_jax.devices.sharding import training_rows
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.attention import Attend, Past
+from fasteagle_jax.nn.embedding import embed
 from fasteagle_jax.nn.kv_cache import Cache, empty_cache
-from fasteagle_jax.nn.transformer import (
-    LAYER_AXES,
-    Attend,
-    DecoderLayer,
-    LayerConfig,
-    Past,
-    embed,
-    head_logits,
-    hold_rows,
-    rms_norm,
-    rotation,
-    run_layers,
-    unstack,
-)
+from fasteagle_jax.nn.linear import head_logits
+from fasteagle_jax.nn.norm import rms_norm
+from fasteagle_jax.nn.rope import RopeConfig, rotation
+from fasteagle_jax.nn.transformer import LAYER_AXES, DecoderLayer, LayerConfig, hold_rows, run_layers, unstack
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and switches of a Llama-architecture target, named after their letters in the code."""
+
+    vocab_size: int  # V
+    hidden_size: int  # H
+    intermediate_size: int
+    num_layers: int  # L
+    num_heads: int
+    num_kv_heads: int  # K
+    head_dim: int  # D
+    rms_norm_eps: float = 1e-5
+    max_positions: int = 2048
+    rope: RopeConfig = RopeConfig()
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or value < 1):
+                raise UserError(f"{field.name} is {value!r}: give a whole number of at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: "
+                "grouped attention shares each K/V head among equally many query heads"
+            )
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
+        """The configuration that a Hugging Face `config.json` (read into a dict) describes."""
+        architectures = hf.get("architectures") or []
+        if not any(name in SUPPORTED_ARCHITECTURES for name in architectures):
+            raise UserError(
+                f"architecture {', '.join(architectures) or 'unknown'} is not supported: "
+                f"use a target of {', '.join(SUPPORTED_ARCHITECTURES)}"
+            )
+        if hf.get("hidden_act", "silu") != "silu":
+            raise UserError(f"hidden_act {hf['hidden_act']!r} is not supported: Llama targets use silu")
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        absent = [name for name in required if name not in hf]
+        if absent:
+            raise UserError(f"config.json lacks {', '.join(absent)}: take the model's complete configuration")
+        num_heads = hf["num_attention_heads"]
+        return cls(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_layers=hf["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=hf.get("num_key_value_heads") or num_heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
+            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            max_positions=hf.get("max_position_embeddings", 2048),
+            rope=RopeConfig.from_hf(hf),
+            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            attention_bias=bool(hf.get("attention_bias", False)),
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+        )
 
 
 class TargetOutput(NamedTuple):

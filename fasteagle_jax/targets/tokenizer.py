@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.checkpoint import read_gguf, read_json
+from fasteagle_jax.io.files import read_json
+from fasteagle_jax.targets.gguf import read_gguf
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer

@@ -9,23 +9,35 @@ import ast
 import dataclasses
 import importlib.util
 import json
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-from etils import epath
+import jax
 
-from fasteagle_jax.config import DrafterConfig, LlamaConfig, RopeConfig
 from fasteagle_jax.devices.sharding import MeshShape
-from fasteagle_jax.drafters.fasteagle import default_config
+from fasteagle_jax.drafters.base import DrafterConfig, default_config
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import write_text
 from fasteagle_jax.nn.packed_attention import KINDS
+from fasteagle_jax.nn.rope import RopeConfig
+from fasteagle_jax.targets.llama import LlamaConfig
 from fasteagle_jax.training.losses import LossConfig
-from fasteagle_jax.training.step import REMAT, OptimizerConfig, Ways, make_train_step
+from fasteagle_jax.training.optimizer import OptimizerConfig
+
+# What the backward pass computes again rather than keeps, by name: nothing, all of a level but its input, or all but
+# the results of products.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Ways(NamedTuple):
+    """How a step computes what it computes."""
+
+    attention: str = "auto"  # of packed.KINDS
+    remat: str = "none"  # of REMAT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,22 +259,6 @@ def drafter_config(choice: DrafterChoice, target_config: LlamaConfig) -> Drafter
     return default_config(target_config, **changes)
 
 
-def train_step(config: RunConfig, graph: Any, constants: Any, optimizer: Any, shardings: Any = None) -> Any:
-    """The compiled step of a run; arguments and result as of `training.make_train_step`."""
-    return make_train_step(
-        graph,
-        constants,
-        optimizer,
-        config.loss,
-        jnp.dtype(config.dtype),
-        config.seed,
-        accumulate=config.accumulate,
-        ema=config.optimizer.ema,
-        ways=Ways(config.attention, config.remat),
-        shardings=shardings,
-    )
-
-
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """`key: old -> new` of every value in which two `to_json` configurations differ."""
     found = []
@@ -273,36 +269,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             found.append(f"{prefix}{key}: {a} -> {b}")
     return found
-
-
-# --- the folder -------------------------------------------------------------------------------------------------
-
-
-def in_bucket(path: Any) -> bool:
-    """Whether a path is of an object store, which keeps whole objects and appends to none."""
-    return "://" in os.fspath(path)
-
-
-def write_file(path: epath.Path, text: str) -> None:
-    """Puts `text` at a path of a run folder, whole or not at all."""
-    if in_bucket(path):
-        path.write_text(text)
-    else:
-        write_text(Path(path), text)
-
-
-def check_writable(folder: epath.Path) -> None:
-    """Makes the folder; UserError where nothing can be written to it."""
-    probe = folder / f".writable-{uuid.uuid4().hex}"  # every process of a run tries
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except Exception as error:  # clients of buckets raise many kinds, ImportError among them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        remedy = (
-            "pip install gcsfs google-cloud-storage, log in, and check the bucket's name and rights"
-            if in_bucket(folder)
-            else ""
-        )
-        raise UserError(f"cannot write to {folder} ({reason}): {remedy or 'name a folder of yours'}") from error

@@ -5,8 +5,9 @@ N levels · L layers · H hidden width · F feature layers · T tokens a row · 
 
 from __future__ import annotations
 
-from fasteagle_jax.config import DrafterConfig, LlamaConfig
 from fasteagle_jax.devices.chips import chip
+from fasteagle_jax.drafters.base import DrafterConfig
+from fasteagle_jax.targets.llama import LlamaConfig
 
 
 def peak_flops(device_kind: str) -> float | None:

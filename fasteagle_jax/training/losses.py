@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from fasteagle_jax.devices.sharding import constrain
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.transformer import head_logits
+from fasteagle_jax.nn.linear import head_logits
 
 
 @dataclasses.dataclass(frozen=True)

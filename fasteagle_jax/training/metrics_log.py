@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.training.config import in_bucket, write_file
+from fasteagle_jax.io.files import in_bucket, write_file
 
 Record = dict[str, Any]  # of one step; "step" counts from 1, and what is not finite is None
 

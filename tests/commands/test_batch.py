@@ -24,8 +24,10 @@ import pytest
 
 from fasteagle_jax import Engine, SamplingParams
 from fasteagle_jax.commands import batch
-from fasteagle_jax.commands.batch import Share, main
-from fasteagle_jax.engine.batch_records import AnswerFile, BatchRequest, Refusal, read_requests
+from fasteagle_jax.commands.batch import main
+from fasteagle_jax.data.shares import Share
+from fasteagle_jax.engine.batch_records import AnswerFile
+from fasteagle_jax.engine.batch_requests import BatchRequest, Refusal, read_requests
 from tests.tiny_folder import make_target
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

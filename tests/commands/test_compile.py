@@ -16,12 +16,13 @@ from fasteagle_jax.commands import compile_check
 from fasteagle_jax.commands.compile_check import main, simulated_devices
 from fasteagle_jax.compiling import programs as compiling
 from fasteagle_jax.compiling.programs import Decoding, Report, compile_program
-from fasteagle_jax.config import LlamaConfig
+from fasteagle_jax.compiling.table import file_of, table
 from fasteagle_jax.decoding.tree import Tree
 from fasteagle_jax.devices import topology
 from fasteagle_jax.devices.chips import Chip, set_libtpu_flags
 from fasteagle_jax.devices.sharding import MeshShape
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.targets.llama import LlamaConfig
 from fasteagle_jax.training.config import DrafterChoice, RunConfig
 from fasteagle_jax.training.losses import LossConfig
 
@@ -143,15 +144,15 @@ def test_the_table_keeps_what_is_compiled_and_goes_on_past_what_is_not(monkeypat
     for does, said in (("false", "failed"), (missing, "libtpu is not installed"), ("kill -KILL $$", "failed")):
         compiler(does)
         with pytest.raises(UserError, match=f"--topology v5e:2x4: {said}"):
-            compile_check.table(tmp_path)
+            table(tmp_path)
         assert not list(tmp_path.glob("*.json"))
     compiler("case \"$*\" in *8192*) kill -ABRT $$;; *) echo 'error: does not fit: 2 GiB' >&2; exit 2;; esac")
-    lines = compile_check.table(tmp_path / "none").splitlines()
+    lines = table(tmp_path / "none").splitlines()
     assert lines[2] == "| llama31_8b | v5e:2x4 | plain, batch 1 | no: does not fit: 2 GiB | | | | |"
     figures = dict(program="decode", peak=2**30, hbm=2**34, bytes_ratio=1.25, necessary_flops=2, estimate=0.001)
     figures |= dict(cost={"product_flops": 3}, bound="memory")
-    compile_check.file_of(tmp_path, "llama31_8b", "v5e:2x4", "plain, batch 1").write_text(json.dumps([figures]))
-    lines = compile_check.table(tmp_path).splitlines()
+    file_of(tmp_path, "llama31_8b", "v5e:2x4", "plain, batch 1").write_text(json.dumps([figures]))
+    lines = table(tmp_path).splitlines()
     assert lines[2:] == [
         "| llama31_8b | v5e:2x4 | plain, batch 1 | 1.0 of 16.0 GiB | 1.25 | 1.50 | 1.0 | memory |",
         "| llama31_8b | v5e:2x4 | train, 8192 | no: the compiler crashed | | | | |",

@@ -11,9 +11,10 @@ from safetensors.numpy import load_file
 
 from fasteagle_jax.commands.export import main
 from fasteagle_jax.commands.train_drafter import main as train
-from fasteagle_jax.data.packing import Conversation, ConversationWriter
+from fasteagle_jax.data.conversations import Conversation, ConversationWriter
 from fasteagle_jax.drafters.files import load_drafter, tensors_of
-from fasteagle_jax.targets.checkpoint import fingerprint, open_checkpoint
+from fasteagle_jax.targets.checkpoint import fingerprint
+from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.training.checkpoints import Checkpoints
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "tiny.py"

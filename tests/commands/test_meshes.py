@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fasteagle_jax.commands import prepare_features, train_drafter
-from fasteagle_jax.commands.train_drafter import train
-from fasteagle_jax.data.packing import Conversation, ConversationWriter
+from fasteagle_jax.commands import prepare_features
+from fasteagle_jax.data.conversations import Conversation, ConversationWriter
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.transformer import hold_columns
-from fasteagle_jax.targets.checkpoint import open_checkpoint
-from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.targets.loading import load_target, open_checkpoint
+from fasteagle_jax.training import loop
 from fasteagle_jax.training.config import RunConfig, apply_changes, load_config
+from fasteagle_jax.training.loop import train
 from tests.two_processes import run_two_processes
 
 ROOT = Path(__file__).parent.parent.parent
@@ -130,7 +130,7 @@ def test_a_checkpoint_goes_on_on_other_meshes(one_device, run_on, target_folder,
     for num_devices, next_mesh, steps in ((8, mesh, 10), (4, "data=2 fsdp=1 tensor=2", 16), (1, "", STEPS)):
         run = config(*changes(target_folder, data_file, next_mesh))
         with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-            patch.setattr(train_drafter, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:num_devices]))
+            patch.setattr(loop, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:num_devices]))
             if steps < STEPS:
                 stop_after(patch, steps, start)
                 stack.enter_context(pytest.raises(SystemExit))
@@ -145,11 +145,11 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int, start: int) -> None:
     """Lets SIGTERM come to a run in its step `steps`; it begins after step `start`."""
     done = itertools.count(start + 1)
 
-    def came_anywhere(self: train_drafter._Sigterm) -> bool:
+    def came_anywhere(self: loop._Sigterm) -> bool:
         self.came = next(done) >= steps
         return self.came
 
-    patch.setattr(train_drafter._Sigterm, "came_anywhere", came_anywhere)
+    patch.setattr(loop._Sigterm, "came_anywhere", came_anywhere)
 
 
 def test_weights_go_straight_into_their_shards(target_folder):

@@ -9,7 +9,7 @@ import pytest
 from fasteagle_jax.commands import prepare_data
 from fasteagle_jax.commands.prepare_data import answer_seed, main
 from fasteagle_jax.data.answering import LOOP_COPIES, LOOP_TOKENS, Rules, Sample, loop_start
-from fasteagle_jax.data.packing import read_conversations
+from fasteagle_jax.data.conversations import read_conversations
 from fasteagle_jax.data.shares import Share
 from fasteagle_jax.data.sources import HeldOut
 from fasteagle_jax.engine.engine import Engine

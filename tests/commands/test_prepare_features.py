@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from fasteagle_jax.commands.prepare_features import main
+from fasteagle_jax.data.conversations import Conversation, ConversationWriter, read_conversations
 from fasteagle_jax.data.features import load_features
-from fasteagle_jax.data.packing import Conversation, ConversationWriter, PackedData, read_conversations
+from fasteagle_jax.data.packing import PackedData
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.training.step import target_outputs
 

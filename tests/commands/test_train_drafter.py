@@ -22,13 +22,15 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import load_file, save_file
 
-from fasteagle_jax.commands import ablate, train_drafter
-from fasteagle_jax.commands.train_drafter import _spike_limit, main
-from fasteagle_jax.data.packing import Conversation, ConversationWriter
+from fasteagle_jax.commands import ablate
+from fasteagle_jax.commands.train_drafter import main
+from fasteagle_jax.data.conversations import Conversation, ConversationWriter
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.drafters.files import load_drafter
 from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.training import loop
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
+from fasteagle_jax.training.loop import _spike_limit
 from tests.tiny_folder import make_target
 
 ROOT = Path(__file__).parent.parent.parent
@@ -194,7 +196,7 @@ def test_sigterm_saves_ends_with_0_and_an_evaluation_cut_short_is_made_up_for(
         "steps=5",
         "evaluation.trees=chain",
     ]
-    evaluate = train_drafter.measure_acceptance
+    evaluate = loop.measure_acceptance
 
     def interrupted(*args: object, **options: object) -> object:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -202,12 +204,12 @@ def test_sigterm_saves_ends_with_0_and_an_evaluation_cut_short_is_made_up_for(
         raise AssertionError("the evaluation went on")
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(train_drafter, "measure_acceptance", interrupted)
+    monkeypatch.setattr(loop, "measure_acceptance", interrupted)
     assert main(command(target, data_file, run, *changes)) == 0
     assert signal.getsignal(signal.SIGTERM) is before
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["3"] and not (run / "drafter").exists()
     assert not any(name.startswith("tau") for name in records(run)[-1])
-    monkeypatch.setattr(train_drafter, "measure_acceptance", evaluate)
+    monkeypatch.setattr(loop, "measure_acceptance", evaluate)
     for folder in (run, whole):
         assert main(command(target, data_file, folder, *changes)) == 0
     measured = [[{name: r[name] for name in r if name.startswith("tau")} for r in records(f)] for f in (run, whole)]
@@ -419,10 +421,10 @@ def test_a_run_in_a_bucket_goes_on_and_leaves_there_what_one_in_a_folder_leaves(
     assert main(command(target_folder, data_file, here, *changes)) == 0
     monkeypatch.setattr(type(fsspec_backend), "_get_filesystem", lambda self, name: files[name])
     files = {"gcs": Bucket(), "file": LocalFileSystem()}
-    monkeypatch.setattr(train_drafter, "Checkpoints", lambda _, keep=None: Checkpoints(kept, keep))
-    monkeypatch.setattr(train_drafter, "newest_record", lambda _: newest_record(kept))
+    monkeypatch.setattr(loop, "Checkpoints", lambda _, keep=None: Checkpoints(kept, keep))
+    monkeypatch.setattr(loop, "newest_record", lambda _: newest_record(kept))
     with monkeypatch.context() as patch:
-        patch.setattr(train_drafter._Sigterm, "came_anywhere", lambda self: True)
+        patch.setattr(loop._Sigterm, "came_anywhere", lambda self: True)
         assert main(command(target_folder, data_file, there, *changes)) == 0
     assert len(records(there)) == 1 and not (there / "drafter").exists()
     assert main(command(target_folder, data_file, there, *changes)) == 0

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fasteagle_jax.compiling import hlo_cost as hlo
+from fasteagle_jax.compiling.hlo_cost import cost, heaviest
 
 L, H = 7, 64
 
@@ -22,8 +22,8 @@ def layers(x, stack):
 
 def test_a_loop_counts_as_often_as_it_runs() -> None:
     x, stack = jnp.zeros((4, H)), jnp.zeros((L, H, H))
-    once = hlo.cost(compiled(layers, x, stack[:1]))
-    found = hlo.cost(compiled(layers, x, stack))
+    once = cost(compiled(layers, x, stack[:1]))
+    found = cost(compiled(layers, x, stack))
     assert found.product_flops == L * 2 * 4 * H * H == L * once.product_flops
     weights = L * H * H * 4
     # A CPU's compiler copies a layer's weights out of the stack before it reads them; activations come besides.
@@ -33,14 +33,14 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
     def rounds(x, stack):
         return jax.lax.fori_loop(0, 5, lambda i, x: layers(x, stack), x)
 
-    assert hlo.cost(compiled(rounds, x, stack)).product_flops == 5 * found.product_flops
+    assert cost(compiled(rounds, x, stack)).product_flops == 5 * found.product_flops
 
 
 def test_a_loop_until_the_data_says_so_counts_once() -> None:
     def f(x, w):
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w, x)
 
-    found = hlo.cost(compiled(f, jnp.zeros((4, H)), jnp.zeros((H, H))))
+    found = cost(compiled(f, jnp.zeros((4, H)), jnp.zeros((H, H))))
     assert found.unknown_loops == 1 and found.product_flops == 2 * 4 * H * H
 
 
@@ -49,8 +49,8 @@ def test_of_a_conditional_the_branch_asked_for_counts() -> None:
         return jax.lax.cond(x.sum() > 0, lambda: layers(x, w), lambda: x)
 
     text = compiled(f, jnp.zeros((4, H)), jnp.zeros((L, H, H)))
-    assert hlo.cost(text, "most").product_flops == L * 2 * 4 * H * H
-    assert hlo.cost(text, "least").product_flops == 0
+    assert cost(text, "most").product_flops == L * 2 * 4 * H * H
+    assert cost(text, "least").product_flops == 0
 
 
 def test_collectives_say_how_often_and_how_much() -> None:
@@ -63,7 +63,7 @@ def test_collectives_say_how_often_and_how_much() -> None:
     def f(x, up, down):
         return jax.lax.scan(lambda x, w: ((x @ w[0]) @ w[1], None), x, (up, down))[0]
 
-    found = hlo.cost(compiled(f, x, up, down))
+    found = cost(compiled(f, x, up, down))
     reduced = found.collectives["all-reduce"]
     size = L * 4 * H * 4
     assert reduced.number == L and reduced.bytes == size
@@ -75,7 +75,7 @@ def test_a_callback_is_a_call_to_the_host() -> None:
     def f(x):
         return jax.pure_callback(lambda x: np.asarray(x), x, x) + 1
 
-    assert hlo.cost(compiled(f, jnp.zeros((4,)))).host_calls == 1
+    assert cost(compiled(f, jnp.zeros((4,)))).host_calls == 1
 
 
 # As libtpu writes it: layouts in tiles, S(1) on the chip, a counter whose bound comes in by the loop's tuple.
@@ -145,12 +145,12 @@ ENTRY %main (w.0: bf16[32,4096,512], h.0: bf16[4096], kv.0: bf16[8,2048,128], fr
 
 
 def test_bytes_of_hbm_are_those_of_slices_in_tiles_and_what_is_on_the_chip_is_free() -> None:
-    found = hlo.cost(TPU)
+    found = cost(TPU)
     turns, matrix = 10, 4096 * 512 * 2
     fresh = 8 * 8 * 128 * 2  # 3 rows fill a tile of 8: read, and written in place
     scalars = turns * 8
     assert found.bytes == 4096 * 2 + turns * (matrix + 2 * fresh) + scalars
-    assert hlo.heaviest(TPU)[0] == (turns * matrix, "fusion", "bf16[512]", "product")
+    assert heaviest(TPU)[0] == (turns * matrix, "fusion", "bf16[512]", "product")
 
 
 def test_a_batched_product_written_as_a_convolution_counts_without_its_padding() -> None:
@@ -163,7 +163,7 @@ ENTRY %main (a: bf16[8,240,128], b: bf16[8,2048,128]) -> f32[8,240,2048] {{
   ROOT %c = f32[8,240,2048]{{2,1,0}} convolution(%a, %b), {window}, dim_labels=0bf_0oi->0bf
 }}
 """
-    assert hlo.cost(text).product_flops == 2 * 8 * 240 * 2048 * 128
+    assert cost(text).product_flops == 2 * 8 * 240 * 2048 * 128
 
 
 @pytest.mark.parametrize(
@@ -182,4 +182,4 @@ ENTRY %main (a: f32[1024]) -> f32[{1024 * ways}] {{
   ROOT %b = f32[{1024 * ways}]{{0}} all-gather(%a), channel_id=1, {groups}, dimensions={{0}}
 }}
 """
-    assert hlo.cost(text).collectives["all-gather"].sent == (ways - 1) * 4096
+    assert cost(text).collectives["all-gather"].sent == (ways - 1) * 4096

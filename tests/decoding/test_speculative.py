@@ -16,16 +16,20 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from fasteagle_jax.config import DrafterConfig
-from fasteagle_jax.data.packing import Conversation, PackedData
-from fasteagle_jax.decoding import speculative as decode
+from fasteagle_jax.data.conversations import Conversation
+from fasteagle_jax.data.packing import PackedData
+from fasteagle_jax.decoding.prefill import first_state, nothing_prefilled, prefill
 from fasteagle_jax.decoding.sampling import Sampling, make_sampling
-from fasteagle_jax.decoding.speculative import NO_TOKEN, Stop, generate
+from fasteagle_jax.decoding.speculative import advance, decode_rounds, generate, start
+from fasteagle_jax.decoding.state import NO_TOKEN, Statistics, Stop, make_stop
 from fasteagle_jax.decoding.tree import Tree
-from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
+from fasteagle_jax.drafters.base import DrafterConfig, default_config
+from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.training.init import init_drafter
 from fasteagle_jax.training.losses import LossConfig
-from fasteagle_jax.training.step import OptimizerConfig, TrainState, init_drafter, make_optimizer, make_train_step
+from fasteagle_jax.training.optimizer import OptimizerConfig, make_optimizer
+from fasteagle_jax.training.step import TrainState, make_train_step
 from tests.tiny_models import OracleDrafter, tiny_config, tiny_target, wrong_drafter
 
 N, MAX_NEW, CHUNK, V = 3, 24, 16, 40
@@ -50,7 +54,7 @@ def rows_of(sampling: Sampling, rows: list[int]) -> Sampling:
 
 
 def stop_at(limits: int | list[int] = MAX_NEW, tokens: tuple[int, int] = (-2, -2), batch: int = B) -> Stop:
-    return decode.make_stop(batch, limits, tokens)
+    return make_stop(batch, limits, tokens)
 
 
 def speculate(
@@ -64,7 +68,7 @@ def speculate(
     shared_noise: bool = True,
     chunk: int = CHUNK,
     step: int = 1000,
-) -> tuple[list[list[int]], decode.Statistics]:
+) -> tuple[list[list[int]], Statistics]:
     """Each row's new tokens and the statistics, by `start` and then `advance`, `step` rounds at a time."""
     tree = Tree.parse(tree) if isinstance(tree, str) else tree
     batch = len(prompts)
@@ -76,12 +80,10 @@ def speculate(
     # `start` takes no more than its levels from the tree, so that one program serves all.
     levels = Tree(levels=tree.levels)
     sizes = dict(max_new=MAX_NEW, tree=levels, chunk=chunk)
-    state, tied = decode.start(target, drafter, jnp.asarray(padded), lengths, sampling, stop, **sizes)
+    state, tied = start(target, drafter, jnp.asarray(padded), lengths, sampling, stop, **sizes)
     while not state.done.all():
         rounds = jnp.asarray(step, jnp.int32)
-        state = decode.advance(
-            target, drafter, tied, state, sampling, stop, rounds, tree=tree, shared_noise=shared_noise
-        )
+        state = advance(target, drafter, tied, state, sampling, stop, rounds, tree=tree, shared_noise=shared_noise)
     emitted, counts = np.asarray(state.emitted), np.asarray(state.num_emitted)
     for row, count in zip(emitted, counts, strict=True):
         assert (row[:count] != NO_TOKEN).all() and (row[count:] == NO_TOKEN).all()
@@ -282,9 +284,9 @@ def test_advance_runs_no_more_rounds_than_asked_for(target, plain):
     lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
     prompts = sequences(plain["mixed"])[:, :32]
     drafter, sampling, stop = oracle(plain["mixed"]), SAMPLINGS["mixed"], stop_at()
-    state, tied = decode.start(target, drafter, prompts, lengths, sampling, stop, **sizes)
+    state, tied = start(target, drafter, prompts, lengths, sampling, stop, **sizes)
     chain, rounds = Tree.parse("chain"), jnp.asarray(2, jnp.int32)
-    state = decode.advance(target, drafter, tied, state, sampling, stop, rounds, tree=chain, shared_noise=True)
+    state = advance(target, drafter, tied, state, sampling, stop, rounds, tree=chain, shared_noise=True)
     assert state.statistics.rounds.tolist() == [2] * B
     assert state.num_emitted.tolist() == [1 + 2 * (N + 1)] * B
 
@@ -300,7 +302,7 @@ def test_plain_rounds_in_between_leave_a_drafter_able_to_go_on(target, plain, tr
     stop, sampling = stop_at(), SAMPLINGS["mixed"]
     lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
     models, sizes = (target, trained_fasteagle), dict(max_new=MAX_NEW, tree=Tree(), chunk=CHUNK)
-    state, tied = decode.start(*models, sequences(plain["mixed"])[:, :32], lengths, sampling, stop, **sizes)
+    state, tied = start(*models, sequences(plain["mixed"])[:, :32], lengths, sampling, stop, **sizes)
     drafted = []
     for tree, rounds in [
         ("chain", 2),
@@ -312,7 +314,7 @@ def test_plain_rounds_in_between_leave_a_drafter_able_to_go_on(target, plain, tr
     ]:
         shape = Tree.parse(tree) if isinstance(tree, str) else tree
         before = np.asarray(state.statistics.accepted_at).sum()
-        state = decode.advance(*models, tied, state, sampling, stop, jnp.asarray(rounds, jnp.int32), tree=shape)
+        state = advance(*models, tied, state, sampling, stop, jnp.asarray(rounds, jnp.int32), tree=shape)
         drafted.append(np.asarray(state.statistics.accepted_at).sum() - before)
     emitted, counts = np.asarray(state.emitted), np.asarray(state.num_emitted)
     assert [row[:count].tolist() for row, count in zip(emitted, counts, strict=True)] == plain["mixed"]
@@ -325,9 +327,9 @@ def test_a_prompt_prefilled_from_a_shared_beginning_is_bitwise_the_prompt_prefil
 
     @jax.jit
     def run(begun, tokens, lengths, first):
-        return decode.prefill(target, trained_fasteagle, tied, begun, tokens, lengths, first, chunk=CHUNK)
+        return prefill(target, trained_fasteagle, tied, begun, tokens, lengths, first, chunk=CHUNK)
 
-    nothing = decode.nothing_prefilled(target, trained_fasteagle, 1, 64, CHUNK)
+    nothing = nothing_prefilled(target, trained_fasteagle, 1, 64, CHUNK)
     shared = run(nothing, jnp.asarray([beginning + [0] * 32]), jnp.asarray([32]), 0)
     for own in rest:
         tokens = jnp.asarray([beginning + own + [0] * (32 - len(own))])
@@ -343,9 +345,9 @@ def test_a_prefill_for_drafts_of_few_levels_fills_the_cache_of_these_alone(targe
 
     @functools.partial(jax.jit, static_argnums=0)
     def cache(num_levels):
-        begun = decode.nothing_prefilled(target, trained_fasteagle, 1, 64, CHUNK)
+        begun = nothing_prefilled(target, trained_fasteagle, 1, 64, CHUNK)
         sizes = dict(chunk=CHUNK, num_levels=num_levels)
-        return decode.prefill(target, trained_fasteagle, tied, begun, tokens, lengths, **sizes).drafter_cache
+        return prefill(target, trained_fasteagle, tied, begun, tokens, lengths, **sizes).drafter_cache
 
     whole, few = cache(None), cache(num_levels)
     for i in range(N):
@@ -367,11 +369,11 @@ def test_log_probabilities_are_those_of_the_targets_softmax_where_asked_for(targ
     @jax.jit
     def run(target, drafter):
         tied = drafter.tie(target)
-        begun = decode.nothing_prefilled(target, drafter, B, 32 + MAX_NEW + N + 1, CHUNK)
-        begun = decode.prefill(target, drafter, tied, begun, prompts, lengths, chunk=CHUNK)
+        begun = nothing_prefilled(target, drafter, B, 32 + MAX_NEW + N + 1, CHUNK)
+        begun = prefill(target, drafter, tied, begun, prompts, lengths, chunk=CHUNK)
         sizes = dict(num_slots=MAX_NEW + N + 1, num_levels=N)
-        state = decode.first_state(target, begun, lengths, sampling, stop, scored=scored, **sizes)
-        return decode.decode_rounds(target, drafter, tied, state, sampling, stop, tree=tree)[0]
+        state = first_state(target, begun, lengths, sampling, stop, scored=scored, **sizes)
+        return decode_rounds(target, drafter, tied, state, sampling, stop, tree=tree)[0]
 
     @jax.jit
     def logits_of(tokens):
@@ -392,9 +394,9 @@ def test_between_rounds_the_caches_hold_what_one_pass_over_the_text_gives(target
     lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
     whole, stop, best_first = sequences(plain["mixed"]), stop_at(), Tree.parse("best_first:12")
     models, sizes = (target, trained_fasteagle), dict(max_new=MAX_NEW, tree=Tree(), chunk=CHUNK)
-    state, tied = decode.start(*models, whole[:, :32], lengths, SAMPLINGS["mixed"], stop, **sizes)
+    state, tied = start(*models, whole[:, :32], lengths, SAMPLINGS["mixed"], stop, **sizes)
     rounds = jnp.asarray(7, jnp.int32)
-    state = decode.advance(*models, tied, state, SAMPLINGS["mixed"], stop, rounds, tree=best_first, shared_noise=True)
+    state = advance(*models, tied, state, SAMPLINGS["mixed"], stop, rounds, tree=best_first, shared_noise=True)
     assert not state.done.any() and len(set(state.num_emitted.tolist())) > 2
 
     @jax.jit

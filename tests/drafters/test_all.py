@@ -16,18 +16,18 @@ from flax import nnx
 
 from fasteagle_jax import Engine, SamplingParams
 from fasteagle_jax.commands.bench import main as bench
-from fasteagle_jax.config import DrafterConfig
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
+from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
-from fasteagle_jax.decoding.speculative import State, advance, make_stop, pad_prompts, start
+from fasteagle_jax.decoding.speculative import advance, start
+from fasteagle_jax.decoding.state import State, make_stop
 from fasteagle_jax.decoding.tree import Draft, Tree, build
 from fasteagle_jax.drafters import table
-from fasteagle_jax.drafters.base import DrafterModule, draft_ids
-from fasteagle_jax.drafters.fasteagle import default_config, rank
+from fasteagle_jax.drafters.base import DrafterConfig, DrafterModule, default_config, draft_ids, rank
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Cache
-from fasteagle_jax.nn.transformer import head_logits
+from fasteagle_jax.nn.linear import head_logits
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.targets.tokenizer import load_tokenizer
 from tests.tiny_folder import make_target

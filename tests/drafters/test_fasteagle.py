@@ -15,12 +15,14 @@ from fasteagle_jax.decoding.interfaces import Accepted, Ranking
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.tree import Tree
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights
-from fasteagle_jax.drafters.fasteagle import AXES, FastEagle, default_config
+from fasteagle_jax.drafters.base import default_config
+from fasteagle_jax.drafters.fasteagle import AXES, FastEagle
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import NOTHING
+from fasteagle_jax.nn.linear import head_logits
 from fasteagle_jax.nn.packed_attention import Packed
-from fasteagle_jax.nn.transformer import head_logits, rotation
+from fasteagle_jax.nn.rope import rotation
 from fasteagle_jax.targets import llama
 from tests.tiny_models import tiny_config, tiny_target
 

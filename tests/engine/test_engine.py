@@ -18,18 +18,25 @@ from flax import nnx
 from tiny_folder import make_target
 
 from fasteagle_jax import Completion, Engine, SamplingParams, UserError
-from fasteagle_jax.data.packing import Conversation, PackedData
+from fasteagle_jax.data.conversations import Conversation
+from fasteagle_jax.data.packing import PackedData
+from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
-from fasteagle_jax.decoding.speculative import generate_jit, make_stop, pad_prompts
+from fasteagle_jax.decoding.speculative import generate_jit
+from fasteagle_jax.decoding.state import make_stop
 from fasteagle_jax.decoding.tree import Tree
-from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
+from fasteagle_jax.drafters.base import default_config
+from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.engine.detokenizer import decode
-from fasteagle_jax.engine.engine import Piece, prompt_buckets, row_counts
+from fasteagle_jax.engine.engine import Piece
 from fasteagle_jax.engine.requests import sample_seed
+from fasteagle_jax.engine.sizes import prompt_buckets, row_counts
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.targets.tokenizer import load_tokenizer
+from fasteagle_jax.training.init import init_drafter
 from fasteagle_jax.training.losses import LossConfig
-from fasteagle_jax.training.step import OptimizerConfig, TrainState, init_drafter, make_optimizer, make_train_step
+from fasteagle_jax.training.optimizer import OptimizerConfig, make_optimizer
+from fasteagle_jax.training.step import TrainState, make_train_step
 
 MAX_LEN, MAX_NEW, CHUNK, N = 664, 48, 16, 3
 STOP_STRINGS = ("e", "qz", "\n", "ab")

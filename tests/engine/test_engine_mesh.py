@@ -21,13 +21,14 @@ from jax.experimental.layout import Format, Layout
 
 import fasteagle_jax.engine.engine
 from fasteagle_jax import Completion, Engine, SamplingParams, UserError
-from fasteagle_jax.data.shares import add_share_options, connect
+from fasteagle_jax.commands.terminal import add_share_options
+from fasteagle_jax.data.shares import connect
 from fasteagle_jax.decoding.tree import Tree
 from fasteagle_jax.decoding.tree_selection import Pace
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights, shardings
 from fasteagle_jax.drafters.files import load_drafter
 from fasteagle_jax.engine import slots
-from fasteagle_jax.engine.engine import row_counts
+from fasteagle_jax.engine.sizes import row_counts
 from fasteagle_jax.targets import llama
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.targets.tokenizer import load_tokenizer

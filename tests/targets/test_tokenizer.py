@@ -12,7 +12,7 @@ import regex
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets import tokenizer as tok
-from fasteagle_jax.targets.checkpoint import locate
+from fasteagle_jax.targets.loading import locate
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (

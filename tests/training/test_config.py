@@ -8,16 +8,8 @@ import pytest
 from etils import epath
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.training.config import (
-    RunConfig,
-    apply_changes,
-    changes_since,
-    check_writable,
-    differences,
-    in_bucket,
-    load_config,
-    to_json,
-)
+from fasteagle_jax.io.files import check_writable, in_bucket
+from fasteagle_jax.training.config import RunConfig, apply_changes, changes_since, differences, load_config, to_json
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 

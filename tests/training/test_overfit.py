@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fasteagle_jax.data.packing import Conversation, PackedData
+from fasteagle_jax.data.conversations import Conversation
+from fasteagle_jax.data.packing import PackedData
 from fasteagle_jax.decoding.acceptance import measure_acceptance
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate
 from fasteagle_jax.decoding.tree import Tree
 from fasteagle_jax.training.config import apply_changes, drafter_config, load_config
-from fasteagle_jax.training.step import feature_rms, first_state, init_drafter, make_optimizer, make_train_step
+from fasteagle_jax.training.init import feature_rms, init_drafter
+from fasteagle_jax.training.optimizer import make_optimizer
+from fasteagle_jax.training.step import first_state, make_train_step
 from tests.tiny_models import tiny_target
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"

@@ -9,22 +9,19 @@ import optax
 import pytest
 from flax import nnx
 
-from fasteagle_jax.data.packing import Batch, Conversation, PackedData
-from fasteagle_jax.drafters.fasteagle import FastEagle, default_config
+from fasteagle_jax.data.conversations import Conversation
+from fasteagle_jax.data.packing import Batch, PackedData
+from fasteagle_jax.drafters.base import default_config
+from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.transformer import hold_columns, rms_norm, rotation, unstack
+from fasteagle_jax.nn.norm import rms_norm
+from fasteagle_jax.nn.rope import rotation
+from fasteagle_jax.nn.transformer import hold_columns, unstack
 from fasteagle_jax.training.checkpoints import Checkpoints
+from fasteagle_jax.training.init import feature_rms, init_drafter
 from fasteagle_jax.training.losses import LossConfig
-from fasteagle_jax.training.step import (
-    OptimizerConfig,
-    TrainState,
-    drafter_loss,
-    feature_rms,
-    first_state,
-    init_drafter,
-    make_optimizer,
-    make_train_step,
-)
+from fasteagle_jax.training.optimizer import OptimizerConfig, make_optimizer
+from fasteagle_jax.training.step import TrainState, drafter_loss, first_state, make_train_step
 from tests.tiny_models import tiny_target
 
 LEVELS = 2

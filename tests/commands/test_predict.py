@@ -9,7 +9,7 @@ import pytest
 
 from fasteagle_jax.bench.predict import acceptance_length
 from fasteagle_jax.commands.bench import main
-from fasteagle_jax.commands.compile_check import file_of
+from fasteagle_jax.compiling.table import file_of
 from fasteagle_jax.training.config import load_config
 
 

@@ -1,0 +1,33 @@
+"""The target and drafter that a program's options name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from fasteagle_jax.bench.prompts import Models
+from fasteagle_jax.commands.terminal import add_dtype_option, dtype_named
+from fasteagle_jax.drafters.files import load_drafter
+from fasteagle_jax.targets.loading import DEFAULT_TARGET, load_target
+from fasteagle_jax.targets.tokenizer import load_tokenizer, stop_token_ids
+
+
+def add_target_options(parser: Any) -> None:
+    """Adds --target and --dtype."""
+    parser.add_argument("--target", default=DEFAULT_TARGET, help="folder, .gguf file or hub name (default %(default)s)")
+    add_dtype_option(parser, "default float32 on a CPU, else bfloat16")
+
+
+def load_models(args: argparse.Namespace, drafter_folder: Path | None) -> Models:
+    """The models that the options name; UserError for those that cannot be had or do not fit each other."""
+    dtype = dtype_named(args.dtype)
+    target = load_target(args.target, dtype)
+    tokenizer = load_tokenizer(target.checkpoint.path)
+    stop_tokens = stop_token_ids(tokenizer, target.checkpoint.path)
+    drafter = None
+    if drafter_folder is not None:
+        drafter = load_drafter(drafter_folder, target.checkpoint.config, target.fingerprint, dtype)
+    return Models(target.model, target.fingerprint, tokenizer, stop_tokens, drafter, jnp.dtype(dtype).name)

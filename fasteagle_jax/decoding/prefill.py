@@ -1,0 +1,172 @@
+"""Prefill: prompts into the caches, chunk by chunk, and the first token.
+
+B rows · P prompt slots · C tokens of a chunk · H hidden width · F feature layers · N levels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fasteagle_jax.decoding.interfaces import Accepted, Tied
+from fasteagle_jax.decoding.sampling import Sampling, choose
+from fasteagle_jax.decoding.state import AXES, NO_TOKEN, State, Stop, is_stop, token_logprobs
+from fasteagle_jax.devices.sharding import constrain_all
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.kv_cache import Cache, commit
+
+
+class Prefilled(NamedTuple):
+    """Prompts, or their beginnings of a whole number of chunks, in the caches."""
+
+    target_cache: Cache
+    drafter_cache: Any | None
+    hidden: jax.Array  # [B, H], the target's final hidden state of the last token
+    features: jax.Array  # [B, F*H], the target's features of the last token
+
+
+def nothing_prefilled(
+    target: Any,
+    drafter: Any | None,
+    batch: int,
+    num_slots: int,
+    most_written: int,
+    drafter_slots: int | None = None,
+) -> Prefilled:
+    """Where prefill begins: empty caches.
+
+    `num_slots` is for the target, `drafter_slots` for the drafter (None: the same), `most_written` how many tokens a
+    row is written at a time.
+    """
+    width, dtype = target.config.hidden_size, target.activation_dtype
+    num_features = 0 if drafter is None else len(drafter.feature_layers)
+    return Prefilled(
+        target.empty_cache(batch, num_slots),
+        None if drafter is None else drafter.empty_cache(batch, drafter_slots or num_slots, most_written),
+        jnp.zeros((batch, width), dtype),
+        jnp.zeros((batch, num_features * width), dtype),
+    )
+
+
+def prefill(
+    target: Any,
+    drafter: Any | None,
+    tied: Tied | None,
+    begun: Prefilled,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    first: jax.Array | int = 0,
+    *,
+    chunk: int,
+    num_levels: int | None = None,
+) -> Prefilled:
+    """The prompts in the caches, a chunk a forward pass.
+
+    Args:
+      target, drafter, tied: the models; drafter and tied are None for plain decoding.
+      begun: the prompts' first `first` chunks, in caches that have slots for all.
+      prompts: int32 [B, P], right-padded, P a multiple of `chunk`.
+      lengths: int32 [B], at least 1, and more than the chunks begun.
+      first: the chunk to go on with.
+      chunk: C, tokens a forward pass takes. A prompt's chunks are the same wherever it goes on, so its numbers are.
+      num_levels: of the drafts to come, None for all of the drafter's. 0 leaves the prompts out of its cache: cheaper,
+        where nothing will be drafted.
+    """
+    batch = prompts.shape[0]
+    feature_layers = drafter.feature_layers if drafter is not None else ()
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((chunk, chunk), bool)), (batch, chunk, chunk))
+
+    def take_chunk(i: jax.Array, carry: Prefilled) -> Prefilled:
+        start = i * chunk
+        tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)  # [B, C]
+        positions = jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape)
+        out = target(tokens, positions, causal, carry.target_cache, feature_layers)
+        here = jnp.clip(lengths - start, 0, chunk)  # tokens of each row in this chunk
+        target_cache = commit(carry.target_cache, out.fresh, here)
+
+        at_last = jnp.maximum(here - 1, 0)[:, None, None]
+        any_here = (here > 0)[:, None]
+        hidden = jnp.where(any_here, jnp.take_along_axis(out.hidden, at_last, axis=1)[:, 0], carry.hidden)
+        if drafter is None:
+            return Prefilled(target_cache, None, hidden, carry.features)
+        features = jnp.where(any_here, jnp.take_along_axis(out.features, at_last, axis=1)[:, 0], carry.features)
+        # Stream position t of the drafter reads the token after it, x[t+1], and the features of t: from the second
+        # chunk on, those begin with the last of the chunk before, and nothing but the chunk's own tokens is read.
+        shifted = jnp.concatenate([carry.features[:, None], out.features[:, :-1]], axis=1)
+        known = Accepted(
+            jnp.where(i == 0, out.features, shifted),
+            jnp.where(i == 0, jnp.roll(tokens, -1, axis=1), tokens),
+            jnp.where(i == 0, jnp.maximum(here - 1, 0), here),
+        )
+        drafter_cache = carry.drafter_cache
+        if num_levels == 0:
+            drafter_cache = drafter.skip(known, drafter_cache)
+        else:
+            drafter_cache = drafter.extend(tied, known, drafter_cache, num_levels or drafter.num_levels)
+        return constrain_all(Prefilled(target_cache, drafter_cache, hidden, features), AXES)
+
+    # Without the barrier XLA knows that the caches are zeros and, where the loop has one turn, folds attention over
+    # them at compile time, which took minutes.
+    begun = jax.lax.optimization_barrier(begun)
+    num_chunks = (lengths.max() + chunk - 1) // chunk
+    return jax.lax.fori_loop(first, num_chunks, take_chunk, begun)
+
+
+def first_state(
+    target: Any,
+    prefilled: Prefilled,
+    lengths: jax.Array,
+    sampling: Sampling,
+    stop: Stop,
+    *,
+    num_slots: int,
+    num_levels: int,
+    scored: jax.Array | None = None,
+) -> State:
+    """The State after prefill, with the first token chosen.
+
+    Args:
+      target, prefilled, lengths, sampling, stop: per row.
+      num_slots: of `emitted`; a round writes up to N past a row's last token.
+      num_levels: N of the drafter, 0 for plain decoding.
+      scored: bool [B], rows whose log-probabilities are wanted; None where they are never computed.
+    """
+    batch = lengths.shape[0]
+    logits = target.logits(prefilled.hidden[:, None])  # [B, 1, V]
+    pending = choose(logits, lengths[:, None], sampling)  # [B, 1]
+    slack = ((0, 0), (0, num_levels))
+    nothing = jnp.full((batch, num_slots), NO_TOKEN, jnp.int32)
+    logprobs = None
+    if scored is not None:
+        logprobs = jnp.zeros((batch, num_slots)).at[:, :1].set(token_logprobs(logits, pending, scored))
+    return State(
+        prefilled.target_cache,
+        prefilled.drafter_cache,
+        Accepted(
+            jnp.pad(prefilled.features[:, None], (*slack, (0, 0))),
+            jnp.pad(pending, slack),
+            jnp.ones((batch,), jnp.int32),
+        ),
+        nothing.at[:, :1].set(pending),
+        nothing.at[:, :1].set(0),
+        logprobs,
+        jnp.zeros((batch,), bool) if scored is None else scored,
+        jnp.ones((batch,), jnp.int32),
+        is_stop(pending, stop)[:, 0] | (stop.max_new <= 1),
+    )
+
+
+def pad_prompts(prompts: list[list[int]], chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Prompts right-padded to int32 [B, P], P the next multiple of `chunk`, and their lengths int32 [B]."""
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {i} is empty: give at least one token")
+    longest = max(len(prompt) for prompt in prompts)
+    slots = -(-longest // chunk) * chunk
+    padded = np.zeros((len(prompts), slots), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(padded), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)

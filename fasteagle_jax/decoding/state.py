@@ -1,0 +1,111 @@
+"""What decoding keeps between rounds, what ends a row, and what comes out.
+
+B rows · N levels · T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fasteagle_jax.decoding.interfaces import Accepted
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn import kv_cache as cache
+from fasteagle_jax.nn.kv_cache import Cache
+
+NO_TOKEN = -1
+
+NO_STOP = -2  # fills a row's stop tokens up: no token has this id
+
+# The logical axes of what decoding keeps (see sharding.RULES).
+AXES = cache.AXES | {
+    "features": ("rows", None, None),
+    "tokens": ("rows", None),
+    "count": ("rows",),
+    "emitted": ("rows", None),
+    "depths": ("rows", None),
+    "logprobs": ("rows", None),
+    "scored": ("rows",),
+    "num_emitted": ("rows",),
+    "done": ("rows",),
+}
+
+
+class Statistics(NamedTuple):
+    """What a row's rounds did."""
+
+    rounds: jax.Array  # int32 [B], target passes after prefill
+    # int32 [B, N], rounds in which the guess of each depth was accepted and kept; where a row ends inside an accepted
+    # path, its last token counts as the target's own, so that tokens = 1 + rounds + sum(accepted_at)
+    accepted_at: jax.Array
+
+
+class State(NamedTuple):
+    """Everything that changes while decoding."""
+
+    target_cache: Cache
+    drafter_cache: Any | None
+    new: Accepted  # newly accepted tokens, the pending one last
+    emitted: jax.Array  # int32 [B, slots], NO_TOKEN past `num_emitted`
+    depths: jax.Array  # int32 [B, slots], the depth at which each was accepted, 0 for the target's own token
+    logprobs: jax.Array | None  # float32 [B, slots] of the emitted tokens, where `scored`; None: never computed
+    scored: jax.Array  # bool [B]
+    num_emitted: jax.Array  # int32 [B]
+    done: jax.Array  # bool [B]
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the rounds did: each ends with one token of the target's own, as does prefill."""
+        num_levels = self.new.tokens.shape[1] - 1
+        real = jnp.arange(self.depths.shape[1]) < self.num_emitted[:, None]
+        at = jnp.arange(1, num_levels + 1)
+        accepted_at = ((self.depths[..., None] == at) & real[..., None]).sum(axis=1)
+        own = ((self.depths == 0) & real).sum(axis=1)
+        return Statistics(jnp.maximum(own - 1, 0), accepted_at)
+
+
+class Stop(NamedTuple):
+    """When a row ends: at its limit, or with the first of its tokens (kept)."""
+
+    max_new: jax.Array  # int32 [B]
+    tokens: jax.Array  # int32 [B, number of stop tokens], NO_STOP for none
+
+
+class Generation(NamedTuple):
+    """What `generate` returns."""
+
+    tokens: jax.Array  # int32 [B, max_new], NO_TOKEN past `lengths`; a stop token is kept
+    lengths: jax.Array  # int32 [B]
+    stopped: jax.Array  # bool [B], True where a stop token ended the row, False where its length did
+    statistics: Statistics
+
+
+def slots_needed(prompt_slots: int, chunk: int, max_new: int, num_levels: int) -> int:
+    """Cache slots a row needs: its tokens, and slack for a write of a whole chunk or path past its end."""
+    return prompt_slots + max(chunk, max_new + num_levels + 1)
+
+
+def is_stop(tokens: jax.Array, stop: Stop) -> jax.Array:
+    """bool [B, T] for tokens int32 [B, T]."""
+    return (tokens[..., None] == stop.tokens[:, None]).any(axis=-1)
+
+
+def token_logprobs(logits: jax.Array, tokens: jax.Array, scored: jax.Array) -> jax.Array:
+    """float32 [B, T], log-probability of tokens int32 [B, T] under the target's own softmax; 0 if nobody asks."""
+
+    def compute() -> jax.Array:
+        own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return own - jax.nn.logsumexp(logits, axis=-1)
+
+    return jax.lax.cond(scored.any(), compute, lambda: jnp.zeros(tokens.shape))
+
+
+def make_stop(batch: int, max_new: int | list[int], stop_tokens: tuple[int, ...] = ()) -> Stop:
+    """A Stop from one limit for all rows or one a row."""
+    limits = list(max_new) if isinstance(max_new, (list, tuple)) else [max_new] * batch
+    if len(limits) != batch or min(limits) < 1:
+        raise UserError(f"max_new is {max_new}: give a whole number of at least 1, for all rows or one a row")
+    tokens = jnp.asarray([stop_tokens or (NO_STOP,)] * batch, jnp.int32)
+    return Stop(jnp.asarray(limits, jnp.int32), tokens)

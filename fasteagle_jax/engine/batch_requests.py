@@ -1,0 +1,350 @@
+"""Lines of a batch file as requests: OpenAI's batch format, or simple ones."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NoReturn
+
+from fasteagle_jax.decoding.sampling import MAX_SEED
+from fasteagle_jax.engine.requests import Prompt, SamplingParams
+from fasteagle_jax.errors import UserError
+
+MOST_SAMPLES = 128  # n, as OpenAI's
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+Code = Literal[
+    "invalid_line",  # not UTF-8, not JSON, not an object
+    "unknown_field",
+    "unsupported_value",
+    "invalid_value",
+    "invalid_prompt",
+    "duplicate_custom_id",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Where a request stands, and what its record is to repeat."""
+
+    number: int  # from 1; blank lines count
+    is_simple: bool = False
+    id: str | int | None = None  # its `custom_id` or `id`
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchRequest:
+    """What a line asks for."""
+
+    line: Line
+    prompt: Prompt
+    params: SamplingParams
+    url: str | None = None  # None: a simple line
+    model: str | None = None  # by the name the line gives it
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a line cannot be answered."""
+
+    line: Line
+    code: Code
+    message: str
+
+
+class _Bad(Exception):
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def numbered(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers."""
+    for number, line in enumerate(file, 1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line := line.rstrip():
+            yield number, line
+
+
+def read_requests(
+    file: Iterable[bytes], defaults: SamplingParams, is_wanted: Callable[[int], bool] = lambda number: True
+) -> Iterator[BatchRequest | Refusal]:
+    """What the lines of wanted numbers ask for, `defaults` holding for what they leave out.
+
+    The others are read for their custom_ids alone: of several lines with the same, the first has it.
+    """
+    owners: dict[str, int] = {}
+    for number, raw in numbered(file):
+        line = Line(number)
+        try:
+            record = _json_object(raw)
+            line = _line(number, record)
+            url, fields = (None, record) if line.is_simple else _envelope(record)
+            if not line.is_simple:
+                assert isinstance(line.id, str)
+                if (owner := owners.setdefault(line.id, number)) != number:
+                    raise _Bad("duplicate_custom_id", f"custom_id {_shown(line.id)} is that of line {owner}: rename it")
+            if is_wanted(number):
+                yield _request(line, fields, url, defaults)
+        except _Bad as bad:
+            if is_wanted(number):
+                yield Refusal(line, bad.code, str(bad))
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no number")
+
+    try:
+        record = json.loads(raw.decode(), parse_constant=constant)
+        if b"\\u" in raw:
+            json.dumps(record, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise _Bad("invalid_line", f"not JSON ({error.msg} at character {error.pos + 1}): mend it") from None
+    except UnicodeDecodeError as error:
+        raise _Bad("invalid_line", f"not UTF-8 (byte {error.start + 1}): convert it") from None
+    except UnicodeEncodeError:
+        raise _Bad("invalid_line", "a \\u escape is half a character: give both surrogates") from None
+    except RecursionError:
+        raise _Bad("invalid_line", "not JSON that can be read: nested too deeply") from None
+    except ValueError as error:  # NaN, or a number of thousands of digits
+        raise _Bad("invalid_line", f"not JSON that can be read ({error}): mend it") from None
+    if not isinstance(record, dict):
+        raise _Bad("invalid_line", f"{_kind(record)}, not an object: give one with a prompt, messages or a body")
+    return record
+
+
+_ENVELOPE = ("custom_id", "method", "url", "body")
+
+
+def _line(number: int, record: Mapping[str, Any]) -> Line:
+    """The form and the id of a line, whatever else may be wrong with it."""
+    is_simple = not any(name in record for name in _ENVELOPE)
+    id = record.get("id" if is_simple else "custom_id")
+    given = isinstance(id, str) or (is_simple and isinstance(id, int) and not isinstance(id, bool))
+    return Line(number, is_simple, id if given else None)
+
+
+def _envelope(record: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The url and body of a line of OpenAI's form."""
+    for name in record:
+        if name not in _ENVELOPE:
+            raise _Bad("unknown_field", f"{_shown(name)} is unknown: give {', '.join(_ENVELOPE)} alone")
+    for name in _ENVELOPE:
+        if name not in record:
+            raise _Bad("invalid_value", f"{name} is missing: give {', '.join(_ENVELOPE)}")
+    if not isinstance(record["custom_id"], str) or not record["custom_id"]:
+        raise _Bad("invalid_value", f"custom_id is {_shown(record['custom_id'])}: give a text")
+    if record["method"] != "POST":
+        raise _Bad("unsupported_value", f'method is {_shown(record["method"])}: give "POST"')
+    if record["url"] not in (CHAT, TEXT):
+        raise _Bad("unsupported_value", f"url is {_shown(record['url'])}: give {CHAT} or {TEXT}")
+    if not isinstance(record["body"], dict):
+        raise _Bad("invalid_value", f"body is {_kind(record['body'])}: give an object")
+    return record["url"], record["body"]
+
+
+def _request(line: Line, fields: Mapping[str, Any], url: str | None, defaults: SamplingParams) -> BatchRequest:
+    """What the fields of a body (`url`) or of a simple line ask for."""
+    prompts = {CHAT: ("messages",), TEXT: ("prompt",), None: ("messages", "prompt")}[url]
+    where = "" if url is None else "body."
+    given: dict[str, Any] = {}
+    for field, value in fields.items():
+        name = where + field
+        if field in prompts:
+            continue
+        if field == "id" and url is None:
+            if value is not None and line.id is None:
+                raise _Bad("invalid_value", f"id is {_shown(value)}: give a text or a whole number")
+        elif field in _SAMPLING:
+            if value is None:
+                continue
+            if field == "logprobs" and url == TEXT and value == 0:  # OpenAI's number of alternatives
+                value = value is not False
+            param, check = _SAMPLING[field]
+            value = check(name, value)
+            if given.setdefault(param, value) != value:
+                raise _Bad("invalid_value", f"{name} is {value}, but another field says {given[param]}: leave one out")
+        elif field in _NEUTRAL:
+            if value is not None and value not in _NEUTRAL[field]:
+                neutral = " or ".join(map(json.dumps, _NEUTRAL[field])) or "null"
+                raise _Bad("unsupported_value", f"{name} is {_shown(value)}: only {neutral} is supported; leave it out")
+        elif field in ("model", "user"):
+            if not isinstance(value, str | None):
+                raise _Bad("invalid_value", f"{name} is {_shown(value)}: give a text")
+        elif field != "metadata":
+            raise _Bad("unknown_field", f"{_shown(name)} is unknown: leave it out")
+    try:
+        params = dataclasses.replace(defaults, **given)
+    except UserError as error:
+        raise _Bad("invalid_value", where + str(error)) from None
+    return BatchRequest(line, _prompt(fields, prompts, where), params, url, fields.get("model"))
+
+
+def _prompt(fields: Mapping[str, Any], names: Sequence[str], where: str) -> Prompt:
+    here = [name for name in names if fields.get(name) is not None]
+    if len(here) != 1:
+        what = " and ".join(where + name for name in here) or " or ".join(where + name for name in names)
+        raise _Bad("invalid_value", f"{what} {'are both there: give one' if here else 'is missing: give it'}")
+    name, value = where + here[0], fields[here[0]]
+    if here[0] == "messages":
+        return _messages(name, value)
+    if isinstance(value, list) and value and all(map(is_whole, value)):
+        return value
+    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        raise _Bad("unsupported_value", f"{name} is a list of texts: give each a line of its own")
+    if not isinstance(value, str) or not value:
+        raise _Bad("invalid_prompt", f"{name} is {_shown(value)}: give a text that is not empty, or token ids")
+    return value
+
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+# What a message may have besides, empty: an assistant's message comes with these.
+_MESSAGE_NEUTRAL = ("name", "refusal", "annotations", "audio", "tool_calls", "tool_call_id", "function_call")
+
+
+def _messages(name: str, value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise _Bad("invalid_prompt", f"{name} is {_shown(value)}: give a list of at least one message")
+    messages = []
+    for i, message in enumerate(value):
+        here = f"{name}[{i}]"
+        if not isinstance(message, dict):
+            raise _Bad("invalid_value", f"{here} is {_kind(message)}: give an object with a role and content")
+        for field in message:
+            if field in _MESSAGE_NEUTRAL:
+                if message[field] not in (None, [], ""):
+                    raise _Bad("unsupported_value", f"{here}.{field} is not supported: leave it out")
+            elif field not in ("role", "content"):
+                raise _Bad("unknown_field", f"{_shown(f'{here}.{field}')} is unknown: leave it out")
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or role not in _ROLES:
+            raise _Bad("invalid_value", f"{here}.role is {_shown(role)}: give one of {', '.join(_ROLES)}")
+        if isinstance(content, list):
+            content = "".join(_part(f"{here}.content[{k}]", part) for k, part in enumerate(content))
+        if not isinstance(content, str):
+            raise _Bad("invalid_value", f"{here}.content is {_shown(content)}: give a text")
+        messages.append({"role": _ROLES[role], "content": content})
+    if not any(message["content"] for message in messages):
+        raise _Bad("invalid_prompt", f"{name} is without any text: give some")
+    return messages
+
+
+def _part(name: str, part: Any) -> str:
+    """The text of a part of a message."""
+    if not isinstance(part, dict) or part.get("type") != "text":
+        raise _Bad("unsupported_value", f'{name} is {_shown(part)}: give {{"type": "text", "text": ...}}')
+    for field in part:
+        if field not in ("type", "text"):
+            raise _Bad("unknown_field", f"{_shown(f'{name}.{field}')} is unknown: leave it out")
+    if not isinstance(part.get("text"), str):
+        raise _Bad("invalid_value", f"{name}.text is {_shown(part.get('text'))}: give a text")
+    return str(part["text"])
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a JSON value is an integer."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass
+    raise _Bad("invalid_value", f"{name} is {_shown(value)}: give a number")
+
+
+def _whole(least: int, most: int = 2**31 - 1) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        if is_whole(value) and least <= value <= most:
+            return int(value)
+        raise _Bad("invalid_value", f"{name} is {_shown(value)}: give a whole number from {least} to {most}")
+
+    return check
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _Bad("invalid_value", f"{name} is {_shown(value)}: give true or false")
+    return value
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise _Bad("invalid_value", f"{name} is {_shown(value)}: give a text or a list of texts, none of them empty")
+    return tuple(texts)
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(is_whole(token) and 0 <= token < 2**31 for token in value):
+        raise _Bad("invalid_value", f"{name} is {_shown(value)}: give a list of token ids")
+    return tuple(value)
+
+
+_SAMPLING: dict[str, tuple[str, Callable[[str, Any], Any]]] = {  # field: SamplingParams' name for it, its check
+    "temperature": ("temperature", _number),
+    "top_k": ("top_k", _whole(-1)),
+    "top_p": ("top_p", _number),
+    "min_p": ("min_p", _number),
+    "seed": ("seed", _whole(0, MAX_SEED)),
+    "max_tokens": ("max_new_tokens", _whole(1)),
+    "max_completion_tokens": ("max_new_tokens", _whole(1)),
+    "max_new_tokens": ("max_new_tokens", _whole(1)),
+    "stop": ("stop", _texts),
+    "stop_token_ids": ("stop_token_ids", _token_ids),
+    "ignore_eos": ("ignore_eos", _flag),
+    "n": ("n", _whole(1, MOST_SAMPLES)),
+    "logprobs": ("logprobs", _flag),
+}
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {  # field: the values, besides null, that change nothing
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "functions": ([],),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "store": (False,),
+    "stream": (False,),
+    "stream_options": (),
+    "suffix": ("",),
+    "tool_choice": ("auto", "none"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "use_beam_search": (False,),
+}
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON, shortened: it stands in a message of one line."""
+    if isinstance(value, (list, dict)) and len(value) > 20:
+        return _kind(value)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return _kind(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

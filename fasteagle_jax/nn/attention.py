@@ -1,0 +1,131 @@
+"""Attention of fresh queries over committed and fresh keys under one softmax, and how a cache stores its values.
+
+B rows · Q query tokens · S cache slots · K heads of K/V · G query heads per K/V head · D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fasteagle_jax.devices.sharding import platform
+
+BLOCK = 128  # slots of a cache that attention reads at a time where it can stop early
+
+MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that max() stays finite too
+
+
+def held_dtype(dtype: Any) -> Any:
+    """The dtype in which a list's caches hold values of `dtype`: uint16, the bits, for bfloat16 on a CPU; else itself.
+
+    XLA's CPU compiler knows bfloat16 in products alone: to write one row, or to read one block, it turned whole caches
+    into float32 and back, as often as a commit has rows.
+    """
+    return jnp.uint16 if dtype == jnp.bfloat16 and platform() == "cpu" else dtype
+
+
+def held(values: jax.Array, dtype: Any) -> jax.Array:
+    """Values as a cache of `dtype` holds them."""
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), dtype)
+    return values.astype(dtype)
+
+
+def values_of(cached: jax.Array) -> jax.Array:
+    """The values of what a cache holds."""
+    return jax.lax.bitcast_convert_type(cached, jnp.bfloat16) if cached.dtype == jnp.uint16 else cached
+
+
+def by_kv_head(q: jax.Array, num_kv_heads: int) -> jax.Array:
+    """Queries [B, Q, K*G, D] as `attention` takes them, [B, K, G*Q, D]."""
+    batch, num_tokens, heads, width = q.shape
+    groups = heads // num_kv_heads
+    q = q.reshape(batch, num_tokens, num_kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
+    return q.reshape(batch, num_kv_heads, groups * num_tokens, width)
+
+
+def by_token(attended: jax.Array, num_tokens: int) -> jax.Array:
+    """What attention gave [B, K, G*Q, D], token by token: [B, Q, K*G, D]."""
+    batch, kv_heads, _, width = attended.shape
+    attended = attended.reshape(batch, kv_heads, -1, num_tokens, width).transpose(0, 3, 1, 2, 4)
+    return attended.reshape(batch, num_tokens, -1, width)
+
+
+class Past(NamedTuple):
+    """One layer's committed keys and values, and who may see them."""
+
+    k: jax.Array  # [B, K, S, D], as `held` holds them
+    v: jax.Array
+    seen: jax.Array  # bool [B, Q, S] or, where all queries see the same slots, [B, 1, S]
+    # int32 [], no slot from here on is seen: the others are read block by block. None: all are read in one go.
+    filled: jax.Array | None = None
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past: Past | None = None) -> jax.Array:
+    """Softmax attention of fresh queries over the committed past and the fresh keys, under one softmax.
+
+    Args:
+      q: [B, K, G*Q, D], query head g of a K/V head and query token i in row g*Q + i.
+      k, v: fresh keys and values [B, K, T, D].
+      visible: bool [B, Q, T], True where query i may see fresh key j; every query must see one, as a rule itself.
+      past: committed slots; None for none.
+
+    Returns:
+      [B, K, G*Q, D] in v's dtype. Scores and softmax are float32.
+    """
+    groups = q.shape[2] // visible.shape[1]
+    in_blocks = past is not None and past.filled is not None and past.k.shape[2] > BLOCK
+    if past is not None and not in_blocks:
+        past = past._replace(k=values_of(past.k), v=values_of(past.v))
+    q = q * q.shape[-1] ** -0.5
+    mask = jnp.tile(visible, (1, groups, 1))[:, None]  # [B, 1, G*Q, T]
+    fresh = jnp.einsum("bkmd,bktd->bkmt", q, k, preferred_element_type=jnp.float32)
+    fresh = jnp.where(mask, fresh, MASKED)
+    top = jax.lax.stop_gradient(fresh.max(axis=-1, keepdims=True))  # [B, K, G*Q, 1]
+    old = _past_scores(q, past, groups) if past is not None and not in_blocks else None
+    if old is not None:
+        top = jnp.maximum(top, old.max(axis=-1, keepdims=True))
+    p = jnp.exp(fresh - top)
+    total = p.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("bkmt,bktd->bkmd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    if past is None:
+        return (out / total).astype(v.dtype)
+    if old is not None:
+        p = jnp.exp(old - top)
+        total += p.sum(axis=-1, keepdims=True)
+        out += jnp.einsum("bkms,bksd->bkmd", p.astype(past.v.dtype), past.v, preferred_element_type=jnp.float32)
+        return (out / total).astype(v.dtype)
+
+    def add_block(i: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        top, total, out = sums
+        block = _block(past, i)
+        old = _past_scores(q, block, groups)
+        new_top = jnp.maximum(top, old.max(axis=-1, keepdims=True))
+        p, shrink = jnp.exp(old - new_top), jnp.exp(top - new_top)
+        own = jnp.einsum("bkms,bksd->bkmd", p.astype(block.v.dtype), block.v, preferred_element_type=jnp.float32)
+        return new_top, total * shrink + p.sum(axis=-1, keepdims=True), out * shrink + own
+
+    num_blocks = (past.filled + BLOCK - 1) // BLOCK  # type: ignore[operator]
+    _, total, out = jax.lax.fori_loop(0, num_blocks, add_block, (top, total, out))
+    return (out / total).astype(v.dtype)
+
+
+def _past_scores(q: jax.Array, past: Past, groups: int) -> jax.Array:
+    """Scores float32 [B, K, G*Q, S] of scaled queries over committed slots, MASKED where they are not seen."""
+    seen = jnp.tile(past.seen, (1, groups if past.seen.shape[1] > 1 else 1, 1))  # [B, G*Q or 1, S]
+    old = jnp.einsum("bkmd,bksd->bkms", q.astype(past.k.dtype), past.k, preferred_element_type=jnp.float32)
+    return jnp.where(seen[:, None], old, MASKED)
+
+
+def _block(past: Past, i: jax.Array) -> Past:
+    """The BLOCK slots from i * BLOCK on; the last ones, those of earlier blocks unseen, where fewer are left."""
+    start = jnp.minimum(i * BLOCK, past.k.shape[2] - BLOCK)
+    k, v = (jax.lax.dynamic_slice_in_dim(part, start, BLOCK, axis=2) for part in (past.k, past.v))
+    seen = jax.lax.dynamic_slice_in_dim(past.seen, start, BLOCK, axis=2)
+    return Past(values_of(k), values_of(v), seen & (start + jnp.arange(BLOCK) >= i * BLOCK))
+
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # attention from q, k and v

@@ -1,0 +1,278 @@
+"""A target in a GGUF file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import first_line
+from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor
+from fasteagle_jax.targets.llama import LlamaConfig
+
+_GGUF_TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+_GGUF_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+_GGUF_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+
+_GGUF_ROTARY = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")  # tables, no parameters
+
+_STRING, _ARRAY = 8, 9
+
+_NUMBER_TYPES = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"}
+
+_NUMBER_TYPES |= {10: "<u8", 11: "<i8", 12: "<f8"}
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufTensor:
+    """A tensor of a GGUF file: its shape ([out, in]), its type, its bytes as stored ([out, bytes a row])."""
+
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    data: np.ndarray = dataclasses.field(repr=False)
+
+    def read(self, num_rows: int | None = None) -> np.ndarray:
+        """The values of all or the first `num_rows` rows: float16 and bfloat16 as they are, else float32."""
+        if len(self.shape) == 1:  # a row is a value here, and stored are its bytes
+            return self._values(self.data)[:num_rows]
+        return self._values(self.data[:num_rows])
+
+    def _values(self, data: np.ndarray) -> np.ndarray:
+        if self.kind == GGMLQuantizationType.F16:
+            return data.view(np.float16)
+        if self.kind == GGMLQuantizationType.BF16:
+            return data.view(ml_dtypes.bfloat16)
+        try:
+            return dequantize(data, self.kind)
+        except NotImplementedError as error:
+            raise UserError(f"GGUF type {self.kind.name} is not supported: use a Q4_K or Q8_0 file") from error
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    """Metadata and tensors (under their GGUF names, data unread) of a GGUF file; UserError if it is damaged.
+
+    Reads the header itself rather than through gguf.GGUFReader, which makes several numpy arrays for every
+    string of the vocabulary: seconds, where this takes a tenth of one.
+    """
+    try:
+        return _parse_gguf(np.memmap(path, dtype=np.uint8, mode="r"))
+    except (OSError, ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{path} is truncated or no GGUF file ({first_line(error)}): download it again") from error
+
+
+def _parse_gguf(file: np.ndarray) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    cursor = _Cursor(file)
+    if cursor.take(4) != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    version = cursor.number("<u4")
+    if version not in (2, 3):
+        raise ValueError(f"version {version} instead of 2 or 3")
+    num_tensors, num_fields = cursor.number("<u8"), cursor.number("<u8")
+    metadata = {cursor.string(): cursor.value(cursor.number("<u4")) for _ in range(num_fields)}
+    headers = []
+    for _ in range(num_tensors):
+        name = cursor.string()
+        shape = tuple(cursor.number("<u8") for _ in range(cursor.number("<u4")))[::-1]
+        headers.append((name, shape, GGMLQuantizationType(cursor.number("<u4")), cursor.number("<u8")))
+    alignment = metadata.get("general.alignment", 32)
+    start = -(-cursor.offset // alignment) * alignment
+    tensors = {}
+    for name, shape, kind, offset in headers:
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if not shape or shape[-1] % block:
+            raise ValueError(f"{name} of shape {shape} does not fill blocks of {block} values")
+        stored = (*shape[:-1], shape[-1] // block * block_bytes)
+        data = file[start + offset : start + offset + math.prod(stored)]
+        if len(data) < math.prod(stored):
+            raise ValueError(f"the file ends inside {name}")
+        tensors[name] = GgufTensor(shape, kind, data.reshape(stored))
+    return metadata, tensors
+
+
+class _Cursor:
+    """A position in the header of a GGUF file; every `take` past the end raises ValueError."""
+
+    def __init__(self, file: np.ndarray) -> None:
+        self.file = file.data
+        self.offset = 0
+
+    def take(self, size: int) -> bytes:
+        taken = bytes(self.file[self.offset : self.offset + size])
+        if len(taken) < size:
+            raise ValueError("the file ends inside its header")
+        self.offset += size
+        return taken
+
+    def number(self, dtype: str | np.dtype[Any]) -> Any:
+        return np.frombuffer(self.take(np.dtype(dtype).itemsize), dtype)[0].item()
+
+    def string(self) -> str:
+        return self.take(int.from_bytes(self.take(8), "little")).decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            kind, count = self.number("<u4"), self.number("<u8")
+            if kind == _STRING:
+                return [self.string() for _ in range(count)]
+            dtype = self.number_type(kind)
+            return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+        return self.number(self.number_type(kind))
+
+    def number_type(self, kind: int) -> np.dtype[Any]:
+        if kind not in _NUMBER_TYPES:
+            raise ValueError(f"unknown value type {kind}")
+        return np.dtype(_NUMBER_TYPES[kind])
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """The checkpoint in a GGUF file; UserError if it is damaged or no model of a family that is known."""
+    metadata, stored = read_gguf(path)
+    config = _gguf_config(path, metadata, stored)
+    tensors: dict[str, StoredTensor] = {}
+    for name, hf_name in _hf_names(path, stored):
+        tensor = stored[name]
+        load: Callable[[int | None], np.ndarray] = tensor.read
+        if ".attn_q." in name or ".attn_k." in name:
+            num_heads = config.num_heads if ".attn_q." in name else config.num_kv_heads
+            if tensor.shape[0] != num_heads * config.head_dim:
+                raise UserError(
+                    f"{path}: {name} has {tensor.shape[0]} rows, not {num_heads} heads of {config.head_dim}: "
+                    "take another copy of the model"
+                )
+            load = _unpermuted(tensor, num_heads)
+        tensors[hf_name] = StoredTensor(tensor.shape, load)
+    return Checkpoint(path, config, tensors)
+
+
+def _hf_names(path: Path, names: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Pairs of a GGUF name and its Hugging Face name; a tensor that a Llama model has not is an error."""
+    for name in names:
+        if _GGUF_ROTARY.fullmatch(name):
+            continue
+        if name in _GGUF_TOP_NAMES:
+            yield name, _GGUF_TOP_NAMES[name]
+            continue
+        match = _GGUF_BLOCK.fullmatch(name)
+        if not match or match[2] not in _GGUF_BLOCK_NAMES:
+            raise UserError(f"{path}: tensor {name} has no place in a Llama model: use a dense Llama target")
+        yield name, f"model.layers.{match[1]}.{_GGUF_BLOCK_NAMES[match[2]]}.{match[3]}"
+
+
+def _unpermuted(tensor: GgufTensor, num_heads: int) -> Callable[[int | None], np.ndarray]:
+    """Loads q or k rows (or biases) in Hugging Face order.
+
+    GGUF keeps the rows of a head in the order in which rotated pairs are neighbours, 0 D/2 1 D/2+1 ...;
+    Hugging Face keeps the first members of all pairs, then the second ones: 0 1 ... D/2 D/2+1 ...
+    """
+
+    def load(num_rows: int | None) -> np.ndarray:
+        values = tensor.read() if len(tensor.shape) > 1 else tensor.read().reshape(-1, 1)
+        pairs = values.reshape(num_heads, -1, 2, values.shape[-1])  # [head, D/2, member, in]
+        return pairs.swapaxes(1, 2).reshape(tensor.shape)[:num_rows]
+
+    return load
+
+
+def _gguf_config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> LlamaConfig:
+    architecture = metadata.get("general.architecture", "unknown")
+    if architecture != "llama":
+        raise UserError(f"{path}: architecture {architecture!r} is not supported: use a llama target")
+
+    def field(key: str, default: Any = None) -> Any:
+        value = metadata.get(f"llama.{key}", default)
+        if value is None:
+            raise UserError(f"{path} lacks llama.{key}: convert the model again with llama.cpp")
+        if isinstance(value, list):  # one value per layer
+            if len(set(value)) != 1:
+                raise UserError(f"{path}: llama.{key} differs between layers: use a target with equal layers")
+            value = value[0]
+        # Files hold float32: 1e-5 is there as 9.999999747e-06, whose shortest spelling is what was meant.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{path} has no token_embd.weight: take a complete model (no part of a split file)")
+    num_heads = field("attention.head_count")
+    head_dim = field("attention.key_length", field("embedding_length") // num_heads)
+    if field("rope.dimension_count", head_dim) != head_dim:
+        raise UserError(f"{path}: partly rotated heads are not supported: use a plain Llama target")
+    theta, max_positions = field("rope.freq_base", 10_000.0), field("context_length")
+    scaling: dict[str, Any] = {"rope_type": field("rope.scaling.type", "none").replace("none", "default")}
+    scaling["factor"] = field("rope.scaling.factor", 1.0)
+    if "rope_freqs.weight" in tensors:
+        original = field("rope.scaling.original_context_length", 8192)
+        scaling = _llama3_scaling(path, tensors["rope_freqs.weight"].read(), theta, head_dim, original)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "hidden_size": field("embedding_length"),
+        "intermediate_size": field("feed_forward_length"),
+        "num_hidden_layers": field("block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": field("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": max_positions,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+    }
+    try:
+        return LlamaConfig.from_hf(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _llama3_scaling(
+    path: Path, divisors: np.ndarray, theta: float, head_dim: int, original: int
+) -> dict[str, float | int | str]:
+    """The llama3 scaling that `rope_freqs.weight` (D/2 divisors of the rotary frequencies) was computed from.
+
+    The file keeps only the result: the factor is its largest entry, and the two bounds are taken to be those
+    of all published Llama 3 models, 1 and 4. What these settings give must equal the file.
+    """
+    factor = float(divisors.max(initial=1.0))
+    low, high = 1.0, 4.0
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    ramp = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)  # 1: short waves, left alone
+    expected = 1 / ((1 - ramp) / factor + ramp)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise UserError(
+            f"{path}: rope_freqs.weight is not the Llama 3 scaling of factor {factor:g}, bounds {low:g} and "
+            f"{high:g}, {original} positions: use the model's Hugging Face folder"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }

@@ -1,0 +1,76 @@
+"""A target in a Hugging Face folder: config.json and safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import first_line, read_json
+from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor
+from fasteagle_jax.targets.llama import LlamaConfig
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """The checkpoint in a Hugging Face folder; UserError if it is incomplete or of a family that is not known."""
+    path = folder / "config.json"
+    if not path.is_file():
+        ggufs = sorted(folder.glob("*.gguf"))
+        remedy = f"name {ggufs[0]} itself" if ggufs else "give a folder with config.json and *.safetensors"
+        raise UserError(f"{folder} has no config.json: {remedy}")
+    hf = read_json(path)
+    try:
+        config = LlamaConfig.from_hf(hf)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} has a value of a wrong type ({error}): take the model's own file") from error
+    tensors: dict[str, StoredTensor] = {}
+    for shard in _shards(folder):
+        tensors.update(_read_safetensors(shard))
+    return Checkpoint(folder, config, tensors)
+
+
+def _shards(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no weight_map: download it again")
+        shards = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
+        missing = [shard.name for shard in shards if not shard.is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {', '.join(missing)}, named by {index.name}: download them too")
+        return shards
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise UserError(f"{folder} has no *.safetensors: save the model with safe_serialization=True")
+    return shards
+
+
+def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file by name; opening it checks the header, and that the data covers the file."""
+    try:
+        file = safe_open(path, framework="numpy")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no mapping
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is truncated or no safetensors file ({first_line(error)}): download it again"
+        ) from error
+    for name, piece in slices.items():
+        if name.endswith(".weight") and piece.get_dtype() not in ("F32", "F16", "BF16"):
+            raise UserError(
+                f"{path}: {name} has type {piece.get_dtype()}: take an unquantised checkpoint (F32/F16/BF16)"
+            )
+
+    def loader(name: str) -> Callable[[int | None], np.ndarray]:
+        # A safetensors slice does not clamp as numpy's do.
+        size = slices[name].get_shape()[:1]
+        return lambda rows: file.get_tensor(name) if rows is None else slices[name][: min(rows, *size)]
+
+    return {name: StoredTensor(tuple(piece.get_shape()), loader(name)) for name, piece in slices.items()}

@@ -1,0 +1,454 @@
+"""The training loop: from a run's configuration to its drafter, resuming where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from fasteagle_jax.data.conversations import read_conversations
+from fasteagle_jax.data.features import Features, load_features
+from fasteagle_jax.data.packing import Batch, PackedData
+from fasteagle_jax.data.sources import read_prompts
+from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
+from fasteagle_jax.decoding.acceptance import measure_acceptance
+from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.devices.sharding import check_batch, check_heads, fetch, make_mesh, make_on, place_batch
+from fasteagle_jax.drafters.files import load_drafter, save_drafter
+from fasteagle_jax.drafters.table import AXES
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import check_writable, in_bucket, write_file
+from fasteagle_jax.targets.loading import LoadedTarget, load_target
+from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
+from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
+from fasteagle_jax.training.config import RunConfig, changes_since, drafter_config, to_json, trained
+from fasteagle_jax.training.flops import flops_per_token, peak_flops
+from fasteagle_jax.training.init import drafter_from, feature_rms, init_drafter
+from fasteagle_jax.training.metrics_log import Log, Record, check_wandb, expected_length, finite, plot, rounded
+from fasteagle_jax.training.optimizer import make_optimizer
+from fasteagle_jax.training.step import first_state, in_dtype, train_step
+
+SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # losses whose mean a spike is measured by; none is called one before so many
+
+
+def train(
+    config: RunConfig,
+    run: str | os.PathLike[str],
+    *,
+    allow_change: bool = False,
+    quiet: bool = False,
+    profile: range = range(0),
+) -> None:
+    """Trains to the last step, from the run folder's last checkpoint if it has one, and writes the drafter.
+
+    `profile` holds the steps, counted from 1, that jax.profiler traces. On SIGTERM it saves and raises SystemExit(0).
+    """
+    mesh = None if config.mesh is None else make_mesh(config.mesh)
+    if mesh is not None:
+        check_batch(mesh, config.batch_size // config.accumulate)
+    with _Sigterm() as sigterm, contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        _train(config, epath.Path(os.fspath(run)), mesh, allow_change, quiet, profile or range(0), sigterm)
+
+
+def _train(
+    config: RunConfig,
+    run: epath.Path,
+    mesh: Mesh | None,
+    allow_change: bool,
+    quiet: bool,
+    profile: range,
+    sigterm: _Sigterm,
+) -> None:
+    # --- what was asked for -----------------------------------------------------------------------------------
+    is_first = jax.process_index() == 0  # it writes; the others compute
+    quiet = quiet or not is_first
+    check_wandb(config.wandb)
+    check_writable(run)
+    saved = newest_record(run / "checkpoints")
+    _check_config(saved, config, run, allow_change=allow_change)
+    if (run / "drafter").exists():
+        raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
+    dtype = jnp.dtype(config.dtype)
+    loaded = load_target(config.target, dtype, training=True, mesh=mesh)
+    target = loaded.model
+    conversations = read_conversations(*config.data)
+    data = PackedData(conversations, config.length, config.batch_size, config.seed)
+    digest = data.digest()
+    _check_sources(saved, loaded.fingerprint, digest, run, allow_change=allow_change)
+
+    # --- the drafter and its optimiser ------------------------------------------------------------------------
+    sizes = drafter_config(config.drafter, target.config)
+    if mesh is not None:
+        try:
+            check_heads(mesh, target.config, sizes)
+        except UserError as uneven:  # right all the same, as it is not for the engine's caches
+            _say(quiet, f"slower    {uneven}")
+    store = None
+    if config.features:
+        layers, hidden = sizes.feature_layers, target.config.hidden_size
+        store = load_features(Path(config.features), data, loaded.fingerprint, layers, hidden)
+    drafter = _new_drafter(config, loaded, mesh, conversations, data, store)
+    if store is not None and not config.evaluation.prompts:
+        target.layers = nnx.List([])  # never run: their memory is free
+    graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = make_on(mesh, AXES, lambda params: first_state(params, optimizer, config.optimizer.ema), params)
+    num_params = sum(p.size for p in jax.tree.leaves(params))
+    _say(quiet, f"target    {config.target}: {target.config.num_layers} layers, fingerprint {loaded.fingerprint}")
+    _say(quiet, f"drafter   {drafter.num_levels} levels, {num_params / 1e6:.1f}M parameters, {config.dtype} products")
+    peak = peak_flops(jax.devices()[0].device_kind)
+    flops = flops_per_token(target.config, drafter.config, config.length, config.loss.share)
+
+    if is_first:
+        write_file(run / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+
+    with Checkpoints(run / "checkpoints", config.keep) as checkpoints:
+        latest = checkpoints.latest_step()
+        if latest is not None:
+            state, constants = checkpoints.restore(latest, (state, constants))
+            _say(quiet, f"resume    from step {latest}")
+        constants = fetch(constants)  # of a program: every process has them whole
+        placed = None
+        if mesh is not None:
+            placed = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec())
+        step = train_step(config, graph, constants, optimizer, placed)
+
+        # --- the loop -----------------------------------------------------------------------------------------
+        start = int(state.step)
+        evaluate = _Evaluation(config, loaded, graph, constants, dtype)
+        best = (checkpoints.best() or (0, 0.0))[1]
+        bar_options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "disable": quiet}
+        with (
+            Log(
+                run,
+                start,
+                tensorboard=config.tensorboard,
+                wandb=config.wandb,
+                config=to_json(config),
+                writes=is_first,
+            ) as log,
+            tqdm(total=config.steps, initial=start, **bar_options) as bar,
+            _Profile(profile, run / "profile") as profiler,
+        ):
+            tokens_seen = sum(record["tokens"] for record in log.records)
+
+            def is_evaluated(step: int) -> bool:
+                return step == config.steps or step % config.evaluation.every == 0
+
+            if start and is_evaluated(start) and log.records and not _measured(log.records[-1]):
+                with sigterm.cuts_short():  # an evaluation that SIGTERM had cut short
+                    log.amend(evaluate(state.weights))
+
+            came = False  # SIGTERM, to any process
+            for index in range(start, config.steps):
+                if came:
+                    break
+                profiler.at(index + 1)
+                began = time.perf_counter()
+                batch, values = _place(mesh, data, store, index)
+                num_tokens = data.num_tokens(index)
+                waited = time.perf_counter() - began
+                state, result = step(state, target, batch, _spike_limit(config.spike_factor, log.records), values)
+                loss, norm = float(result.loss), float(result.norm)
+                came = sigterm.came_anywhere()
+                seconds = time.perf_counter() - began
+                tokens_seen += num_tokens
+                record: Record = {
+                    "step": index + 1,
+                    "loss": finite(loss),
+                    "gradient_norm": finite(norm),
+                    "level_loss": rounded(result.metrics.loss),
+                    "accuracy": rounded(result.metrics.accuracy),
+                    "acceptance": rounded(result.metrics.acceptance),
+                    "tokens": num_tokens,
+                    "seconds": round(seconds, 3),
+                    "data_seconds": round(waited, 4),
+                    "tokens_per_second": round(num_tokens / seconds, 1),
+                }
+                record["expected_length"] = expected_length(record["acceptance"])
+                if peak is not None:
+                    record["flops_utilisation"] = round(flops * num_tokens / seconds / peak / jax.device_count(), 4)
+                if not result.applied:
+                    record["skipped"] = [pieces.tolist() for pieces in data.pieces(index)]
+                    bar.write(
+                        f"step {index + 1}: update skipped, loss {loss:g}, gradient norm {norm:g}: "
+                        f"batch {index}, pieces {record['skipped']}",
+                        file=sys.stderr,
+                    )
+                accuracy = " ".join(f"{math.nan if a is None else a:.2f}" for a in record["accuracy"])
+                bar.set_postfix_str(f"loss {loss:.3f}, right by level {accuracy}, {num_tokens / seconds:.0f} tok/s")
+                bar.update()
+                if is_evaluated(index + 1) and not came:
+                    with sigterm.cuts_short():
+                        record.update(evaluate(state.weights))
+                        for name, value in record.items():
+                            if name.startswith("tau"):
+                                bar.write(f"step {index + 1}: {name} {value:.3f}")
+                    came = sigterm.came_anywhere()
+                log.write(record)
+                tau = _measured(record)
+                better, best = (tau or 0.0) > best, max(best, tau or 0.0)
+                if better or came or index + 1 == config.steps or (index + 1) % config.save_every == 0:
+                    position = {"digest": digest, "next_batch": index + 1, "tokens": tokens_seen}
+                    about = {"config": to_json(config), "target_fingerprint": loaded.fingerprint, "data": position}
+                    checkpoints.save(index + 1, (state, constants), about | {"seed": config.seed}, tau)
+                    log.flush()
+                _check_going(config, log.records, checkpoints, run)
+        checkpoints.wait()
+        if came:
+            _say(quiet, f"stopped   by SIGTERM at step {int(state.step)}: the same command goes on from there")
+            raise SystemExit(0)
+
+    # --- what is left behind ----------------------------------------------------------------------------------
+    weights = fetch(state.weights)
+    if not is_first:
+        return
+    drafter = nnx.merge(graph, weights, constants)
+    info = {"trained": trained(config, config.steps, tokens_seen)}
+    _save_drafter(drafter, run / "drafter", loaded.fingerprint, info)
+    plot(log.records, run / "curve.png")
+    _say(quiet, f"written   {run / 'drafter'}, {run / 'curve.png'}")
+
+
+def _say(quiet: bool, line: str) -> None:
+    if not quiet:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _check_config(saved: Record | None, config: RunConfig, run: epath.Path, *, allow_change: bool) -> None:
+    """Raises UserError where the run has another configuration, unless that is allowed.
+
+    The newest checkpoint's counts; config.json where it has none.
+    """
+    path = run / "config.json"
+    old = saved["config"] if saved else json.loads(path.read_text()) if path.exists() else None
+    changed = changes_since(old, config) if old and not allow_change else []
+    if changed:
+        raise UserError(
+            f"{run} was started with another configuration ({'; '.join(changed)}): "
+            "use that one, another --run, or --allow-change to go on with the new one"
+        )
+
+
+def _check_sources(saved: Record | None, fingerprint: str, digest: str, run: epath.Path, *, allow_change: bool) -> None:
+    """Raises UserError where the newest checkpoint is of another target, or of other data unless that is allowed."""
+    if saved is None:
+        return
+    if saved["target_fingerprint"] != fingerprint:
+        raise UserError(
+            f"{run} trains a drafter for target {saved['target_fingerprint']}, this one's weights are {fingerprint}: "
+            "use that target, or another --run"
+        )
+    if saved["data"]["digest"] != digest and not allow_change:
+        raise UserError(
+            f"{run} was started with other data (sha256 {saved['data']['digest'][:12]} -> {digest[:12]}): "
+            "use that data, another --run, or --allow-change to go on with the new data"
+        )
+
+
+def _spike_limit(factor: float, records: list[Record]) -> np.float32:
+    """The loss above which a batch is skipped: `factor` times the mean of the last good ones; infinity for none."""
+    if not factor:
+        return np.float32(np.inf)
+    losses: list[float] = []
+    for record in reversed(records):
+        if "skipped" not in record:
+            losses.append(record["loss"])
+        if len(losses) == SPIKE_WINDOW:
+            break
+    return np.float32(factor * np.mean(losses) if len(losses) >= SPIKE_LEAST else np.inf)
+
+
+def _check_going(config: RunConfig, records: list[Record], checkpoints: Checkpoints, run: epath.Path) -> None:
+    """Raises UserError where too many updates in a row were skipped."""
+    bad = records[-config.max_bad_steps :]
+    if len(bad) < config.max_bad_steps or any("skipped" not in record for record in bad):
+        return
+    before = [step for step in checkpoints.steps() if step < bad[0]["step"]]
+    good = f"checkpoint {before[-1]} in {run / 'checkpoints'}" if before else "none yet"
+    raise UserError(
+        f"steps {bad[0]['step']} to {bad[-1]['step']} gave no usable update (last loss {bad[-1]['loss']}, gradient "
+        f"norm {bad[-1]['gradient_norm']}); last good checkpoint: {good}: remove later ones, then go on with "
+        "--allow-change and a lower optimizer.learning_rate, or without the data of these steps (see metrics.jsonl)"
+    )
+
+
+class _Sigterm:
+    """SIGTERM inside `with`, which says that the machine will be gone in a moment: `came` is then true."""
+
+    def __init__(self) -> None:
+        self.came = self._cuts = False
+        self._before: Any = None
+
+    def _hear(self, *_: object) -> None:
+        self.came = True
+        if self._cuts:
+            self._cuts = False
+            raise _CutShort
+
+    def came_anywhere(self) -> bool:
+        """Whether it came to any of the processes, which must ask together; they then all know."""
+        if jax.process_count() > 1:
+            self.came = bool(multihost_utils.process_allgather(np.asarray(self.came)).any())
+        return self.came
+
+    @contextlib.contextmanager
+    def cuts_short(self) -> Iterator[None]:
+        """A block that takes long, changes nothing and is left at once when the signal comes."""
+        self._cuts = jax.process_count() == 1  # the others would wait for this one's part of the computation
+        try:
+            yield
+        except _CutShort:
+            pass
+        finally:
+            self._cuts = False
+
+    def __enter__(self) -> _Sigterm:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+            self._before = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+class _CutShort(BaseException):
+    """Ends what SIGTERM must not wait for."""
+
+
+class _Profile:
+    """Traces the steps of a range into a folder; the steps before and after cost nothing."""
+
+    def __init__(self, steps: range, folder: epath.Path):
+        self._steps, self._folder, self._running = steps, folder, False
+
+    def at(self, step: int) -> None:
+        """To be called before each step."""
+        if (step in self._steps) != self._running:
+            if self._running:
+                jax.profiler.stop_trace()
+            else:
+                jax.profiler.start_trace(os.fspath(self._folder))
+            self._running = not self._running
+
+    def __enter__(self) -> _Profile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+
+
+def _place(mesh: Mesh | None, data: PackedData, store: Features | None, step: int) -> tuple[Batch, Any]:
+    """A step's batch on the devices, and the target's values where they are stored."""
+    batch = place_batch(mesh, functools.partial(data.batch, step), data.B)
+    return batch, None if store is None else place_batch(mesh, functools.partial(store.batch, step), data.B)
+
+
+def _save_drafter(drafter: Any, folder: epath.Path, fingerprint: str, info: Record) -> None:
+    if not in_bucket(folder):
+        save_drafter(drafter, folder, fingerprint, info)
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        save_drafter(drafter, Path(aside) / "drafter", fingerprint, info)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("model.safetensors", "config.json"):  # without its config.json a folder is no drafter yet
+            epath.Path(aside, "drafter", name).copy(folder / name)
+
+
+def _new_drafter(
+    config: RunConfig,
+    loaded: LoadedTarget,
+    mesh: Mesh | None,
+    conversations: Any,
+    data: PackedData,
+    store: Features | None,
+) -> Any:
+    """The drafter that the configuration describes, with its first weights, in the shards of a mesh."""
+    target, choice = loaded.model, config.drafter
+    sizes = drafter_config(choice, target.config)
+    earlier = token_ids = None
+    if choice.start:
+        earlier = load_drafter(choice.start, target.config, loaded.fingerprint, stacked=False, mesh=mesh)
+    elif sizes.draft_vocab_size < target.config.vocab_size:
+        counts = token_counts(conversations, target.config.vocab_size, assistant_only=True)
+        counted = counts
+        if choice.vocabulary_data:
+            corpus = read_conversations(*choice.vocabulary_data)
+            counted = token_counts(corpus, target.config.vocab_size, assistant_only=True)
+        token_ids = draft_vocabulary(counted, sizes.draft_vocab_size)
+        print(
+            f"vocabulary {len(token_ids)} rows cover {coverage(token_ids, counts):.1%} of the answers", file=sys.stderr
+        )
+    rms = None
+    if choice.scale_features:
+        first, values = _place(mesh, data, store, 0)
+        rms = jax.jit(feature_rms, static_argnums=2)(target, first, sizes.feature_layers, values)
+
+    def make(target: Any, rms: Any, earlier: Any) -> Any:
+        if earlier is not None:
+            return drafter_from(sizes, earlier, feature_rms=rms, stacked=target.stacked)
+        key, from_target = jax.random.key(config.seed), choice.from_target
+        return init_drafter(sizes, target, key, token_ids=token_ids, feature_rms=rms, from_target=from_target)
+
+    return make_on(mesh, AXES, make, target, rms, earlier)
+
+
+class _Evaluation:
+    """The real decode on held-out prompts, greedy: acceptance length and by depth, for each tree."""
+
+    def __init__(self, config: RunConfig, loaded: LoadedTarget, graph: Any, constants: Any, dtype: Any):
+        self._choice, self._target = config.evaluation, loaded.model
+        self._graph, self._constants, self._dtype = graph, constants, dtype
+        self._prompts: list[list[int]] = []
+        if not self._choice.prompts:
+            return
+        tokenizer = load_tokenizer(loaded.checkpoint.path)
+        self._stop = stop_token_ids(tokenizer, loaded.checkpoint.path)
+        for prompt in read_prompts(self._choice.prompts, self._choice.limit):
+            self._prompts.append(encode_chat(tokenizer, [{"role": "user", "content": prompt.turns[0]}]))
+
+    def __call__(self, params: Any) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        if not self._prompts:
+            return result
+        drafter = nnx.merge(self._graph, in_dtype(params, self._dtype), self._constants)
+        for name in self._choice.trees:
+            counts = measure_acceptance(
+                self._target,
+                drafter,
+                self._prompts,
+                Tree.parse(name),
+                max_new=self._choice.max_new,
+                stop_tokens=self._stop,
+            )
+            if counts.rounds:  # else every answer ended with its first token, and there was nothing to draft
+                result[f"tau {name}"] = round(counts.length, 4)
+                result[f"by depth {name}"] = [None if math.isnan(x) else round(x, 4) for x in counts.by_depth]
+        return result
+
+
+def _measured(record: Record) -> float | None:
+    """The acceptance length that was measured at a record's step, the mean over trees; None where it was not."""
+    lengths = [value for name, value in record.items() if name.startswith("tau ")]
+    return sum(lengths) / len(lengths) if lengths else None

@@ -1,0 +1,79 @@
+"""The optimiser and its schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from fasteagle_jax.drafters.table import AXES
+from fasteagle_jax.errors import UserError
+
+MUON_RMS = 0.2  # of Muon's updates over the rate: AdamW's, so that one rate suits both (arXiv 2502.16982, section 2.2)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW or Muon with clipping by global norm; the rate warms up, stays, and falls linearly over the last steps.
+
+    A rate that stays constant in between lets a run be made longer: its steps before the fall do not change.
+    """
+
+    name: str = "adamw"  # or muon: matrices by Muon, norms by AdamW with Nesterov's momentum, at one rate
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    decay_share: float = 0.2  # of all steps, at the end
+    final_share: float = 0.05  # of the peak, at the last step
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip_norm: float = 0.5
+    ema: float = 0.0  # decay of the moving average of the weights, which is then what is evaluated and kept; 0 for none
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise UserError(f"optimizer name is {self.name!r}: use adamw or muon")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"optimizer ema is {self.ema}: give a decay from 0 (no average) to below 1, e.g. 0.999")
+        if self.learning_rate <= 0 or self.clip_norm <= 0:
+            raise UserError(f"learning_rate {self.learning_rate} and clip_norm {self.clip_norm} must be positive")
+        if not 0 <= self.decay_share <= 1:
+            raise UserError(f"decay_share is {self.decay_share}: it must be 0 to 1")
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """The optax transformation of a run of `num_steps`."""
+    peak, decay_steps = config.learning_rate, round(config.decay_share * num_steps)
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, config.warmup_steps),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, peak * config.final_share, max(decay_steps, 1)),
+        ],
+        [config.warmup_steps, max(config.warmup_steps, num_steps - decay_steps)],
+    )
+    if config.name == "muon":
+        rule = optax.contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            adam_b1=config.betas[0],
+            adam_b2=config.betas[1],
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=MUON_RMS,
+        )
+    else:
+        rule = optax.adamw(schedule, *config.betas, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def _matrices(params: Any) -> Any:
+    """For each of a drafter's parameters, the dimensions of its matrix (the last two of a stack); None for vectors."""
+
+    def of(path: Any, _: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        names = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
+        known = [name for name in names if name in AXES]
+        return optax.contrib.MuonDimensionNumbers(-2, -1) if known and len(AXES[known[-1]]) == 2 else None
+
+    return jax.tree_util.tree_map_with_path(of, params)
