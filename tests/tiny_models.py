@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
-from fasteagle_jax.decoding.tree import Draft, Tree, build
+from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
+from fasteagle_jax.decoding.tree import Draft, TreeSpec, build
 from fasteagle_jax.nn.kv_cache import Cache
 from fasteagle_jax.targets.llama import Llama, LlamaConfig
 
@@ -63,15 +63,15 @@ class OracleDrafter:
     mistakes: jax.Array | None = None
     feature_layers: tuple[int, ...] = dataclasses.field(default=(0,), metadata=dict(static=True))  # read, not used
 
-    def tie(self, target: Any) -> Tied:
+    def vocab_weights(self, target: Any) -> VocabWeights:
         """Rows of the target, of which it uses none."""
-        return Tied(target.embedding[...], target.head_rows(), None)
+        return VocabWeights(target.embedding[...], target.head_rows(), None)
 
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Cache:
         """A Cache that is a position and nothing else."""
         return Cache([], [], jnp.zeros((batch,), jnp.int32))
 
-    def extend(self, tied: Tied, new: Accepted, cache: Cache, num_levels: int) -> Cache:
+    def extend(self, vocab: VocabWeights, new: Accepted, cache: Cache, num_levels: int) -> Cache:
         """The position after the accepted tokens."""
         return cache._replace(length=cache.length + new.count)
 
@@ -79,7 +79,9 @@ class OracleDrafter:
         """The position after the accepted tokens."""
         return cache._replace(length=cache.length + new.count)
 
-    def draft(self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking) -> tuple[Draft, Cache]:
+    def draft(
+        self, vocab: VocabWeights, new: Accepted, cache: Cache, tree: TreeSpec, ranking: Ranking
+    ) -> tuple[Draft, Cache]:
         """A tree whose best guesses are the sequence's next tokens, or at a mistake the tokens after them."""
         cache = self.skip(new, cache)
         last = jnp.maximum(new.count - 1, 0)[:, None]

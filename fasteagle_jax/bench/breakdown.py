@@ -106,8 +106,8 @@ class Splitter:
         target, drafter, tree = contest.models.target, contest.drafter(way, case), tree_of(way)
         sampling = case.sampling
         half = jnp.asarray(contest.run(way, case).acceptance.rounds // 2, jnp.int32)
-        state, tied, stop = contest.begin(drafter, tree, case.tokens, sampling)
-        state = advance(target, drafter, tied, state, sampling, stop, half, tree=tree)
+        state, vocab, stop = contest.begin(drafter, tree, case.tokens, sampling)
+        state = advance(target, drafter, vocab, state, sampling, stop, half, tree=tree)
         num_levels = 0 if drafter is None else tree.num_levels(drafter.num_levels)
         feature_layers = () if drafter is None else drafter.feature_layers
         parts: dict[str, _Part] = {}
@@ -123,21 +123,21 @@ class Splitter:
             draft = root_only(new)
             return draft, visible_nodes(draft)
 
-        def guess(cache: Any, drafter: Any, tied: Any, new: Any) -> Any:
-            return drafter.guesses(tied, new, cache, num_levels)
+        def guess(cache: Any, drafter: Any, vocab: Any, new: Any) -> Any:
+            return drafter.draft_logits(vocab, new, cache, num_levels)
 
-        def grow(_: Any, drafter: Any, tied: Any, new: Any, cache: Any, logits: Any, sampling: Any) -> Any:
-            draft = drafter.grow(tied, new, cache, logits, tree, Ranking(sampling, True))
+        def grow(_: Any, drafter: Any, vocab: Any, new: Any, cache: Any, logits: Any, sampling: Any) -> Any:
+            draft = drafter.build_tree(vocab, new, cache, logits, tree, Ranking(sampling, True))
             return draft, visible_nodes(draft)
 
-        def whole_draft(cache: Any, drafter: Any, tied: Any, new: Any, sampling: Any) -> Any:
-            draft, after = drafter.draft(tied, new, cache, tree, Ranking(sampling, True))
+        def whole_draft(cache: Any, drafter: Any, vocab: Any, new: Any, sampling: Any) -> Any:
+            draft, after = drafter.draft(vocab, new, cache, tree, Ranking(sampling, True))
             return draft, visible_nodes(draft), after
 
-        models = drafter, tied, state.new
+        models = drafter, vocab, state.new
         if drafter is None:
             draft, visible = run("tree", plain_draft, (), state.new)
-        elif getattr(drafter, "in_halves", False):
+        elif getattr(drafter, "has_split_draft", False):
             logits, cache = run("draft", guess, state.drafter_cache, *models)
             draft, visible = run("tree", grow, (), *models, cache, logits, sampling)
         else:
@@ -157,11 +157,11 @@ class Splitter:
         run("commit", commit, state.target_cache, fresh, path.accepted + 1, path.nodes)
 
         # --- the whole ------------------------------------------------------------------------------------------
-        def rounds(state: State, target: Any, drafter: Any, tied: Any, sampling: Any, stop: Any) -> Any:
+        def rounds(state: State, target: Any, drafter: Any, vocab: Any, sampling: Any, stop: Any) -> Any:
             many = jnp.asarray(ROUNDS, jnp.int32)
-            return decode_rounds(target, drafter, tied, state, sampling, stop, many, tree=tree)
+            return decode_rounds(target, drafter, vocab, state, sampling, stop, many, tree=tree)
 
-        _, ran = run("round", rounds, state, target, drafter, tied, sampling, stop)
+        _, ran = run("round", rounds, state, target, drafter, vocab, sampling, stop)
         whole, num_rounds = parts.pop("round"), int(ran)
         for part in (*parts.values(), whole):
             part.milliseconds.clear()  # of compilation

@@ -1,4 +1,4 @@
-"""Ways of decoding measured against each other: the same conversations, in turns in one process.
+"""StepOptions of decoding measured against each other: the same conversations, in turns in one process.
 
 A *case* is a turn of a conversation as a prompt: what was said before, the target's own answers included, and the next
 message. Each way decodes it by itself, batch 1.
@@ -24,7 +24,7 @@ from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.sampling import Sampling
 from fasteagle_jax.decoding.speculative import advance, start
 from fasteagle_jax.decoding.state import State, Statistics, Stop, make_stop, slots_needed
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.drafters.simulated import simulated
 from fasteagle_jax.engine.detokenizer import decode
 from fasteagle_jax.targets.tokenizer import encode_chat
@@ -79,25 +79,25 @@ class Contest:
         return simulated(way.rates, case.tokens, case.answer, slots, self.models.target.config.vocab_size, seed)
 
     def begin(
-        self, drafter: Any | None, tree: Tree, tokens: Sequence[int], sampling: Sampling
+        self, drafter: Any | None, tree: TreeSpec, tokens: Sequence[int], sampling: Sampling
     ) -> tuple[Any, Any, Stop]:
         """The State after prefill, the target's rows for the drafter, and where the answer stops."""
         prompts, lengths = pad([tokens])
         stop = make_stop(1, self.max_new, self.models.stop_tokens)
         # The prefill is that of any tree of so many levels, so that they share its program.
         num_levels = None if drafter is None else tree.num_levels(drafter.num_levels)
-        sizes: dict[str, Any] = dict(max_new=self.max_new, tree=Tree("chain", levels=num_levels), chunk=CHUNK)
-        state, tied = start(self.models.target, drafter, prompts, lengths, sampling, stop, **sizes)
-        return state, tied, stop
+        sizes: dict[str, Any] = dict(max_new=self.max_new, tree=TreeSpec("chain", levels=num_levels), chunk=CHUNK)
+        state, vocab = start(self.models.target, drafter, prompts, lengths, sampling, stop, **sizes)
+        return state, vocab, stop
 
-    def decode(self, drafter: Any | None, tree: Tree, tokens: Sequence[int], sampling: Sampling) -> Run:
+    def decode(self, drafter: Any | None, tree: TreeSpec, tokens: Sequence[int], sampling: Sampling) -> Run:
         """Decodes a prompt between looks at the clock."""
         jax.block_until_ready(sampling)
         started = time.perf_counter()
-        state, tied, stop = jax.block_until_ready(self.begin(drafter, tree, tokens, sampling))
+        state, vocab, stop = jax.block_until_ready(self.begin(drafter, tree, tokens, sampling))
         filled = time.perf_counter()
         rounds = jnp.asarray(self.max_new, jnp.int32)
-        state = advance(self.models.target, drafter, tied, state, sampling, stop, rounds, tree=tree)
+        state = advance(self.models.target, drafter, vocab, state, sampling, stop, rounds, tree=tree)
         jax.block_until_ready(state)
         decoded = time.perf_counter()
         emitted, num_emitted = jax.device_get((state.emitted, state.num_emitted))
@@ -127,7 +127,7 @@ class Contest:
                     tokens = encode_chat(self.models.tokenizer, messages)
                     check_fits(self.models.target.config.max_positions, id, tokens, self.max_new)
                     its = sampling(index)
-                    answer = self.decode(None, Tree(), tokens, its).tokens
+                    answer = self.decode(None, TreeSpec(), tokens, its).tokens
                     yield Case(task, id, tokens, its, answer)
                     messages.append({"role": "assistant", "content": decode(self.models.tokenizer, answer)})
                     index += 1
@@ -177,9 +177,9 @@ class Measured:
         return found
 
 
-def tree_of(way: Way) -> Tree:
-    """The Tree of a way; any for plain decoding, which makes none."""
-    return Tree() if way.tree is None else Tree.parse(way.tree)
+def tree_of(way: Way) -> TreeSpec:
+    """The TreeSpec of a way; any for plain decoding, which makes none."""
+    return TreeSpec() if way.tree is None else TreeSpec.parse(way.tree)
 
 
 # --- results ----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from fasteagle_jax.bench.prompts import Models
 from fasteagle_jax.bench.runner import MEAN, Result
 from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.decoding.acceptance import Acceptance
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.engine import slots as device
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
@@ -73,19 +73,19 @@ class Ablation(NamedTuple):
 def ablation(key: str, way: Way, num_levels: int) -> list[Ablation]:
     """The points of a sweep for a drafter of N levels; what is not swept is as in its own tree."""
     assert way.tree is not None
-    own = Tree.parse(way.tree)
-    trees: dict[int | str, Tree] = {}
+    own = TreeSpec.parse(way.tree)
+    trees: dict[int | str, TreeSpec] = {}
     if key == "levels":
         deepest = dataclasses.replace(own, levels=None).num_levels(num_levels)
         trees = {n: dataclasses.replace(own, levels=n) for n in range(1, deepest + 1)}
     elif key == "nodes":
-        trees = {n: Tree("best_first", nodes=n, levels=own.levels) for n in NODES}
+        trees = {n: TreeSpec("best_first", nodes=n, levels=own.levels) for n in NODES}
     else:
-        kinds = [Tree("chain", levels=own.levels)]
-        kinds += [Tree("backbone", width=width, levels=own.levels) for width in WIDTHS]
+        kinds = [TreeSpec("chain", levels=own.levels)]
+        kinds += [TreeSpec("backbone", width=width, levels=own.levels) for width in WIDTHS]
         for tree in kinds:
             nodes = tree.num_nodes(num_levels)
-            trees |= {str(t): t for t in (tree, Tree("best_first", nodes=nodes, levels=own.levels))}
+            trees |= {str(t): t for t in (tree, TreeSpec("best_first", nodes=nodes, levels=own.levels))}
     return [Ablation(key, way.name, x, dataclasses.replace(way, tree=str(tree))) for x, tree in trees.items()]
 
 
@@ -127,7 +127,7 @@ def show_ablations(title: str, keys: Sequence[str], ablations: Sequence[Ablation
 
 def _num_nodes(result: Result) -> int:
     assert result.way.tree is not None
-    return Tree.parse(result.way.tree).num_nodes(len(result.accepted_at))
+    return TreeSpec.parse(result.way.tree).num_nodes(len(result.accepted_at))
 
 
 # --- slots ------------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def compiled_round(engine: Engine) -> Any:
     lowered = device.advance.lower(
         engine.target,
         engine.drafter,
-        engine._tied,
+        engine._vocab,
         slots,
         np.zeros(engine.num_slots, bool),
         np.int32(1),

@@ -24,7 +24,7 @@ from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.decoding.sampling import Sampling, choose, make_sampling
 from fasteagle_jax.decoding.speculative import advance, start
 from fasteagle_jax.decoding.state import State, make_stop
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import shapes
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Cache
@@ -73,17 +73,17 @@ def rows(
         )
     stop = make_stop(1, max_new)
 
-    def begin(tree: Tree | None) -> tuple[Any, State, Any]:
+    def begin(tree: TreeSpec | None) -> tuple[Any, State, Any]:
         drafter = None if tree is None else trained
-        its = {"max_new": max_new, "tree": tree or Tree(), "chunk": CHUNK}
+        its = {"max_new": max_new, "tree": tree or TreeSpec(), "chunk": CHUNK}
         return (drafter, *start(models.target, drafter, prompts, lengths, sampling, stop, **its))
 
-    def time_rounds(tree: Tree | None) -> float:
-        drafter, state, tied = begun[tree]
+    def time_rounds(tree: TreeSpec | None) -> float:
+        drafter, state, vocab = begun[tree]
         state = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # `advance` consumes it
         count = jnp.asarray(ROUNDS)
-        run = functools.partial(advance, tree=tree or Tree())
-        return _seconds(run, models.target, drafter, tied, state, sampling, stop, count) / ROUNDS
+        run = functools.partial(advance, tree=tree or TreeSpec())
+        return _seconds(run, models.target, drafter, vocab, state, sampling, stop, count) / ROUNDS
 
     begun = {tree: begin(tree) for tree in shapes(trained.num_levels)}
     cache = begun[None][1].target_cache

@@ -32,7 +32,7 @@ from fasteagle_jax.bench.sweeps import machine
 from fasteagle_jax.commands.terminal import TERMINATED, Parser, program, whole
 from fasteagle_jax.data.sources import read_prompts
 from fasteagle_jax.decoding.acceptance import Acceptance
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.drafters.files import load_drafter
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import SamplingParams
@@ -95,7 +95,7 @@ def ablate(args: argparse.Namespace) -> int:
     check_new(args.json)
     base = apply_changes(load_config(args.config), args.changes)
     variants = {name: _variant(base, name) for name in dict.fromkeys(args.variant)}
-    trees = list(dict.fromkeys(Tree.parse(text) for text in args.tree or ("chain", "best_first:16")))
+    trees = list(dict.fromkeys(TreeSpec.parse(text) for text in args.tree or ("chain", "best_first:16")))
     temperatures = list(dict.fromkeys(args.temperature or [0.0, 1.0]))
     for temperature in temperatures:
         SamplingParams(temperature=temperature)

@@ -20,7 +20,7 @@ from fasteagle_jax.bench.timing import Stopwatch
 from fasteagle_jax.commands.models import add_target_options
 from fasteagle_jax.commands.terminal import add_sampling_options, whole
 from fasteagle_jax.decoding.acceptance import Acceptance
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh
 from fasteagle_jax.engine.detokenizer import TextStream
@@ -89,8 +89,8 @@ def add_draft_options(parser: Any, default_tree: str) -> None:
     )
 
 
-def tree_named(text: str | None) -> Tree | str | None:
-    """What `Engine` takes for the value of --tree: a Tree, "auto", or None for `plain`.
+def tree_named(text: str | None) -> TreeSpec | str | None:
+    """What `Engine` takes for the value of --tree: a TreeSpec, "auto", or None for `plain`.
 
     Without a value, the tree of a single conversation, which is over before "auto" would have measured.
     """
@@ -98,7 +98,7 @@ def tree_named(text: str | None) -> Tree | str | None:
         return default_tree(jax.default_backend())
     if text in ("auto", "plain"):
         return "auto" if text == "auto" else None
-    return Tree.parse(text)
+    return TreeSpec.parse(text)
 
 
 def mesh_named(text: str | None) -> Mesh | None:
@@ -119,7 +119,7 @@ def sampling_params(args: argparse.Namespace, stop: Sequence[str] = ()) -> Sampl
     )
 
 
-def load_engine(args: argparse.Namespace, tree: Tree | str | None, slots: int) -> Engine:
+def load_engine(args: argparse.Namespace, tree: TreeSpec | str | None, slots: int) -> Engine:
     """The engine that the options name, its trees measured if there is a choice."""
     if args.show_drafts and drafter_folder(args.drafter, open_checkpoint(args.target)) is None:
         raise UserError("--show-drafts without a drafter: name its folder with --drafter")

@@ -60,7 +60,7 @@ from fasteagle_jax.commands.models import add_target_options, load_models
 from fasteagle_jax.commands.terminal import Parser, add_filter_options, program, whole
 from fasteagle_jax.data.sources import Prompt
 from fasteagle_jax.decoding.sampling import Sampling, make_sampling
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.drafters.simulated import parse_rates
 from fasteagle_jax.errors import UserError
@@ -162,7 +162,7 @@ def bench(args: argparse.Namespace) -> int:
     ways = parse_ways(args.drafters, "auto" if args.sweep == ["slots"] else str(default_tree(jax.default_backend())))
     for way in ways:
         if way.tree not in (None, "auto") or not alone and way.tree:
-            Tree.parse(way.tree)
+            TreeSpec.parse(way.tree)
     if len(ways) == 1:
         raise UserError("plain decoding alone is nothing to compare: name a drafter, NAME=FOLDER")
     if alone and len(args.temperature) > 1:

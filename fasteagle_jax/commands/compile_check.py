@@ -26,7 +26,7 @@ import jax
 from fasteagle_jax.commands.terminal import Parser, program, whole
 from fasteagle_jax.compiling.programs import PROGRAMS, Decoding, Report, compile_program
 from fasteagle_jax.compiling.table import table
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices import topology
 from fasteagle_jax.devices.chips import GIB
 from fasteagle_jax.devices.sharding import MeshShape
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("no configuration: give --config, e.g. configs/llama31_8b.py")
     check_new(args.json)
     config = apply_changes(load_config(args.config), args.changes)
-    tree = None if args.tree == "plain" else Tree.parse(args.tree)
+    tree = None if args.tree == "plain" else TreeSpec.parse(args.tree)
     decoding = Decoding(args.batch, tree, args.cache, min(256, args.cache // 4))
     mesh = None if args.mesh is None else MeshShape.parse(args.mesh)
     if args.topology:
@@ -100,7 +100,7 @@ def describe(report: Report) -> str:
     if r.estimate is not None:
         parts = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in r.seconds.items())
         lines.append(f"  estimate     {1e3 * r.estimate:.2f} ms, bound by {r.bound} ({parts})")
-    if r.same_again is False:
+    if r.state_layout_stable is False:
         lines.append("  state        comes out otherwise than it goes in: the next call compiles or lays out anew")
     if r.cost.host_calls:
         lines.append(f"  host         {r.cost.host_calls} calls to the host in the program")

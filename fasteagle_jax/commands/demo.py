@@ -35,7 +35,7 @@ from fasteagle_jax.commands.terminal import Parser, add_sampling_options, progra
 from fasteagle_jax.decoding import speculative as decoding
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.sampling import make_sampling
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.errors import UserError
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_sampling_options(parser, temperature=0.0)
     args = parser.parse_args(argv)
-    tree = Tree.parse(args.tree) if args.tree else default_tree(jax.default_backend())
+    tree = TreeSpec.parse(args.tree) if args.tree else default_tree(jax.default_backend())
     make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
 
     drafter: Path | None
@@ -126,15 +126,15 @@ class Runner:
     name: str
     models: Models
     drafter: Any | None
-    tree: Tree
+    tree: TreeSpec
     seconds: float = 0.0
     state: Any = None  # decode.State, from `start` on
-    tied: Any = None
+    vocab: Any = None
 
     def start(self, prompt: list[int], sampling: Any, stop: Any, max_new: int) -> None:
         """Prefills the prompt; the clock starts after it."""
         tokens, lengths = pad([prompt])
-        self.state, self.tied = decoding.start(
+        self.state, self.vocab = decoding.start(
             self.models.target,
             self.drafter,
             tokens,
@@ -151,7 +151,7 @@ class Runner:
         """One round."""
         began = time.perf_counter()
         self.state = decoding.advance(
-            self.models.target, self.drafter, self.tied, self.state, sampling, stop, jnp.int32(1), tree=self.tree
+            self.models.target, self.drafter, self.vocab, self.state, sampling, stop, jnp.int32(1), tree=self.tree
         )
         jax.block_until_ready(self.state.done)
         self.seconds += time.perf_counter() - began
@@ -180,7 +180,7 @@ class Runner:
         return Panel(Text(text), title=self.name, subtitle=figures)
 
 
-def race_all(models: Models, tree: Tree, args: Any) -> bool:
+def race_all(models: Models, tree: TreeSpec, args: Any) -> bool:
     """Answers every question both ways and prints the sums; True where all answers were identical."""
     console = Console()
     runners = (Runner("plain", models, None, tree), Runner(f"speculative, {tree}", models, models.drafter, tree))

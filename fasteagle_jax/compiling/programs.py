@@ -26,7 +26,7 @@ from fasteagle_jax.decoding import state as decoding_state
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import decode_rounds, start
 from fasteagle_jax.decoding.state import Stop
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.chips import CHIPS, GIB, SLICES, Chip, chip
 from fasteagle_jax.devices.sharding import (
     MeshShape,
@@ -58,7 +58,7 @@ class Decoding:
     """The shapes of a decode: rows, tree and cache."""
 
     batch: int = 1
-    tree: Tree | None = Tree("best_first", 60)  # None: plain decoding, without the drafter
+    tree: TreeSpec | None = TreeSpec("best_first", 60)  # None: plain decoding, without the drafter
     slots: int = 2048  # S
     chunk: int = 256  # C
 
@@ -79,7 +79,9 @@ class Report:
     peak: int
     hbm: float | None  # None: not known, of a CPU
     cost: Cost
-    same_again: bool | None  # what it makes of its state goes in again by the same program; None: it has no state
+    state_layout_stable: (
+        bool | None
+    )  # what it makes of its state goes in again by the same program; None: it has no state
     ideal_bytes: float  # weights once, and what is in the caches once
     necessary_flops: float  # of matrix products
     compile_seconds: float
@@ -186,7 +188,7 @@ def compile_program(
         peak=peak,
         hbm=None if known is None else known.hbm,
         cost=cost(compiled.as_text(), "most" if program == "train" else "least"),
-        same_again=_same_again(made, compiled),
+        state_layout_stable=_state_layout_stable(made, compiled),
         ideal_bytes=bytes_a_device(made.read),
         necessary_flops=made.necessary_flops / len(devices),
         compile_seconds=round(seconds, 1),
@@ -214,7 +216,7 @@ def lower(
         return mesh, made, made.step.lower(*made.arguments)
 
 
-def _same_again(made: Shapes, compiled: Any) -> bool | None:
+def _state_layout_stable(made: Shapes, compiled: Any) -> bool | None:
     """Whether a program's first results have the shapes, dtypes, shardings and layouts of the state that it takes.
 
     A run of any number of calls is then one program, and nothing is laid out anew between them. None: it has no state.
@@ -248,7 +250,7 @@ def _train(config: RunConfig, mesh: Mesh, _: Decoding) -> Shapes:
         return graph, first_state(params, optimizer, config.optimizer.ema), constants
 
     graph, state, constants = nnx.eval_shape(start)
-    state = on_mesh(mesh, state, decoding_state.AXES)
+    state = on_mesh(mesh, state, AXES)
     target = _target(config, mesh, stacked=stacked)
     constants = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), constants)
     rows = (config.batch_size, config.length)
@@ -271,31 +273,31 @@ def _train(config: RunConfig, mesh: Mesh, _: Decoding) -> Shapes:
 
 
 def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
-    target, drafter, tied, state, sampling, stop = _decoding_arguments(config, mesh, decoding)
+    target, drafter, vocab, state, sampling, stop = _decoding_arguments(config, mesh, decoding)
 
-    def rounds(target: Any, drafter: Any, tied: Any, state: Any, sampling: Any, stop: Any) -> Any:
-        tied = _whole(tied, target)
-        return decode_rounds(target, drafter, tied, state, sampling, stop, tree=decoding.tree)[0]
+    def rounds(target: Any, drafter: Any, vocab: Any, state: Any, sampling: Any, stop: Any) -> Any:
+        vocab = _whole(vocab, target)
+        return decode_rounds(target, drafter, vocab, state, sampling, stop, tree=decoding.tree)[0]
 
     nodes = decoding.tree.num_nodes(drafter.num_levels) if decoding.tree else 1
     placed = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(rounds, donate_argnums=3, out_shardings=placed)
     drafts = 0 if decoding.tree is None else decoding.tree.num_levels(drafter.num_levels) + 1
-    matrices = 2 * decoding.batch * (nodes * _matrix_size(target) + drafts * _matrix_size((drafter, tied)))
+    matrices = 2 * decoding.batch * (nodes * _matrix_size(target) + drafts * _matrix_size((drafter, vocab)))
     return Shapes(
         step,
-        (target, drafter, tied, state, sampling, stop),
-        {"target": target, "drafter": (drafter, tied)},
+        (target, drafter, vocab, state, sampling, stop),
+        {"target": target, "drafter": (drafter, vocab)},
         (state.target_cache, state.drafter_cache),
         f"batch {decoding.batch}, {decoding.tree or 'plain'}, {decoding.slots} slots",
-        (_read(target), drafter, tied, state.target_cache, state.drafter_cache),
+        (_read(target), drafter, vocab, state.target_cache, state.drafter_cache),
         matrices,
         3,
     )
 
 
 def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
-    target, drafter, tied, state, sampling, stop = _decoding_arguments(config, mesh, decoding)
+    target, drafter, vocab, state, sampling, stop = _decoding_arguments(config, mesh, decoding)
     rows = jax.ShapeDtypeStruct((decoding.batch, decoding.chunk), jnp.int32)
     asked = on_mesh(mesh, {"tokens": rows, "length": _int32(decoding.batch)}, decoding_state.AXES)
 
@@ -310,14 +312,14 @@ def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
         {"target": target, "drafter": drafter},
         (state.target_cache, state.drafter_cache),
         f"batch {decoding.batch}, a chunk of {decoding.chunk} tokens, {decoding.slots} slots",
-        (_read(target), drafter, tied, state.target_cache, state.drafter_cache),
+        (_read(target), drafter, vocab, state.target_cache, state.drafter_cache),
         matrices,
         None,
     )
 
 
 def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tuple[Any, ...]:
-    """Shapes on the mesh: target, drafter, what `tied` holds of its own, state, sampling, stop."""
+    """Shapes on the mesh: target, drafter, what `vocab` holds of its own, state, sampling, stop."""
     stacked = _stacked(mesh)
     target = _target(config, mesh, stacked=stacked)
     assert config.target_config is not None
@@ -336,11 +338,11 @@ def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tu
 
     prompts, lengths = _int32(batch, decoding.chunk), _int32(batch)
     with jax.set_mesh(mesh):  # what a cache holds depends on the platform that the program is for
-        state, tied = jax.eval_shape(start, target, drafter, prompts, lengths, sampling, stop)
-    if tied is not None:  # the target's own arrays are not there twice
-        same = tied.head.shape == _head(target).shape
-        tied = on_mesh(mesh, tied._replace(embedding=None, head=None if same else tied.head), llama.AXES)
-    return target, drafter, tied, on_mesh(mesh, state, decoding_state.AXES), sampling, stop
+        state, vocab = jax.eval_shape(start, target, drafter, prompts, lengths, sampling, stop)
+    if vocab is not None:  # the target's own arrays are not there twice
+        same = vocab.head.shape == _head(target).shape
+        vocab = on_mesh(mesh, vocab._replace(embedding=None, head=None if same else vocab.head), llama.AXES)
+    return target, drafter, vocab, on_mesh(mesh, state, decoding_state.AXES), sampling, stop
 
 
 def _start(
@@ -358,16 +360,16 @@ def _start(
     max_new = decoding.slots - decoding.chunk - num_levels - 1
     if max_new < decoding.chunk:
         raise UserError(f"{decoding.slots} cache slots are too few for chunks of {decoding.chunk}: use more")
-    tree = decoding.tree or Tree()
+    tree = decoding.tree or TreeSpec()
     return start(target, drafter, prompts, lengths, sampling, stop, max_new=max_new, tree=tree, chunk=decoding.chunk)
 
 
-def _whole(tied: Any, target: Any) -> Any:
-    """`tied` with the arrays that are the target's."""
-    if tied is None:
+def _whole(vocab: Any, target: Any) -> Any:
+    """`vocab` with the arrays that are the target's."""
+    if vocab is None:
         return None
-    head = target.head_rows() if tied.head is None else tied.head
-    return tied._replace(embedding=target.embedding[...], head=head)
+    head = target.head_rows() if vocab.head is None else vocab.head
+    return vocab._replace(embedding=target.embedding[...], head=head)
 
 
 def _target(config: RunConfig, mesh: Mesh, *, stacked: bool) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate
 from fasteagle_jax.decoding.state import Statistics
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import fetch
 
 
@@ -55,7 +55,7 @@ def measure_acceptance(
     target: Any,
     drafter: Any,
     prompts: list[list[int]],
-    tree: Tree,
+    tree: TreeSpec,
     *,
     max_new: int,
     stop_tokens: tuple[int, ...] = (),

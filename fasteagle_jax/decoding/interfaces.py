@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from fasteagle_jax.decoding.sampling import Sampling
-from fasteagle_jax.decoding.tree import Draft, Tree
+from fasteagle_jax.decoding.tree import Draft, TreeSpec
 
 
-class Tied(NamedTuple):
+class VocabWeights(NamedTuple):
     """The frozen rows of the target that a drafter reads and writes tokens with."""
 
     embedding: jax.Array  # [target vocabulary, H]
@@ -42,7 +42,7 @@ class Drafter(Protocol):
     num_levels: int  # N: no draft is deeper
     feature_layers: tuple[int, ...]  # whose inputs in the target it reads
 
-    def tie(self, target: Any) -> Tied:
+    def vocab_weights(self, target: Any) -> VocabWeights:
         """The target's rows that it needs, gathered once."""
         ...
 
@@ -50,7 +50,7 @@ class Drafter(Protocol):
         """Its own cache for rows of up to `num_slots` positions, holding nothing; one write brings `most_written`."""
         ...
 
-    def extend(self, tied: Tied, new: Accepted, cache: Any, num_levels: int) -> Any:
+    def extend(self, vocab: VocabWeights, new: Accepted, cache: Any, num_levels: int) -> Any:
         """The cache with the accepted tokens in it and no draft made (prefill); drafts to come have `num_levels`."""
         ...
 
@@ -58,6 +58,8 @@ class Drafter(Protocol):
         """The cache after the accepted tokens, without them: cheap, and drafts will be the poorer for it."""
         ...
 
-    def draft(self, tied: Tied, new: Accepted, cache: Any, tree: Tree, ranking: Ranking) -> tuple[Draft, Any]:
+    def draft(
+        self, vocab: VocabWeights, new: Accepted, cache: Any, tree: TreeSpec, ranking: Ranking
+    ) -> tuple[Draft, Any]:
         """A Draft rooted at each row's pending token, and the cache with the accepted tokens in it."""
         ...

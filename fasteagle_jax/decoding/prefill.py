@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fasteagle_jax.decoding.interfaces import Accepted, Tied
+from fasteagle_jax.decoding.interfaces import Accepted, VocabWeights
 from fasteagle_jax.decoding.sampling import Sampling, choose
 from fasteagle_jax.decoding.state import AXES, NO_TOKEN, State, Stop, is_stop, token_logprobs
 from fasteagle_jax.devices.sharding import constrain_all
@@ -28,7 +28,7 @@ class Prefilled(NamedTuple):
     features: jax.Array  # [B, F*H], the target's features of the last token
 
 
-def nothing_prefilled(
+def init_prefill(
     target: Any,
     drafter: Any | None,
     batch: int,
@@ -54,11 +54,11 @@ def nothing_prefilled(
 def prefill(
     target: Any,
     drafter: Any | None,
-    tied: Tied | None,
-    begun: Prefilled,
+    vocab: VocabWeights | None,
+    prefix: Prefilled,
     prompts: jax.Array,
     lengths: jax.Array,
-    first: jax.Array | int = 0,
+    start_chunk: jax.Array | int = 0,
     *,
     chunk: int,
     num_levels: int | None = None,
@@ -66,11 +66,11 @@ def prefill(
     """The prompts in the caches, a chunk a forward pass.
 
     Args:
-      target, drafter, tied: the models; drafter and tied are None for plain decoding.
-      begun: the prompts' first `first` chunks, in caches that have slots for all.
+      target, drafter, vocab: the models; drafter and vocab are None for plain decoding.
+      prefix: the prompts' first `start_chunk` chunks, in caches that have slots for all.
       prompts: int32 [B, P], right-padded, P a multiple of `chunk`.
-      lengths: int32 [B], at least 1, and more than the chunks begun.
-      first: the chunk to go on with.
+      lengths: int32 [B], at least 1, and more than the chunks prefix.
+      start_chunk: the chunk to go on with.
       chunk: C, tokens a forward pass takes. A prompt's chunks are the same wherever it goes on, so its numbers are.
       num_levels: of the drafts to come, None for all of the drafter's. 0 leaves the prompts out of its cache: cheaper,
         where nothing will be drafted.
@@ -105,14 +105,14 @@ def prefill(
         if num_levels == 0:
             drafter_cache = drafter.skip(known, drafter_cache)
         else:
-            drafter_cache = drafter.extend(tied, known, drafter_cache, num_levels or drafter.num_levels)
+            drafter_cache = drafter.extend(vocab, known, drafter_cache, num_levels or drafter.num_levels)
         return constrain_all(Prefilled(target_cache, drafter_cache, hidden, features), AXES)
 
     # Without the barrier XLA knows that the caches are zeros and, where the loop has one turn, folds attention over
     # them at compile time, which took minutes.
-    begun = jax.lax.optimization_barrier(begun)
+    prefix = jax.lax.optimization_barrier(prefix)
     num_chunks = (lengths.max() + chunk - 1) // chunk
-    return jax.lax.fori_loop(first, num_chunks, take_chunk, begun)
+    return jax.lax.fori_loop(start_chunk, num_chunks, take_chunk, prefix)
 
 
 def first_state(
@@ -124,7 +124,7 @@ def first_state(
     *,
     num_slots: int,
     num_levels: int,
-    scored: jax.Array | None = None,
+    wants_logprobs: jax.Array | None = None,
 ) -> State:
     """The State after prefill, with the first token chosen.
 
@@ -132,7 +132,7 @@ def first_state(
       target, prefilled, lengths, sampling, stop: per row.
       num_slots: of `emitted`; a round writes up to N past a row's last token.
       num_levels: N of the drafter, 0 for plain decoding.
-      scored: bool [B], rows whose log-probabilities are wanted; None where they are never computed.
+      wants_logprobs: bool [B], rows whose log-probabilities are wanted; None where they are never computed.
     """
     batch = lengths.shape[0]
     logits = target.logits(prefilled.hidden[:, None])  # [B, 1, V]
@@ -140,8 +140,8 @@ def first_state(
     slack = ((0, 0), (0, num_levels))
     nothing = jnp.full((batch, num_slots), NO_TOKEN, jnp.int32)
     logprobs = None
-    if scored is not None:
-        logprobs = jnp.zeros((batch, num_slots)).at[:, :1].set(token_logprobs(logits, pending, scored))
+    if wants_logprobs is not None:
+        logprobs = jnp.zeros((batch, num_slots)).at[:, :1].set(token_logprobs(logits, pending, wants_logprobs))
     return State(
         prefilled.target_cache,
         prefilled.drafter_cache,
@@ -153,7 +153,7 @@ def first_state(
         nothing.at[:, :1].set(pending),
         nothing.at[:, :1].set(0),
         logprobs,
-        jnp.zeros((batch,), bool) if scored is None else scored,
+        jnp.zeros((batch,), bool) if wants_logprobs is None else wants_logprobs,
         jnp.ones((batch,), jnp.int32),
         is_stop(pending, stop)[:, 0] | (stop.max_new <= 1),
     )

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
-from fasteagle_jax.decoding.prefill import first_state, nothing_prefilled, pad_prompts, prefill
+from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
+from fasteagle_jax.decoding.prefill import first_state, init_prefill, pad_prompts, prefill
 from fasteagle_jax.decoding.sampling import Sampling, choose
 from fasteagle_jax.decoding.state import (
     AXES,
@@ -28,7 +28,7 @@ from fasteagle_jax.decoding.state import (
     slots_needed,
     token_logprobs,
 )
-from fasteagle_jax.decoding.tree import NO_PARENT, Draft, Tree, visible_nodes, walk
+from fasteagle_jax.decoding.tree import NO_PARENT, Draft, TreeSpec, visible_nodes, walk
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.devices.sharding import by_shard, constrain_all
 from fasteagle_jax.errors import UserError
@@ -40,12 +40,12 @@ from fasteagle_jax.nn.kv_cache import commit
 def decode_round(
     target: Any,
     drafter: Any | None,
-    tied: Tied | None,
+    vocab: VocabWeights | None,
     state: State,
     sampling: Sampling,
     stop: Stop,
     *,
-    tree: Tree | None,
+    tree: TreeSpec | None,
     shared_noise: bool = True,
 ) -> State:
     """The State after one draft and one target pass; rows that are done do not change.
@@ -59,7 +59,7 @@ def decode_round(
     with jax.named_scope("draft"):
         if drafts:
             ranking = Ranking(sampling, shared_noise)
-            draft, drafter_cache = drafter.draft(tied, state.new, state.drafter_cache, tree, ranking)  # type: ignore[union-attr]
+            draft, drafter_cache = drafter.draft(vocab, state.new, state.drafter_cache, tree, ranking)  # type: ignore[union-attr]
         else:
             draft = root_only(state.new)
             drafter_cache = None if drafter is None else drafter.skip(state.new, state.drafter_cache)
@@ -84,10 +84,10 @@ def decode_round(
         slot = state.num_emitted[:, None] + index
         real = index < count[:, None]
         depths = jnp.where(index == count[:, None] - 1, 0, index + 1)
-        told: tuple[Any, ...] = jnp.where(real, picked, NO_TOKEN), jnp.where(real, depths, NO_TOKEN), None
+        new_entries: tuple[Any, ...] = jnp.where(real, picked, NO_TOKEN), jnp.where(real, depths, NO_TOKEN), None
         if state.logprobs is not None:
-            told = *told[:2], token_logprobs(_at(logits, path.nodes), picked, state.scored)
-        emitted, depths, logprobs = _write((state.emitted, state.depths, state.logprobs), told, slot)
+            new_entries = *new_entries[:2], token_logprobs(_at(logits, path.nodes), picked, state.wants_logprobs)
+        emitted, depths, logprobs = _write((state.emitted, state.depths, state.logprobs), new_entries, slot)
         num_emitted = state.num_emitted + count
         done = state.done | (until_stop <= count) | (num_emitted >= stop.max_new)
 
@@ -103,7 +103,7 @@ def decode_round(
         emitted,
         depths,
         logprobs,
-        state.scored,
+        state.wants_logprobs,
         num_emitted,
         done,
     )
@@ -114,14 +114,14 @@ def _at(x: jax.Array, nodes: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, nodes[..., None], axis=1)
 
 
-def _write(into: Any, told: Any, slots: jax.Array) -> Any:
-    """Arrays [B, slots] with those told [B, A] at slots int32 [B, A]."""
+def _write(into: Any, new_entries: Any, slots: jax.Array) -> Any:
+    """Arrays [B, slots] with those new_entries [B, A] at slots int32 [B, A]."""
 
-    def write(into: Any, told: Any, slots: jax.Array) -> Any:
+    def write(into: Any, new_entries: Any, slots: jax.Array) -> Any:
         row = jnp.arange(slots.shape[0])[:, None]
-        return jax.tree.map(lambda x, new: x.at[row, slots].set(new), into, told)
+        return jax.tree.map(lambda x, new: x.at[row, slots].set(new), into, new_entries)
 
-    return by_shard(write, {2: ("rows", None)}, into, told, slots)
+    return by_shard(write, {2: ("rows", None)}, into, new_entries, slots)
 
 
 def root_only(new: Accepted) -> Draft:
@@ -137,14 +137,14 @@ def root_only(new: Accepted) -> Draft:
 def decode_rounds(
     target: Any,
     drafter: Any | None,
-    tied: Tied | None,
+    vocab: VocabWeights | None,
     state: State,
     sampling: Sampling,
     stop: Stop,
     rounds: jax.Array | None = None,
     until_one_is_done: jax.Array | bool = False,
     *,
-    tree: Tree | None,
+    tree: TreeSpec | None,
     shared_noise: bool = True,
 ) -> tuple[State, jax.Array]:
     """The State after rounds until every row is done or `rounds` (int32) more of them, and how many there were.
@@ -159,7 +159,7 @@ def decode_rounds(
 
     def one(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         now, ran = carry
-        now = decode_round(target, drafter, tied, now, sampling, stop, tree=tree, shared_noise=shared_noise)
+        now = decode_round(target, drafter, vocab, now, sampling, stop, tree=tree, shared_noise=shared_noise)
         return constrain_all(now, AXES), ran + 1
 
     return jax.lax.while_loop(unfinished, one, (state, jnp.zeros((), jnp.int32)))
@@ -178,13 +178,13 @@ def generate_jit(
     stop: Stop,
     *,
     max_new: int,
-    tree: Tree,
+    tree: TreeSpec,
     chunk: int,
     shared_noise: bool = True,
 ) -> Generation:
     """Prefill and all rounds in one compiled program; arguments as of `prefill` and `decode_round`."""
-    state, tied = start(target, drafter, prompts, lengths, sampling, stop, max_new=max_new, tree=tree, chunk=chunk)
-    state, _ = decode_rounds(target, drafter, tied, state, sampling, stop, tree=tree, shared_noise=shared_noise)
+    state, vocab = start(target, drafter, prompts, lengths, sampling, stop, max_new=max_new, tree=tree, chunk=chunk)
+    state, _ = decode_rounds(target, drafter, vocab, state, sampling, stop, tree=tree, shared_noise=shared_noise)
     tokens = state.emitted[:, :max_new]
     last = jnp.take_along_axis(tokens, state.num_emitted[:, None] - 1, axis=1)
     return Generation(tokens, state.num_emitted, is_stop(last, stop)[:, 0], state.statistics)
@@ -200,36 +200,36 @@ def start(
     stop: Stop,
     *,
     max_new: int,
-    tree: Tree,
+    tree: TreeSpec,
     chunk: int,
-) -> tuple[State, Tied | None]:
+) -> tuple[State, VocabWeights | None]:
     """The first State and the drafter's rows of the target, for a caller that looks on between rounds (`advance`)."""
-    tied = None if drafter is None else drafter.tie(target)
+    vocab = None if drafter is None else drafter.vocab_weights(target)
     num_levels = 0 if drafter is None else tree.num_levels(drafter.num_levels)
     batch, prompt_slots = prompts.shape
     num_slots = slots_needed(prompt_slots, chunk, max_new, num_levels)
-    begun = nothing_prefilled(target, drafter, batch, num_slots, max(chunk, num_levels + 1))
-    prefilled = prefill(target, drafter, tied, begun, prompts, lengths, chunk=chunk, num_levels=num_levels)
+    prefix = init_prefill(target, drafter, batch, num_slots, max(chunk, num_levels + 1))
+    prefilled = prefill(target, drafter, vocab, prefix, prompts, lengths, chunk=chunk, num_levels=num_levels)
     num_emitted = max_new + num_levels + 1
     state = first_state(target, prefilled, lengths, sampling, stop, num_slots=num_emitted, num_levels=num_levels)
-    return state, tied
+    return state, vocab
 
 
 @functools.partial(jax.jit, static_argnames=("tree", "shared_noise"), donate_argnames=("state",))
 def advance(
     target: Any,
     drafter: Any | None,
-    tied: Tied | None,
+    vocab: VocabWeights | None,
     state: State,
     sampling: Sampling,
     stop: Stop,
     rounds: jax.Array,
     *,
-    tree: Tree,
+    tree: TreeSpec,
     shared_noise: bool = True,
 ) -> State:
     """The State after up to `rounds` more rounds; the one given is consumed."""
-    return decode_rounds(target, drafter, tied, state, sampling, stop, rounds, tree=tree, shared_noise=shared_noise)[0]
+    return decode_rounds(target, drafter, vocab, state, sampling, stop, rounds, tree=tree, shared_noise=shared_noise)[0]
 
 
 def generate(
@@ -240,7 +240,7 @@ def generate(
     *,
     max_new: int | list[int] = 128,
     stop_tokens: tuple[int, ...] = (),
-    tree: Tree | None = None,
+    tree: TreeSpec | None = None,
     chunk: int = 64,
     shared_noise: bool = True,
 ) -> Generation:

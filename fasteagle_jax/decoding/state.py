@@ -27,7 +27,7 @@ AXES = cache.AXES | {
     "emitted": ("rows", None),
     "depths": ("rows", None),
     "logprobs": ("rows", None),
-    "scored": ("rows",),
+    "wants_logprobs": ("rows",),
     "num_emitted": ("rows",),
     "done": ("rows",),
 }
@@ -50,8 +50,8 @@ class State(NamedTuple):
     new: Accepted  # newly accepted tokens, the pending one last
     emitted: jax.Array  # int32 [B, slots], NO_TOKEN past `num_emitted`
     depths: jax.Array  # int32 [B, slots], the depth at which each was accepted, 0 for the target's own token
-    logprobs: jax.Array | None  # float32 [B, slots] of the emitted tokens, where `scored`; None: never computed
-    scored: jax.Array  # bool [B]
+    logprobs: jax.Array | None  # float32 [B, slots] of the emitted tokens, where `wants_logprobs`; None: never computed
+    wants_logprobs: jax.Array  # bool [B]
     num_emitted: jax.Array  # int32 [B]
     done: jax.Array  # bool [B]
 
@@ -92,14 +92,14 @@ def is_stop(tokens: jax.Array, stop: Stop) -> jax.Array:
     return (tokens[..., None] == stop.tokens[:, None]).any(axis=-1)
 
 
-def token_logprobs(logits: jax.Array, tokens: jax.Array, scored: jax.Array) -> jax.Array:
+def token_logprobs(logits: jax.Array, tokens: jax.Array, wants_logprobs: jax.Array) -> jax.Array:
     """float32 [B, T], log-probability of tokens int32 [B, T] under the target's own softmax; 0 if nobody asks."""
 
     def compute() -> jax.Array:
         own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         return own - jax.nn.logsumexp(logits, axis=-1)
 
-    return jax.lax.cond(scored.any(), compute, lambda: jnp.zeros(tokens.shape))
+    return jax.lax.cond(wants_logprobs.any(), compute, lambda: jnp.zeros(tokens.shape))
 
 
 def make_stop(batch: int, max_new: int | list[int], stop_tokens: tuple[int, ...] = ()) -> Stop:

@@ -35,7 +35,7 @@ class Draft(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tree:
+class TreeSpec:
     """What shape of tree to draft; static, so each gets its own compiled program.
 
     `chain`: the best token of each level. `backbone` (FastEagle): the `width` best of each level, all children of
@@ -58,8 +58,8 @@ class Tree:
                 raise UserError(f"tree {name} is {value}: it must be at least {least}")
 
     @classmethod
-    def parse(cls, text: str) -> Tree:
-        """The Tree that `chain`, `backbone:4` (width) or `best_first:16` (nodes) names; `:3` behind it, its levels."""
+    def parse(cls, text: str) -> TreeSpec:
+        """The TreeSpec named `chain`, `backbone:4` (width) or `best_first:16` (nodes), its levels appended as `:3`."""
         kind, *sizes = text.split(":")
         names = _SIZES.get(kind, ())
         if kind in KINDS and (len(sizes) > len(names) or not all(size.isdigit() for size in sizes)):
@@ -84,7 +84,7 @@ class Tree:
         return {"chain": levels + 1, "backbone": levels * self.width + 1, "best_first": self.nodes}[self.kind]
 
 
-def build(tree: Tree, root: jax.Array, scores: jax.Array, token_ids: jax.Array | None = None) -> Draft:
+def build(tree: TreeSpec, root: jax.Array, scores: jax.Array, token_ids: jax.Array | None = None) -> Draft:
     """The Draft that `tree` makes of N levels of guesses.
 
     Args:
@@ -201,13 +201,13 @@ class _Scored(NamedTuple):
     """The candidates of a level."""
 
     tokens: jax.Array  # int32 [B, C]
-    parents: jax.Array  # int32 [B, C], places among all scored nodes, the root being 0
+    parents: jax.Array  # int32 [B, C], places among all wants_logprobs nodes, the root being 0
     score: jax.Array  # float32 [B, C], log-probabilities of the paths
     depth: int
 
 
 def grow(
-    tree: Tree,
+    tree: TreeSpec,
     root: jax.Array,
     num_levels: int,
     token_ids: jax.Array,
@@ -235,24 +235,24 @@ def grow(
     batch = root.shape[0]
     above = jnp.zeros((batch, 1))  # float32 [B, f], the scores of the nodes that grow
     places = jnp.zeros((batch, 1), jnp.int32)
-    scored: list[_Scored] = []
+    wants_logprobs: list[_Scored] = []
     num_scored = 1  # the root is node 0
     for depth in range(1, num_levels + 1):
         grown, children = _growth(tree, depth, len(token_ids))
         values, index = top_k(guess(state, depth), children, "vocab")  # [B, f, k]
         score = (above[..., None] + values).reshape(batch, -1)  # [B, f*k]
         tokens = token_ids[index].reshape(batch, -1).astype(jnp.int32)
-        scored.append(_Scored(tokens, jnp.repeat(places, children, axis=1), score, depth))
+        wants_logprobs.append(_Scored(tokens, jnp.repeat(places, children, axis=1), score, depth))
         if depth == num_levels:
             break
         above, best = top_k(score, min(grown, score.shape[1]))
         state = follow(state, best // children, jnp.take_along_axis(tokens, best, axis=1), depth)
         places = num_scored + best
         num_scored += score.shape[1]
-    return _chosen(root, scored, tree.num_nodes(num_levels))
+    return _chosen(root, wants_logprobs, tree.num_nodes(num_levels))
 
 
-def _growth(tree: Tree, depth: int, vocab: int) -> tuple[int, int]:
+def _growth(tree: TreeSpec, depth: int, vocab: int) -> tuple[int, int]:
     """How many nodes of a depth grow further, and how many children each node above has there.
 
     The r-th best of a depth d, or of its parent's children, stands for r - 1 others and d - 1 ancestors that are no
@@ -264,15 +264,15 @@ def _growth(tree: Tree, depth: int, vocab: int) -> tuple[int, int]:
     return 1, min(1 if tree.kind == "chain" else tree.width, vocab)
 
 
-def _chosen(root: jax.Array, scored: Sequence[_Scored], num_nodes: int) -> Draft:
-    """The draft of the `num_nodes` - 1 best scored nodes; all their parents are among them.
+def _chosen(root: jax.Array, wants_logprobs: Sequence[_Scored], num_nodes: int) -> Draft:
+    """The draft of the `num_nodes` - 1 best wants_logprobs nodes; all their parents are among them.
 
     A child scores no more than its parent, and stands behind it, and top_k takes the first of equals.
     """
-    tokens = jnp.concatenate([s.tokens for s in scored], axis=1)  # [B, all]
-    parents = jnp.concatenate([s.parents for s in scored], axis=1)
-    depths = jnp.concatenate([jnp.full(s.tokens.shape, s.depth, jnp.int32) for s in scored], axis=1)
-    score = jnp.concatenate([s.score for s in scored], axis=1)
+    tokens = jnp.concatenate([s.tokens for s in wants_logprobs], axis=1)  # [B, all]
+    parents = jnp.concatenate([s.parents for s in wants_logprobs], axis=1)
+    depths = jnp.concatenate([jnp.full(s.tokens.shape, s.depth, jnp.int32) for s in wants_logprobs], axis=1)
+    score = jnp.concatenate([s.score for s in wants_logprobs], axis=1)
     _, picked = top_k(score, min(num_nodes - 1, score.shape[1]))
     picked = jnp.sort(picked, axis=1)  # [B, M-1], parents before children
     of_picked = (jnp.take_along_axis(x, picked, axis=1) for x in (parents - 1, tokens, depths))  # the root's place is 0

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 
-MEMORY = 0.95  # of a mean, what a further round or call leaves of the older ones
+EMA_DECAY = 0.95  # of a mean, what a further round or call leaves of the older ones
 RETRY_ROUNDS = 256  # after which a shape that lost is measured again, if it was close
 CLOSE = 0.8  # of the best one's speed
 
@@ -26,20 +26,20 @@ def affordable_nodes(costs: Mapping[int, float]) -> int:
     return max((rows for rows, cost in costs.items() if cost <= BEARABLE), default=min(costs))
 
 
-def default_tree(platform: str) -> Tree:
+def default_tree(platform: str) -> TreeSpec:
     """What to draft for a single request, over before "auto" would have measured, on a JAX platform.
 
-    Where no costs are listed, a pass is bound by reading the weights and Tree()'s nodes cost next to nothing.
+    Where no costs are listed, a pass is bound by reading the weights and TreeSpec()'s nodes cost next to nothing.
     """
     costs = PASS_COSTS.get(platform)
-    return Tree() if costs is None else Tree("best_first", nodes=affordable_nodes(costs))
+    return TreeSpec() if costs is None else TreeSpec("best_first", nodes=affordable_nodes(costs))
 
 
-def shapes(num_levels: int) -> tuple[Tree | None, ...]:
+def shapes(num_levels: int) -> tuple[TreeSpec | None, ...]:
     """The trees to choose from for a drafter of N levels, from none (plain decoding) to large ones."""
-    trees: list[Tree | None] = [None]
+    trees: list[TreeSpec | None] = [None]
     for nodes, levels in ((4, 3), (8, 4), (16, num_levels)):
-        trees.append(Tree("best_first", nodes=nodes, levels=min(levels, num_levels)))
+        trees.append(TreeSpec("best_first", nodes=nodes, levels=min(levels, num_levels)))
     return tuple(dict.fromkeys(trees))
 
 
@@ -51,25 +51,25 @@ class _Mean:
     weight: float = 0.0
 
     def add(self, total: float, weight: float) -> None:
-        self.total = MEMORY * self.total + total
-        self.weight = MEMORY * self.weight + weight
+        self.total = EMA_DECAY * self.total + total
+        self.weight = EMA_DECAY * self.weight + weight
 
     @property
     def value(self) -> float:
         return self.total / self.weight if self.weight else float("nan")
 
 
-class Pace:
+class TreeSelector:
     """The measurements of each shape, and the choice they lead to."""
 
-    def __init__(self, trees: tuple[Tree | None, ...]) -> None:
+    def __init__(self, trees: tuple[TreeSpec | None, ...]) -> None:
         self.trees = trees
         self._tokens = {tree: _Mean() for tree in trees}  # a round and row
-        self._seconds: dict[tuple[int, Tree | None], _Mean] = {}  # a round of so many rows
+        self._seconds: dict[tuple[int, TreeSpec | None], _Mean] = {}  # a round of so many rows
         self._unused_for = dict.fromkeys(trees, 0)  # rounds
 
     def record(
-        self, rows: int, tree: Tree | None, *, rounds: int, row_rounds: int, tokens: int, seconds: float | None
+        self, rows: int, tree: TreeSpec | None, *, rounds: int, row_rounds: int, tokens: int, seconds: float | None
     ) -> None:
         """Takes a call of the device down.
 
@@ -87,16 +87,16 @@ class Pace:
         for other in self.trees:
             self._unused_for[other] = 0 if other == tree else self._unused_for[other] + rounds
 
-    def unmeasured(self, rows: int) -> list[Tree | None]:
+    def unmeasured(self, rows: int) -> list[TreeSpec | None]:
         """The shapes of which nothing is known for so many rows."""
         return [t for t in self.trees if (rows, t) not in self._seconds or not self._tokens[t].weight]
 
-    def speed(self, rows: int, tree: Tree | None) -> float:
+    def speed(self, rows: int, tree: TreeSpec | None) -> float:
         """Tokens a second and row; nan where not measured."""
         seconds = self._seconds.get((rows, tree), _Mean())
         return self._tokens[tree].value / seconds.value
 
-    def choose(self, rows: int) -> Tree | None:
+    def choose(self, rows: int) -> TreeSpec | None:
         """The fastest shape for so many rows; now and then one that was nearly as fast. All must be measured."""
         speeds = {tree: self.speed(rows, tree) for tree in self.trees}
         best = max(self.trees, key=lambda tree: speeds[tree])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
+from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
 from fasteagle_jax.decoding.sampling import gumbel_noise
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Ring, as_ring, empty_cache, ring_slots
@@ -150,9 +150,9 @@ def copy_weights(into: nnx.Module, source: Any) -> None:
     nnx.update(into, nnx.state(copied))
 
 
-def draft_ids(tied: Tied) -> jax.Array:
+def draft_ids(vocab: VocabWeights) -> jax.Array:
     """int32 [V], the target's id of each entry of the draft vocabulary."""
-    return jnp.arange(tied.head.shape[0]) if tied.token_ids is None else tied.token_ids
+    return jnp.arange(vocab.head.shape[0]) if vocab.token_ids is None else vocab.token_ids
 
 
 def causal(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
-from fasteagle_jax.decoding.tree import Draft, Tree, grow
+from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
+from fasteagle_jax.decoding.tree import Draft, TreeSpec, grow
 from fasteagle_jax.devices.sharding import constrain
 from fasteagle_jax.drafters.base import (
     DrafterConfig,
@@ -147,10 +147,10 @@ class Eagle3(DrafterModule):
             "tie_word_embeddings": False,
         }
 
-    def tie(self, target: Any) -> Tied:
+    def vocab_weights(self, target: Any) -> VocabWeights:
         """The target's embedding, and its own head."""
         ids = None if self.token_ids is None else self.token_ids[...]
-        return Tied(target.embedding[...], self.head[...], ids)
+        return VocabWeights(target.embedding[...], self.head[...], ids)
 
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Ring:
         """`empty_ring` of the one layer."""
@@ -224,27 +224,29 @@ class Eagle3(DrafterModule):
 
     # --- decoding -----------------------------------------------------------------------------------------------
 
-    def extend(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> Ring:
+    def extend(self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int) -> Ring:
         """The cache with the accepted tokens' stream positions in it, whatever the number of levels."""
-        return self._advance(tied, new, cache)[1]
+        return self._advance(vocab, new, cache)[1]
 
-    def draft(self, tied: Tied, new: Accepted, cache: Ring, tree: Tree, ranking: Ranking) -> tuple[Draft, Ring]:
+    def draft(
+        self, vocab: VocabWeights, new: Accepted, cache: Ring, tree: TreeSpec, ranking: Ranking
+    ) -> tuple[Draft, Ring]:
         """A tree rooted at the pending token (see interfaces.Drafter), grown level by level (see tree.grow)."""
         num_levels = tree.num_levels(self.num_levels)
         new, skipped = newest(new, num_levels + 1)
-        h, cache = self._advance(tied, new, cache._replace(length=cache.length + skipped))  # [B, H]
+        h, cache = self._advance(vocab, new, cache._replace(length=cache.length + skipped))  # [B, H]
         batch = h.shape[0]
-        ids = draft_ids(tied)
+        ids = draft_ids(vocab)
         eps = self.config.rms_norm_eps
         past = self._past(cache, jnp.maximum(cache.length - 1, 0)[:, None])  # every node sees what its root does
 
         def guess(nodes: _Nodes, depth: int) -> jax.Array:
-            logits = head_logits(rms_norm(nodes.hidden, self.norm[...], eps), tied.head)  # [B, f, V]
+            logits = head_logits(rms_norm(nodes.hidden, self.norm[...], eps), vocab.head)  # [B, f, V]
             return rank(logits, cache.length[:, None] + depth, ids, ranking)
 
         def follow(nodes: _Nodes, parent: jax.Array, tokens: jax.Array, depth: int) -> _Nodes:
             h = jnp.take_along_axis(nodes.hidden, parent[..., None], axis=1)
-            e = embed(tied.embedding, tokens, h.dtype)
+            e = embed(vocab.embedding, tokens, h.dtype)
             position = jnp.broadcast_to((cache.length - 1 + depth)[:, None], parent.shape)
             q, k, v = self._keys(e, h, position)
             keys, values = [*nodes.keys, k], [*nodes.values, v]
@@ -263,14 +265,14 @@ class Eagle3(DrafterModule):
         k, v, positions = layers[0] if isinstance(layers, list) else (part[0] for part in layers)
         return Past(k, v, seen_in_ring(positions, queries, self.config.window), cache.filled())
 
-    def _advance(self, tied: Tied, new: Accepted, cache: Ring) -> tuple[jax.Array, Ring]:
+    def _advance(self, vocab: VocabWeights, new: Accepted, cache: Ring) -> tuple[jax.Array, Ring]:
         """The layer's output [B, H] at the last accepted position, and the cache with all of them."""
         batch, num_tokens = new.tokens.shape
         index = jnp.arange(num_tokens)
         positions = cache.length[:, None] + index
         visible = jnp.broadcast_to(causal(index[:, None], index, self.config.window), (batch, num_tokens, num_tokens))
         h = self.fused(new.features)
-        q, k, v = self._keys(embed(tied.embedding, new.tokens, h.dtype), h, positions)
+        q, k, v = self._keys(embed(vocab.embedding, new.tokens, h.dtype), h, positions)
         h = self._rest(h, by_token(attention(q, k, v, visible, self._past(cache, positions)), num_tokens))
         last = jnp.maximum(new.count - 1, 0)[:, None, None]
         fresh = ([k], [v]) if isinstance(cache.k, list) else (k[None], v[None])

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
-from fasteagle_jax.decoding.tree import Draft, Tree, build, grow
+from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
+from fasteagle_jax.decoding.tree import Draft, TreeSpec, build, grow
 from fasteagle_jax.devices.sharding import constrain, training_rows
 from fasteagle_jax.drafters.base import (
     DrafterConfig,
@@ -150,11 +150,11 @@ class FastEagle(DrafterModule):
         """None: the head is the target's, and frozen."""
         return None
 
-    def tie(self, target: Any) -> Tied:
+    def vocab_weights(self, target: Any) -> VocabWeights:
         """The target's embedding, and its head's rows for the draft vocabulary."""
         head = target.head_rows()
         ids = None if self.token_ids is None else self.token_ids[...]
-        return Tied(target.embedding[...], head if ids is None else head[ids], ids)
+        return VocabWeights(target.embedding[...], head if ids is None else head[ids], ids)
 
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Ring:
         """`empty_ring` of the N levels, in the form they are in."""
@@ -171,7 +171,7 @@ class FastEagle(DrafterModule):
         num_levels: int | None = None,
         *,
         remat: Any = None,
-        read: bool = True,
+        apply_correction: bool = True,
     ) -> tuple[Any, Any]:
         """The head's input at every level and position, and the fresh keys and values.
 
@@ -186,8 +186,8 @@ class FastEagle(DrafterModule):
           num_levels: N, the first levels that are run; None for all.
           remat: a policy of jax.checkpoint_policies, by which the backward pass computes a level again; None: it does
             not.
-          read: False gives the levels' outputs as they are, for `_read`, and not what the head reads of them, corrected
-            by the true tokens.
+          apply_correction: False gives the levels' outputs as they are, for `head_input`, and not the head's input,
+            corrected by the true tokens.
 
         Returns:
           A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and (k, v) for `commit`.
@@ -207,10 +207,10 @@ class FastEagle(DrafterModule):
 
         # The token before level i's guess is i - 1 further on; past a segment's end no loss looks.
         befores: Any = [None] * c.num_levels
-        if c.correction and read:
+        if c.correction and apply_correction:
             befores = [jnp.roll(next_tokens, -i, axis=1) for i in range(c.num_levels)]
         if self.stacked:
-            befores = jnp.stack(befores) if c.correction and read else None
+            befores = jnp.stack(befores) if c.correction and apply_correction else None
 
         def level_step(h: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             level, held, before = xs
@@ -224,10 +224,10 @@ class FastEagle(DrafterModule):
                 h = h + constrain(matmul(again, level.reinject[...]), rows, None, None)
             h, kv = level.layer(h, turn, visible, level_past)  # h_i = L_i(h_i-1)
             h = training_rows(h, visible)
-            if not read:
+            if not apply_correction:
                 return h, (h, kv)
             e = None if before is None else embed(embedding, before, dtype)
-            return h, (self._read(level, h, e), kv)
+            return h, (self.head_input(level, h, e), kv)
 
         if remat is not None:
             level_step = jax.checkpoint(level_step, policy=remat)
@@ -237,7 +237,7 @@ class FastEagle(DrafterModule):
             return results
         return [hidden for hidden, _ in results], ([kv[0] for _, kv in results], [kv[1] for _, kv in results])
 
-    def _read(self, level: Level, h: jax.Array, e: jax.Array | None) -> jax.Array:
+    def head_input(self, level: Level, h: jax.Array, e: jax.Array | None) -> jax.Array:
         """The head's input [..., H] of a level's output, corrected by the embedding of the token before the guess."""
         eps = self.config.rms_norm_eps
         if self.correction is not None:
@@ -245,32 +245,34 @@ class FastEagle(DrafterModule):
             h = self.correction(h, e, eps)
         return rms_norm(h, level.norm[...], eps)
 
-    def extend(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> Ring:
+    def extend(self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int) -> Ring:
         """The cache of the first levels with the accepted tokens' stream positions in it."""
-        return self._advance(tied, new, cache, num_levels)[1]
+        return self._advance(vocab, new, cache, num_levels)[1]
 
-    def draft(self, tied: Tied, new: Accepted, cache: Ring, tree: Tree, ranking: Ranking) -> tuple[Draft, Ring]:
+    def draft(
+        self, vocab: VocabWeights, new: Accepted, cache: Ring, tree: TreeSpec, ranking: Ranking
+    ) -> tuple[Draft, Ring]:
         """A tree rooted at the pending token (see interfaces.Drafter).
 
         A tree of fewer levels runs the first levels alone, on no more newly accepted tokens than it can bring itself.
         With a correction it is grown level by level, of guesses that know the token before them.
         """
         num_levels = tree.num_levels(self.num_levels)
-        if self.in_halves:
-            logits, cache = self.guesses(tied, new, cache, num_levels)
-            return self.grow(tied, new, cache, logits, tree, ranking), cache
-        hidden, cache = self._newest(tied, new, cache, num_levels)  # [B, N, H]
+        if self.has_split_draft:
+            logits, cache = self.draft_logits(vocab, new, cache, num_levels)
+            return self.build_tree(vocab, new, cache, logits, tree, ranking), cache
+        hidden, cache = self._newest(vocab, new, cache, num_levels)  # [B, N, H]
         levels = unstack(self.levels, self.num_levels) if self.stacked else list(self.levels)
-        ids = draft_ids(tied)
+        ids = draft_ids(vocab)
 
         def at(depth: int, tokens: jax.Array) -> jax.Array:
             """The head's input [B, f, H] of the guesses at a depth below f nodes that hold `tokens` [B, f]."""
-            e = embed(tied.embedding, tokens, hidden.dtype)
+            e = embed(vocab.embedding, tokens, hidden.dtype)
             h = jnp.broadcast_to(hidden[:, depth - 1, None], e.shape)
-            return self._read(levels[depth - 1], h, e)
+            return self.head_input(levels[depth - 1], h, e)
 
         def guess(states: jax.Array, depth: int) -> jax.Array:
-            logits = head_logits(states, tied.head)  # [B, f, V]
+            logits = head_logits(states, vocab.head)  # [B, f, V]
             return rank(logits, cache.length[:, None] + depth, ids, ranking)
 
         def follow(states: jax.Array, parent: jax.Array, tokens: jax.Array, depth: int) -> jax.Array:
@@ -280,26 +282,28 @@ class FastEagle(DrafterModule):
         return grow(tree, root, num_levels, ids, at(1, root[:, None]), guess, follow), cache
 
     @property
-    def in_halves(self) -> bool:
-        """Whether the guesses do not depend on one another, so that `guesses` and `grow` are `draft`."""
+    def has_split_draft(self) -> bool:
+        """Whether the guesses do not depend on one another, so that `draft_logits` and `build_tree` are `draft`."""
         return self.config.correction is None
 
-    def guesses(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
+    def draft_logits(self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
         """The first half of `draft`: each level's logits float32 [B, N, V], and the cache."""
-        hidden, cache = self._newest(tied, new, cache, num_levels)  # [B, N, H]
-        return head_logits(hidden, tied.head), cache
+        hidden, cache = self._newest(vocab, new, cache, num_levels)  # [B, N, H]
+        return head_logits(hidden, vocab.head), cache
 
-    def grow(self, tied: Tied, new: Accepted, cache: Ring, logits: jax.Array, tree: Tree, ranking: Ranking) -> Draft:
+    def build_tree(
+        self, vocab: VocabWeights, new: Accepted, cache: Ring, logits: jax.Array, tree: TreeSpec, ranking: Ranking
+    ) -> Draft:
         """The second half: the tree of those logits. The pending token is at cache.length."""
         positions = cache.length[:, None] + 1 + jnp.arange(logits.shape[1])  # level i guesses the token i further on
-        return build(tree, pending(new), rank(logits, positions, draft_ids(tied), ranking), tied.token_ids)
+        return build(tree, pending(new), rank(logits, positions, draft_ids(vocab), ranking), vocab.token_ids)
 
-    def _newest(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
+    def _newest(self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
         """As `_advance`, on no more newly accepted tokens than a tree of so many levels can bring."""
         new, skipped = newest(new, num_levels + 1)
-        return self._advance(tied, new, cache._replace(length=cache.length + skipped), num_levels)
+        return self._advance(vocab, new, cache._replace(length=cache.length + skipped), num_levels)
 
-    def _advance(self, tied: Tied, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
+    def _advance(self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
         """The first levels' states [B, N, H] at the last accepted position, and the cache with all positions.
 
         The states are the head's input, or with a correction what that takes.
@@ -309,9 +313,16 @@ class FastEagle(DrafterModule):
         positions = cache.length[:, None] + index
         visible = causal(index[:, None], index, self.config.window)
         visible = jnp.broadcast_to(visible, (batch, num_tokens, num_tokens))
-        embedding = tied.embedding
+        embedding = vocab.embedding
         hidden, fresh = self.hidden_states(
-            embedding, new.features, new.tokens, positions, visible, cache, num_levels, read=self.in_halves
+            embedding,
+            new.features,
+            new.tokens,
+            positions,
+            visible,
+            cache,
+            num_levels,
+            apply_correction=self.has_split_draft,
         )
         last = jnp.maximum(new.count - 1, 0)[:, None, None]
         at_last = [jnp.take_along_axis(h, last, axis=1)[:, 0] for h in hidden]

@@ -7,8 +7,8 @@ and embedding are not stored. `config.json` names the target by a fingerprint of
 used with another, and holds the SHA-256 of model.safetensors, so that a damaged file is found out.
 
 Matrices may be stored smaller than they are computed with: in bfloat16, or in int8 with a float32 scale a row (an
-output), under the matrix's name and `.scale`, but for those that int8 would put off by more than MOST_OFF, as it does
-fc, whose columns differ much in size. Only guesses depend on it: what is decoded stays the target's own.
+output), under the matrix's name and `.scale`, except those whose relative error would exceed MAX_INT8_RELATIVE_ERROR,
+such as fc, whose columns differ much in size. Only guesses depend on it: what is decoded stays the target's own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fasteagle_jax.nn.transformer import hold_rows, stacks_are_faster
 
 TENSORS = "model.safetensors"
 STORAGE = ("float32", "bfloat16", "int8")
-MOST_OFF = 0.01  # root mean square of what rounding to int8 adds, over that of the matrix
+MAX_INT8_RELATIVE_ERROR = 0.01  # root mean square of what rounding to int8 adds, over that of the matrix
 _SCALE = ".scale"
 
 
@@ -195,7 +195,9 @@ def packed(tensors: Mapping[str, np.ndarray], storage: str) -> dict[str, np.ndar
         largest = np.abs(value.astype(np.float32)).max(axis=1, keepdims=True)
         scale = np.where(largest > 0, largest / 127, np.float32(1))  # [out, 1]
         whole = np.rint(value / scale)
-        if storage == "int8" and np.linalg.norm(whole * scale - value) <= MOST_OFF * np.linalg.norm(value):
+        if storage == "int8" and np.linalg.norm(whole * scale - value) <= MAX_INT8_RELATIVE_ERROR * np.linalg.norm(
+            value
+        ):
             stored[name], stored[name + _SCALE] = whole.astype(np.int8), scale
         else:
             stored[name] = value.astype(jnp.bfloat16)

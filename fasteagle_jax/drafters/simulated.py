@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
+from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
 from fasteagle_jax.decoding.sampling import gumbel_noise
-from fasteagle_jax.decoding.tree import Draft, Tree, build
+from fasteagle_jax.decoding.tree import Draft, TreeSpec, build
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Cache
 
@@ -45,15 +45,15 @@ class Simulated:
         """N."""
         return self.rates.shape[0]
 
-    def tie(self, target: Any) -> Tied:
+    def vocab_weights(self, target: Any) -> VocabWeights:
         """Rows of the target, of which it uses none."""
-        return Tied(target.embedding[...], target.head_rows(), None)
+        return VocabWeights(target.embedding[...], target.head_rows(), None)
 
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Cache:
         """A Cache that is a position and nothing else."""
         return Cache([], [], jnp.zeros((batch,), jnp.int32))
 
-    def extend(self, tied: Tied, new: Accepted, cache: Cache, num_levels: int) -> Cache:
+    def extend(self, vocab: VocabWeights, new: Accepted, cache: Cache, num_levels: int) -> Cache:
         """The position after the accepted tokens."""
         return self.skip(new, cache)
 
@@ -61,7 +61,9 @@ class Simulated:
         """The position after the accepted tokens."""
         return cache._replace(length=cache.length + new.count)
 
-    def draft(self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking) -> tuple[Draft, Cache]:
+    def draft(
+        self, vocab: VocabWeights, new: Accepted, cache: Cache, tree: TreeSpec, ranking: Ranking
+    ) -> tuple[Draft, Cache]:
         """The sequence's next tokens, or wrong ones from the first mistake on, as a tree (see interfaces.Drafter)."""
         cache = self.skip(new, cache)
         num_levels = tree.num_levels(self.num_levels)

@@ -30,8 +30,8 @@ from jax.sharding import Mesh
 from fasteagle_jax.decoding.prefill import Prefilled
 from fasteagle_jax.decoding.sampling import Sampling
 from fasteagle_jax.decoding.state import NO_STOP, State, Stop
-from fasteagle_jax.decoding.tree import Tree
-from fasteagle_jax.decoding.tree_selection import Pace, shapes
+from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.decoding.tree_selection import TreeSelector, shapes
 from fasteagle_jax.devices.memory import Memory, bytes_of
 from fasteagle_jax.devices.sharding import place_weights, process_values, shardings
 from fasteagle_jax.drafters import table
@@ -58,7 +58,7 @@ ROUNDS = 16  # that the device runs at most before the host looks
 
 ROUNDS_BETWEEN_TEXT = 4  # the same while the host has to look for stop strings
 
-WORK = 8  # float32 arrays of the logits' size that a round takes, by the compiler's account
+LOGITS_BUFFERS_PER_ROUND = 8  # float32 arrays of the logits' size that a round takes, by the compiler's account
 
 SHARED_BEGINNINGS = 4  # prefilled once and kept for the prompts to come
 
@@ -152,7 +152,7 @@ class Engine:
         *,
         slots: int = 8,
         max_len: int | None = None,
-        tree: Tree | str | None = "auto",
+        tree: TreeSpec | str | None = "auto",
         chunk: int | None = None,
         shared_noise: bool = True,
         fingerprint: str = "",
@@ -167,8 +167,8 @@ class Engine:
           slots: B, requests under way at once.
           max_len: the most tokens of a request, prompt and answer together; None for what the target has positions
             for, but at most 2048.
-          tree: what to draft: a Tree, its name ("best_first:16"), "auto" for the fastest by measurement, or None for
-            plain decoding.
+          tree: what to draft: a TreeSpec, its name ("best_first:16"), "auto" for the fastest by measurement, or None
+            for plain decoding.
           chunk: C, prompt tokens a forward pass of the prefill takes; None for 64 on a CPU and 256 elsewhere.
           shared_noise: let the drafter rank its guesses with the target's own noise at temperature > 0.
           fingerprint: of the target's weights.
@@ -194,15 +194,15 @@ class Engine:
         self.shared_noise = shared_noise
         self.buckets = prompt_buckets(self.max_len, self.chunk)
         self.row_counts = row_counts(slots, 1 if mesh is None else mesh.shape["data"])
-        self.trees: tuple[Tree | None, ...] = (None,)
+        self.trees: tuple[TreeSpec | None, ...] = (None,)
         if drafter is not None and tree == "auto":
             self.trees = shapes(drafter.num_levels)
         elif drafter is not None and tree is not None:
-            self.trees = (Tree.parse(tree) if isinstance(tree, str) else tree,)
-        self._pace = Pace(self.trees)
+            self.trees = (TreeSpec.parse(tree) if isinstance(tree, str) else tree,)
+        self._tree_selector = TreeSelector(self.trees)
         num_levels = 0 if drafter is None else drafter.num_levels
         self._most_levels = max((tree.num_levels(num_levels) for tree in self.trees if tree), default=0)
-        self._ran: set[tuple[int, Tree | None]] = set()  # programs of rounds that are compiled
+        self._ran: set[tuple[int, TreeSpec | None]] = set()  # programs of rounds that are compiled
         self._most_written = max(self.chunk, 1 + num_levels)
         self._cache_slots = self.max_len + self._most_written
         self.memory = self._needed()
@@ -210,9 +210,11 @@ class Engine:
         free = available_everywhere(mesh)
         self.memory.check(None if free is None else free + taken, "lower slots or max_len, or use bfloat16")
 
-        self._tied = None if drafter is None else drafter.tie(target)  # the embedding is the target's own array
+        self._vocab = (
+            None if drafter is None else drafter.vocab_weights(target)
+        )  # the embedding is the target's own array
         if mesh is not None:
-            self._tied = jax.device_put(self._tied, shardings(mesh, self._tied, llama.AXES))
+            self._vocab = jax.device_put(self._vocab, shardings(mesh, self._vocab, llama.AXES))
         self._nothing: dict[int, Prefilled] = {}  # of each bucket
         self._beginnings: collections.OrderedDict[tuple[int, bool, tuple[int, ...]], Prefilled] = (
             collections.OrderedDict()
@@ -227,7 +229,7 @@ class Engine:
         *,
         slots: int = 8,
         max_len: int | None = None,
-        tree: Tree | str | None = "auto",
+        tree: TreeSpec | str | None = "auto",
         mesh: Mesh | None = None,
         dtype: Any = None,
     ) -> Self:
@@ -411,7 +413,7 @@ class Engine:
     # --- scheduling ---------------------------------------------------------------------------------------------
 
     def _serve(
-        self, requests: Iterator[_Request], *, rounds: int, fixed: tuple[int, Tree | None] | None = None
+        self, requests: Iterator[_Request], *, rounds: int, fixed: tuple[int, TreeSpec | None] | None = None
     ) -> Iterator[list[Completion]]:
         """After each call of the device, the answers that are finished.
 
@@ -444,7 +446,7 @@ class Engine:
                     others = [other.prompt for other in waiting]
                     drafts = tree is not None
                     prefilled = self._prefill(request.prompt, others, drafts=drafts, keep=request.streamed)
-                    described = _described(request)
+                    described = to_device_request(request)
                     with self._on_mesh():
                         batch.slots = device.admit(self.target, batch.slots, np.int32(row), prefilled, described)
                     batch.active[row], batch.ended[row] = request, False
@@ -458,7 +460,7 @@ class Engine:
                 batch.slots, ran = device.advance(
                     self.target,
                     self.drafter,
-                    self._tied,
+                    self._vocab,
                     batch.slots,
                     np.asarray(batch.ended),
                     np.int32(min(rounds, ROUNDS_BETWEEN_TEXT) if text_is_read else rounds),
@@ -471,7 +473,7 @@ class Engine:
             compiled = (batch.rows, tree) in self._ran
             self._ran.add((batch.rows, tree))
             new_tokens, row_rounds, finished = self._read(batch, num_rounds, now)
-            self._pace.record(
+            self._tree_selector.record(
                 batch.rows,
                 tree,
                 rounds=num_rounds,
@@ -509,10 +511,10 @@ class Engine:
 
     # --- trees --------------------------------------------------------------------------------------------------
 
-    def _choose(self, rows: int) -> Tree | None:
+    def _choose(self, rows: int) -> TreeSpec | None:
         if len(self.trees) == 1:
             return self.trees[0]
-        fastest = self.trees.index(self._pace.choose(rows))
+        fastest = self.trees.index(self._tree_selector.choose(rows))
         return self.trees[int(process_values(self.mesh, fastest)[0])]  # all by the first one's clock
 
     def _measure(self, rows: int) -> None:
@@ -520,12 +522,12 @@ class Engine:
         if len(self.trees) == 1:
             return
         prompts = [self.tokenizer.encode(text)[: self.max_len // 2] for text in WARM_UP[:rows]]
-        for tree in self._pace.unmeasured(rows):
+        for tree in self._tree_selector.unmeasured(rows):
             for max_new in (2, 24):  # the first compiles
                 self._probe(prompts, rows, tree, max_new)
-            log.info("%d rows, %s: %.1f tokens/s a row", rows, tree or "plain", self._pace.speed(rows, tree))
+            log.info("%d rows, %s: %.1f tokens/s a row", rows, tree or "plain", self._tree_selector.speed(rows, tree))
 
-    def _probe(self, prompts: Sequence[Sequence[int]], rows: int, tree: Tree | None, max_new: int) -> None:
+    def _probe(self, prompts: Sequence[Sequence[int]], rows: int, tree: TreeSpec | None, max_new: int) -> None:
         """Answers prompts with a given tree, for the time it takes."""
         spent = self.seconds, self.device_seconds
         params = SamplingParams(temperature=0, max_new_tokens=max_new, ignore_eos=True)
@@ -563,41 +565,41 @@ class Engine:
         drafted now, it does not go into the drafter's cache: should drafts pay later, they do without it.
         """
         bucket = next(size for size in self.buckets if size >= len(prompt))
-        begun, first = self._nothing_prefilled(bucket), 0
+        prefix, first = self._empty_prefix(bucket), 0
         chunks = (len(prompt) - 1) // self.chunk  # whole ones, at least a token being left
         for n in range(chunks, 0, -1):
             if (key := (bucket, drafts, prompt[: n * self.chunk])) in self._beginnings:
                 self._beginnings.move_to_end(key)
-                begun, first = self._beginnings[key], n
+                prefix, first = self._beginnings[key], n
                 break
         alike = [_chunks_alike(prompt, other, self.chunk) for other in others if len(other) <= bucket]
         shared = chunks if keep else min(max(alike, default=0), chunks)
         if shared > first:
-            begun = self._run_prefill(begun, prompt[: shared * self.chunk], bucket, first, drafts)
-            self._beginnings[bucket, drafts, prompt[: shared * self.chunk]] = begun
+            prefix = self._run_prefill(prefix, prompt[: shared * self.chunk], bucket, first, drafts)
+            self._beginnings[bucket, drafts, prompt[: shared * self.chunk]] = prefix
             if len(self._beginnings) > SHARED_BEGINNINGS:
                 self._beginnings.popitem(last=False)
             first = shared
-        return self._run_prefill(begun, prompt, bucket, first, drafts)
+        return self._run_prefill(prefix, prompt, bucket, first, drafts)
 
     def _run_prefill(
-        self, begun: Prefilled, prompt: tuple[int, ...], bucket: int, first: int, drafts: bool
+        self, prefix: Prefilled, prompt: tuple[int, ...], bucket: int, first: int, drafts: bool
     ) -> Prefilled:
         padded = np.zeros((1, bucket), np.int32)
         padded[0, : len(prompt)] = prompt
         length = np.asarray([len(prompt)], np.int32)
-        args = (self.target, self.drafter, self._tied, begun, padded, length, np.int32(first))
+        args = (self.target, self.drafter, self._vocab, prefix, padded, length, np.int32(first))
         with self._on_mesh():
             return device.prefill(*args, chunk=self.chunk, num_levels=self._most_levels if drafts else 0)
 
-    def _nothing_prefilled(self, bucket: int) -> Prefilled:
+    def _empty_prefix(self, bucket: int) -> Prefilled:
         if bucket not in self._nothing:
             with self._on_mesh():
                 self._nothing[bucket] = self._new_caches(bucket)
         return self._nothing[bucket]
 
     def _new_caches(self, bucket: int) -> Prefilled:
-        return device.nothing_prefilled(
+        return device.init_prefill(
             self.target,
             self.drafter,
             num_slots=bucket,
@@ -615,16 +617,16 @@ class Engine:
         empty = [jax.eval_shape(functools.partial(self._new_caches, bucket)) for bucket in self.buckets]
         prefilled = [size(caches, device.AXES) for caches in empty]
         embedding = {"embedding": self.target.embedding[...]}
-        tied = embedding if self.drafter is None else jax.eval_shape(self.drafter.tie, self.target)
+        vocab = embedding if self.drafter is None else jax.eval_shape(self.drafter.vocab_weights, self.target)
         nodes = max(1 if tree is None else tree.num_nodes(self._num_levels) for tree in self.trees)
         logits = {"logits": jax.ShapeDtypeStruct((self.num_slots, nodes, self.target.config.vocab_size), jnp.float32)}
         return Memory(
             target=size(self.target, llama.AXES),
-            drafter=size(self.drafter, table.AXES) + size(tied, llama.AXES) - size(embedding, llama.AXES),
+            drafter=size(self.drafter, table.AXES) + size(vocab, llama.AXES) - size(embedding, llama.AXES),
             target_cache=size(state.target_cache, device.AXES),
             drafter_cache=size(state.drafter_cache, device.AXES),
             prefill=sum(prefilled) + SHARED_BEGINNINGS * prefilled[-1],
-            work=WORK * size(logits, {"logits": ("rows", None, "vocab")}),
+            work=LOGITS_BUFFERS_PER_ROUND * size(logits, {"logits": ("rows", None, "vocab")}),
         )
 
 
@@ -670,7 +672,7 @@ class _Batch:
         return _Batch(slots, [self.active[row] for row in kept] + [None] * spare)
 
 
-def _described(request: _Request) -> device.Request:
+def to_device_request(request: _Request) -> device.Request:
     """A request as the device wants it; numpy arrays, which compile nothing."""
     params = request.params
 
@@ -688,7 +690,7 @@ def _described(request: _Request) -> device.Request:
             seed=row(sample_seed(params.seed, request.sample), np.uint32),
         ),
         stop=Stop(row(request.max_new, np.int32), row([*request.stop_tokens, *[NO_STOP] * spare], np.int32)),
-        scored=row(params.logprobs, bool),
+        wants_logprobs=row(params.logprobs, bool),
     )
 
 

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 
 from fasteagle_jax.decoding import prefill as prompts
 from fasteagle_jax.decoding import state as decoding_state
-from fasteagle_jax.decoding.interfaces import Accepted, Tied
+from fasteagle_jax.decoding.interfaces import Accepted, VocabWeights
 from fasteagle_jax.decoding.prefill import Prefilled
 from fasteagle_jax.decoding.sampling import Sampling
 from fasteagle_jax.decoding.speculative import decode_rounds
 from fasteagle_jax.decoding.state import NO_STOP, State, Stop
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import constrain_all
 from fasteagle_jax.nn.kv_cache import Cache, Ring
 
@@ -42,7 +42,7 @@ class Request(NamedTuple):
     length: jax.Array  # int32 [1], of the prompt
     sampling: Sampling
     stop: Stop
-    scored: jax.Array  # bool [1], whether log-probabilities are wanted
+    wants_logprobs: jax.Array  # bool [1], whether log-probabilities are wanted
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "num_slots", "most_written", "num_stop_tokens"))
@@ -51,7 +51,7 @@ def empty_slots(
 ) -> Slots:
     """`batch` free slots for requests of up to `num_slots` tokens, prompt and answer and slack together."""
     num_levels = 0 if drafter is None else drafter.num_levels
-    nothing = prompts.nothing_prefilled(target, drafter, batch, num_slots, most_written)
+    nothing = prompts.init_prefill(target, drafter, batch, num_slots, most_written)
 
     def row(dtype: Any, *shape: int) -> jax.Array:
         return jnp.zeros((batch, *shape), dtype)
@@ -77,29 +77,29 @@ def empty_slots(
 
 
 @functools.partial(jax.jit, static_argnames=("num_slots", "drafter_slots", "most_written"))
-def nothing_prefilled(
+def init_prefill(
     target: Any, drafter: Any | None, *, num_slots: int, drafter_slots: int, most_written: int
 ) -> Prefilled:
-    """`prefill.nothing_prefilled` of one row, compiled."""
-    return constrain_all(prompts.nothing_prefilled(target, drafter, 1, num_slots, most_written, drafter_slots), AXES)
+    """`prefill.init_prefill` of one row, compiled."""
+    return constrain_all(prompts.init_prefill(target, drafter, 1, num_slots, most_written, drafter_slots), AXES)
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "num_levels"))
 def prefill(
     target: Any,
     drafter: Any | None,
-    tied: Tied | None,
-    begun: Prefilled,
+    vocab: VocabWeights | None,
+    prefix: Prefilled,
     prompt: jax.Array,
     length: jax.Array,
-    first: jax.Array,
+    start_chunk: jax.Array,
     *,
     chunk: int,
     num_levels: int,
 ) -> Prefilled:
-    """`prefill.prefill`, compiled; `begun` stays as it is."""
-    made = prompts.prefill(target, drafter, tied, begun, prompt, length, first, chunk=chunk, num_levels=num_levels)
-    return constrain_all(made, AXES)
+    """`prefill.prefill`, compiled; `prefix` stays as it is."""
+    sizes = {"chunk": chunk, "num_levels": num_levels}
+    return constrain_all(prompts.prefill(target, drafter, vocab, prefix, prompt, length, start_chunk, **sizes), AXES)
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
@@ -114,7 +114,7 @@ def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, requ
         request.stop,
         num_slots=state.emitted.shape[1],
         num_levels=state.new.tokens.shape[1] - 1,
-        scored=request.scored,
+        wants_logprobs=request.wants_logprobs,
     )
     new = Slots(one, request.sampling, request.stop)
 
@@ -130,13 +130,13 @@ def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, requ
 def advance(
     target: Any,
     drafter: Any | None,
-    tied: Tied | None,
+    vocab: VocabWeights | None,
     slots: Slots,
     ended: jax.Array,
     rounds: jax.Array,
     until_one_is_done: jax.Array,
     *,
-    tree: Tree | None,
+    tree: TreeSpec | None,
     shared_noise: bool,
 ) -> tuple[Slots, jax.Array]:
     """The slots after up to `rounds` int32 [] rounds, and how many there were; rows `ended` bool [B] are done."""
@@ -144,7 +144,7 @@ def advance(
     state, ran = decode_rounds(
         target,
         drafter,
-        tied,
+        vocab,
         state,
         slots.sampling,
         slots.stop,

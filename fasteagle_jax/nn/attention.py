@@ -18,7 +18,7 @@ BLOCK = 128  # slots of a cache that attention reads at a time where it can stop
 MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that max() stays finite too
 
 
-def held_dtype(dtype: Any) -> Any:
+def cache_storage_dtype(dtype: Any) -> Any:
     """The dtype in which a list's caches hold values of `dtype`: uint16, the bits, for bfloat16 on a CPU; else itself.
 
     XLA's CPU compiler knows bfloat16 in products alone: to write one row, or to read one block, it turned whole caches
@@ -27,14 +27,14 @@ def held_dtype(dtype: Any) -> Any:
     return jnp.uint16 if dtype == jnp.bfloat16 and platform() == "cpu" else dtype
 
 
-def held(values: jax.Array, dtype: Any) -> jax.Array:
+def to_cache_storage(values: jax.Array, dtype: Any) -> jax.Array:
     """Values as a cache of `dtype` holds them."""
     if dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), dtype)
     return values.astype(dtype)
 
 
-def values_of(cached: jax.Array) -> jax.Array:
+def from_cache_storage(cached: jax.Array) -> jax.Array:
     """The values of what a cache holds."""
     return jax.lax.bitcast_convert_type(cached, jnp.bfloat16) if cached.dtype == jnp.uint16 else cached
 
@@ -57,7 +57,7 @@ def by_token(attended: jax.Array, num_tokens: int) -> jax.Array:
 class Past(NamedTuple):
     """One layer's committed keys and values, and who may see them."""
 
-    k: jax.Array  # [B, K, S, D], as `held` holds them
+    k: jax.Array  # [B, K, S, D], as `to_cache_storage` gives them
     v: jax.Array
     seen: jax.Array  # bool [B, Q, S] or, where all queries see the same slots, [B, 1, S]
     # int32 [], no slot from here on is seen: the others are read block by block. None: all are read in one go.
@@ -79,7 +79,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
     groups = q.shape[2] // visible.shape[1]
     in_blocks = past is not None and past.filled is not None and past.k.shape[2] > BLOCK
     if past is not None and not in_blocks:
-        past = past._replace(k=values_of(past.k), v=values_of(past.v))
+        past = past._replace(k=from_cache_storage(past.k), v=from_cache_storage(past.v))
     q = q * q.shape[-1] ** -0.5
     mask = jnp.tile(visible, (1, groups, 1))[:, None]  # [B, 1, G*Q, T]
     fresh = jnp.einsum("bkmd,bktd->bkmt", q, k, preferred_element_type=jnp.float32)
@@ -125,7 +125,7 @@ def _block(past: Past, i: jax.Array) -> Past:
     start = jnp.minimum(i * BLOCK, past.k.shape[2] - BLOCK)
     k, v = (jax.lax.dynamic_slice_in_dim(part, start, BLOCK, axis=2) for part in (past.k, past.v))
     seen = jax.lax.dynamic_slice_in_dim(past.seen, start, BLOCK, axis=2)
-    return Past(values_of(k), values_of(v), seen & (start + jnp.arange(BLOCK) >= i * BLOCK))
+    return Past(from_cache_storage(k), from_cache_storage(v), seen & (start + jnp.arange(BLOCK) >= i * BLOCK))
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # attention from q, k and v

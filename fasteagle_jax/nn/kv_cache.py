@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fasteagle_jax.devices.sharding import by_shard
-from fasteagle_jax.nn.attention import held, held_dtype
+from fasteagle_jax.nn.attention import cache_storage_dtype, to_cache_storage
 
 NOTHING = -1  # the position of a slot that holds none
 # The logical axes of a cache's arrays by name (see sharding.RULES), a stack's first dimension left out.
@@ -66,7 +66,7 @@ def empty_cache(
     """A Cache with nothing in it; a list of layers where `stacked` is False."""
     shape = (batch, num_kv_heads, num_slots, head_dim)
     if not stacked:
-        dtype = held_dtype(dtype)
+        dtype = cache_storage_dtype(dtype)
 
     def zeros() -> Any:
         if stacked:
@@ -76,20 +76,20 @@ def empty_cache(
     return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
 
-def commit(cache: Cache, fresh: Any, counts: jax.Array, rows: jax.Array | None = None) -> Cache:
+def commit(cache: Cache, fresh: Any, counts: jax.Array, token_indices: jax.Array | None = None) -> Cache:
     """The cache with `counts` of the fresh tokens appended to every row.
 
     Args:
       cache: read and replaced; donate it for a write in place.
       fresh: pair (k, v) of stacks of [B, K, M, D], as a forward pass returns them.
       counts: int32 [B], how many tokens each row gains.
-      rows: int32 [B, A], which fresh tokens in which order; None for all in theirs.
+      token_indices: int32 [B, A], which fresh tokens in which order; None for all in theirs.
 
     All A tokens are written each time: those past the count are masked by `length` and overwritten later. An update's
     start is clamped to the end of the cache, so a row needs A slots of slack beyond its last token.
     """
-    if rows is not None:
-        fresh = jax.tree.map(lambda x: _take_tokens(x, rows), fresh)
+    if token_indices is not None:
+        fresh = jax.tree.map(lambda x: _take_tokens(x, token_indices), fresh)
     k, v = _write((cache.k, cache.v), fresh, cache.length)
     return Cache(k, v, cache.length + counts)
 
@@ -179,7 +179,7 @@ def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:
         def write_row(b: jax.Array, slots: Any) -> Any:
             # One dynamic_update_slice a row stays in place; a scatter or a vmapped update would copy the whole cache.
             def write(into: jax.Array, tokens: jax.Array) -> jax.Array:
-                row = held(jax.lax.dynamic_slice_in_dim(tokens, b, 1, axis=batch_dim), into.dtype)
+                row = to_cache_storage(jax.lax.dynamic_slice_in_dim(tokens, b, 1, axis=batch_dim), into.dtype)
                 # XLA's TPU compiler fails where it sees that all rows of tokens go, in turn, to all rows of slots.
                 row = jax.lax.optimization_barrier(row)
                 start = [jnp.zeros((), jnp.int32)] * into.ndim
@@ -195,8 +195,8 @@ def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:
     return by_shard(write_rows, _AXES_BY_DIMS, tuple(slots), tuple(tokens), starts)
 
 
-def _take_tokens(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """Tokens `rows` [B, A] of x [..., B, K, M, D]: [..., B, K, A, D]."""
-    index = rows[:, None, :, None]  # [B, 1, A, 1]
+def _take_tokens(x: jax.Array, token_indices: jax.Array) -> jax.Array:
+    """Tokens `token_indices` [B, A] of x [..., B, K, M, D]: [..., B, K, A, D]."""
+    index = token_indices[:, None, :, None]  # [B, 1, A, 1]
     index = index.reshape((1,) * (x.ndim - 4) + index.shape)
     return jnp.take_along_axis(x, index, axis=-2)

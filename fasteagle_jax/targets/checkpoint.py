@@ -69,7 +69,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     del config["max_positions"]  # a limit of use, which users change, and no property of the weights
     if config["rope"]["kind"] != "llama3":
         del config["rope"]["original_max_positions"]
-    # A tied head may be stored or left out, and old files store the rotary frequencies: neither is a weight.
+    # A vocab head may be stored or left out, and old files store the rotary frequencies: neither is a weight.
     ignored = ("lm_head.weight",) if checkpoint.config.tie_embeddings else ()
     names = [name for name in checkpoint.names() if name not in ignored and not name.endswith("inv_freq")]
     digest = hashlib.sha256(json.dumps([config, [(name, checkpoint.shape(name)) for name in names]]).encode())

@@ -137,7 +137,7 @@ class Llama(nnx.Module):
         self.layers = layers if stacked else nnx.List(unstack(layers, c.num_layers))
         self.norm = nnx.Param(jnp.ones((c.hidden_size,), dtype))
         head = jax.random.normal(key_head, (c.vocab_size, c.hidden_size), dtype) * c.hidden_size**-0.5
-        self.head = None if c.tie_embeddings else nnx.Param(head)  # [V, H]; None where tied to the embedding
+        self.head = None if c.tie_embeddings else nnx.Param(head)  # [V, H]; None where vocab to the embedding
 
     @property
     def stacked(self) -> bool:

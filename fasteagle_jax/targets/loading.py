@@ -177,7 +177,7 @@ def _expected_shapes(config: LlamaConfig, model: Llama) -> dict[str, tuple[int, 
 def _check(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
     present = {name for name in checkpoint.names() if not name.endswith(_IGNORED)}
     if checkpoint.config.tie_embeddings:
-        present.discard("lm_head.weight")  # some tied checkpoints store the shared matrix twice
+        present.discard("lm_head.weight")  # some vocab checkpoints store the shared matrix twice
     missing = sorted(set(expected) - present)
     surplus = sorted(present - set(expected))
     misshaped = [

@@ -33,7 +33,7 @@ REMAT: dict[str, Any] = {
 }
 
 
-class Ways(NamedTuple):
+class StepOptions(NamedTuple):
     """How a step computes what it computes."""
 
     attention: str = "auto"  # of packed.KINDS

@@ -31,7 +31,7 @@ from fasteagle_jax.data.packing import Batch, PackedData
 from fasteagle_jax.data.sources import read_prompts
 from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
 from fasteagle_jax.decoding.acceptance import measure_acceptance
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import check_batch, check_heads, fetch, make_mesh, make_on, place_batch
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.drafters.table import AXES
@@ -438,7 +438,7 @@ class _Evaluation:
                 self._target,
                 drafter,
                 self._prompts,
-                Tree.parse(name),
+                TreeSpec.parse(name),
                 max_new=self._choice.max_new,
                 stop_tokens=self._stop,
             )

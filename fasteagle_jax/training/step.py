@@ -17,7 +17,7 @@ from flax import nnx
 from fasteagle_jax.data.features import TargetValues
 from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.nn.packed_attention import Packed
-from fasteagle_jax.training.config import REMAT, RunConfig, Ways
+from fasteagle_jax.training.config import REMAT, RunConfig, StepOptions
 from fasteagle_jax.training.losses import LevelMetrics, LossConfig, level_loss, select_positions
 
 
@@ -67,7 +67,7 @@ def drafter_loss(
 ) -> tuple[jax.Array, LevelMetrics]:
     """The drafter's loss float32 [] and metrics on a packed batch; `key` picks the share of positions."""
     picked, real = select_positions(batch.supervised, batch.positions, config.share, key)
-    return _loss_at(drafter, target, _Part(batch, None, picked, real), None, config, Ways())
+    return _loss_at(drafter, target, _Part(batch, None, picked, real), None, config, StepOptions())
 
 
 class _Part(NamedTuple):
@@ -80,7 +80,7 @@ class _Part(NamedTuple):
 
 
 def _loss_at(
-    drafter: Any, target: Any, part: _Part, level_share: jax.Array | None, config: LossConfig, ways: Ways
+    drafter: Any, target: Any, part: _Part, level_share: jax.Array | None, config: LossConfig, ways: StepOptions
 ) -> tuple[jax.Array, LevelMetrics]:
     """The loss and metrics of a part; level i's loss is multiplied by `level_share[i - 1]`, None for 1."""
     batch = part.batch
@@ -106,7 +106,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     ema: float = 0.0,
-    ways: Ways = Ways(),  # noqa: B008  # immutable
+    ways: StepOptions = StepOptions(),  # noqa: B008  # immutable
     shardings: Any = None,
 ) -> Callable[..., tuple[TrainState, StepResult]]:
     """A compiled step: (state, target, batch, limit = infinity, values = None) -> (state, result).
@@ -215,6 +215,6 @@ def train_step(config: RunConfig, graph: Any, constants: Any, optimizer: Any, sh
         config.seed,
         accumulate=config.accumulate,
         ema=config.optimizer.ema,
-        ways=Ways(config.attention, config.remat),
+        ways=StepOptions(config.attention, config.remat),
         shardings=shardings,
     )

@@ -17,7 +17,7 @@ from fasteagle_jax.commands.compile_check import main, simulated_devices
 from fasteagle_jax.compiling import programs as compiling
 from fasteagle_jax.compiling.programs import Decoding, Report, compile_program
 from fasteagle_jax.compiling.table import file_of, table
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices import topology
 from fasteagle_jax.devices.chips import Chip, set_libtpu_flags
 from fasteagle_jax.devices.sharding import MeshShape
@@ -81,7 +81,7 @@ def test_mistakes_are_one_line(complaint, tmp_path):
     with pytest.raises(UserError, match="the mesh has 16 devices, and there are 8"):
         simulated_devices(16)
     said = "tensor 4 of the mesh does not divide the target's 2 heads of K/V: use tensor 1, 2"
-    decoding, mesh = Decoding(1, Tree("chain"), 64, 16), MeshShape(2, 1, 4)
+    decoding, mesh = Decoding(1, TreeSpec("chain"), 64, 16), MeshShape(2, 1, 4)
     for program in ("decode", "train"):
         with pytest.raises(UserError, match=said):
             compile_program(config(), program, simulated_devices(8), decoding, mesh)

@@ -14,7 +14,7 @@ from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import decode_round
 from fasteagle_jax.decoding.state import make_stop
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.errors import UserError
@@ -22,7 +22,7 @@ from fasteagle_jax.nn import packed_attention as packed
 from fasteagle_jax.nn import transformer as layers
 from fasteagle_jax.nn.transformer import stacks_are_faster
 from fasteagle_jax.targets.llama import Llama
-from fasteagle_jax.training.config import Ways
+from fasteagle_jax.training.config import StepOptions
 from fasteagle_jax.training.losses import LossConfig
 from fasteagle_jax.training.optimizer import OptimizerConfig, make_optimizer
 from fasteagle_jax.training.step import first_state, make_train_step
@@ -42,7 +42,7 @@ def exported(step, *args) -> str:
 
 def test_a_decode_round_lowers_for_cuda(monkeypatch) -> None:
     monkeypatch.setattr(layers, "platform", lambda: "gpu")
-    tree, dtype = Tree("best_first", 8), jnp.bfloat16
+    tree, dtype = TreeSpec("best_first", 8), jnp.bfloat16
     stacked = stacks_are_faster("gpu")
     target = jax.eval_shape(lambda: Llama(SIZES, jax.random.key(0), dtype, stacked=stacked))
     drafter = jax.eval_shape(lambda: FastEagle(DRAFTER, jax.random.key(0), dtype, stacked=stacked))
@@ -52,12 +52,15 @@ def test_a_decode_round_lowers_for_cuda(monkeypatch) -> None:
     def start(target, drafter):
         return start(target, drafter, prompts, lengths, sampling, stop, max_new=16, tree=tree, chunk=8)
 
-    state, tied = jax.eval_shape(start, target, drafter)
-    graph, leaves = jax.tree.structure((target, drafter, tied, state)), jax.tree.leaves((target, drafter, tied, state))
+    state, vocab = jax.eval_shape(start, target, drafter)
+    graph, leaves = (
+        jax.tree.structure((target, drafter, vocab, state)),
+        jax.tree.leaves((target, drafter, vocab, state)),
+    )
 
     def round_of(*leaves):  # export takes no modules
-        target, drafter, tied, state = jax.tree.unflatten(graph, leaves)
-        return jax.tree.leaves(decode_round(target, drafter, tied, state, sampling, stop, tree=tree))
+        target, drafter, vocab, state = jax.tree.unflatten(graph, leaves)
+        return jax.tree.leaves(decode_round(target, drafter, vocab, state, sampling, stop, tree=tree))
 
     module = exported(jax.jit(round_of), *leaves)
     assert "stablehlo.dot_general" in module and "callback" not in module
@@ -77,7 +80,7 @@ def train_step_for_cuda(attention: str) -> str:
     graph, state, constants = nnx.eval_shape(start)
     constants = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), constants)
     target = jax.eval_shape(lambda: Llama(SIZES, jax.random.key(0), jnp.bfloat16))
-    ways = Ways(attention, "full")
+    ways = StepOptions(attention, "full")
     step = make_train_step(graph, constants, optimizer, LossConfig(chunk=64), jnp.bfloat16, 0, ways=ways)
     rows = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     batch = Batch(rows, rows, rows, jax.ShapeDtypeStruct((2, 128), jnp.bool_))

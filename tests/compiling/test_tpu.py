@@ -69,7 +69,7 @@ def test_a_decode_round_moves_the_weights_and_the_cache_once(slice_name: str) ->
     assert set(exchanges) <= {"all-reduce", "all-gather", "collective-permute", "all-to-all"}
     rest = sum(own.bytes for kind, own in exchanges.items() if kind != "all-reduce")
     assert rest < 4 * 2**20  # neither weights nor the vocabulary's scores are gathered
-    assert found.same_again
+    assert found.state_layout_stable
 
 
 # Where the compiler would rather have the weights in another layout than they come in.
@@ -120,4 +120,4 @@ def test_a_train_step_fits_and_computes_what_is_necessary(slice_name: str) -> No
     gathered = sum(found.cost.collectives[kind].bytes for kind in ("all-gather", "collective-permute"))
     weights = 2 * (found.weights["target"] + found.weights["drafter"]) * found.devices
     assert gathered < weights
-    assert found.same_again
+    assert found.state_layout_stable

@@ -18,11 +18,11 @@ from scipy import stats
 
 from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.packing import PackedData
-from fasteagle_jax.decoding.prefill import first_state, nothing_prefilled, prefill
+from fasteagle_jax.decoding.prefill import first_state, init_prefill, prefill
 from fasteagle_jax.decoding.sampling import Sampling, make_sampling
 from fasteagle_jax.decoding.speculative import advance, decode_rounds, generate, start
 from fasteagle_jax.decoding.state import NO_TOKEN, Statistics, Stop, make_stop
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.drafters.base import DrafterConfig, default_config
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.errors import UserError
@@ -61,7 +61,7 @@ def speculate(
     target,
     drafter,
     sampling: Sampling,
-    tree: str | Tree = "chain",
+    tree: str | TreeSpec = "chain",
     *,
     prompts: list[list[int]] = PROMPTS,
     stop: Stop | None = None,
@@ -70,7 +70,7 @@ def speculate(
     step: int = 1000,
 ) -> tuple[list[list[int]], Statistics]:
     """Each row's new tokens and the statistics, by `start` and then `advance`, `step` rounds at a time."""
-    tree = Tree.parse(tree) if isinstance(tree, str) else tree
+    tree = TreeSpec.parse(tree) if isinstance(tree, str) else tree
     batch = len(prompts)
     padded = np.zeros((batch, 32), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
@@ -78,12 +78,12 @@ def speculate(
     lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
     stop = stop or stop_at(batch=batch)
     # `start` takes no more than its levels from the tree, so that one program serves all.
-    levels = Tree(levels=tree.levels)
+    levels = TreeSpec(levels=tree.levels)
     sizes = dict(max_new=MAX_NEW, tree=levels, chunk=chunk)
-    state, tied = start(target, drafter, jnp.asarray(padded), lengths, sampling, stop, **sizes)
+    state, vocab = start(target, drafter, jnp.asarray(padded), lengths, sampling, stop, **sizes)
     while not state.done.all():
         rounds = jnp.asarray(step, jnp.int32)
-        state = advance(target, drafter, tied, state, sampling, stop, rounds, tree=tree, shared_noise=shared_noise)
+        state = advance(target, drafter, vocab, state, sampling, stop, rounds, tree=tree, shared_noise=shared_noise)
     emitted, counts = np.asarray(state.emitted), np.asarray(state.num_emitted)
     for row, count in zip(emitted, counts, strict=True):
         assert (row[:count] != NO_TOKEN).all() and (row[count:] == NO_TOKEN).all()
@@ -280,19 +280,19 @@ def test_decoding_in_steps_is_decoding_at_once(target, plain, random_fasteagle):
 
 
 def test_advance_runs_no_more_rounds_than_asked_for(target, plain):
-    sizes = dict(max_new=MAX_NEW, tree=Tree(), chunk=CHUNK)
+    sizes = dict(max_new=MAX_NEW, tree=TreeSpec(), chunk=CHUNK)
     lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
     prompts = sequences(plain["mixed"])[:, :32]
     drafter, sampling, stop = oracle(plain["mixed"]), SAMPLINGS["mixed"], stop_at()
-    state, tied = start(target, drafter, prompts, lengths, sampling, stop, **sizes)
-    chain, rounds = Tree.parse("chain"), jnp.asarray(2, jnp.int32)
-    state = advance(target, drafter, tied, state, sampling, stop, rounds, tree=chain, shared_noise=True)
+    state, vocab = start(target, drafter, prompts, lengths, sampling, stop, **sizes)
+    chain, rounds = TreeSpec.parse("chain"), jnp.asarray(2, jnp.int32)
+    state = advance(target, drafter, vocab, state, sampling, stop, rounds, tree=chain, shared_noise=True)
     assert state.statistics.rounds.tolist() == [2] * B
     assert state.num_emitted.tolist() == [1 + 2 * (N + 1)] * B
 
 
 def test_a_tree_of_fewer_levels_guesses_no_deeper(target, plain):
-    tokens, statistics = speculate(target, oracle(plain["mixed"]), SAMPLINGS["mixed"], Tree("chain", levels=2))
+    tokens, statistics = speculate(target, oracle(plain["mixed"]), SAMPLINGS["mixed"], TreeSpec("chain", levels=2))
     assert tokens == plain["mixed"]
     assert statistics.accepted_at.tolist() == [[8, 7]] * B  # 7 rounds of 3 tokens, one of 2
 
@@ -301,20 +301,20 @@ def test_plain_rounds_in_between_leave_a_drafter_able_to_go_on(target, plain, tr
     """And trees of different depths in turn: none of it shows in the tokens."""
     stop, sampling = stop_at(), SAMPLINGS["mixed"]
     lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
-    models, sizes = (target, trained_fasteagle), dict(max_new=MAX_NEW, tree=Tree(), chunk=CHUNK)
-    state, tied = start(*models, sequences(plain["mixed"])[:, :32], lengths, sampling, stop, **sizes)
+    models, sizes = (target, trained_fasteagle), dict(max_new=MAX_NEW, tree=TreeSpec(), chunk=CHUNK)
+    state, vocab = start(*models, sequences(plain["mixed"])[:, :32], lengths, sampling, stop, **sizes)
     drafted = []
     for tree, rounds in [
         ("chain", 2),
         (None, 3),
-        (Tree("chain", levels=1), 2),
+        (TreeSpec("chain", levels=1), 2),
         ("best_first:12", 2),
         (None, 1),
         ("chain", 99),
     ]:
-        shape = Tree.parse(tree) if isinstance(tree, str) else tree
+        shape = TreeSpec.parse(tree) if isinstance(tree, str) else tree
         before = np.asarray(state.statistics.accepted_at).sum()
-        state = advance(*models, tied, state, sampling, stop, jnp.asarray(rounds, jnp.int32), tree=shape)
+        state = advance(*models, vocab, state, sampling, stop, jnp.asarray(rounds, jnp.int32), tree=shape)
         drafted.append(np.asarray(state.statistics.accepted_at).sum() - before)
     emitted, counts = np.asarray(state.emitted), np.asarray(state.num_emitted)
     assert [row[:count].tolist() for row, count in zip(emitted, counts, strict=True)] == plain["mixed"]
@@ -323,31 +323,31 @@ def test_plain_rounds_in_between_leave_a_drafter_able_to_go_on(target, plain, tr
 
 def test_a_prompt_prefilled_from_a_shared_beginning_is_bitwise_the_prompt_prefilled_alone(target, trained_fasteagle):
     beginning, rest = list(range(32)), [[5, 6, 7], [8] * 16, [9] * 17]
-    tied = trained_fasteagle.tie(target)
+    vocab = trained_fasteagle.vocab_weights(target)
 
     @jax.jit
-    def run(begun, tokens, lengths, first):
-        return prefill(target, trained_fasteagle, tied, begun, tokens, lengths, first, chunk=CHUNK)
+    def run(prefix, tokens, lengths, first):
+        return prefill(target, trained_fasteagle, vocab, prefix, tokens, lengths, first, chunk=CHUNK)
 
-    nothing = nothing_prefilled(target, trained_fasteagle, 1, 64, CHUNK)
+    nothing = init_prefill(target, trained_fasteagle, 1, 64, CHUNK)
     shared = run(nothing, jnp.asarray([beginning + [0] * 32]), jnp.asarray([32]), 0)
     for own in rest:
         tokens = jnp.asarray([beginning + own + [0] * (32 - len(own))])
         lengths = jnp.asarray([32 + len(own)])
-        alone, begun = run(nothing, tokens, lengths, 0), run(shared, tokens, lengths, 2)
-        jax.tree.map(np.testing.assert_array_equal, alone, begun)
+        alone, prefix = run(nothing, tokens, lengths, 0), run(shared, tokens, lengths, 2)
+        jax.tree.map(np.testing.assert_array_equal, alone, prefix)
 
 
 @pytest.mark.parametrize("num_levels", range(N))
 def test_a_prefill_for_drafts_of_few_levels_fills_the_cache_of_these_alone(target, trained_fasteagle, num_levels):
-    tied = trained_fasteagle.tie(target)
+    vocab = trained_fasteagle.vocab_weights(target)
     tokens, lengths = jnp.asarray([list(range(32))]), jnp.asarray([29])
 
     @functools.partial(jax.jit, static_argnums=0)
     def cache(num_levels):
-        begun = nothing_prefilled(target, trained_fasteagle, 1, 64, CHUNK)
+        prefix = init_prefill(target, trained_fasteagle, 1, 64, CHUNK)
         sizes = dict(chunk=CHUNK, num_levels=num_levels)
-        return prefill(target, trained_fasteagle, tied, begun, tokens, lengths, **sizes).drafter_cache
+        return prefill(target, trained_fasteagle, vocab, prefix, tokens, lengths, **sizes).drafter_cache
 
     whole, few = cache(None), cache(num_levels)
     for i in range(N):
@@ -364,16 +364,16 @@ def test_a_prefill_for_drafts_of_few_levels_fills_the_cache_of_these_alone(targe
 def test_log_probabilities_are_those_of_the_targets_softmax_where_asked_for(target, plain, trained_fasteagle):
     lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
     prompts, sampling, stop = sequences(plain["mixed"])[:, :32], SAMPLINGS["mixed"], stop_at()
-    tree, scored = Tree.parse("best_first:12"), jnp.arange(B) % 2 == 0
+    tree, wants_logprobs = TreeSpec.parse("best_first:12"), jnp.arange(B) % 2 == 0
 
     @jax.jit
     def run(target, drafter):
-        tied = drafter.tie(target)
-        begun = nothing_prefilled(target, drafter, B, 32 + MAX_NEW + N + 1, CHUNK)
-        begun = prefill(target, drafter, tied, begun, prompts, lengths, chunk=CHUNK)
+        vocab = drafter.vocab_weights(target)
+        prefix = init_prefill(target, drafter, B, 32 + MAX_NEW + N + 1, CHUNK)
+        prefix = prefill(target, drafter, vocab, prefix, prompts, lengths, chunk=CHUNK)
         sizes = dict(num_slots=MAX_NEW + N + 1, num_levels=N)
-        state = first_state(target, begun, lengths, sampling, stop, scored=scored, **sizes)
-        return decode_rounds(target, drafter, tied, state, sampling, stop, tree=tree)[0]
+        state = first_state(target, prefix, lengths, sampling, stop, wants_logprobs=wants_logprobs, **sizes)
+        return decode_rounds(target, drafter, vocab, state, sampling, stop, tree=tree)[0]
 
     @jax.jit
     def logits_of(tokens):
@@ -383,7 +383,7 @@ def test_log_probabilities_are_those_of_the_targets_softmax_where_asked_for(targ
 
     state = run(target, trained_fasteagle)
     law = jax.nn.log_softmax(logits_of(sequences(plain["mixed"])), axis=-1)
-    for b in np.flatnonzero(scored):
+    for b in np.flatnonzero(wants_logprobs):
         answer, start = plain["mixed"][b], len(PROMPTS[b])
         expected = [float(law[b, start + i - 1, token]) for i, token in enumerate(answer)]
         np.testing.assert_allclose(state.logprobs[b, : len(answer)], expected, **CLOSE)
@@ -392,11 +392,11 @@ def test_log_probabilities_are_those_of_the_targets_softmax_where_asked_for(targ
 def test_between_rounds_the_caches_hold_what_one_pass_over_the_text_gives(target, plain, trained_fasteagle):
     """Wrong features or keys in the drafter's cache would make guesses worse and nothing else would tell."""
     lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
-    whole, stop, best_first = sequences(plain["mixed"]), stop_at(), Tree.parse("best_first:12")
-    models, sizes = (target, trained_fasteagle), dict(max_new=MAX_NEW, tree=Tree(), chunk=CHUNK)
-    state, tied = start(*models, whole[:, :32], lengths, SAMPLINGS["mixed"], stop, **sizes)
+    whole, stop, best_first = sequences(plain["mixed"]), stop_at(), TreeSpec.parse("best_first:12")
+    models, sizes = (target, trained_fasteagle), dict(max_new=MAX_NEW, tree=TreeSpec(), chunk=CHUNK)
+    state, vocab = start(*models, whole[:, :32], lengths, SAMPLINGS["mixed"], stop, **sizes)
     rounds = jnp.asarray(7, jnp.int32)
-    state = advance(*models, tied, state, SAMPLINGS["mixed"], stop, rounds, tree=best_first, shared_noise=True)
+    state = advance(*models, vocab, state, SAMPLINGS["mixed"], stop, rounds, tree=best_first, shared_noise=True)
     assert not state.done.any() and len(set(state.num_emitted.tolist())) > 2
 
     @jax.jit
@@ -459,7 +459,7 @@ def test_a_stop_token_ends_a_row_where_it_ends_plain_decoding(target, plain, pla
 
 
 def test_generate_is_start_and_advance_and_compiles_once_for_a_shape(target, plain, compilations):
-    drafter, chain = oracle(plain["mixed"], 0.3), Tree.parse("chain")
+    drafter, chain = oracle(plain["mixed"], 0.3), TreeSpec.parse("chain")
     sizes = dict(tree=chain, chunk=CHUNK)
     sampling, limits = SAMPLINGS["mixed"], [MAX_NEW, *LIMITS[1:]]
     stop_tokens = (plain["mixed"][0][5], plain["mixed"][6][5])
@@ -536,7 +536,9 @@ def test_sampled_text_has_the_law_of_the_target_whatever_the_coupling():
             law[prefix] *= filtered_softmax(row, temperature, top_k, top_p).reshape(-1, *[1] * (2 - len(prefix)))
         assert abs(law.sum() - 1) < 1e-9
         sampling = make_sampling(num_seeds, temperature, top_k, top_p, list(range(num_seeds)))
-        made = generate(target, drafter, [prompt] * num_seeds, sampling, max_new=3, tree=Tree("best_first", 6), chunk=2)
+        made = generate(
+            target, drafter, [prompt] * num_seeds, sampling, max_new=3, tree=TreeSpec("best_first", 6), chunk=2
+        )
         assert made.statistics.accepted_at.sum() > num_seeds / 2  # guesses are what is being tested
         counts = np.zeros([vocab] * 3)
         np.add.at(counts, tuple(np.asarray(made.tokens).T), 1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fasteagle_jax.decoding import tree as library
-from fasteagle_jax.decoding.tree import NO_PARENT, Draft, Tree
+from fasteagle_jax.decoding.tree import NO_PARENT, Draft, TreeSpec
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh
 from fasteagle_jax.errors import UserError
 
@@ -45,8 +45,8 @@ def ancestors(parents: np.ndarray, node: int) -> list[int]:
 
 
 def test_levels_that_no_node_can_reach_are_not_asked_for():
-    assert [Tree("best_first", nodes=nodes).num_levels(7) for nodes in (2, 4, 8, 16)] == [1, 3, 7, 7]
-    assert Tree("best_first", nodes=4, levels=2).num_levels(7) == 2 and Tree("chain").num_levels(7) == 7
+    assert [TreeSpec("best_first", nodes=nodes).num_levels(7) for nodes in (2, 4, 8, 16)] == [1, 3, 7, 7]
+    assert TreeSpec("best_first", nodes=4, levels=2).num_levels(7) == 2 and TreeSpec("chain").num_levels(7) == 7
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 9])
@@ -109,7 +109,7 @@ SIZES = [(2, 1, 5), (8, 3, 5), (12, 4, 4), (16, 2, 6), (30, 3, 3)]  # nodes, lev
 @pytest.mark.parametrize(("nodes", "levels", "vocab"), SIZES)
 def test_best_first_takes_the_most_probable_of_all_nodes_there_are(nodes, levels, vocab):
     scores = random_scores(0, 4, levels, vocab)
-    draft = build(Tree("best_first", nodes), jnp.arange(4), jnp.asarray(scores))
+    draft = build(TreeSpec("best_first", nodes), jnp.arange(4), jnp.asarray(scores))
     for b in range(4):
         ranked = sorted((score, path) for path, score in all_nodes(scores[b]).items())[::-1]
         assert sorted(paths(draft, b)) == sorted(path for _, path in ranked[: nodes - 1])
@@ -119,7 +119,7 @@ def test_best_first_takes_the_most_probable_of_all_nodes_there_are(nodes, levels
 @pytest.mark.parametrize("step", [0.5, 2.0])
 def test_best_first_takes_a_best_set_closed_under_parents_also_where_scores_tie(nodes, levels, vocab, step):
     scores = random_scores(1, 4, levels, vocab, step)
-    draft = build(Tree("best_first", nodes), jnp.arange(4), jnp.asarray(scores))
+    draft = build(TreeSpec("best_first", nodes), jnp.arange(4), jnp.asarray(scores))
     parents, depths = np.asarray(draft.parents), np.asarray(draft.depths)
     for b in range(4):
         every = all_nodes(scores[b])
@@ -139,7 +139,7 @@ def test_a_tree_grown_from_guesses_of_each_path_is_the_best_there_is(nodes, leve
     scores = np.concatenate([random_scores(3, 2, num_paths, vocab, step) for step in (0, 0.5)])  # [B, paths, V]
     rows = np.arange(4)[:, None]
     draft = library.grow(
-        Tree("best_first", nodes),
+        TreeSpec("best_first", nodes),
         jnp.arange(4),
         levels,
         jnp.arange(vocab),
@@ -165,7 +165,7 @@ def test_a_tree_grown_from_guesses_of_each_path_is_the_best_there_is(nodes, leve
 
 def test_best_first_is_the_whole_tree_where_more_nodes_are_asked_for_than_there_are():
     scores = random_scores(2, 2, 2, 3)
-    draft = build(Tree("best_first", 50), jnp.arange(2), jnp.asarray(scores))
+    draft = build(TreeSpec("best_first", 50), jnp.arange(2), jnp.asarray(scores))
     for b in range(2):
         assert sorted(paths(draft, b)) == sorted(all_nodes(scores[b]))
 
@@ -174,7 +174,7 @@ def test_best_first_is_the_whole_tree_where_more_nodes_are_asked_for_than_there_
 def test_backbone_gives_the_best_tokens_of_a_level_to_the_best_node_of_the_level_above(width):
     scores = random_scores(3, 4, 3, 6)
     k = min(width, 6)  # no wider than the vocabulary
-    draft = build(Tree("backbone", width=width), jnp.arange(4), jnp.asarray(scores))
+    draft = build(TreeSpec("backbone", width=width), jnp.arange(4), jnp.asarray(scores))
     for b in range(4):
         ranked = np.argsort(-scores[b], axis=-1)[:, :k]
         backbone: tuple[int, ...] = ()
@@ -188,7 +188,7 @@ def test_backbone_gives_the_best_tokens_of_a_level_to_the_best_node_of_the_level
 
 def test_a_chain_is_the_best_token_of_each_level_below_the_other():
     scores = random_scores(4, 3, 5, 7)
-    draft = build(Tree("chain"), jnp.array([6, 5, 4]), jnp.asarray(scores))
+    draft = build(TreeSpec("chain"), jnp.array([6, 5, 4]), jnp.asarray(scores))
     np.testing.assert_array_equal(draft.tokens, np.c_[[6, 5, 4], scores.argmax(axis=-1)])
     np.testing.assert_array_equal(draft.parents, np.tile(np.arange(-1, 5), (3, 1)))
     np.testing.assert_array_equal(draft.depths, np.tile(np.arange(6), (3, 1)))
@@ -197,8 +197,8 @@ def test_a_chain_is_the_best_token_of_each_level_below_the_other():
 @pytest.mark.parametrize("tree", ["chain", "backbone:2", "best_first:6"])
 def test_guesses_of_a_reduced_draft_vocabulary_are_the_targets_ids(tree):
     scores, ids = jnp.asarray(random_scores(5, 2, 3, 4)), jnp.array([3, 11, 12, 40])
-    plain = build(Tree.parse(tree), jnp.array([7, 8]), scores)
-    mapped = build(Tree.parse(tree), jnp.array([7, 8]), scores, ids)
+    plain = build(TreeSpec.parse(tree), jnp.array([7, 8]), scores)
+    mapped = build(TreeSpec.parse(tree), jnp.array([7, 8]), scores, ids)
     np.testing.assert_array_equal(mapped.tokens[:, 1:], ids[plain.tokens[:, 1:]])
     np.testing.assert_array_equal(mapped.tokens[:, 0], [7, 8])
     np.testing.assert_array_equal(mapped.parents, plain.parents)
@@ -207,13 +207,13 @@ def test_guesses_of_a_reduced_draft_vocabulary_are_the_targets_ids(tree):
 @pytest.mark.parametrize("kind", ["chain", "backbone", "best_first"])
 def test_levels_cut_the_tree_to_the_first_levels(kind):
     scores = jnp.asarray(random_scores(6, 2, 4, 5))
-    cut = build(Tree(kind, nodes=7, levels=2), jnp.arange(2), scores)
-    jax.tree.map(np.testing.assert_array_equal, cut, build(Tree(kind, nodes=7), jnp.arange(2), scores[:, :2]))
+    cut = build(TreeSpec(kind, nodes=7, levels=2), jnp.arange(2), scores)
+    jax.tree.map(np.testing.assert_array_equal, cut, build(TreeSpec(kind, nodes=7), jnp.arange(2), scores[:, :2]))
 
 
 @pytest.mark.parametrize("text", ["chain", "backbone:3", "best_first:12", "chain:2", "best_first:12:5"])
 def test_a_trees_text_reads_back_as_the_tree(text):
-    assert str(Tree.parse(text)) == text
+    assert str(TreeSpec.parse(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -228,13 +228,13 @@ def test_a_trees_text_reads_back_as_the_tree(text):
 )
 def test_a_tree_that_cannot_be_says_what_to_write(text, remedy):
     with pytest.raises(UserError, match=remedy):
-        Tree.parse(text)
+        TreeSpec.parse(text)
 
 
 @pytest.mark.parametrize("kind", ["backbone:4", "best_first:12"])
 def test_a_vocabulary_split_over_devices_gives_the_same_tree_ties_included(kind: str) -> None:
     scores = jnp.asarray(np.random.default_rng(0).integers(-9, 0, (3, 4, 240)), jnp.float32)
-    root, tree = jnp.arange(3), Tree.parse(kind)
+    root, tree = jnp.arange(3), TreeSpec.parse(kind)
     whole = build(tree, root, scores)
     mesh = make_mesh(MeshShape(1, 2, 4))
     with jax.set_mesh(mesh):

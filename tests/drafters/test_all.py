@@ -16,12 +16,12 @@ from flax import nnx
 
 from fasteagle_jax import Engine, SamplingParams
 from fasteagle_jax.commands.bench import main as bench
-from fasteagle_jax.decoding.interfaces import Accepted, Ranking, Tied
+from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
 from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import advance, start
 from fasteagle_jax.decoding.state import State, make_stop
-from fasteagle_jax.decoding.tree import Draft, Tree, build
+from fasteagle_jax.decoding.tree import Draft, TreeSpec, build
 from fasteagle_jax.drafters import table
 from fasteagle_jax.drafters.base import DrafterConfig, DrafterModule, default_config, draft_ids, rank
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
@@ -54,23 +54,25 @@ class LinearHeads(DrafterModule):
     def stacked_form(self) -> LinearHeads:
         return self
 
-    def tie(self, target: Any) -> Tied:
-        return Tied(target.embedding[...], target.head_rows(), None)
+    def vocab_weights(self, target: Any) -> VocabWeights:
+        return VocabWeights(target.embedding[...], target.head_rows(), None)
 
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Cache:
         return Cache([], [], jnp.zeros((batch,), jnp.int32))  # a position and nothing else
 
-    def extend(self, tied: Tied, new: Accepted, cache: Cache, num_levels: int) -> Cache:
+    def extend(self, vocab: VocabWeights, new: Accepted, cache: Cache, num_levels: int) -> Cache:
         return cache._replace(length=cache.length + new.count)
 
-    def draft(self, tied: Tied, new: Accepted, cache: Cache, tree: Tree, ranking: Ranking) -> tuple[Draft, Cache]:
-        cache = self.extend(tied, new, cache, self.num_levels)
+    def draft(
+        self, vocab: VocabWeights, new: Accepted, cache: Cache, tree: TreeSpec, ranking: Ranking
+    ) -> tuple[Draft, Cache]:
+        cache = self.extend(vocab, new, cache, self.num_levels)
         row, last = jnp.arange(len(new.count)), jnp.maximum(new.count - 1, 0)
         g = self.fused(new.features)[row, last]  # [B, H]
         maps = self.maps[...][: tree.num_levels(self.num_levels)]
-        logits = head_logits(jnp.einsum("bh,nhk->bnk", g, maps), tied.head)  # [B, N, V]
+        logits = head_logits(jnp.einsum("bh,nhk->bnk", g, maps), vocab.head)  # [B, N, V]
         positions = cache.length[:, None] + 1 + jnp.arange(len(maps))
-        return build(tree, new.tokens[row, last], rank(logits, positions, draft_ids(tied), ranking)), cache
+        return build(tree, new.tokens[row, last], rank(logits, positions, draft_ids(vocab), ranking)), cache
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,22 +129,22 @@ SAMPLING = make_sampling(4, temperature=[0.0, 0.0, 1.0, 1.0], top_p=[1.0, 1.0, 1
 STOP = make_stop(4, MAX_NEW)
 
 
-def speculate(target, drafter, tree: Tree) -> State:
+def speculate(target, drafter, tree: TreeSpec) -> State:
     """The State at the end; all trees share the prefill's program."""
     prompts, lengths = pad_prompts(PROMPTS, CHUNK)
-    sizes = dict(max_new=MAX_NEW, tree=Tree(), chunk=CHUNK)
-    state, tied = start(target, drafter, prompts, lengths, SAMPLING, STOP, **sizes)
-    return advance(target, drafter, tied, state, SAMPLING, STOP, jnp.int32(MAX_NEW), tree=tree)
+    sizes = dict(max_new=MAX_NEW, tree=TreeSpec(), chunk=CHUNK)
+    state, vocab = start(target, drafter, prompts, lengths, SAMPLING, STOP, **sizes)
+    return advance(target, drafter, vocab, state, SAMPLING, STOP, jnp.int32(MAX_NEW), tree=tree)
 
 
 @pytest.fixture(scope="module")
 def plain(loaded):
-    return np.asarray(speculate(loaded.model, None, Tree()).emitted[:, :MAX_NEW])
+    return np.asarray(speculate(loaded.model, None, TreeSpec()).emitted[:, :MAX_NEW])
 
 
 @pytest.mark.parametrize("tree", TREES)
 def test_greedy_and_sampled_tokens_are_those_of_plain_decoding(loaded, drafter, plain, tree):
-    state = speculate(loaded.model, drafter, Tree.parse(tree))
+    state = speculate(loaded.model, drafter, TreeSpec.parse(tree))
     np.testing.assert_array_equal(state.emitted[:, :MAX_NEW], plain)
     statistics = jax.device_get(state.statistics)
     assert (1 + statistics.rounds + statistics.accepted_at.sum(axis=1) == MAX_NEW).all()

@@ -14,7 +14,7 @@ from flax import nnx
 from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking
 from fasteagle_jax.decoding.sampling import make_sampling
-from fasteagle_jax.decoding.tree import CANDIDATES, Tree
+from fasteagle_jax.decoding.tree import CANDIDATES, TreeSpec
 from fasteagle_jax.drafters import eagle3
 from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.eagle3 import Eagle3
@@ -221,7 +221,7 @@ def test_queries_in_tiles_and_in_blocks_are_queries_at_once(drafter, target, str
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), split, once)
 
 
-def slow_tree(slow, t, root, tree: Tree) -> set[tuple[int, ...]]:
+def slow_tree(slow, t, root, tree: TreeSpec) -> set[tuple[int, ...]]:
     """The paths of a tree's nodes."""
     frontier, width = (1, 1) if tree.kind == "chain" else (1, tree.width)
     if tree.kind == "best_first":
@@ -243,10 +243,10 @@ def slow_tree(slow, t, root, tree: Tree) -> set[tuple[int, ...]]:
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
 def test_drafts_are_those_of_the_slow_version_step_by_step(drafter, target, stream, slow, tree, stacked):
     tokens, features = stream
-    tree, tied = Tree.parse(tree), drafter.tie(target)
+    tree, vocab = TreeSpec.parse(tree), drafter.vocab_weights(target)
     drafter.stacked = stacked
     cache, at = drafter.empty_cache(1, T + 8, 4), 0
-    draft = jax.jit(lambda new, cache: drafter.draft(tied, new, cache, tree, Ranking(make_sampling(1), True)))
+    draft = jax.jit(lambda new, cache: drafter.draft(vocab, new, cache, tree, Ranking(make_sampling(1), True)))
     for count in (3, 1, 4, 1):
         index = np.minimum(at + np.arange(4), T - 1)
         new = Accepted(jnp.asarray(features[index])[None], jnp.asarray(tokens[index + 1])[None], jnp.asarray([count]))

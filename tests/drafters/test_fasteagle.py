@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking
 from fasteagle_jax.decoding.sampling import make_sampling
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights
 from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.fasteagle import AXES, FastEagle
@@ -83,27 +83,27 @@ def causal(num: int) -> jax.Array:
 
 
 @jax.jit
-def one_pass(drafter, tied, tokens, features):
+def one_pass(drafter, vocab, tokens, features):
     """What training computes: hidden states [N, B, T, H] and the fresh keys and values [N, B, K, T, D]."""
-    return whole_pass(drafter, tied, tokens, features)
+    return whole_pass(drafter, vocab, tokens, features)
 
 
-def whole_pass(drafter, tied, tokens, features, **how):
+def whole_pass(drafter, vocab, tokens, features, **how):
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     visible = Packed(jnp.ones((B, T), jnp.int32), drafter.config.window).visible()
-    hidden, fresh = drafter.hidden_states(tied.embedding, features, tokens[:, 1:], positions, visible, **how)
+    hidden, fresh = drafter.hidden_states(vocab.embedding, features, tokens[:, 1:], positions, visible, **how)
     return jnp.stack(list(hidden)), [jnp.stack(list(part)) for part in fresh]
 
 
 @jax.jit
-def chains(drafter, tied, tokens, features):
+def chains(drafter, vocab, tokens, features):
     """The guesses of a chain from every stream position on: int32 [N, B, T]."""
-    outputs, _ = whole_pass(drafter, tied, tokens, features, read=False)  # of the levels
+    outputs, _ = whole_pass(drafter, vocab, tokens, features, apply_correction=False)  # of the levels
     guesses, before = [], tokens[:, 1:]
     for h, level in zip(outputs, drafter.unstacked().levels, strict=True):
-        h = drafter._read(level, h, tied.embedding[before])
-        best = jnp.argmax(head_logits(h, tied.head), axis=-1)
-        before = best if tied.token_ids is None else tied.token_ids[best]
+        h = drafter.head_input(level, h, vocab.embedding[before])
+        best = jnp.argmax(head_logits(h, vocab.head), axis=-1)
+        before = best if vocab.token_ids is None else vocab.token_ids[best]
         guesses.append(before)
     return jnp.stack(guesses)
 
@@ -113,12 +113,12 @@ def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(t
     tokens, features = stream
     drafter = make_drafter(**variant)
     drafter = drafter if stacked else drafter.unstacked()
-    tied = drafter.tie(target)
-    _, fresh = one_pass(drafter, tied, tokens, features)
-    best = chains(drafter, tied, tokens, features)
+    vocab = drafter.vocab_weights(target)
+    _, fresh = one_pass(drafter, vocab, tokens, features)
+    best = chains(drafter, vocab, tokens, features)
 
-    chain, ranking = Tree("chain"), Ranking(make_sampling(B), True)
-    draft = jax.jit(lambda drafter, new, cache: drafter.draft(tied, new, cache, chain, ranking))
+    chain, ranking = TreeSpec("chain"), Ranking(make_sampling(B), True)
+    draft = jax.jit(lambda drafter, new, cache: drafter.draft(vocab, new, cache, chain, ranking))
     cache = drafter.empty_cache(B, T + 4, 4)
     window = drafter.config.window
     assert cache.num_slots == (T + 4 if window is None else window + 8)  # turns over
@@ -133,7 +133,7 @@ def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(t
         )
         at += counts
         if step == 0:
-            cache = jax.jit(lambda *args: args[0].extend(tied, *args[1:], drafter.num_levels))(drafter, new, cache)
+            cache = jax.jit(lambda *args: args[0].extend(vocab, *args[1:], drafter.num_levels))(drafter, new, cache)
             continue
         made, cache = draft(drafter, new, cache)
         for b in range(B):
@@ -184,7 +184,7 @@ def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
             out.append(normed(read) * level.norm[...])
         return jnp.stack(out)
 
-    actual = one_pass(drafter, drafter.tie(target), tokens, features)[0]
+    actual = one_pass(drafter, drafter.vocab_weights(target), tokens, features)[0]
     expected = slow(drafter, tokens, features)
     for i in range(N):
         known = T - i if drafter.config.correction else T  # where x[t+i] is in the text
@@ -194,12 +194,12 @@ def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
 def test_a_level_reads_positions_up_to_its_own_alone(target, stream):
     tokens, features = stream
     drafter = make_drafter(reinject=True)
-    tied = drafter.tie(target)
-    hidden = one_pass(drafter, tied, tokens, features)[0]
+    vocab = drafter.vocab_weights(target)
+    hidden = one_pass(drafter, vocab, tokens, features)[0]
     later = jnp.arange(T) >= 7
     for changed in (
-        one_pass(drafter, tied, tokens, jnp.where(later[:, None], features + 1, features))[0],
-        one_pass(drafter, tied, tokens.at[:, 8:].add(1) % V, features)[0],
+        one_pass(drafter, vocab, tokens, jnp.where(later[:, None], features + 1, features))[0],
+        one_pass(drafter, vocab, tokens.at[:, 8:].add(1) % V, features)[0],
     ):
         np.testing.assert_array_equal(changed[:, :, :7], hidden[:, :, :7])
         assert (np.abs(changed[:, :, 7:] - hidden[:, :, 7:]).max(axis=(1, 3)) > 1e-3).all()  # of every level
@@ -208,14 +208,14 @@ def test_a_level_reads_positions_up_to_its_own_alone(target, stream):
 def test_levels_beyond_the_trees_are_not_guessed(target, stream):
     tokens, features = stream
     drafter = make_drafter()
-    tied = drafter.tie(target)
+    vocab = drafter.vocab_weights(target)
     new = Accepted(features[:, :1], tokens[:, 1:2], jnp.ones(B, jnp.int32))
     cache, ranking = drafter.empty_cache(B, 4, 4), Ranking(make_sampling(B), True)
 
     @jax.jit
     def both(drafter):
-        trees = (Tree("chain"), Tree("chain", levels=2))
-        return [drafter.draft(tied, new, cache, tree, ranking)[0].tokens for tree in trees]
+        trees = (TreeSpec("chain"), TreeSpec("chain", levels=2))
+        return [drafter.draft(vocab, new, cache, tree, ranking)[0].tokens for tree in trees]
 
     whole, cut = both(drafter)
     np.testing.assert_array_equal(whole[:, :3], cut)
@@ -225,16 +225,16 @@ def test_corrected_guesses_on_a_mesh_are_those_on_one_device(target, stream):
     """Nothing else would tell: wrong guesses change no token."""
     tokens, features = stream
     drafter = make_drafter(correction=8, reinject=True)
-    tied, tree, ranking = drafter.tie(target), Tree("best_first", 8), Ranking(make_sampling(B), True)
+    vocab, tree, ranking = drafter.vocab_weights(target), TreeSpec("best_first", 8), Ranking(make_sampling(B), True)
     new = Accepted(features[:, :4], tokens[:, 1:5], jnp.asarray([4, 2]))
 
-    def draft(drafter, tied, new):
-        return drafter.draft(tied, new, drafter.empty_cache(B, 8, 4), tree, ranking)[0]
+    def draft(drafter, vocab, new):
+        return drafter.draft(vocab, new, drafter.empty_cache(B, 8, 4), tree, ranking)[0]
 
-    expected = jax.jit(draft)(drafter, tied, new)
+    expected = jax.jit(draft)(drafter, vocab, new)
     mesh = make_mesh(MeshShape(2, 2, 2))
     with jax.set_mesh(mesh):
-        placed = place_weights(mesh, drafter, AXES), place_weights(mesh, tied, llama.AXES)
+        placed = place_weights(mesh, drafter, AXES), place_weights(mesh, vocab, llama.AXES)
         made = jax.jit(draft)(*placed, jax.device_put(new, jax.NamedSharding(mesh, jax.P("data"))))
     assert placed[0].correction.to_state[...].sharding.spec == jax.P("tensor", "fsdp")
     jax.tree.map(np.testing.assert_array_equal, made, expected)
@@ -256,8 +256,8 @@ def test_a_drafter_is_the_same_after_its_files_with_the_features_scale_folded_in
     np.testing.assert_allclose(loaded.fc[...], drafter.fc[...] * drafter.feature_scale[...][:, None], rtol=1e-6, atol=0)
     if "draft_vocab_size" in variant:
         np.testing.assert_array_equal(loaded.token_ids[...], IDS)
-    expected = one_pass(drafter, drafter.tie(target), tokens, features)[0]
-    np.testing.assert_allclose(one_pass(loaded, loaded.tie(target), tokens, features)[0], expected, **CLOSE)
+    expected = one_pass(drafter, drafter.vocab_weights(target), tokens, features)[0]
+    np.testing.assert_allclose(one_pass(loaded, loaded.vocab_weights(target), tokens, features)[0], expected, **CLOSE)
 
 
 def test_a_loaded_drafter_saved_again_gives_the_same_tensors(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.drafters.simulated import Simulated, parse_rates
 from fasteagle_jax.errors import UserError
 from tests.tiny_models import tiny_target
@@ -37,11 +37,11 @@ def test_conditional_acceptance_is_what_was_asked_for(target, plain, tree):
     seeds = jnp.arange(100, 100 + B).astype(jnp.uint32)
     drafter = Simulated(sequences, jnp.asarray(RATES, jnp.float32), seeds, V, (1,))
     sampling = make_sampling(B, temperature=1.0, seed=list(range(B)))
-    made = generate(target, drafter, PROMPTS, sampling, max_new=MAX_NEW, tree=Tree.parse(tree), chunk=CHUNK)
+    made = generate(target, drafter, PROMPTS, sampling, max_new=MAX_NEW, tree=TreeSpec.parse(tree), chunk=CHUNK)
     np.testing.assert_array_equal(made.tokens, plain)
 
     counts = Acceptance.of(made.statistics)
-    held = min(len(RATES), Tree.parse(tree).num_nodes(len(RATES)) - 1)  # a tree of 3 nodes holds two levels of four
+    held = min(len(RATES), TreeSpec.parse(tree).num_nodes(len(RATES)) - 1)  # a tree of 3 nodes holds two levels of four
     assert not any(counts.accepted_at[held:])
     # A row's last round may end inside a path, whose last guess then counts as the target's own: B of thousands.
     tried = (counts.rounds, *counts.accepted_at)[:held]
@@ -57,7 +57,9 @@ def test_draws_are_the_same_again_and_others_with_another_seed(target, plain):
         seeds = jnp.full((B,), seed, jnp.uint32)
         drafter = Simulated(sequences, jnp.asarray(RATES, jnp.float32), seeds, V, (1,))
         sampling = make_sampling(B, temperature=1.0, seed=list(range(B)))
-        made = generate(target, drafter, PROMPTS, sampling, max_new=MAX_NEW, tree=Tree("best_first", 9), chunk=CHUNK)
+        made = generate(
+            target, drafter, PROMPTS, sampling, max_new=MAX_NEW, tree=TreeSpec("best_first", 9), chunk=CHUNK
+        )
         return jax.device_get(made.statistics.rounds).tolist()
 
     assert rounds(1) == rounds(1) != rounds(2)

@@ -24,7 +24,7 @@ from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate_jit
 from fasteagle_jax.decoding.state import make_stop
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.engine.detokenizer import decode
@@ -69,7 +69,15 @@ def say(target):
         limit = min(params.max_new_tokens, MAX_LEN - len(prompt))
         stop = make_stop(1, limit, (*stop_tokens, *[-2] * (4 - len(stop_tokens))))
         made = generate_jit(
-            target, None, tokens, lengths * 0 + len(prompt), sampling, stop, max_new=MAX_NEW, tree=Tree(), chunk=CHUNK
+            target,
+            None,
+            tokens,
+            lengths * 0 + len(prompt),
+            sampling,
+            stop,
+            max_new=MAX_NEW,
+            tree=TreeSpec(),
+            chunk=CHUNK,
         )
         return np.asarray(made.tokens)[0, : int(made.lengths[0])].tolist()
 

@@ -23,8 +23,8 @@ import fasteagle_jax.engine.engine
 from fasteagle_jax import Completion, Engine, SamplingParams, UserError
 from fasteagle_jax.commands.terminal import add_share_options
 from fasteagle_jax.data.shares import connect
-from fasteagle_jax.decoding.tree import Tree
-from fasteagle_jax.decoding.tree_selection import Pace
+from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.decoding.tree_selection import TreeSelector
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights, shardings
 from fasteagle_jax.drafters.files import load_drafter
 from fasteagle_jax.engine import slots
@@ -35,7 +35,7 @@ from fasteagle_jax.targets.tokenizer import load_tokenizer
 from tests.tiny_folder import make_drafter, make_target
 from tests.two_processes import run_two_processes
 
-TREE = Tree("best_first", nodes=8)
+TREE = TreeSpec("best_first", nodes=8)
 SPLIT = MeshShape(2, 2, 2)
 
 
@@ -148,8 +148,8 @@ def one_of_two(words: list[str]) -> None:
     calls, trees, used = itertools.count(), (None, TREE), []
     first, advance = jax.process_index() == 0, slots.advance
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pace, "unmeasured", lambda self, rows: [])
-        patch.setattr(Pace, "choose", lambda self, rows: trees[next(calls) % 2 if first else 0])
+        patch.setattr(TreeSelector, "unmeasured", lambda self, rows: [])
+        patch.setattr(TreeSelector, "choose", lambda self, rows: trees[next(calls) % 2 if first else 0])
         patch.setattr(fasteagle_jax.engine.engine, "shapes", lambda num_levels: trees)
         patch.setattr(slots, "advance", lambda *a, **kw: used.append(str(kw["tree"])) or advance(*a, **kw))
         made = answer(load(target, drafter, SPLIT, slots=4, tree="auto"), 6)
@@ -193,7 +193,7 @@ def test_no_collective_moves_a_cache_or_a_weight(target, drafters):
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), empty, shardings(mesh, empty, slots.AXES)
         )
         ended, one, until = np.zeros(16, bool), np.int32(1), np.asarray(False)
-        models = engine.target, engine.drafter, engine._tied
+        models = engine.target, engine.drafter, engine._vocab
         lowered = slots.advance.lower(*models, placed, ended, one, until, tree=TREE, shared_noise=True)
         compiled = lowered.compile()
     found = collectives(compiled.as_text())
@@ -226,7 +226,7 @@ def test_the_stated_memory_is_what_each_device_holds(target, drafters):
     assert held(state.target_cache) == {memory.target_cache}
     assert held(state.drafter_cache) == {memory.drafter_cache}
     assert held(engine.target) == {memory.target}
-    assert held((engine.drafter, engine._tied.head)) == {memory.drafter - engine._tied.token_ids.nbytes}
+    assert held((engine.drafter, engine._vocab.head)) == {memory.drafter - engine._vocab.token_ids.nbytes}
     assert memory.target_cache < load(target, None, slots=16).memory.target_cache / 3.9
 
 

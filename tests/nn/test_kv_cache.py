@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fasteagle_jax.nn.attention import values_of
+from fasteagle_jax.nn.attention import from_cache_storage
 from fasteagle_jax.nn.kv_cache import (
     NOTHING,
     Cache,
@@ -83,7 +83,7 @@ def test_a_list_of_bfloat16_on_a_cpu_is_written_as_bits_without_a_float32_copy_o
         for layer, expected in zip(held, tokens, strict=True):
             for b, count in enumerate(counts):
                 np.testing.assert_array_equal(
-                    values_of(layer)[b, :, :count], expected[b, :, :count].astype(jnp.bfloat16)
+                    from_cache_storage(layer)[b, :, :count], expected[b, :, :count].astype(jnp.bfloat16)
                 )
 
 

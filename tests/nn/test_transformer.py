@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fasteagle_jax.nn.attention import Past, attention, held
+from fasteagle_jax.nn.attention import Past, attention, to_cache_storage
 from fasteagle_jax.nn.embedding import embed
 from fasteagle_jax.nn.linear import FEW_HEAD_ROWS, FEW_ROWS, RowWeight, head_logits, matmul
 from fasteagle_jax.nn.norm import rms_norm
@@ -131,7 +131,7 @@ def test_a_past_held_as_bits_is_read_as_the_values_it_holds(filled):
     visible, seen = jnp.ones((2, 3, 3), bool), jnp.broadcast_to(jnp.arange(300) < 200, (2, 1, 300))
     filled = None if filled is None else jnp.int32(filled)
     expected = attention(q, k, v, visible, Past(*past, seen, filled))
-    bits = [held(part, jnp.uint16) for part in past]
+    bits = [to_cache_storage(part, jnp.uint16) for part in past]
     assert all(part.dtype == jnp.uint16 for part in bits)
     np.testing.assert_array_equal(attention(q, k, v, visible, Past(*bits, seen, filled)), expected)
 

@@ -37,7 +37,7 @@ ROPES = {
 }
 torch.set_num_threads(1)  # on two shared cores, two of its threads wait for each other: fifteen times slower
 CASES = {
-    "default, grouped by 2, tied": dict(
+    "default, grouped by 2, vocab": dict(
         rope_parameters=ROPES["default"], num_key_value_heads=2, tie_word_embeddings=True
     ),
     "linear, not grouped, attention bias": dict(

@@ -14,7 +14,7 @@ from fasteagle_jax.data.packing import PackedData
 from fasteagle_jax.decoding.acceptance import measure_acceptance
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate
-from fasteagle_jax.decoding.tree import Tree
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.training.config import apply_changes, drafter_config, load_config
 from fasteagle_jax.training.init import feature_rms, init_drafter
 from fasteagle_jax.training.optimizer import make_optimizer
@@ -40,7 +40,7 @@ def test_thirty_two_conversations_are_learnt_by_heart_by_every_level_and_then_dr
     target = tiny_target(stacked=False, num_layers=2, sharpness=6.0)  # whose second choices are far behind
     rng = np.random.default_rng(0)
     prompts = [rng.integers(40, size=PROMPT).tolist() for _ in range(32)]
-    said = generate(target, None, prompts, make_sampling(32), max_new=ANSWER, tree=Tree.parse("chain"), chunk=8)
+    said = generate(target, None, prompts, make_sampling(32), max_new=ANSWER, tree=TreeSpec.parse("chain"), chunk=8)
     texts = [prompt + np.asarray(answer)[:ANSWER].tolist() for prompt, answer in zip(prompts, said.tokens, strict=True)]
     samples = [Conversation.of(f"{i}", text, [[PROMPT, len(text)]]) for i, text in enumerate(texts)]
     data = PackedData(samples, config.length, config.batch_size, config.seed)
@@ -58,5 +58,5 @@ def test_thirty_two_conversations_are_learnt_by_heart_by_every_level_and_then_dr
     assert result.metrics.accuracy.min() > 0.95, result.metrics.accuracy
 
     drafter = nnx.merge(graph, state.params, constants)
-    found = measure_acceptance(target, drafter, prompts, Tree.parse("chain"), max_new=ANSWER, batch_size=32)
+    found = measure_acceptance(target, drafter, prompts, TreeSpec.parse("chain"), max_new=ANSWER, batch_size=32)
     assert found.length > 0.9 * (drafter.num_levels + 1), found
