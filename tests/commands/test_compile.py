@@ -12,9 +12,9 @@ import sys
 import jax
 import pytest
 
-from fasteagle_jax.commands import compile_check
 from fasteagle_jax.commands.compile_check import main, simulated_devices
 from fasteagle_jax.compiling import programs as compiling
+from fasteagle_jax.compiling import table as tables
 from fasteagle_jax.compiling.programs import Decoding, Report, compile_program
 from fasteagle_jax.compiling.table import file_of, table
 from fasteagle_jax.decoding.tree import TreeSpec
@@ -130,8 +130,8 @@ def test_the_report_is_printed_and_written(monkeypatch, tmp_path, capsys):
 
 
 def test_the_table_keeps_what_is_compiled_and_goes_on_past_what_is_not(monkeypatch, tmp_path):
-    monkeypatch.setattr(compile_check, "TARGETS", {"llama31_8b": ("v5e:2x4",)})
-    monkeypatch.setattr(compile_check, "COLUMNS", {"plain, batch 1": (), "train, 8192": ("length=8192",)})
+    monkeypatch.setattr(tables, "TARGETS", {"llama31_8b": ("v5e:2x4",)})
+    monkeypatch.setattr(tables, "COLUMNS", {"plain, batch 1": (), "train, 8192": ("length=8192",)})
 
     def compiler(does: str) -> None:
         script = tmp_path / "compiler"
