@@ -40,7 +40,7 @@ def tiny_target(
 
     def make() -> Llama:
         target = Llama(config, jax.random.key(seed), dtype)
-        target.norm[...] = target.norm[...] * sharpness
+        target.norm.weight[...] = target.norm.weight[...] * sharpness
         return target
 
     target = jax.jit(make)()  # one program instead of one an operation

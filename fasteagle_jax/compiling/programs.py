@@ -29,6 +29,7 @@ from fasteagle_jax.decoding.state import Stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.chips import CHIPS, GIB, SLICES, Chip, chip
 from fasteagle_jax.devices.sharding import (
+    Axes,
     MeshShape,
     batch_sharding,
     check_batch,
@@ -37,11 +38,10 @@ from fasteagle_jax.devices.sharding import (
     row_major,
     shardings,
 )
-from fasteagle_jax.drafters.table import AXES, class_of
+from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.transformer import stacks_are_faster
-from fasteagle_jax.targets import llama
-from fasteagle_jax.targets.llama import Llama
+from fasteagle_jax.targets.table import family_of
 from fasteagle_jax.training.config import RunConfig, drafter_config
 from fasteagle_jax.training.flops import flops_per_token
 from fasteagle_jax.training.optimizer import make_optimizer
@@ -250,7 +250,7 @@ def _train(config: RunConfig, mesh: Mesh, _: Decoding) -> Shapes:
         return graph, first_state(params, optimizer, config.optimizer.ema), constants
 
     graph, state, constants = nnx.eval_shape(start)
-    state = on_mesh(mesh, state, AXES)
+    state = on_mesh(mesh, state)
     target = _target(config, mesh, stacked=stacked)
     constants = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), constants)
     rows = (config.batch_size, config.length)
@@ -283,7 +283,11 @@ def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
     placed = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(rounds, donate_argnums=3, out_shardings=placed)
     drafts = 0 if decoding.tree is None else decoding.tree.num_levels(drafter.num_levels) + 1
-    matrices = 2 * decoding.batch * (nodes * _matrix_size(target) + drafts * _matrix_size((drafter, vocab)))
+    matrices = (
+        2
+        * decoding.batch
+        * (nodes * _matrix_size((target.layers, _head(target))) + drafts * _matrix_size((drafter, vocab)))
+    )
     return Shapes(
         step,
         (target, drafter, vocab, state, sampling, stop),
@@ -328,7 +332,7 @@ def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tu
         sizes = drafter_config(config.drafter, config.target_config)
         dtype = jnp.dtype(config.dtype)
         drafter = jax.eval_shape(lambda: class_of(sizes)(sizes, jax.random.key(0), dtype, stacked=stacked))
-        drafter = weights_on_mesh(mesh, drafter, AXES)
+        drafter = weights_on_mesh(mesh, drafter)
     batch = decoding.batch
     sampling = on_mesh(mesh, jax.eval_shape(lambda: make_sampling(batch)), decoding_state.AXES)
     stop = on_mesh(mesh, Stop(_int32(batch), _int32(batch, 2)), decoding_state.AXES)
@@ -341,7 +345,7 @@ def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tu
         state, vocab = jax.eval_shape(start, target, drafter, prompts, lengths, sampling, stop)
     if vocab is not None:  # the target's own arrays are not there twice
         same = vocab.head.shape == _head(target).shape
-        vocab = on_mesh(mesh, vocab._replace(embedding=None, head=None if same else vocab.head), llama.AXES)
+        vocab = on_mesh(mesh, vocab._replace(embedding=None, head=None if same else vocab.head), decoding_state.AXES)
     return target, drafter, vocab, on_mesh(mesh, state, decoding_state.AXES), sampling, stop
 
 
@@ -375,8 +379,8 @@ def _whole(vocab: Any, target: Any) -> Any:
 def _target(config: RunConfig, mesh: Mesh, *, stacked: bool) -> Any:
     sizes, dtype = config.target_config, jnp.dtype(config.dtype)
     assert sizes is not None
-    made = jax.eval_shape(lambda: Llama(sizes, jax.random.key(0), dtype, stacked=stacked))
-    return weights_on_mesh(mesh, made, llama.AXES)
+    model = family_of(sizes).model
+    return weights_on_mesh(mesh, jax.eval_shape(lambda: model(sizes, jax.random.key(0), dtype, stacked=stacked)))
 
 
 def _stacked(mesh: Mesh, *, training: bool = False) -> bool:
@@ -391,14 +395,12 @@ def _read(target: Any) -> Any:
 
 
 def _head(target: Any) -> Any:
-    """`Llama.head_rows` of shapes."""
+    """A target's `head_rows`, of shapes."""
     return jax.tree.leaves(target.embedding if target.head is None else target.head)[0]
 
 
 def _matrix_size(tree: Any) -> int:
-    """Elements of all matrices; an embedding counts only where it is the head."""
-    if isinstance(tree, Llama):
-        tree = (tree.layers, _head(tree))
+    """Elements of all matrices."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree) if len(x.shape) > 1 and x.dtype != jnp.int32)
 
 
@@ -406,19 +408,19 @@ def _int32(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def on_mesh(mesh: Mesh, tree: Any, axes: Any) -> Any:
+def on_mesh(mesh: Mesh, tree: Any, axes: Axes | None = None) -> Any:
     """The ShapeDtypeStructs of a pytree with their shardings."""
     placed = shardings(mesh, tree, axes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed)
 
 
-def weights_on_mesh(mesh: Mesh, tree: Any, axes: Any) -> Any:
+def weights_on_mesh(mesh: Mesh, tree: Any) -> Any:
     """`on_mesh` of weights that `sharding.place_weights` has placed."""
 
     def turned(x: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_major(x.sharding, len(x.shape)))
 
-    return jax.tree.map(turned, on_mesh(mesh, tree, axes))
+    return jax.tree.map(turned, on_mesh(mesh, tree))
 
 
 def bytes_a_device(tree: Any) -> int:

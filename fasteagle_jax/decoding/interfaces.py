@@ -11,14 +11,20 @@ import jax
 
 from fasteagle_jax.decoding.sampling import Sampling
 from fasteagle_jax.decoding.tree import Draft, TreeSpec
+from fasteagle_jax.nn.linear import LogitMap, head_logits
 
 
 class VocabWeights(NamedTuple):
-    """The frozen rows of the target that a drafter reads and writes tokens with."""
+    """The frozen rows that a drafter reads and writes tokens with."""
 
     embedding: jax.Array  # [target vocabulary, H]
     head: jax.Array  # [V, H]
-    token_ids: jax.Array | None  # int32 [V], target id of each row of `head`; None where they are the same
+    token_ids: jax.Array | None  # int32 [V], target id of each row of `head`; None if they are the same
+    logit_map: LogitMap = LogitMap()  # from the head's products to logits
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Draft logits float32 [..., V] of the head's inputs [..., H]."""
+        return self.logit_map(head_logits(hidden, self.head))
 
 
 class Accepted(NamedTuple):

@@ -21,6 +21,8 @@ NO_STOP = -2  # fills a row's stop tokens up: no token has this id
 
 # The logical axes of what decoding keeps (see sharding.RULES).
 AXES = cache.AXES | {
+    "embedding": ("vocab", "embed"),
+    "head": ("vocab", "embed"),
     "features": ("rows", None, None),
     "tokens": ("rows", None),
     "count": ("rows",),

@@ -1,7 +1,7 @@
 """Where arrays live on a mesh of devices: one table from the models' logical axes to the mesh's.
 
 Mesh axes: `data` splits batches and nothing else, `fsdp` splits weights and in training batches, `tensor` splits heads,
-MLPs and the vocabulary. Models name logical axes (their AXES); only RULES knows the mesh.
+MLPs and the vocabulary. Weights have their logical axes beside them; only RULES knows the mesh.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
@@ -33,7 +34,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
 }
 
-Axes = Mapping[str, tuple[str | None, ...]]  # an attribute's name: the logical axes of its last dimensions
+Axes = Mapping[str, tuple[str | None, ...]]  # an array's name: the logical axes of its last dimensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,8 @@ def spec(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int]) -> Par
     """The PartitionSpec of an array's logical axes; a dimension that its mesh axes do not divide is not split."""
     parts = []
     for axis, size in zip(logical, shape, strict=True):
+        if axis not in RULES:
+            raise ValueError(f"logical axis {axis!r} is not known: use one of {_known_axes()}")
         names = RULES[axis]
         names = (names,) if isinstance(names, str) else names or ()
         ways = math.prod(mesh.shape[name] for name in names)
@@ -96,22 +99,39 @@ def spec(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int]) -> Par
     return PartitionSpec(*parts)
 
 
-def shardings(mesh: Mesh, tree: Any, axes: Axes) -> Any:
+def shardings(mesh: Mesh, tree: Any, axes: Axes | None = None) -> Any:
     """A NamedSharding for each array (or ShapeDtypeStruct) of a pytree.
 
-    The last name in a leaf's path that `axes` knows says what its last dimensions are; further ones, of a stack, are
-    whole on every device, as are arrays that `axes` does not know.
+    The logical axes of a weight's last dimensions stand beside it, in its variable's `axes`; those of other arrays are
+    what `axes` has for the last name in their path that it knows. Further dimensions, of a stack, are whole on every
+    device, as are arrays that `axes` does not know. Raises ValueError for a weight without axes.
     """
+    by_name = axes or {}
 
-    def of(path: Any, x: Any) -> NamedSharding:
-        known = [name for name in map(_name, path) if name in axes]
-        logical = axes[known[-1]] if known else ()
+    def of(logical: Sequence[str | None], x: Any) -> NamedSharding:
         if len(logical) > len(x.shape):
             logical = ()
-        logical = (None,) * (len(x.shape) - len(logical)) + tuple(logical)
-        return NamedSharding(mesh, spec(mesh, logical, x.shape))
+        return NamedSharding(mesh, spec(mesh, (None,) * (len(x.shape) - len(logical)) + tuple(logical), x.shape))
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    def of_leaf(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, nnx.Variable):
+            own = weight_axes(leaf, jax.tree_util.keystr(path))
+            return jax.tree.map(lambda x: of(own, x), leaf)
+        known = [name for name in map(_name, path) if name in by_name]
+        return of(by_name[known[-1]] if known else (), leaf)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def weight_axes(variable: nnx.Variable[Any], name: str) -> tuple[str | None, ...]:
+    """The logical axes of a weight's last dimensions; ValueError, with its name, for one that does not have them."""
+    if not variable.has_metadata("axes"):
+        raise ValueError(f"weight {name} has no logical axes: give its variable axes=(...), of {_known_axes()}")
+    return variable.axes
+
+
+def _known_axes() -> str:
+    return ", ".join(axis or "None" for axis in RULES)
 
 
 def row_major(sharding: Sharding, num_dims: int) -> Format:
@@ -123,7 +143,7 @@ def row_major(sharding: Sharding, num_dims: int) -> Format:
     return Format(Layout(tuple(range(num_dims))), sharding)
 
 
-def place_weights(mesh: Mesh, tree: Any, axes: Axes) -> Any:
+def place_weights(mesh: Mesh, tree: Any, axes: Axes | None = None) -> Any:
     """The weights of a pytree where `shardings` says and as `row_major` says; those that are there already stay."""
 
     def turned(x: Any) -> jax.Array:
@@ -138,11 +158,11 @@ def _name(key: Any) -> str:
     return str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
 
 
-def make_on(mesh: Mesh | None, axes: Axes, make: Callable[..., Any], *args: Any) -> Any:
+def make_on(mesh: Mesh | None, make: Callable[..., Any], *args: Any) -> Any:
     """What `make(*args)` gives, its arrays made in their shards; without a mesh just that."""
     if mesh is None:
         return make(*args)
-    return jax.jit(make, out_shardings=shardings(mesh, jax.eval_shape(make, *args), axes))(*args)
+    return jax.jit(make, out_shardings=shardings(mesh, jax.eval_shape(make, *args)))(*args)
 
 
 def check_heads(mesh: Mesh, target: Any, drafter: Any | None) -> None:

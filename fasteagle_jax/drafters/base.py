@@ -16,9 +16,10 @@ from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
 from fasteagle_jax.decoding.sampling import gumbel_noise
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Ring, as_ring, empty_cache, ring_slots
-from fasteagle_jax.nn.linear import matmul
+from fasteagle_jax.nn.linear import Linear, to_columns
 from fasteagle_jax.nn.rope import RopeConfig
-from fasteagle_jax.nn.transformer import LayerConfig, hold_columns
+from fasteagle_jax.nn.stored import NamedVariable
+from fasteagle_jax.nn.transformer import LayerConfig
 
 
 def check_features(feature_layers: tuple[int, ...], num_layers: int) -> None:
@@ -84,11 +85,10 @@ class DrafterModule(nnx.Module):
         c = config
         num_features = len(c.feature_layers) * c.hidden_size
         self.config = c
-        self.fc = nnx.Param(jax.random.normal(key, (num_features, c.hidden_size), dtype) * num_features**-0.5)
-        self.feature_scale = Constant(jnp.ones((num_features,), jnp.float32))
-        self.token_ids = (
-            None if c.draft_vocab_size == c.vocab_size else Constant(jnp.arange(c.draft_vocab_size, dtype=jnp.int32))
-        )
+        self.fc = Linear(num_features, c.hidden_size, ("embed", "fused"), key, dtype)
+        self.feature_scale = Constant(jnp.ones((num_features,), jnp.float32), axes=(None,))
+        ids = jnp.arange(c.draft_vocab_size, dtype=jnp.int32)
+        self.token_ids = None if c.draft_vocab_size == c.vocab_size else Constant(ids, axes=(None,))
 
     @property
     def num_levels(self) -> int:
@@ -103,7 +103,7 @@ class DrafterModule(nnx.Module):
     def fused(self, features: jax.Array) -> jax.Array:
         """g [B, T, H] of the target's features [B, T, F*H]."""
         scaled = features.astype(jnp.float32) * self.feature_scale[...]
-        return matmul(scaled.astype(features.dtype), self.fc[...])
+        return self.fc(scaled.astype(features.dtype))
 
     def empty_ring(self, num_layers: int, batch: int, num_slots: int, most_written: int, *, stacked: bool) -> Ring:
         """A cache for `batch` rows of `num_slots` stream positions.
@@ -112,16 +112,18 @@ class DrafterModule(nnx.Module):
         """
         c = self.config
         slots = ring_slots(num_slots, c.window, most_written)
-        dtype = self.fc[...].dtype
+        dtype = self.fc.weight.dtype
         return as_ring(empty_cache(num_layers, batch, c.num_kv_heads, slots, c.head_dim, dtype, stacked=stacked))
 
-    def stored(self) -> list[tuple[str, Any, bool]]:
-        """(name in the file, variable, transposed) of every tensor that is stored, of the unstacked form.
-
-        By default all of them, as they are, by their places in the module.
-        """
-        places = ((path, node) for path, node in nnx.iter_graph(self) if isinstance(node, nnx.Variable))
-        return [(".".join(map(str, path)), node, False) for path, node in places]
+    def stored(self) -> list[NamedVariable]:
+        """Every tensor that is stored, of the unstacked form; by default all, by their places in the module."""
+        nodes = list(nnx.iter_graph(self))
+        turned = {id(node.weight) for _, node in nodes if isinstance(node, Linear) and not node.by_rows}
+        return [
+            NamedVariable(".".join(map(str, path)), node, id(node) in turned)
+            for path, node in nodes
+            if isinstance(node, nnx.Variable)
+        ]
 
     def published(self) -> dict[str, Any]:
         """What its config.json holds for programs that know the architecture by other keys than DrafterConfig's."""
@@ -141,7 +143,7 @@ def layer_config(config: DrafterConfig) -> LayerConfig:
 def copy_weights(into: nnx.Module, source: Any) -> None:
     """Gives a layer another one's weights, as float32; UserError where their sizes differ."""
     copied = jax.tree.map(lambda w: w.astype(jnp.float32), source)
-    hold_columns(copied)
+    to_columns(copied)
     if jax.tree.leaves(jax.tree.map(jnp.shape, into)) != jax.tree.leaves(jax.tree.map(jnp.shape, copied)):
         raise UserError(
             "the drafter's layers differ in size or biases from the target's and cannot start from them: "

@@ -31,31 +31,30 @@ from fasteagle_jax.drafters.base import (
     rank,
 )
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.attention import MASKED, Past, attention, by_kv_head, by_token
+from fasteagle_jax.nn.attention import MASKED, Attention, Past, attention, by_kv_head, by_token
 from fasteagle_jax.nn.embedding import embed
 from fasteagle_jax.nn.kv_cache import Ring, commit_ring, seen_in_ring
-from fasteagle_jax.nn.linear import head_logits, matmul
-from fasteagle_jax.nn.norm import rms_norm
+from fasteagle_jax.nn.mlp import Mlp
+from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.packed_attention import Packed, in_blocks
-from fasteagle_jax.nn.rope import rotate, rotation
-from fasteagle_jax.nn.transformer import LAYER_AXES, DecoderLayer
+from fasteagle_jax.nn.rope import rotation
+from fasteagle_jax.nn.stored import NamedVariable, stored_tensors
+from fasteagle_jax.nn.transformer import DecoderLayer
 
-AXES = LAYER_AXES | {"fc": ("embed", "fused"), "head": ("vocab", "embed")}
-
-_STORED = {  # name in the file: attribute, transposed
-    "fc.weight": ("fc", True),
-    "midlayer.input_layernorm.weight": ("embedding_norm", False),
-    "midlayer.hidden_norm.weight": ("hidden_norm", False),
-    "midlayer.self_attn.q_proj.weight": ("q", True),
-    "midlayer.self_attn.k_proj.weight": ("k", True),
-    "midlayer.self_attn.v_proj.weight": ("v", True),
-    "midlayer.self_attn.o_proj.weight": ("o", True),
-    "midlayer.post_attention_layernorm.weight": ("mlp_norm", False),
-    "midlayer.mlp.gate_proj.weight": ("gate", True),
-    "midlayer.mlp.up_proj.weight": ("up", True),
-    "midlayer.mlp.down_proj.weight": ("down", True),
-    "norm.weight": ("norm", False),
-    "lm_head.weight": ("head", False),
+_STORED = {  # name in the file: place in the drafter
+    "fc": "fc",
+    "midlayer.input_layernorm": "embedding_norm",
+    "midlayer.hidden_norm": "hidden_norm",
+    "midlayer.self_attn.q_proj": "attention.q",
+    "midlayer.self_attn.k_proj": "attention.k",
+    "midlayer.self_attn.v_proj": "attention.v",
+    "midlayer.self_attn.o_proj": "attention.o",
+    "midlayer.post_attention_layernorm": "mlp_norm",
+    "midlayer.mlp.gate_proj": "mlp.gate",
+    "midlayer.mlp.up_proj": "mlp.up",
+    "midlayer.mlp.down_proj": "mlp.down",
+    "norm": "norm",
+    "lm_head": "head",
 }
 
 
@@ -71,22 +70,16 @@ class Eagle3(DrafterModule):
                 "reinject and correction are of FastEagle's levels, EAGLE-3 has none: "
                 "set drafter.reinject=False drafter.correction=None"
             )
-        hidden, heads, kv_heads = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        hidden, eps = c.hidden_size, c.rms_norm_eps
         keys = iter(jax.random.split(key, 9))
-
-        def weight(num_in: int, num_out: int) -> nnx.Param:
-            return nnx.Param(jax.random.normal(next(keys), (num_in, num_out), dtype) * num_in**-0.5)
-
         super().__init__(c, next(keys), dtype)
         self.stacked = stacked  # of its cache: there is one layer
-        self.embedding_norm, self.hidden_norm, self.mlp_norm, self.norm = (
-            nnx.Param(jnp.ones((hidden,), dtype)) for _ in range(4)
-        )
-        self.q, self.k, self.v = weight(2 * hidden, heads), weight(2 * hidden, kv_heads), weight(2 * hidden, kv_heads)
-        self.o = weight(heads, hidden)
-        self.gate, self.up = weight(hidden, c.intermediate_size), weight(hidden, c.intermediate_size)
-        self.down = weight(c.intermediate_size, hidden)
-        self.head = nnx.Param(jax.random.normal(next(keys), (c.draft_vocab_size, hidden), dtype) * hidden**-0.5)
+        self.embedding_norm, self.hidden_norm = RMSNorm(hidden, eps, dtype), RMSNorm(hidden, eps, dtype)
+        self.mlp_norm, self.norm = RMSNorm(hidden, eps, dtype), RMSNorm(hidden, eps, dtype)
+        self.attention = Attention(hidden, c.num_heads, c.num_kv_heads, c.head_dim, keys, dtype, num_in=2 * hidden)
+        self.mlp = Mlp(hidden, c.intermediate_size, keys, dtype)
+        head = jax.random.normal(next(keys), (c.draft_vocab_size, hidden), dtype) * hidden**-0.5
+        self.head = nnx.Param(head, axes=("vocab", "embed"))
 
     def start_from(self, target: Any, feature_rms: jax.Array, *, layers: bool) -> None:
         """Sets its norm and head to the target's and, with `layers`, its layer to the target's last one.
@@ -97,19 +90,19 @@ class Eagle3(DrafterModule):
         hidden = self.config.hidden_size
         rows = target.head_rows()
         self.head[...] = (rows if self.token_ids is None else rows[self.token_ids[...]]).astype(jnp.float32)
-        self.norm[...] = target.norm[...].astype(jnp.float32)
+        self.norm.weight[...] = target.norm.weight[...].astype(jnp.float32)
         if not layers:
             return
-        last = jax.tree.map(lambda w: w[-1], target.layers) if target.stacked else target.layers[-1]
-        mine = DecoderLayer(layer_config(self.config), jax.random.key(0), jnp.float32)
-        copy_weights(mine, last)
-        for name in ("o", "mlp_norm", "gate", "up", "down"):
-            getattr(self, name)[...] = getattr(mine, name)[...]
-        self.hidden_norm[...] = mine.input_norm[...]
+        like_target = DecoderLayer(layer_config(self.config), jax.random.key(0), jnp.float32)
+        copy_weights(like_target, target.layer(target.config.num_layers - 1))
+        nnx.update(self.mlp, nnx.state(like_target.mlp))
+        self.mlp_norm.weight[...] = like_target.mlp_norm.weight[...]
+        self.hidden_norm.weight[...] = like_target.input_norm.weight[...]
+        self.attention.o.set_matrix(like_target.attention.o.matrix)
         for name in ("q", "k", "v"):
-            weight = getattr(mine, name)[...]  # [H, out], and here [embedding's H + H, out]
-            getattr(self, name)[...] = jnp.concatenate([jnp.zeros_like(weight), weight])
-        self.fc[...] = jnp.zeros_like(self.fc[...]).at[-hidden:].set(jnp.eye(hidden) * feature_rms[-1])
+            matrix = getattr(like_target.attention, name).matrix  # [H, out], and here [embedding's H + H, out]
+            getattr(self.attention, name).set_matrix(jnp.concatenate([jnp.zeros_like(matrix), matrix]))
+        self.fc.set_matrix(jnp.zeros(self.fc.matrix.shape).at[-hidden:].set(jnp.eye(hidden) * feature_rms[-1]))
 
     def own_head(self) -> jax.Array:
         """[V, H], what training gives a gradient besides the layer."""
@@ -128,10 +121,10 @@ class Eagle3(DrafterModule):
         other.stacked = stacked
         return other
 
-    def stored(self) -> list[tuple[str, Any, bool]]:
+    def stored(self) -> list[NamedVariable]:
         """As of DrafterModule, under the names that its authors gave."""
-        places = [(name, getattr(self, attribute), turned) for name, (attribute, turned) in _STORED.items()]
-        return places if self.token_ids is None else [*places, ("d2t", self.token_ids, False)]
+        tensors = stored_tensors(self, _STORED)
+        return tensors if self.token_ids is None else [*tensors, NamedVariable("d2t", self.token_ids)]
 
     def published(self) -> dict[str, Any]:
         """The keys that its authors gave, as far as DrafterConfig has others."""
@@ -160,18 +153,8 @@ class Eagle3(DrafterModule):
 
     def _heads(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, Q, K*G, D] and k and v [B, Q, K, D] of embeddings and hidden states [B, Q, H]."""
-        c = self.config
-        eps, dtype = c.rms_norm_eps, self.k[...].dtype
-        both = jnp.concatenate(
-            [rms_norm(e, self.embedding_norm[...], eps), rms_norm(h, self.hidden_norm[...], eps)], axis=-1
-        )
-        turn = rotation(positions, c.rope, c.head_dim)
-
-        def heads(w: nnx.Param) -> jax.Array:
-            return matmul(both, w[...]).reshape(*h.shape[:2], -1, c.head_dim)
-
-        q, k = rotate(heads(self.q), turn).astype(dtype), rotate(heads(self.k), turn).astype(dtype)
-        return q, k, heads(self.v).astype(dtype)
+        both = jnp.concatenate([self.embedding_norm(e), self.hidden_norm(h)], axis=-1)
+        return self.attention.project(both, rotation(positions, self.config.rope, self.config.head_dim))
 
     def _keys(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The same as `attention` has them, q [B, K, G*Q, D] and fresh k and v [B, K, Q, D]."""
@@ -180,9 +163,8 @@ class Eagle3(DrafterModule):
 
     def _rest(self, h: jax.Array, attended: jax.Array) -> jax.Array:
         """The layer's output [B, Q, H] from its input and what attention [B, Q, K*G, D] gave."""
-        h = h + matmul(attended.reshape(*h.shape[:2], -1).astype(h.dtype), self.o[...])
-        x = rms_norm(h, self.mlp_norm[...], self.config.rms_norm_eps)
-        return h + matmul(jax.nn.silu(matmul(x, self.gate[...])) * matmul(x, self.up[...]), self.down[...])
+        h = h + self.attention.output(attended.astype(h.dtype))
+        return h + self.mlp(self.mlp_norm(h))
 
     # --- training -----------------------------------------------------------------------------------------------
 
@@ -219,7 +201,7 @@ class Eagle3(DrafterModule):
 
             h = constrain(h, "batch", None, None)
             h, keys, values = (run if remat is None else jax.checkpoint(run, policy=remat))(h, e, keys, values)
-            states.append(rms_norm(h, self.norm[...], self.config.rms_norm_eps))
+            states.append(self.norm(h))
         return jnp.stack(states) if self.stacked else states, None
 
     # --- decoding -----------------------------------------------------------------------------------------------
@@ -237,11 +219,10 @@ class Eagle3(DrafterModule):
         h, cache = self._advance(vocab, new, cache._replace(length=cache.length + skipped))  # [B, H]
         batch = h.shape[0]
         ids = draft_ids(vocab)
-        eps = self.config.rms_norm_eps
         past = self._past(cache, jnp.maximum(cache.length - 1, 0)[:, None])  # every node sees what its root does
 
         def guess(nodes: _Nodes, depth: int) -> jax.Array:
-            logits = head_logits(rms_norm(nodes.hidden, self.norm[...], eps), vocab.head)  # [B, f, V]
+            logits = vocab.logits(self.norm(nodes.hidden))  # [B, f, V]
             return rank(logits, cache.length[:, None] + depth, ids, ranking)
 
         def follow(nodes: _Nodes, parent: jax.Array, tokens: jax.Array, depth: int) -> _Nodes:

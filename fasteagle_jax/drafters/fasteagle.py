@@ -12,7 +12,6 @@ guess by the token before it on its path, outside of the cascade (as the later T
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -33,34 +32,29 @@ from fasteagle_jax.drafters.base import (
     pending,
     rank,
 )
-from fasteagle_jax.nn.attention import Attend, Past
+from fasteagle_jax.nn.attention import Attend, Cached, Past
 from fasteagle_jax.nn.embedding import embed
 from fasteagle_jax.nn.kv_cache import Ring, commit_ring, seen_in_ring
-from fasteagle_jax.nn.linear import RowWeight, head_logits, matmul
-from fasteagle_jax.nn.norm import rms_norm
+from fasteagle_jax.nn.linear import Linear, to_columns
+from fasteagle_jax.nn.norm import RMSNorm, rms_norm
 from fasteagle_jax.nn.rope import rotation
-from fasteagle_jax.nn.transformer import LAYER_AXES, DecoderLayer, hold_columns, run_layers, stack, unstack
-
-AXES = (
-    LAYER_AXES
-    | {name: ("embed", "fused") for name in ("fc", "fuse", "reinject", "of_state", "of_token")}
-    | {"to_state": ("fused", "embed")}
-)
+from fasteagle_jax.nn.stored import NamedVariable, stored_tensors
+from fasteagle_jax.nn.transformer import DecoderLayer, run_layers, stack, unstack
 
 EMBEDDING_SHARE = 0.1  # of the stream's size that the embedding starts with, beside levels that never saw one there
 
-_LEVEL = {  # name in the file: attribute path of a Level, transposed
-    "input_layernorm.weight": (("layer", "input_norm"), False),
-    "self_attn.q_proj.weight": (("layer", "q"), True),
-    "self_attn.k_proj.weight": (("layer", "k"), True),
-    "self_attn.v_proj.weight": (("layer", "v"), True),
-    "self_attn.o_proj.weight": (("layer", "o"), True),
-    "post_attention_layernorm.weight": (("layer", "mlp_norm"), False),
-    "mlp.gate_proj.weight": (("layer", "gate"), True),
-    "mlp.up_proj.weight": (("layer", "up"), True),
-    "mlp.down_proj.weight": (("layer", "down"), True),
-    "norm.weight": (("norm",), False),
-    "reinject.weight": (("reinject",), True),
+_LEVEL = {  # name in the file: place in a Level
+    "input_layernorm": "layer.input_norm",
+    "self_attn.q_proj": "layer.attention.q",
+    "self_attn.k_proj": "layer.attention.k",
+    "self_attn.v_proj": "layer.attention.v",
+    "self_attn.o_proj": "layer.attention.o",
+    "post_attention_layernorm": "layer.mlp_norm",
+    "mlp.gate_proj": "layer.mlp.gate",
+    "mlp.up_proj": "layer.mlp.up",
+    "mlp.down_proj": "layer.mlp.down",
+    "norm": "norm",
+    "reinject": "reinject",
 }
 
 
@@ -72,19 +66,16 @@ class Correction(nnx.Module):
         assert width is not None
         key_state, key_token = jax.random.split(key)
 
-        def weight(key: jax.Array) -> nnx.Param:
-            return nnx.Param(jax.random.normal(key, (hidden, width), dtype) * hidden**-0.5)
-
-        self.of_state, self.of_token = weight(key_state), weight(key_token)
+        self.of_state = Linear(hidden, width, ("embed", "fused"), key_state, dtype)
+        self.of_token = Linear(hidden, width, ("embed", "fused"), key_token, dtype)
         # Starts at zero, so that training starts from guesses without it.
-        self.to_state = nnx.Param(jnp.zeros((width, hidden), dtype))
+        self.to_state = Linear(width, hidden, ("fused", "embed"), None, dtype)
 
     def __call__(self, h: jax.Array, e: jax.Array, eps: float) -> jax.Array:
         """The state [..., H], corrected, of states and embeddings [..., H]."""
         ones = jnp.ones((h.shape[-1],), jnp.float32)
-        of_state = matmul(rms_norm(h, ones, eps), self.of_state[...])
-        of_token = matmul(rms_norm(e, ones, eps), self.of_token[...])
-        return h + matmul(jax.nn.silu(of_state + of_token), self.to_state[...])
+        of_state, of_token = self.of_state(rms_norm(h, ones, eps)), self.of_token(rms_norm(e, ones, eps))
+        return h + self.to_state(jax.nn.silu(of_state + of_token))
 
 
 class Level(nnx.Module):
@@ -93,9 +84,9 @@ class Level(nnx.Module):
     def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any):
         hidden = config.hidden_size
         self.layer = DecoderLayer(layer_config(config), key, dtype)
-        self.norm = nnx.Param(jnp.ones((hidden,), dtype))
+        self.norm = RMSNorm(hidden, config.rms_norm_eps, dtype)
         # Starts at zero, so that training starts from the plain cascade.
-        self.reinject = nnx.Param(jnp.zeros((hidden, hidden), dtype)) if config.reinject else None
+        self.reinject = Linear(hidden, hidden, ("embed", "fused"), None, dtype) if config.reinject else None
 
 
 class FastEagle(DrafterModule):
@@ -107,9 +98,7 @@ class FastEagle(DrafterModule):
         c = config
         key_fc, key_input, key_levels = jax.random.split(key, 3)
         super().__init__(c, key_fc, dtype)
-        self.fuse = nnx.Param(
-            jax.random.normal(key_input, (2 * c.hidden_size, c.hidden_size), dtype) * (2 * c.hidden_size) ** -0.5
-        )
+        self.fuse = Linear(2 * c.hidden_size, c.hidden_size, ("embed", "fused"), key_input, dtype)
         # One for all levels: five times the parameters were no better at the second and third level.
         self.correction = Correction(c, jax.random.fold_in(key, 1), dtype) if c.correction else None
         levels = jax.vmap(lambda k: Level(c, k, dtype))(jax.random.split(key_levels, c.num_levels))
@@ -128,23 +117,23 @@ class FastEagle(DrafterModule):
         target's layers are of other sizes.
         """
         c = self.config
-        hidden, last = c.hidden_size, target.config.num_layers - 1
-        norm = target.norm[...].astype(jnp.float32)
+        hidden, last = c.hidden_size, target.layer(target.config.num_layers - 1)
+        norm = target.norm.weight[...].astype(jnp.float32)
         for level in [self.levels] if self.stacked else self.levels:
-            level.norm[...] = jnp.broadcast_to(norm, level.norm[...].shape)
+            level.norm.weight[...] = jnp.broadcast_to(norm, level.norm.weight.shape)
         if not layers:
             return
         if self.stacked:
-            copied = jnp.full((c.num_levels,), last)
-            copy_weights(self.levels.layer, jax.tree.map(lambda w: w[copied], target.layers))
+            copies = jax.tree.map(lambda w: jnp.broadcast_to(w, (c.num_levels, *w.shape)), last)
+            copy_weights(self.levels.layer, copies)
         else:
             for level in self.levels:
-                copy_weights(level.layer, target.layers[last])
+                copy_weights(level.layer, last)
         # The stream starts at the size that the copied layers know: that of the highest feature.
-        self.fc[...] = jnp.zeros_like(self.fc[...]).at[-hidden:].set(jnp.eye(hidden) * feature_rms[-1])
+        self.fc.set_matrix(jnp.zeros(self.fc.matrix.shape).at[-hidden:].set(jnp.eye(hidden) * feature_rms[-1]))
         embedding = target.embedding[...].astype(jnp.float32)
         gain = EMBEDDING_SHARE * feature_rms[-1] / jnp.sqrt(jnp.mean(embedding**2))
-        self.fuse[...] = jnp.concatenate([jnp.eye(hidden), jnp.eye(hidden) * gain])
+        self.fuse.set_matrix(jnp.concatenate([jnp.eye(hidden), jnp.eye(hidden) * gain]))
 
     def own_head(self) -> None:
         """None: the head is the target's, and frozen."""
@@ -154,7 +143,7 @@ class FastEagle(DrafterModule):
         """The target's embedding, and its head's rows for the draft vocabulary."""
         head = target.head_rows()
         ids = None if self.token_ids is None else self.token_ids[...]
-        return VocabWeights(target.embedding[...], head if ids is None else head[ids], ids)
+        return VocabWeights(target.embedding[...], head if ids is None else head[ids], ids, target.logit_map)
 
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Ring:
         """`empty_ring` of the N levels, in the form they are in."""
@@ -196,12 +185,12 @@ class FastEagle(DrafterModule):
         dtype = features.dtype  # of all activations
         g = self.fused(features)
         e = embed(embedding, next_tokens, dtype)
-        fused = matmul(jnp.concatenate([g, e], axis=-1), self.fuse[...])  # h_1 = L_1(FC([g_t, e_t+1]))
+        fused = self.fuse(jnp.concatenate([g, e], axis=-1))  # h_1 = L_1(FC([g_t, e_t+1]))
         fused = training_rows(fused, visible)
         ones = jnp.ones((c.hidden_size,), jnp.float32)
         rows = "batch" if callable(visible) else "rows"  # as training splits them, and decoding
         again = rms_norm(fused, ones, c.rms_norm_eps) if c.reinject else None
-        turn = rotation(positions, c.rope, c.head_dim)
+        table = rotation(positions, c.rope, c.head_dim)
         past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_levels)
         filled = None if cache is None else cache.filled()
 
@@ -213,16 +202,17 @@ class FastEagle(DrafterModule):
             befores = jnp.stack(befores) if c.correction and apply_correction else None
 
         def level_step(h: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-            level, held, before = xs
+            level, cached, before = xs
             level_past = None
-            if held is not None:
-                k, v, held_positions = held
-                level_past = Past(k, v, seen_in_ring(held_positions, positions, c.window), filled)
+            if cached is not None:
+                k, v, slot_positions = cached
+                level_past = Past(k, v, seen_in_ring(slot_positions, positions, c.window), filled)
+            attend = visible if callable(visible) else Cached(visible, level_past)
             if again is not None:
                 # Brought together first: where the stream is added to partial sums over fsdp, XLA's partitioner (jax
                 # 0.10.2) gave wrong numbers on data 2 x fsdp 2 x tensor 2.
-                h = h + constrain(matmul(again, level.reinject[...]), rows, None, None)
-            h, kv = level.layer(h, turn, visible, level_past)  # h_i = L_i(h_i-1)
+                h = h + constrain(level.reinject(again), rows, None, None)
+            h, kv = level.layer(h, table, attend)  # h_i = L_i(h_i-1)
             h = training_rows(h, visible)
             if not apply_correction:
                 return h, (h, kv)
@@ -243,7 +233,7 @@ class FastEagle(DrafterModule):
         if self.correction is not None:
             assert e is not None
             h = self.correction(h, e, eps)
-        return rms_norm(h, level.norm[...], eps)
+        return level.norm(h)
 
     def extend(self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int) -> Ring:
         """The cache of the first levels with the accepted tokens' stream positions in it."""
@@ -272,7 +262,7 @@ class FastEagle(DrafterModule):
             return self.head_input(levels[depth - 1], h, e)
 
         def guess(states: jax.Array, depth: int) -> jax.Array:
-            logits = head_logits(states, vocab.head)  # [B, f, V]
+            logits = vocab.logits(states)  # [B, f, V]
             return rank(logits, cache.length[:, None] + depth, ids, ranking)
 
         def follow(states: jax.Array, parent: jax.Array, tokens: jax.Array, depth: int) -> jax.Array:
@@ -289,7 +279,7 @@ class FastEagle(DrafterModule):
     def draft_logits(self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
         """The first half of `draft`: each level's logits float32 [B, N, V], and the cache."""
         hidden, cache = self._newest(vocab, new, cache, num_levels)  # [B, N, H]
-        return head_logits(hidden, vocab.head), cache
+        return vocab.logits(hidden), cache
 
     def build_tree(
         self, vocab: VocabWeights, new: Accepted, cache: Ring, logits: jax.Array, tree: TreeSpec, ranking: Ranking
@@ -341,21 +331,18 @@ class FastEagle(DrafterModule):
         if self.stacked:
             return self
         other = nnx.merge(*nnx.split(self))
-        hold_columns(other)
+        to_columns(other)
         other.levels = stack(list(other.levels))
         return other
 
-    def stored(self) -> list[tuple[str, Any, bool]]:
+    def stored(self) -> list[NamedVariable]:
         """As of DrafterModule: levels are numbered from 0."""
-        places: list[tuple[str, Any, bool]] = [("fc.weight", self.fc, True), ("fuse.weight", self.fuse, True)]
-        if (c := self.correction) is not None:
-            parts = {"of_state": c.of_state, "of_token": c.of_token, "to_state": c.to_state}
-            places += [(f"correction.{name}.weight", param, True) for name, param in parts.items()]
+        names = {"fc": "fc", "fuse": "fuse"}
+        if self.correction is not None:
+            names |= {name: name for name in ("correction.of_state", "correction.of_token", "correction.to_state")}
+        tensors = stored_tensors(self, names)
         if self.token_ids is not None:
-            places.append(("token_ids", self.token_ids, False))
+            tensors.append(NamedVariable("token_ids", self.token_ids))
         for i, level in enumerate(self.levels):
-            for name, (path, transposed) in _LEVEL.items():
-                param = functools.reduce(getattr, path, level)
-                if param is not None:
-                    places.append((f"levels.{i}.{name}", param, transposed and not isinstance(param, RowWeight)))
-        return places
+            tensors += stored_tensors(level, {f"levels.{i}.{name}": place for name, place in _LEVEL.items()})
+        return tensors

@@ -29,11 +29,12 @@ from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.devices.sharding import make_on, place
 from fasteagle_jax.drafters.base import DrafterConfig, check_features
-from fasteagle_jax.drafters.table import AXES, CLASSES, class_of
+from fasteagle_jax.drafters.table import CLASSES, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import new_folder, sha256
+from fasteagle_jax.nn.linear import to_rows
 from fasteagle_jax.nn.rope import RopeConfig
-from fasteagle_jax.nn.transformer import hold_rows, stacks_are_faster
+from fasteagle_jax.nn.transformer import stacks_are_faster
 
 TENSORS = "model.safetensors"
 STORAGE = ("float32", "bfloat16", "int8")
@@ -112,29 +113,29 @@ def load_drafter(
 
     if stacked is None:
         stacked = stacks_are_faster(jax.default_backend())
-    drafter = make_on(mesh, AXES, lambda: class_of(config)(config, jax.random.key(0), dtype, stacked=False))
+    drafter = make_on(mesh, lambda: class_of(config)(config, jax.random.key(0), dtype, stacked=False))
     if not stacked and mesh is None:
-        hold_rows(drafter)
+        to_rows(drafter)
     fill(drafter, unpacked(tensors), str(path))
-    return drafter if not stacked else make_on(mesh, AXES, lambda drafter: drafter.stacked_form(), drafter)
+    return drafter if not stacked else make_on(mesh, lambda drafter: drafter.stacked_form(), drafter)
 
 
 def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
     """Puts stored tensors into an unstacked drafter, where its arrays are; UserError, with `source`, for misfits."""
     derived = {"t2d"}  # what d2t says
     stored = drafter.stored()
-    expected = {name: param.shape[::-1] if transposed else param.shape for name, param, transposed in stored}
+    expected = {t.name: t.variable.shape[::-1] if t.transposed else t.variable.shape for t in stored}
     found = {name: value.shape for name, value in tensors.items() if name not in derived}
     if expected != found:
         wrong = sorted(set(expected.items()) ^ set(found.items()))
         raise UserError(f"{source} does not fit its config.json: {', '.join(f'{n} {s}' for n, s in wrong)}")
-    for name, param, transposed in stored:
+    for name, variable, transposed in stored:
         value = tensors[name].T if transposed else tensors[name]
         if name == "d2t":
             value = value + np.arange(len(value))
-        sharding, dtype = param[...].sharding, param[...].dtype
+        sharding, dtype = variable[...].sharding, variable[...].dtype
         on_mesh = isinstance(sharding, NamedSharding)
-        param[...] = place(value.astype(dtype), sharding, value.shape) if on_mesh else jnp.asarray(value, dtype)
+        variable[...] = place(value.astype(dtype), sharding, value.shape) if on_mesh else jnp.asarray(value, dtype)
 
 
 def read_config(folder: Path) -> tuple[DrafterConfig, str]:
@@ -174,14 +175,15 @@ def tensors_of(drafter: Any) -> dict[str, np.ndarray]:
     """A drafter's tensors by the names they are stored under, in the drafter's dtype."""
     drafter = drafter.unstacked()
     tensors = {}
-    for name, param, transposed in drafter.stored():
-        value = np.asarray(param[...])
-        if name == "fc.weight":
-            value = (value.astype(np.float32) * np.asarray(drafter.feature_scale[...])[:, None]).astype(value.dtype)
+    for name, variable, transposed in drafter.stored():
+        value = np.asarray(variable[...])
+        value = value.T if transposed else value
+        if name == "fc.weight":  # [H, F*H]
+            value = (value.astype(np.float32) * np.asarray(drafter.feature_scale[...])).astype(value.dtype)
         if name == "d2t":
             tensors["t2d"] = np.isin(np.arange(drafter.config.vocab_size), value)
             value = (value - np.arange(len(value))).astype(np.int64)
-        tensors[name] = np.ascontiguousarray(value.T if transposed else value)
+        tensors[name] = np.ascontiguousarray(value)
     return tensors
 
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fasteagle_jax.drafters import eagle3, fasteagle
 from fasteagle_jax.drafters.base import DrafterConfig
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.errors import UserError
 
 CLASSES: dict[str, Any] = {"fasteagle": FastEagle, "eagle3": Eagle3}  # by DrafterConfig.kind
-AXES = fasteagle.AXES | eagle3.AXES  # of all of them: names mean the same everywhere
 
 
 def class_of(config: DrafterConfig) -> Any:

@@ -49,9 +49,8 @@ from fasteagle_jax.engine.requests import (
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.engine.sizes import available_everywhere, check_mesh, check_sizes, prompt_buckets, row_counts
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets import llama
-from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.targets.loading import load_target, open_checkpoint
+from fasteagle_jax.targets.table import family_of
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 
 ROUNDS = 16  # that the device runs at most before the host looks
@@ -185,8 +184,8 @@ class Engine:
         self.mesh = mesh
         if mesh is not None:
             check_mesh(mesh, slots, target.config, getattr(drafter, "config", None))
-            target = place_weights(mesh, target, llama.AXES)
-            drafter = place_weights(mesh, drafter, table.AXES)
+            target = place_weights(mesh, target)
+            drafter = place_weights(mesh, drafter)
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
         self.fingerprint = fingerprint
@@ -214,7 +213,7 @@ class Engine:
             None if drafter is None else drafter.vocab_weights(target)
         )  # the embedding is the target's own array
         if mesh is not None:
-            self._vocab = jax.device_put(self._vocab, shardings(mesh, self._vocab, llama.AXES))
+            self._vocab = jax.device_put(self._vocab, shardings(mesh, self._vocab, device.AXES))
         self._nothing: dict[int, Prefilled] = {}  # of each bucket
         self._beginnings: collections.OrderedDict[tuple[int, bool, tuple[int, ...]], Prefilled] = (
             collections.OrderedDict()
@@ -253,7 +252,8 @@ class Engine:
         folder = drafter_folder(drafter, checkpoint)
         config = checkpoint.config
         check_sizes(slots, max_len or 1, config.max_positions)
-        sizes = jax.eval_shape(lambda: Llama(config, jax.random.key(0), dtype))
+        model = family_of(config).model
+        sizes = jax.eval_shape(lambda: model(config, jax.random.key(0), dtype))
         drafter_config = drafter_sizes = None
         if folder is not None:
             drafter_config = read_config(folder)[0]
@@ -261,7 +261,7 @@ class Engine:
             drafter_sizes = jax.eval_shape(lambda: kind(drafter_config, jax.random.key(0), dtype))
         if mesh is not None:
             check_mesh(mesh, slots, config, drafter_config)
-        weights = bytes_of(sizes, mesh, llama.AXES), bytes_of(drafter_sizes, mesh, table.AXES)
+        weights = bytes_of(sizes, mesh), bytes_of(drafter_sizes, mesh)
         Memory(*weights, 0, 0, 0, 0).check(available_everywhere(mesh), "use bfloat16 or a larger device")
         loaded = load_target(target, dtype, mesh=mesh)
         tokenizer = load_tokenizer(loaded.checkpoint.path)
@@ -621,8 +621,8 @@ class Engine:
         nodes = max(1 if tree is None else tree.num_nodes(self._num_levels) for tree in self.trees)
         logits = {"logits": jax.ShapeDtypeStruct((self.num_slots, nodes, self.target.config.vocab_size), jnp.float32)}
         return Memory(
-            target=size(self.target, llama.AXES),
-            drafter=size(self.drafter, table.AXES) + size(vocab, llama.AXES) - size(embedding, llama.AXES),
+            target=size(self.target, device.AXES),
+            drafter=sum(size(part, device.AXES) for part in (self.drafter, vocab)) - size(embedding, device.AXES),
             target_cache=size(state.target_cache, device.AXES),
             drafter_cache=size(state.drafter_cache, device.AXES),
             prefill=sum(prefilled) + SHARED_BEGINNINGS * prefilled[-1],

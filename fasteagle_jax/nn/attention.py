@@ -5,16 +5,19 @@ B rows · Q query tokens · S cache slots · K heads of K/V · G query heads per
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fasteagle_jax.devices.sharding import platform
+from fasteagle_jax.nn.linear import Linear
+from fasteagle_jax.nn.rope import Rotation, rotate
 
 BLOCK = 128  # slots of a cache that attention reads at a time where it can stop early
-
 MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that max() stays finite too
 
 
@@ -128,4 +131,69 @@ def _block(past: Past, i: jax.Array) -> Past:
     return Past(from_cache_storage(k), from_cache_storage(v), seen & (start + jnp.arange(BLOCK) >= i * BLOCK))
 
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # attention from q, k and v
+# --- a layer's attention ----------------------------------------------------------------------------------------
+
+# Attention as a layer takes it, from q [B, Q, heads, D] and the layer's own fresh k and v [B, Q, K, D] to what they
+# give, in q's shape. Which keys and values a query sees besides or instead is its business.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """An Attend over a layer's committed slots and its fresh keys."""
+
+    visible: jax.Array  # bool [B, Q, Q], as of `attention`
+    past: Past | None = None
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """`attention`, token by token."""
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, Q, D]
+        return by_token(attention(by_kv_head(q, k.shape[1]), k, v, self.visible, self.past), q.shape[1])
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention of a stream with itself, from the normed stream to what is added to it."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        keys: Iterator[jax.Array],
+        dtype: Any = jnp.float32,
+        *,
+        bias: bool = False,
+        num_in: int | None = None,
+    ):
+        """Random weights; the input is `num_in` wide, None for `hidden_size`."""
+        num_in = num_in or hidden_size
+        heads, kv_heads = num_heads * head_dim, num_kv_heads * head_dim
+        self.head_dim = head_dim
+        self.q = Linear(num_in, heads, ("embed", "heads"), next(keys), dtype, bias=bias)
+        self.k = Linear(num_in, kv_heads, ("embed", "heads"), next(keys), dtype, bias=bias)
+        self.v = Linear(num_in, kv_heads, ("embed", "heads"), next(keys), dtype, bias=bias)
+        self.o = Linear(heads, hidden_size, ("heads", "embed"), next(keys), dtype, bias=bias)
+
+    def __call__(
+        self, x: jax.Array, rotation: Rotation, attend: Attend
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """What attention adds to the stream [B, Q, H], and the fresh keys and values, each [B, K, Q, D]."""
+        q, k, v = self.project(x, rotation)
+        out = self.output(attend(q, k, v).astype(x.dtype))
+        return out, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+
+    def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, Q, heads, D], k and v [B, Q, K, D] of x [B, Q, in], q and k rotated.
+
+        All are in the weights' (and so the cache's) dtype, whether a key is fresh or read back.
+        """
+        # Or XLA's TPU compiler takes the split into heads into the product, and copies all layers' weights for it.
+        q, k, v = jax.lax.optimization_barrier((self.q(x), self.k(x), self.v(x)))
+        q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in (q, k, v))
+        dtype = self.k.weight.dtype
+        return rotate(q, rotation).astype(dtype), rotate(k, rotation).astype(dtype), v.astype(dtype)
+
+    def output(self, attended: jax.Array) -> jax.Array:
+        """What is added to the stream [B, Q, H], of attended values [B, Q, heads, D]."""
+        return self.o(attended.reshape(*attended.shape[:2], -1))

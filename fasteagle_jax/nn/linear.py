@@ -5,14 +5,15 @@ A product runs in its weight's dtype, accumulates in float32 and returns in the 
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 FEW_ROWS = 64  # up to which a CPU multiplies faster from the left (see _product_from_left)
-
 FEW_HEAD_ROWS = 32  # the same under a head, whose product is large itself, and is transposed once more
 
 
@@ -105,8 +106,77 @@ def _head_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[j
 head_logits.defvjp(_head_forward, _head_backward)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class LogitMap:
+    """From a head's products to logits: `scale` times them, then within +-`soft_cap` by a tanh (None for no cap)."""
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def __call__(self, products: jax.Array) -> jax.Array:
+        """Logits float32 [..., V] of products [..., V]."""
+        logits = products if self.scale == 1 else products * self.scale
+        return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
+
+
 class RowWeight(nnx.Param):
-    """A frozen matrix held [out, in], a row an output."""
+    """A frozen matrix in the layout [out, in], a row an output."""
+
+
+class Linear(nnx.Module):
+    """A matrix product, with a bias or without: the owner of its weight's layout and logical axes.
+
+    `weight` is [in, out] (a stack of layers has leading dimensions), or a RowWeight [out, in]; `matrix` is [in, out]
+    for either. Its `axes`, beside the value, are the logical axes of its last two dimensions (see sharding.RULES).
+    """
+
+    def __init__(
+        self,
+        num_in: int,
+        num_out: int,
+        axes: tuple[str, str],
+        key: jax.Array | None = None,
+        dtype: Any = jnp.float32,
+        *,
+        bias: bool = False,
+    ):
+        """Random weights of variance 1 / num_in; zeros where `key` is None."""
+        shape = (num_in, num_out)
+        value = jnp.zeros(shape, dtype) if key is None else jax.random.normal(key, shape, dtype) * num_in**-0.5
+        self.weight = nnx.Param(value, axes=axes)
+        # A vector of the stream's width is whole everywhere, as norms are.
+        bias_axis = None if axes[1] == "embed" else axes[1]
+        self.bias = nnx.Param(jnp.zeros((num_out,), dtype), axes=(bias_axis,)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., in] times the weight, plus the bias: [..., out] in x's dtype."""
+        if self.by_rows:
+            rows = x.reshape(-1, x.shape[-1]).astype(self.weight.dtype)
+            y = matmul_by_rows(rows, self.weight[...], FEW_ROWS).reshape(*x.shape[:-1], -1).astype(x.dtype)
+        else:
+            y = matmul(x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the weight is a RowWeight."""
+        return isinstance(self.weight, RowWeight)
+
+    @property
+    def matrix(self) -> jax.Array:
+        """The weight as [..., in, out]."""
+        return self.weight[...].mT if self.by_rows else self.weight[...]
+
+    def set_matrix(self, value: jax.Array) -> None:
+        """Gives the weight the values of [..., in, out]."""
+        self.weight[...] = value.mT if self.by_rows else value
+
+    def turn(self, kind: type[nnx.Param]) -> None:
+        """Gives a weight of two dimensions the layout of `kind`, RowWeight or nnx.Param, if it has the other one."""
+        weight = self.weight
+        if type(weight) is not kind and weight.ndim == 2:
+            self.weight = kind(weight[...].T, axes=weight.axes[::-1])
 
 
 def rows_are_faster() -> bool:
@@ -114,11 +184,21 @@ def rows_are_faster() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def affine(x: jax.Array, w: nnx.Param, b: nnx.Param | None) -> jax.Array:
-    """x [..., in] times a weight in either layout, plus a bias: [..., out] in x's dtype."""
-    if isinstance(w, RowWeight):
-        rows = x.reshape(-1, x.shape[-1]).astype(w.dtype)
-        y = matmul_by_rows(rows, w[...], FEW_ROWS).reshape(*x.shape[:-1], -1).astype(x.dtype)
-    else:
-        y = matmul(x, w[...])
-    return y if b is None else y + b[...].astype(y.dtype)
+def to_rows(model: nnx.Module) -> None:
+    """Turns the unstacked weights of a model's Linears into RowWeights, if these are faster.
+
+    It is for decoding: a training step's many rows and gradients gain nothing from it.
+    """
+    if rows_are_faster():
+        _turn_all(model, RowWeight)
+
+
+def to_columns(model: nnx.Module) -> None:
+    """Undoes `to_rows`."""
+    _turn_all(model, nnx.Param)
+
+
+def _turn_all(model: nnx.Module, kind: type[nnx.Param]) -> None:
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            module.turn(kind)

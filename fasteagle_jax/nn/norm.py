@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm with a weight per channel, one at first."""
+
+    def __init__(self, size: int, eps: float, dtype: Any = jnp.float32):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((size,), dtype), axes=(None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., size] normalised and weighted, in x's dtype."""
+        return rms_norm(x, self.weight[...], self.eps)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

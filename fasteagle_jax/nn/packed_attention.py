@@ -37,6 +37,10 @@ class Packed(NamedTuple):
         """`packed_attention`, as layers take it."""
         return packed_attention(q, k, v, self)
 
+    def within(self, window: int | None) -> Packed:
+        """The same for keys of the last `window` positions alone, None for all."""
+        return self._replace(window=window)
+
     def visible(self, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
         """bool [B, size, T], True where the query at start + i sees the key at j; for all queries by default."""
         num_tokens = self.segments.shape[1]

@@ -86,8 +86,11 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
 
-def rotation(positions: jax.Array, rope: RopeConfig, head_dim: int) -> Rotation:
-    """The Rotation of tokens at `positions` int32 [B, Q]."""
+def rotation(positions: jax.Array, rope: RopeConfig | None, head_dim: int) -> Rotation:
+    """The Rotation of tokens at `positions` int32 [B, Q]; by no angle without `rope`."""
+    if rope is None:
+        nothing = jnp.zeros((*positions.shape, 1, head_dim // 2))
+        return Rotation(nothing + 1, nothing)
     angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
     if platform() != "cpu" or head_dim % 4:
         return Rotation(jnp.cos(angles), jnp.sin(angles))

@@ -1,6 +1,6 @@
-"""The parts of a Llama decoder layer, shared by targets and drafters.
+"""A decoder layer, and how stacks of layers are run.
 
-B rows · Q query tokens · S cache slots · H hidden width · K heads of K/V · G query heads per K/V head · D head width.
+B rows · Q query tokens · H hidden width · K heads of K/V · D head width.
 Precision: norms, rotary angles and softmax are float32; a matrix product runs in its weight's dtype, accumulates in
 float32 and returns in the activation's dtype.
 """
@@ -8,17 +8,19 @@ float32 and returns in the activation's dtype.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.nn.attention import Attend, Past, attention, by_kv_head, by_token
-from fasteagle_jax.nn.linear import RowWeight, affine, rows_are_faster
-from fasteagle_jax.nn.norm import rms_norm
-from fasteagle_jax.nn.rope import Rotation, rotate
+from fasteagle_jax.nn.attention import Attend, Attention, Cached, Past
+from fasteagle_jax.nn.mlp import Mlp
+from fasteagle_jax.nn.norm import RMSNorm
+from fasteagle_jax.nn.rope import RopeConfig, Rotation, rotation
+
+NO_WINDOW = 2**30  # a window that no position is outside of
 
 # --- a decoder layer --------------------------------------------------------------------------------------------
 
@@ -37,115 +39,109 @@ class LayerConfig:
     mlp_bias: bool = False
 
 
-# The logical axes of a decoder layer's weights (see sharding.RULES); those of its vectors are whole everywhere.
-LAYER_AXES = {
-    "q": ("embed", "heads"),
-    "k": ("embed", "heads"),
-    "v": ("embed", "heads"),
-    "o": ("heads", "embed"),
-    "gate": ("embed", "mlp"),
-    "up": ("embed", "mlp"),
-    "down": ("mlp", "embed"),
-    "q_bias": ("heads",),
-    "k_bias": ("heads",),
-    "v_bias": ("heads",),
-    "gate_bias": ("mlp",),
-    "up_bias": ("mlp",),
-}
-
-MATRICES = tuple(name for name, axes in LAYER_AXES.items() if len(axes) == 2)
-
-
 class DecoderLayer(nnx.Module):
     """A Llama decoder layer: RMSNorm, grouped-query attention, RMSNorm, SwiGLU, each added to its input.
 
-    Weights are [in, out], or RowWeights. A stack of layers is this module with a leading axis on every leaf (see
-    `run_layers`).
+    A stack of layers is this module with a leading axis on every leaf (see `run_layers`).
     """
 
     def __init__(self, config: LayerConfig, key: jax.Array, dtype: Any = jnp.float32):
         c = config
-        heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         keys = iter(jax.random.split(key, 7))
-
-        def weight(num_in: int, num_out: int) -> nnx.Param:
-            return nnx.Param(jax.random.normal(next(keys), (num_in, num_out), dtype) * num_in**-0.5)
-
-        def bias(size: int, present: bool) -> nnx.Param | None:
-            return nnx.Param(jnp.zeros((size,), dtype)) if present else None
-
-        self.config = config
-        self.input_norm = nnx.Param(jnp.ones((c.hidden_size,), dtype))
-        self.q = weight(c.hidden_size, heads)
-        self.k = weight(c.hidden_size, kv_heads)
-        self.v = weight(c.hidden_size, kv_heads)
-        self.o = weight(heads, c.hidden_size)
-        self.mlp_norm = nnx.Param(jnp.ones((c.hidden_size,), dtype))
-        self.gate = weight(c.hidden_size, c.intermediate_size)
-        self.up = weight(c.hidden_size, c.intermediate_size)
-        self.down = weight(c.intermediate_size, c.hidden_size)
-        self.q_bias = bias(heads, c.attention_bias)
-        self.k_bias = bias(kv_heads, c.attention_bias)
-        self.v_bias = bias(kv_heads, c.attention_bias)
-        self.o_bias = bias(c.hidden_size, c.attention_bias)
-        self.gate_bias = bias(c.intermediate_size, c.mlp_bias)
-        self.up_bias = bias(c.intermediate_size, c.mlp_bias)
-        self.down_bias = bias(c.hidden_size, c.mlp_bias)
+        self.input_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+        self.attention = Attention(
+            c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, keys, dtype, bias=c.attention_bias
+        )
+        self.mlp_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+        self.mlp = Mlp(c.hidden_size, c.intermediate_size, keys, dtype, bias=c.mlp_bias)
 
     def __call__(
-        self, x: jax.Array, turn: Rotation, visible: jax.Array | Attend, past: Past | None
+        self, x: jax.Array, rotation: Rotation, attend: Attend
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """The layer's output [B, Q, H] and its fresh keys and values, each [B, K, Q, D].
-
-        `visible` is as of `attention`, or a function from q [B, Q, heads, D], k and v [B, Q, K, D] to what attention
-        over these alone gives, in q's shape.
-        """
-        c = self.config
-        batch, num_tokens, _ = x.shape
-
-        h = rms_norm(x, self.input_norm[...], c.rms_norm_eps)
-        q, k, v = affine(h, self.q, self.q_bias), affine(h, self.k, self.k_bias), affine(h, self.v, self.v_bias)
-        # Or XLA's TPU compiler takes the split into heads into the product, and copies all layers' weights for it.
-        q, k, v = jax.lax.optimization_barrier((q, k, v))
-        q = q.reshape(batch, num_tokens, c.num_heads, c.head_dim)
-        k = k.reshape(batch, num_tokens, c.num_kv_heads, c.head_dim)
-        v = v.reshape(batch, num_tokens, c.num_kv_heads, c.head_dim)
-        # Attention runs in the weights' (and so the cache's) dtype, whether a key is fresh or read back.
-        dtype = self.k[...].dtype
-        q, k, v = rotate(q, turn).astype(dtype), rotate(k, turn).astype(dtype), v.astype(dtype)
-        if callable(visible):
-            out = visible(q, k, v)
-            k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        else:
-            k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, Q, D]
-            out = by_token(attention(by_kv_head(q, c.num_kv_heads), k, v, visible, past), num_tokens)
-        out = out.reshape(batch, num_tokens, -1).astype(x.dtype)
-        x = x + affine(out, self.o, self.o_bias)
-
-        h = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
-        gate, up = affine(h, self.gate, self.gate_bias), affine(h, self.up, self.up_bias)
-        return x + affine(jax.nn.silu(gate) * up, self.down, self.down_bias), (k, v)
+        """The layer's output [B, Q, H] and its fresh keys and values, each [B, K, Q, D]."""
+        attended, fresh = self.attention(self.input_norm(x), rotation, attend)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), fresh
 
 
-def hold_rows(model: nnx.Module) -> None:
-    """Turns the matrices of a model's unstacked decoder layers into RowWeights, where these are faster.
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What differs from layer to layer of one structure, beside the weights."""
 
-    It is for decoding: a training step's many rows and gradients gain nothing from it.
+    rope: RopeConfig | None = RopeConfig()  # None: no rotation
+    window: int | None = None  # W: a position sees itself and the W - 1 before it; None for all
+
+
+class LayerKinds:
+    """The rotary tables and windows of a forward pass over layers of several kinds.
+
+    The layers of a list have their kind at hand. Those of a stack are one compiled body: each layer's number among the
+    distinct kinds goes through the scan, and picks its table and window there.
     """
-    _hold(model, nnx.Param, RowWeight)
+
+    def __init__(self, kinds: Sequence[LayerKind], positions: jax.Array, head_dim: int, *, stacked: bool):
+        """`kinds` of all layers in their order; `positions` int32 [B, Q] of the tokens."""
+        self.distinct = tuple(dict.fromkeys(kinds))
+        ropes = tuple(dict.fromkeys(kind.rope for kind in self.distinct))
+        tables = {rope: rotation(positions, rope, head_dim) for rope in ropes}
+        self._positions = positions
+        self._rotations = [tables[kind.rope] for kind in self.distinct]
+        numbers = [self.distinct.index(kind) for kind in kinds]
+        varied = stacked and len(self.distinct) > 1
+        # What `run_layers` takes beside the layers: each one's number, or nothing where there is nothing to tell apart.
+        self.numbers: Any = jnp.asarray(numbers, jnp.int32) if varied else None if stacked else numbers
+
+    def of(self, number: Any) -> LayerContext:
+        """The LayerContext of a layer by its number: an int, an int32 [] inside a scan, or None for the only kind."""
+        if not isinstance(number, jax.Array):
+            kind = self.distinct[number or 0]
+            return LayerContext(self._rotations[number or 0], self._positions, kind.window, None)
+        stacked = jax.tree.map(lambda *tables: jnp.stack(tables)[number], *self._rotations)
+        windows = [kind.window for kind in self.distinct]
+        if len(set(windows)) == 1:
+            return LayerContext(stacked, self._positions, windows[0], None)
+        return LayerContext(stacked, self._positions, None, (number, tuple(windows)))
 
 
-def hold_columns(model: nnx.Module) -> None:
-    """Undoes `hold_rows`."""
-    _hold(model, RowWeight, nnx.Param)
+class LayerContext(NamedTuple):
+    """One layer's rotary table, and which keys its window leaves in sight."""
+
+    rotation: Rotation
+    positions: jax.Array  # int32 [B, Q]
+    window: int | None
+    choice: tuple[jax.Array, tuple[int | None, ...]] | None  # inside a scan: the kind's number, the kinds' windows
+
+    def attend(self, visible: Any, past: Past | None) -> Attend:
+        """Attention of the layer: over `past` and fresh keys by a mask bool [B, Q, Q], or as a Windowed `visible` does.
+
+        Of the latter a layer of a scan runs the branch of its kind: a kernel's mask is static.
+        """
+        if callable(visible):
+            if self.choice is None:
+                return visible.within(self.window)
+            number, windows = self.choice
+            branches = [visible.within(window) for window in windows]
+            return lambda q, k, v: jax.lax.switch(number, branches, q, k, v)
+        if self.choice is None and self.window is None:
+            return Cached(visible, past)
+        window: Any = self.window
+        if self.choice is not None:
+            number, windows = self.choice
+            window = jnp.asarray([NO_WINDOW if w is None else w for w in windows], jnp.int32)[number]
+        queries = self.positions[:, :, None]
+        visible = jnp.logical_and(visible, queries - self.positions[:, None] < window)
+        if past is not None:
+            slots = jnp.arange(past.k.shape[-2])  # slot p holds position p
+            past = past._replace(seen=past.seen & (queries - slots < window))
+        return Cached(visible, past)
 
 
-def _hold(model: nnx.Module, old: type[nnx.Param], new: type[nnx.Param]) -> None:
-    for _, layer in nnx.iter_modules(model):
-        for name in MATRICES if isinstance(layer, DecoderLayer) else ():
-            weight = getattr(layer, name)
-            if type(weight) is old and weight.ndim == 2 and rows_are_faster():
-                setattr(layer, name, new(weight[...].T))
+class Windowed(Protocol):
+    """An Attend that takes a window: packed rows, as training has them."""
+
+    def within(self, window: int | None) -> Attend:
+        """The same for keys of the last `window` positions alone, None for all."""
+        ...
 
 
 # --- stacks -----------------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.llama import LlamaConfig
 
 _FINGERPRINT_ROWS = 64
 
@@ -34,7 +34,7 @@ class Checkpoint:
     """A target's configuration and its tensors, read lazily under their Hugging Face names."""
 
     path: Path
-    config: LlamaConfig
+    config: Any  # of its family
     tensors: Mapping[str, StoredTensor] = dataclasses.field(repr=False)
 
     def names(self) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     del config["max_positions"]  # a limit of use, which users change, and no property of the weights
     if config["rope"]["kind"] != "llama3":
         del config["rope"]["original_max_positions"]
-    # A vocab head may be stored or left out, and old files store the rotary frequencies: neither is a weight.
+    # A tied head may be stored or left out, and old files store the rotary frequencies: neither is a weight.
     ignored = ("lm_head.weight",) if checkpoint.config.tie_embeddings else ()
     names = [name for name in checkpoint.names() if name not in ignored and not name.endswith("inv_freq")]
     digest = hashlib.sha256(json.dumps([config, [(name, checkpoint.shape(name)) for name in names]]).encode())

@@ -17,28 +17,11 @@ from gguf.quants import dequantize
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line
 from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor
-from fasteagle_jax.targets.llama import LlamaConfig
+from fasteagle_jax.targets.family import Family, GgufNames
+from fasteagle_jax.targets.table import family_of_gguf
 
-_GGUF_TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-
-_GGUF_BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
+_GGUF_TOP = re.compile(r"(\w+)\.weight")
 _GGUF_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-
 _GGUF_ROTARY = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")  # tables, no parameters
 
 _STRING, _ARRAY = 8, 9
@@ -154,12 +137,18 @@ class _Cursor:
 def open_gguf(path: Path) -> Checkpoint:
     """The checkpoint in a GGUF file; UserError if it is damaged or no model of a family that is known."""
     metadata, stored = read_gguf(path)
-    config = _gguf_config(path, metadata, stored)
+    try:
+        family = family_of_gguf(metadata.get("general.architecture", "unknown"))
+        names = family.gguf
+        assert names is not None
+        config = family.config.from_hf(_hf_config(path, family, metadata, stored))
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(f"{path}") else f"{path}: {error}") from error
     tensors: dict[str, StoredTensor] = {}
-    for name, hf_name in _hf_names(path, stored):
+    for name, hf_name in _hf_names(path, names, stored):
         tensor = stored[name]
         load: Callable[[int | None], np.ndarray] = tensor.read
-        if ".attn_q." in name or ".attn_k." in name:
+        if any(f".{part}." in name for part in names.permuted):
             num_heads = config.num_heads if ".attn_q." in name else config.num_kv_heads
             if tensor.shape[0] != num_heads * config.head_dim:
                 raise UserError(
@@ -171,18 +160,20 @@ def open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(path, config, tensors)
 
 
-def _hf_names(path: Path, names: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Pairs of a GGUF name and its Hugging Face name; a tensor that a Llama model has not is an error."""
+def _hf_names(path: Path, known: GgufNames, names: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Pairs of a GGUF name and its Hugging Face name; a tensor that the family does not have is an error."""
     for name in names:
+        top, block = _GGUF_TOP.fullmatch(name), _GGUF_BLOCK.fullmatch(name)
         if _GGUF_ROTARY.fullmatch(name):
             continue
-        if name in _GGUF_TOP_NAMES:
-            yield name, _GGUF_TOP_NAMES[name]
-            continue
-        match = _GGUF_BLOCK.fullmatch(name)
-        if not match or match[2] not in _GGUF_BLOCK_NAMES:
-            raise UserError(f"{path}: tensor {name} has no place in a Llama model: use a dense Llama target")
-        yield name, f"model.layers.{match[1]}.{_GGUF_BLOCK_NAMES[match[2]]}.{match[3]}"
+        if top and top[1] in known.top:
+            yield name, f"{known.top[top[1]]}.weight"
+        elif block and block[2] in known.block:
+            yield name, f"model.layers.{block[1]}.{known.block[block[2]]}.{block[3]}"
+        else:
+            raise UserError(
+                f"{path}: tensor {name} has no place in a {known.architecture} model: use a target without it"
+            )
 
 
 def _unpermuted(tensor: GgufTensor, num_heads: int) -> Callable[[int | None], np.ndarray]:
@@ -200,18 +191,20 @@ def _unpermuted(tensor: GgufTensor, num_heads: int) -> Callable[[int | None], np
     return load
 
 
-def _gguf_config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> LlamaConfig:
-    architecture = metadata.get("general.architecture", "unknown")
-    if architecture != "llama":
-        raise UserError(f"{path}: architecture {architecture!r} is not supported: use a llama target")
+def _hf_config(
+    path: Path, family: Family, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]
+) -> dict[str, Any]:
+    """The `config.json` of Hugging Face that the metadata amount to, as a dict."""
+    architecture = metadata["general.architecture"]
 
     def field(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"llama.{key}", default)
+        key = f"{architecture}.{key}"
+        value = metadata.get(key, default)
         if value is None:
-            raise UserError(f"{path} lacks llama.{key}: convert the model again with llama.cpp")
+            raise UserError(f"{path} lacks {key}: convert the model again with llama.cpp")
         if isinstance(value, list):  # one value per layer
             if len(set(value)) != 1:
-                raise UserError(f"{path}: llama.{key} differs between layers: use a target with equal layers")
+                raise UserError(f"{path}: {key} differs between layers: use a target with equal layers")
             value = value[0]
         # Files hold float32: 1e-5 is there as 9.999999747e-06, whose shortest spelling is what was meant.
         return float(str(np.float32(value))) if isinstance(value, float) else value
@@ -228,8 +221,8 @@ def _gguf_config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, 
     if "rope_freqs.weight" in tensors:
         original = field("rope.scaling.original_context_length", 8192)
         scaling = _llama3_scaling(path, tensors["rope_freqs.weight"].read(), theta, head_dim, original)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
+    return {
+        "architectures": list(family.architectures),
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": field("embedding_length"),
         "intermediate_size": field("feed_forward_length"),
@@ -245,10 +238,6 @@ def _gguf_config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, 
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
-    try:
-        return LlamaConfig.from_hf(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def _llama3_scaling(

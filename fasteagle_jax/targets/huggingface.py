@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, read_json
 from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor
-from fasteagle_jax.targets.llama import LlamaConfig
+from fasteagle_jax.targets.table import family_of_files
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -23,7 +23,7 @@ def open_folder(folder: Path) -> Checkpoint:
         raise UserError(f"{folder} has no config.json: {remedy}")
     hf = read_json(path)
     try:
-        config = LlamaConfig.from_hf(hf)
+        config = family_of_files(hf).config.from_hf(hf)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (TypeError, ValueError) as error:

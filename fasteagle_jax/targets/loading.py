@@ -1,4 +1,4 @@
-"""A target from its weights: one strict table between Hugging Face names and ours.
+"""A target from its weights, by its family's strict table of Hugging Face names.
 
 L layers. Ours are [in, out] and, where stacked, have a leading L; Hugging Face's (torch's) are [out, in].
 """
@@ -17,52 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fasteagle_jax.devices.sharding import place, row_major, spec
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import wheel_file
 from fasteagle_jax.io.files import first_line
-from fasteagle_jax.nn.linear import RowWeight, rows_are_faster
-from fasteagle_jax.nn.transformer import stacks_are_faster, unstack
+from fasteagle_jax.nn.stored import NamedVariable, stored_tensors
+from fasteagle_jax.nn.transformer import stacks_are_faster
 from fasteagle_jax.targets.checkpoint import Checkpoint, fingerprint
 from fasteagle_jax.targets.gguf import open_gguf
 from fasteagle_jax.targets.huggingface import open_folder
-from fasteagle_jax.targets.llama import AXES, Llama, LlamaConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    name: str  # Hugging Face's; {} is the layer
-    path: str  # ours: an attribute of Llama, or of a layer
-    transposed: bool = False
-
-
-_TOP = (
-    _Entry("model.embed_tokens.weight", "embedding"),
-    _Entry("model.norm.weight", "norm"),
-    _Entry("lm_head.weight", "head"),
-)
-
-_LAYER = (
-    _Entry("model.layers.{}.input_layernorm.weight", "input_norm"),
-    _Entry("model.layers.{}.self_attn.q_proj.weight", "q", transposed=True),
-    _Entry("model.layers.{}.self_attn.k_proj.weight", "k", transposed=True),
-    _Entry("model.layers.{}.self_attn.v_proj.weight", "v", transposed=True),
-    _Entry("model.layers.{}.self_attn.o_proj.weight", "o", transposed=True),
-    _Entry("model.layers.{}.self_attn.q_proj.bias", "q_bias"),
-    _Entry("model.layers.{}.self_attn.k_proj.bias", "k_bias"),
-    _Entry("model.layers.{}.self_attn.v_proj.bias", "v_bias"),
-    _Entry("model.layers.{}.self_attn.o_proj.bias", "o_bias"),
-    _Entry("model.layers.{}.post_attention_layernorm.weight", "mlp_norm"),
-    _Entry("model.layers.{}.mlp.gate_proj.weight", "gate", transposed=True),
-    _Entry("model.layers.{}.mlp.up_proj.weight", "up", transposed=True),
-    _Entry("model.layers.{}.mlp.down_proj.weight", "down", transposed=True),
-    _Entry("model.layers.{}.mlp.gate_proj.bias", "gate_bias"),
-    _Entry("model.layers.{}.mlp.up_proj.bias", "up_bias"),
-    _Entry("model.layers.{}.mlp.down_proj.bias", "down_bias"),
-)
+from fasteagle_jax.targets.table import family_of
 
 _IGNORED = "rotary_emb.inv_freq"  # a buffer of older files; ours is computed
 
@@ -71,7 +37,7 @@ _IGNORED = "rotary_emb.inv_freq"  # a buffer of older files; ours is computed
 class LoadedTarget:
     """A target with what is known of where it came from."""
 
-    model: Llama
+    model: Any  # a decoding.interfaces.Target
     fingerprint: str
     checkpoint: Checkpoint
 
@@ -84,7 +50,7 @@ def load_target(
     training: bool = False,
     mesh: Mesh | None = None,
 ) -> LoadedTarget:
-    """The Llama in a Hugging Face folder, hub repository or GGUF file, its weights in `dtype`.
+    """The target in a Hugging Face folder, hub repository or GGUF file, its weights in `dtype`.
 
     `stacked` says whether the layers are one scanned stack or a list; None for what is faster on this backend, in
     decoding or in `training`. On a mesh every weight goes straight into its shards. The host holds one tensor of the
@@ -98,48 +64,41 @@ def load_target(
     return LoadedTarget(model, fingerprint(checkpoint), checkpoint)
 
 
-def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mesh | None = None) -> Llama:
-    """The Llama that a checkpoint holds; all missing, surplus and mis-shaped tensors in one UserError."""
+def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mesh | None = None) -> Any:
+    """The target that a checkpoint holds; all missing, surplus and mis-shaped tensors in one UserError."""
     config = checkpoint.config
-    # Shapes first, values after: nothing is created that is then replaced.
+    family = family_of(config)
     # On a CPU, element-wise float32 is faster than bfloat16 and nothing else is gained by rounding.
     activations = jnp.float32 if jax.default_backend() == "cpu" else dtype
-    model = jax.eval_shape(lambda: Llama(config, jax.random.key(0), dtype, stacked=True, activation_dtype=activations))
-    expected = _expected_shapes(config, model)
-    _check(checkpoint, expected)
 
-    by_rows = not stacked and mesh is None and rows_are_faster()  # as they are stored
+    def make() -> Any:
+        model = family.model(config, jax.random.key(0), dtype, stacked=True, activation_dtype=activations)
+        return model if stacked else model.unstacked(by_rows=mesh is None)
 
-    def read(name: str, entry: _Entry) -> jax.Array:
+    # Shapes first, values after: nothing is created that is then replaced.
+    model = jax.eval_shape(make)
+    top = stored_tensors(model, family.top)
+    layers = [stored_tensors(layer, family.layer) for layer in ([model.layers] if stacked else model.layers)]
+    _check(checkpoint, _expected_shapes(config.num_layers, top, layers, stacked=stacked))
+
+    def read(name: str, tensor: NamedVariable) -> jax.Array:
         value = checkpoint.read(name)
-        value = np.ascontiguousarray((value.T if entry.transposed and not by_rows else value).astype(dtype))
-        return jnp.asarray(value) if mesh is None else place(value, _sharding(mesh, entry, value), value.shape)
+        value = np.ascontiguousarray((value.T if tensor.transposed else value).astype(dtype))
+        if mesh is None:
+            return jnp.asarray(value)
+        return place(value, NamedSharding(mesh, spec(mesh, tensor.variable.axes, value.shape)), value.shape)
 
-    for entry in _TOP:
-        if entry.name in expected:
-            setattr(model, entry.path, nnx.Param(read(entry.name, entry)))
-    layers = model.layers if stacked else nnx.List(unstack_shapes(model.layers, config.num_layers))
-    for entry in _LAYER:
-        names = [entry.name.format(i) for i in range(config.num_layers)]
-        if names[0] not in expected:
-            continue
-        if stacked:
-            setattr(layers, entry.path, nnx.Param(_stacked((read(name, entry) for name in names), len(names))))
-        else:
-            param = RowWeight if entry.transposed and by_rows else nnx.Param
-            for layer, name in zip(layers, names, strict=True):
-                setattr(layer, entry.path, param(read(name, entry)))
-    model.layers = layers
+    for tensor in top:
+        tensor.variable.set_value(read(tensor.name, tensor))
+    for i, layer in enumerate(layers):
+        for tensor in layer:
+            if stacked:
+                names = [tensor.name.format(i) for i in range(config.num_layers)]
+                stack = _stacked((read(name, tensor) for name in names), len(names))
+                tensor.variable.set_value(stack)
+            else:
+                tensor.variable.set_value(read(tensor.name.format(i), tensor))
     return model
-
-
-def unstack_shapes(stacked: Any, num_layers: int) -> list[Any]:
-    """`layers.unstack` of a tree of jax.ShapeDtypeStruct."""
-    return jax.eval_shape(lambda tree: unstack(tree, num_layers), stacked)
-
-
-def _sharding(mesh: Mesh, entry: _Entry, value: np.ndarray) -> NamedSharding:
-    return NamedSharding(mesh, spec(mesh, AXES.get(entry.path, (None,) * value.ndim), value.shape))
 
 
 def _stacked(layers: Iterator[jax.Array], num_layers: int) -> jax.Array:
@@ -160,24 +119,26 @@ def _stacked(layers: Iterator[jax.Array], num_layers: int) -> jax.Array:
     return stack
 
 
-def _expected_shapes(config: LlamaConfig, model: Llama) -> dict[str, tuple[int, ...]]:
-    """Hugging Face's name of every tensor the target needs, with its shape there."""
-    expected = {}
-    for entry in _TOP:
-        if (param := getattr(model, entry.path)) is not None:
-            expected[entry.name] = param.shape
-    for entry in _LAYER:
-        if (param := getattr(model.layers, entry.path)) is not None:
-            shape = param.shape[1:]
-            for i in range(config.num_layers):
-                expected[entry.name.format(i)] = shape[::-1] if entry.transposed else shape
+def _expected_shapes(
+    num_layers: int, top: list[NamedVariable], layers: list[list[NamedVariable]], *, stacked: bool
+) -> dict[str, tuple[int, ...]]:
+    """Hugging Face's name of every tensor that the target needs, with its shape there."""
+
+    def shape(tensor: NamedVariable, leading: int = 0) -> tuple[int, ...]:
+        own = tensor.variable.shape[leading:]
+        return own[::-1] if tensor.transposed else own
+
+    expected = {tensor.name: shape(tensor) for tensor in top}
+    for i in range(num_layers):
+        for tensor in layers[0 if stacked else i]:
+            expected[tensor.name.format(i)] = shape(tensor, int(stacked))
     return expected
 
 
 def _check(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
     present = {name for name in checkpoint.names() if not name.endswith(_IGNORED)}
     if checkpoint.config.tie_embeddings:
-        present.discard("lm_head.weight")  # some vocab checkpoints store the shared matrix twice
+        present.discard("lm_head.weight")  # some tied checkpoints store the shared matrix twice
     missing = sorted(set(expected) - present)
     surplus = sorted(present - set(expected))
     misshaped = [

@@ -75,16 +75,16 @@ def drafter_from(
         raise UserError(f"the drafter to start from has {wrong}: set the run's drafter sizes to its own")
     drafter = class_of(config)(config, jax.random.key(0), stacked=False)
     # As they are stored, whichever way around a model holds them.
-    weights = {name: p[...].T if transposed else p[...] for name, p, transposed in trained.unstacked().stored()}
-    for name, param, transposed in drafter.stored():
+    weights = {t.name: t.variable[...].T if t.transposed else t.variable[...] for t in trained.unstacked().stored()}
+    for name, variable, transposed in drafter.stored():
         if name not in weights:  # of a new correction
             continue
         value = weights[name].T if transposed else weights[name]
-        param[...] = jnp.asarray(value, param[...].dtype)
+        variable[...] = jnp.asarray(value, variable[...].dtype)
     if feature_rms is not None:
         scale = jnp.repeat(1 / feature_rms, config.hidden_size)  # [F*H]
         drafter.feature_scale[...] = scale
-        drafter.fc[...] = drafter.fc[...] / scale[:, None]
+        drafter.fc.set_matrix(drafter.fc.matrix / scale[:, None])
     return drafter.stacked_form() if stacked else drafter
 
 

@@ -34,7 +34,6 @@ from fasteagle_jax.decoding.acceptance import measure_acceptance
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import check_batch, check_heads, fetch, make_mesh, make_on, place_batch
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
-from fasteagle_jax.drafters.table import AXES
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, in_bucket, write_file
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
@@ -111,7 +110,7 @@ def _train(
         target.layers = nnx.List([])  # never run: their memory is free
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = make_on(mesh, AXES, lambda params: first_state(params, optimizer, config.optimizer.ema), params)
+    state = make_on(mesh, lambda params: first_state(params, optimizer, config.optimizer.ema), params)
     num_params = sum(p.size for p in jax.tree.leaves(params))
     _say(quiet, f"target    {config.target}: {target.config.num_layers} layers, fingerprint {loaded.fingerprint}")
     _say(quiet, f"drafter   {drafter.num_levels} levels, {num_params / 1e6:.1f}M parameters, {config.dtype} products")
@@ -411,7 +410,7 @@ def _new_drafter(
         key, from_target = jax.random.key(config.seed), choice.from_target
         return init_drafter(sizes, target, key, token_ids=token_ids, feature_rms=rms, from_target=from_target)
 
-    return make_on(mesh, AXES, make, target, rms, earlier)
+    return make_on(mesh, make, target, rms, earlier)
 
 
 class _Evaluation:

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import optax
+from flax import nnx
 
-from fasteagle_jax.drafters.table import AXES
 from fasteagle_jax.errors import UserError
 
 MUON_RMS = 0.2  # of Muon's updates over the rate: AdamW's, so that one rate suits both (arXiv 2502.16982, section 2.2)
@@ -71,9 +71,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 def _matrices(params: Any) -> Any:
     """For each of a drafter's parameters, the dimensions of its matrix (the last two of a stack); None for vectors."""
 
-    def of(path: Any, _: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        names = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
-        known = [name for name in names if name in AXES]
-        return optax.contrib.MuonDimensionNumbers(-2, -1) if known and len(AXES[known[-1]]) == 2 else None
+    def of(param: nnx.Variable[Any]) -> Any:
+        dimensions = optax.contrib.MuonDimensionNumbers(-2, -1) if len(param.axes) == 2 else None
+        return jax.tree.map(lambda _: dimensions, param)
 
-    return jax.tree_util.tree_map_with_path(of, params)
+    return jax.tree.map(of, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -22,7 +22,7 @@ from fasteagle_jax.commands import prepare_features
 from fasteagle_jax.data.conversations import Conversation, ConversationWriter
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.transformer import hold_columns
+from fasteagle_jax.nn.linear import to_columns
 from fasteagle_jax.targets.loading import load_target, open_checkpoint
 from fasteagle_jax.training import loop
 from fasteagle_jax.training.config import RunConfig, apply_changes, load_config
@@ -155,14 +155,14 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int, start: int) -> None:
 def test_weights_go_straight_into_their_shards(target_folder):
     mesh = make_mesh(MeshShape(data=1, fsdp=4, tensor=2))
     whole = load_target(str(target_folder))
-    hold_columns(whole.model)
+    to_columns(whole.model)
     for stacked in (True, False):
         sharded = load_target(str(target_folder), stacked=stacked, mesh=mesh)
         layers = sharded.model.layers if stacked else sharded.model.layers[1]
-        shard = layers.gate[...].addressable_shards[0].data
-        assert shard.size == layers.gate[...].size // 8
-        ours = layers.gate[...][1] if stacked else layers.gate[...]
-        np.testing.assert_array_equal(ours, whole.model.layers[1].gate[...])
+        shard = layers.mlp.gate.weight[...].addressable_shards[0].data
+        assert shard.size == layers.mlp.gate.weight[...].size // 8
+        ours = layers.mlp.gate.weight[...][1] if stacked else layers.mlp.gate.weight[...]
+        np.testing.assert_array_equal(ours, whole.model.layers[1].mlp.gate.weight[...])
 
 
 # Two runs, one after the other, of one process of several; it says which rows of batches it built.

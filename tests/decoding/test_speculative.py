@@ -134,9 +134,9 @@ def random_drafter(**changes) -> FastEagle:
         if drafter.token_ids is not None:  # no prefix of the vocabulary
             drafter.token_ids[...] = 2 + 3 * jnp.arange(config.draft_vocab_size)
         if config.reinject:
-            drafter.levels.reinject[...] += 0.1
+            drafter.levels.reinject.weight[...] += 0.1
         if config.correction:
-            drafter.correction.to_state[...] += 0.1
+            drafter.correction.to_state.weight[...] += 0.1
         return drafter
 
     return jax.jit(make)()

@@ -39,7 +39,7 @@ def drafter() -> Eagle3:
     def make() -> Eagle3:
         made = Eagle3(config, jax.random.key(4))
         for i, norm in enumerate((made.embedding_norm, made.hidden_norm, made.mlp_norm, made.norm)):
-            norm[...] = norm[...] + 0.2 * jax.random.normal(jax.random.key(i), norm[...].shape)
+            norm.weight[...] += 0.2 * jax.random.normal(jax.random.key(i), norm.weight.shape)
         made.feature_scale[...] = jnp.linspace(0.5, 2.0, made.feature_scale[...].size)
         made.head[...] = made.head[...] * 3
         return made
@@ -72,10 +72,13 @@ class Slow:
     """One position at a time, in NumPy."""
 
     def __init__(self, drafter, embedding, features, tokens):
-        names = ("embedding_norm", "hidden_norm", "mlp_norm", "norm", "q", "k", "v", "o", "gate", "up", "down", "head")
-        self.w = {name: np.asarray(getattr(drafter, name)[...]) for name in names}
+        norms = ("embedding_norm", "hidden_norm", "mlp_norm", "norm")
+        self.w = {name: np.asarray(getattr(drafter, name).weight[...]) for name in norms}
+        for part, names in ((drafter.attention, "qkvo"), (drafter.mlp, ("gate", "up", "down"))):
+            self.w |= {name: np.asarray(getattr(part, name).matrix) for name in names}
+        self.w["head"] = np.asarray(drafter.head[...])
         self.config, self.embedding = drafter.config, np.asarray(embedding)
-        self.g = (features * np.asarray(drafter.feature_scale[...])) @ np.asarray(drafter.fc[...])
+        self.g = (features * np.asarray(drafter.feature_scale[...])) @ np.asarray(drafter.fc.weight[...])
         self.outputs = {}  # what `along` returned
         # Run 0 at every position, on features.
         self.first = []
@@ -189,14 +192,22 @@ def test_the_loss_and_its_gradients_are_those_of_one_mask_over_all_runs(drafter,
         return drafter_loss(nnx.merge(graph, params, rest), target, batch, jax.random.key(0), config)[0]
 
     found, gradient = jax.jit(jax.value_and_grad(loss))(params, target)
-    norms = {n: getattr(drafter, n)[...] for n in ("embedding_norm", "hidden_norm", "mlp_norm", "norm")}
-    weights = {n: getattr(drafter, n)[...] for n in ("fc", "q", "k", "v", "o", "gate", "up", "down", "head")}
+
+    def by_name(parts):  # of the drafter, or of the gradient in its form
+        norms = {n: parts[n]["weight"][...] for n in ("embedding_norm", "hidden_norm", "mlp_norm", "norm")}
+        weights = {"fc": parts["fc"]["weight"][...], "head": parts["head"][...]}
+        weights |= {n: parts["attention"][n]["weight"][...] for n in "qkvo"}
+        return norms, weights | {n: parts["mlp"][n]["weight"][...] for n in ("gate", "up", "down")}
+
+    norms, weights = by_name(params)
     slow = jax.jit(jax.value_and_grad(slow_loss, argnums=(0, 1)), static_argnums=4)
     expected, gradients = slow(weights, norms, drafter.feature_scale[...], target, tuple(tokens.tolist()))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+    found_norms, found_weights = by_name(gradient)
     for name, value in (gradients[0] | gradients[1]).items():
         assert np.abs(value).max() > 1e-3
-        np.testing.assert_allclose(gradient[name][...], value, rtol=1e-3, atol=1e-5, err_msg=name)
+        actual = (found_norms | found_weights)[name]
+        np.testing.assert_allclose(actual, value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 def test_queries_in_tiles_and_in_blocks_are_queries_at_once(drafter, target, stream, monkeypatch):

@@ -13,17 +13,18 @@ from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking
 from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.state import AXES
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights
 from fasteagle_jax.drafters.base import default_config
-from fasteagle_jax.drafters.fasteagle import AXES, FastEagle
+from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.attention import Cached
 from fasteagle_jax.nn.kv_cache import NOTHING
 from fasteagle_jax.nn.linear import head_logits
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.nn.rope import rotation
-from fasteagle_jax.targets import llama
 from tests.tiny_models import tiny_config, tiny_target
 
 B, T, N, V = 2, 12, 3, 40
@@ -39,13 +40,13 @@ def make_drafter(seed: int = 0, **changes) -> FastEagle:
         key = jax.random.key(seed)
         drafter = FastEagle(config, key)
         drafter.feature_scale[...] = jnp.linspace(0.5, 2.0, drafter.feature_scale[...].size)
-        norm = drafter.levels.norm
+        norm = drafter.levels.norm.weight
         norm[...] = norm[...] + 0.2 * jax.random.normal(key, norm[...].shape)
         if config.reinject:
-            reinject = drafter.levels.reinject
+            reinject = drafter.levels.reinject.weight
             reinject[...] = 0.3 * jax.random.normal(key, reinject[...].shape)
         if config.correction:
-            to_state = drafter.correction.to_state
+            to_state = drafter.correction.to_state.weight
             to_state[...] = jax.random.normal(key, to_state[...].shape)
         return drafter
 
@@ -168,20 +169,20 @@ def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
 
     @jax.jit
     def slow(drafter, tokens, features):
-        g = features @ (drafter.feature_scale[...][:, None] * drafter.fc[...])
+        g = features @ (drafter.feature_scale[...][:, None] * drafter.fc.weight[...])
         e = target.embedding[...][tokens[:, 1:]]
-        h = fused = g @ drafter.fuse[...][:16] + e @ drafter.fuse[...][16:]
+        h = fused = g @ drafter.fuse.weight[...][:16] + e @ drafter.fuse.weight[...][16:]
         out = []
         for i, level in enumerate(drafter.unstacked().levels, 1):
             if level.reinject is not None:
-                h = h + normed(fused) @ level.reinject[...]
-            h, _ = level.layer(h, turn, visible, None)
+                h = h + normed(fused) @ level.reinject.weight[...]
+            h, _ = level.layer(h, turn, Cached(visible))
             read = h
             if (c := drafter.correction) is not None:
                 token = normed(target.embedding[...][jnp.pad(tokens, ((0, 0), (0, N)))[:, i : i + T]])
-                units = normed(h) @ c.of_state[...] + token @ c.of_token[...]
-                read = h + (units / (1 + jnp.exp(-units))) @ c.to_state[...]
-            out.append(normed(read) * level.norm[...])
+                units = normed(h) @ c.of_state.weight[...] + token @ c.of_token.weight[...]
+                read = h + (units / (1 + jnp.exp(-units))) @ c.to_state.weight[...]
+            out.append(normed(read) * level.norm.weight[...])
         return jnp.stack(out)
 
     actual = one_pass(drafter, drafter.vocab_weights(target), tokens, features)[0]
@@ -234,9 +235,9 @@ def test_corrected_guesses_on_a_mesh_are_those_on_one_device(target, stream):
     expected = jax.jit(draft)(drafter, vocab, new)
     mesh = make_mesh(MeshShape(2, 2, 2))
     with jax.set_mesh(mesh):
-        placed = place_weights(mesh, drafter, AXES), place_weights(mesh, vocab, llama.AXES)
+        placed = place_weights(mesh, drafter), place_weights(mesh, vocab, AXES)
         made = jax.jit(draft)(*placed, jax.device_put(new, jax.NamedSharding(mesh, jax.P("data"))))
-    assert placed[0].correction.to_state[...].sharding.spec == jax.P("tensor", "fsdp")
+    assert placed[0].correction.to_state.weight[...].sharding.spec == jax.P("tensor", "fsdp")
     jax.tree.map(np.testing.assert_array_equal, made, expected)
 
 
@@ -253,7 +254,9 @@ def test_a_drafter_is_the_same_after_its_files_with_the_features_scale_folded_in
     loaded = load_drafter(tmp_path / "drafter", tiny_config(), "0123", stacked=stacked)
     assert loaded.config == drafter.config and loaded.stacked == stacked
     np.testing.assert_array_equal(loaded.feature_scale[...], 1)
-    np.testing.assert_allclose(loaded.fc[...], drafter.fc[...] * drafter.feature_scale[...][:, None], rtol=1e-6, atol=0)
+    np.testing.assert_allclose(
+        loaded.fc.matrix, drafter.fc.weight[...] * drafter.feature_scale[...][:, None], rtol=1e-6, atol=0
+    )
     if "draft_vocab_size" in variant:
         np.testing.assert_array_equal(loaded.token_ids[...], IDS)
     expected = one_pass(drafter, drafter.vocab_weights(target), tokens, features)[0]

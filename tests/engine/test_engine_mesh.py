@@ -29,7 +29,6 @@ from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights, 
 from fasteagle_jax.drafters.files import load_drafter
 from fasteagle_jax.engine import slots
 from fasteagle_jax.engine.sizes import row_counts
-from fasteagle_jax.targets import llama
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.targets.tokenizer import load_tokenizer
 from tests.tiny_folder import make_drafter, make_target
@@ -232,13 +231,13 @@ def test_the_stated_memory_is_what_each_device_holds(target, drafters):
 
 def test_a_weight_that_lies_the_other_way_round_is_turned_and_others_stay():
     mesh = make_mesh(MeshShape(1, 1, 8))
-    value = np.arange(2 * 4 * 16.0).reshape(2, 4, 16)
-    split = shardings(mesh, {"gate": value}, llama.AXES)["gate"]
+    value, axes = np.arange(2 * 4 * 16.0).reshape(2, 4, 16), {"gate": ("embed", "mlp")}
+    split = shardings(mesh, {"gate": value}, axes)["gate"]
     other = jax.device_put(value, Format(Layout((0, 2, 1)), split))
-    turned = place_weights(mesh, {"gate": other}, llama.AXES)["gate"]
+    turned = place_weights(mesh, {"gate": other}, axes)["gate"]
     assert turned.format.layout.major_to_minor == (0, 1, 2) and turned.sharding == split
     np.testing.assert_array_equal(turned, value)
-    assert place_weights(mesh, {"gate": turned}, llama.AXES)["gate"] is turned
+    assert place_weights(mesh, {"gate": turned}, axes)["gate"] is turned
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from fasteagle_jax.data.packing import Batch, PackedData
 from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.attention import Cached
+from fasteagle_jax.nn.linear import to_columns
 from fasteagle_jax.nn.norm import rms_norm
 from fasteagle_jax.nn.rope import rotation
-from fasteagle_jax.nn.transformer import hold_columns, unstack
+from fasteagle_jax.nn.transformer import unstack
 from fasteagle_jax.training.checkpoints import Checkpoints
 from fasteagle_jax.training.init import feature_rms, init_drafter
 from fasteagle_jax.training.losses import LossConfig
@@ -65,11 +67,11 @@ def small_drafter(target: object, **changes: object) -> FastEagle:
 def test_levels_start_as_the_targets_last_layer(stacked: bool) -> None:
     target = tiny_target(stacked=stacked)
     drafter = init_drafter(default_config(target.config, num_levels=LEVELS), target, jax.random.key(0))
-    hold_columns(target)  # as what is trained has them
+    to_columns(target)  # as what is trained has them
     last = unstack(target.layers, 5)[-1] if stacked else target.layers[-1]
     for level in unstack(drafter.levels, LEVELS) if stacked else list(drafter.levels):
         jax.tree.map(np.testing.assert_array_equal, level.layer, last)
-        np.testing.assert_array_equal(level.norm[...], target.norm[...])
+        np.testing.assert_array_equal(level.norm.weight[...], target.norm.weight[...])
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -83,8 +85,8 @@ def test_eagle3_starts_as_the_targets_last_layer_and_head(stacked: bool) -> None
     positions, visible = jnp.arange(6)[None], jnp.tril(jnp.ones((1, 6, 6), bool))
     found, _ = drafter.hidden_states(target.embedding[...], features, jnp.zeros((1, 6), jnp.int32), positions, visible)
     turn = rotation(positions, config.rope, config.head_dim)
-    out, _ = last(features[..., -config.hidden_size :], turn, visible, None)
-    expected = rms_norm(out, target.norm[...], config.rms_norm_eps)
+    out, _ = last(features[..., -config.hidden_size :], turn, Cached(visible))
+    expected = rms_norm(out, target.norm.weight[...], config.rms_norm_eps)
     np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(drafter.head[...], target.head_rows()[ids])
 
@@ -113,7 +115,7 @@ def test_stacked_and_listed_models_have_the_same_loss_and_gradient() -> None:
     target = tiny_target()
     config = default_config(target.config, num_levels=3, reinject=True, correction=8, draft_vocab_size=30)
     drafter = init_drafter(config, target, jax.random.key(0), token_ids=jnp.arange(5, 35))
-    drafter.correction.to_state[...] += 0.1  # not at zero, where its other parts have no gradient
+    drafter.correction.to_state.weight[...] += 0.1  # not at zero, where its other parts have no gradient
 
     def loss(params: object, graph: object, constants: object, target: object) -> jax.Array:
         drafter = nnx.merge(graph, params, constants)
@@ -253,7 +255,7 @@ def test_the_average_follows_the_weights_and_is_what_decodes() -> None:
 def test_muon_takes_the_matrices_and_leaves_the_vectors_to_adamw(stacked: bool) -> None:
     target = tiny_target(num_layers=2, stacked=stacked)
     drafter = small_drafter(target, reinject=True, correction=8)
-    drafter.correction.to_state[...] += 0.1  # not at zero, where its other parts have no gradient
+    drafter.correction.to_state.weight[...] += 0.1  # not at zero, where its other parts have no gradient
     state, step, _, _ = new_run(drafter, name="muon", warmup_steps=0, clip_norm=1e9)
     before = jax.tree.map(np.array, state.params)
     state, result = step(state, target, packed_batch())

@@ -1,0 +1,38 @@
+"""A model's tensors by the names that files store them under, one table a model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from fasteagle_jax.nn.linear import Linear
+
+
+class NamedVariable(NamedTuple):
+    """A tensor's name in a file, and the variable that holds it."""
+
+    name: str
+    variable: nnx.Variable[Any]
+    transposed: bool = False  # the file has a Linear's weight as torch does, [out, in], the variable [in, out]
+
+
+def stored_tensors(model: Any, names: Mapping[str, str]) -> list[NamedVariable]:
+    """The tensors of the parts of a model that a table names: a name in files to the place of a part, `mlp.up`.
+
+    A part is a variable, stored as NAME.weight, or a module, whose `weight` and `bias` are stored under these. Parts
+    and biases that are None are left out.
+    """
+    tensors = []
+    for name, place in names.items():
+        part = functools.reduce(getattr, place.split("."), model)
+        if isinstance(part, nnx.Variable):
+            tensors.append(NamedVariable(f"{name}.weight", part))
+        elif part is not None:
+            for attribute in ("weight", "bias"):
+                if (variable := getattr(part, attribute, None)) is not None:
+                    transposed = isinstance(part, Linear) and attribute == "weight" and not part.by_rows
+                    tensors.append(NamedVariable(f"{name}.{attribute}", variable, transposed))
+    return tensors

@@ -1,0 +1,193 @@
+"""What families of targets share: one forward pass for prefill, plain decoding, verification and training.
+
+B rows · Q query tokens · L layers · H hidden width · K heads of K/V · D head width · V vocabulary · F feature layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fasteagle_jax.devices.sharding import training_rows
+from fasteagle_jax.nn.attention import Past
+from fasteagle_jax.nn.embedding import embed
+from fasteagle_jax.nn.kv_cache import Cache, empty_cache
+from fasteagle_jax.nn.linear import LogitMap, head_logits, to_rows
+from fasteagle_jax.nn.norm import RMSNorm
+from fasteagle_jax.nn.transformer import (
+    DecoderLayer,
+    LayerConfig,
+    LayerKind,
+    LayerKinds,
+    Windowed,
+    run_layers,
+    unstack,
+)
+
+
+class TargetOutput(NamedTuple):
+    """What a target's forward pass returns."""
+
+    hidden: jax.Array  # [B, Q, H] after the final norm: the head's input
+    features: jax.Array | None  # [B, Q, F*H] inputs of the feature layers, concatenated low to high; None for F = 0
+    fresh: Any  # keys and values of the Q tokens, for `commit`
+
+
+class DecoderTarget(nnx.Module):
+    """A frozen target: embedding, decoder layers, final norm, head. A family overrides what it has different.
+
+    `layers` is one stacked layer (leading axis L) or, unstacked, a list of L of them. Activations between matrix
+    products are in `activation_dtype`, by default the weights' dtype.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        key: jax.Array,
+        dtype: Any = jnp.float32,
+        *,
+        stacked: bool = True,
+        activation_dtype: Any = None,
+    ):
+        c = config
+        self.activation_dtype = jnp.dtype(activation_dtype or dtype)
+        key_embed, key_layers, key_head = jax.random.split(key, 3)
+        self.config = c
+        axes = ("vocab", "embed")
+        self.embedding = nnx.Param(jax.random.normal(key_embed, (c.vocab_size, c.hidden_size), dtype), axes=axes)
+        layers = jax.vmap(lambda k: self.make_layer(c, k, dtype))(jax.random.split(key_layers, c.num_layers))
+        self.layers = layers if stacked else nnx.List(unstack(layers, c.num_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+        head = jax.random.normal(key_head, (c.vocab_size, c.hidden_size), dtype) * c.hidden_size**-0.5
+        self.head = None if c.tie_embeddings else nnx.Param(head, axes=axes)  # None where it is the embedding
+
+    # --- what a family may have different -----------------------------------------------------------------------
+
+    @staticmethod
+    def make_layer(config: Any, key: jax.Array, dtype: Any) -> Any:
+        """A layer of random weights: a module called as DecoderLayer is, with its `attention`."""
+        c = config
+        sizes = LayerConfig(
+            c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps,
+            c.attention_bias, c.mlp_bias,
+        )  # fmt: skip
+        return DecoderLayer(sizes, key, dtype)
+
+    @staticmethod
+    def layer_kinds(config: Any) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return (LayerKind(config.rope),) * config.num_layers
+
+    @property
+    def logit_map(self) -> LogitMap:
+        """From the head's products to logits."""
+        return LogitMap()
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """The first layer's input [B, Q, H] of tokens int32 [B, Q]."""
+        return embed(self.embedding[...], tokens, self.activation_dtype)
+
+    # --- the pass -----------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        visible: jax.Array | Windowed,
+        cache: Cache | None = None,
+        feature_layers: Sequence[int] = (),
+    ) -> TargetOutput:
+        """The final hidden states, features and fresh keys and values of Q tokens.
+
+        Args:
+          tokens, positions: int32 [B, Q].
+          visible: bool [B, Q, Q], True where query i may see fresh token j; committed slots are seen as far as a
+            layer's window reaches. Or, without a cache, attention itself (see attention.Attend), as of packed rows.
+          cache: committed tokens, only read; None for none.
+          feature_layers: indices of the layers whose inputs are the features, e.g. (2, L // 2, L - 3) of EAGLE-3.
+        """
+        c = self.config
+        x = training_rows(self.embed(tokens), visible)  # [B, Q, H]
+        kinds = LayerKinds(self.layer_kinds(c), positions, c.head_dim, stacked=self.stacked)
+        past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_layers)
+        seen, filled = (cache.seen(), cache.filled()) if cache is not None else (jnp.zeros(()), None)
+
+        def layer_step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+            weights, kv, number = layer
+            context = kinds.of(number)
+            attend = context.attend(visible, None if kv is None else Past(kv[0], kv[1], seen, filled))
+            x, fresh = weights(x, context.rotation, attend)
+            return training_rows(x, visible), fresh
+
+        # The stack is cut where a feature is read, so that nothing is kept of the other layers.
+        cuts = [0, *sorted({f for f in feature_layers if f > 0}), c.num_layers]
+        at: dict[int, jax.Array] = {0: x}
+        fresh = []
+        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+            x, kv = run_layers(layer_step, x, (self.layers, past, kinds.numbers), (start, stop))
+            fresh.append(kv)
+            at[stop] = x
+        features = jnp.concatenate([at[f] for f in feature_layers], axis=-1) if feature_layers else None
+        return TargetOutput(self.norm(x), features, _join(fresh, stacked=self.stacked))
+
+    def layer(self, index: int) -> Any:
+        """One of the layers, out of a stack or a list."""
+        return jax.tree.map(lambda w: w[index], self.layers) if self.stacked else self.layers[index]
+
+    def keys_values(self, index: int, inputs: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The keys and values [B, K, Q, D] that a layer makes of its inputs [B, Q, H] at positions int32 [B, Q]."""
+        layer, kind = self.layer(index), self.layer_kinds(self.config)[index]
+        table = LayerKinds((kind,), positions, self.config.head_dim, stacked=False).of(0).rotation
+        _, k, v = layer.attention.project(layer.input_norm(inputs), table)
+        return k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+    def head_rows(self) -> jax.Array:
+        """The LM head [V, H], one row a token."""
+        return (self.embedding if self.head is None else self.head)[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Next-token logits float32 [..., V] of final hidden states [..., H]."""
+        return self.logit_map(head_logits(hidden, self.head_rows()))
+
+    # --- its form -----------------------------------------------------------------------------------------------
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the layers are one scanned stack rather than a list."""
+        return not isinstance(self.layers, nnx.List)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of weights and cache."""
+        return self.embedding[...].dtype
+
+    def empty_cache(self, batch: int, num_slots: int) -> Cache:
+        """A cache for `batch` rows of `num_slots` tokens, in the form the layers are in."""
+        c = self.config
+        return empty_cache(c.num_layers, batch, c.num_kv_heads, num_slots, c.head_dim, self.dtype, stacked=self.stacked)
+
+    def unstacked(self, *, by_rows: bool = True) -> Self:
+        """The same target with its layers as a list, which XLA's CPU compiler runs faster.
+
+        With `by_rows` the weights are RowWeights if these are faster.
+        """
+        if not self.stacked:
+            return self
+        graph, state = nnx.split(self)
+        other = nnx.merge(graph, state)
+        other.layers = nnx.List(unstack(self.layers, self.config.num_layers))
+        if by_rows:
+            to_rows(other)
+        return other
+
+
+def _join(fresh: list[Any], *, stacked: bool) -> Any:
+    """Segments' fresh (k, v) as one pair of stacks over all layers."""
+    if stacked:
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs), *fresh)
+    layers = [kv for segment in fresh for kv in segment]
+    return [k for k, _ in layers], [v for _, v in layers]

@@ -1,0 +1,40 @@
+"""The families of targets there are: a newcomer's is a file of its own and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.targets.family import Family
+from fasteagle_jax.targets.llama import LLAMA
+
+FAMILIES: dict[str, Family] = {"llama": LLAMA}
+
+
+def family_of_files(hf: Mapping[str, Any]) -> Family:
+    """The family of a Hugging Face `config.json` (read into a dict); UserError, listing all, if it has none."""
+    architectures = hf.get("architectures") or []
+    for family in FAMILIES.values():
+        if set(family.architectures) & set(architectures):
+            return family
+    known = [name for family in FAMILIES.values() for name in family.architectures]
+    raise UserError(
+        f"architecture {', '.join(architectures) or 'unknown'} is not supported: use a target of {', '.join(known)}"
+    )
+
+
+def family_of_gguf(architecture: str) -> Family:
+    """The family that a GGUF file's `general.architecture` names; UserError, with those there are, if none."""
+    known = {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf is not None}
+    if architecture not in known:
+        raise UserError(f"architecture {architecture!r} is not supported: use a target of {', '.join(known)}")
+    return known[architecture]
+
+
+def family_of(config: Any) -> Family:
+    """The family of a target's configuration; UserError, with those there are, if none."""
+    for family in FAMILIES.values():
+        if type(config) is family.config:
+            return family
+    raise UserError(f"{type(config).__name__} is of no family of targets: there are {', '.join(FAMILIES)}")
