@@ -70,10 +70,13 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 def _matrices(params: Any) -> Any:
     """For each of a drafter's parameters, the dimensions of its matrix (the last two of a stack); None for vectors."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: optax.contrib.MuonDimensionNumbers(-2, -1) if is_matrix(path) else None, params
+    )
 
-    def of(path: Any, _: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        names = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
-        known = [name for name in names if name in AXES]
-        return optax.contrib.MuonDimensionNumbers(-2, -1) if known and len(AXES[known[-1]]) == 2 else None
 
-    return jax.tree_util.tree_map_with_path(of, params)
+def is_matrix(path: Any) -> bool:
+    """Whether a drafter's parameter at `path` is a matrix by its logical axes, which leave out a stack's dimension."""
+    names = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
+    known = [name for name in names if name in AXES]
+    return bool(known) and len(AXES[known[-1]]) == 2

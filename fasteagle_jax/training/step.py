@@ -19,6 +19,7 @@ from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.training.config import REMAT, RunConfig, StepOptions
 from fasteagle_jax.training.losses import LevelMetrics, LossConfig, level_loss, select_positions
+from fasteagle_jax.training.optimizer import is_matrix
 
 
 class TrainState(NamedTuple):
@@ -58,8 +59,8 @@ def target_outputs(target: Any, batch: Batch, feature_layers: tuple[int, ...], a
 
 
 def in_dtype(params: Any, dtype: Any) -> Any:
-    """Parameters with their matrices in `dtype`; vectors (norms) stay float32."""
-    return jax.tree.map(lambda p: p.astype(dtype) if p.ndim >= 2 and min(p.shape) > 1 else p, params)
+    """A drafter's parameters with their matrices in `dtype`; vectors (norms), stacked or not, stay as they are."""
+    return jax.tree_util.tree_map_with_path(lambda path, p: p.astype(dtype) if is_matrix(path) else p, params)
 
 
 def drafter_loss(

@@ -21,7 +21,7 @@ from fasteagle_jax.training.checkpoints import Checkpoints
 from fasteagle_jax.training.init import feature_rms, init_drafter
 from fasteagle_jax.training.losses import LossConfig
 from fasteagle_jax.training.optimizer import OptimizerConfig, make_optimizer
-from fasteagle_jax.training.step import TrainState, drafter_loss, first_state, make_train_step
+from fasteagle_jax.training.step import TrainState, drafter_loss, first_state, in_dtype, make_train_step
 from tests.tiny_models import tiny_target
 
 LEVELS = 2
@@ -46,12 +46,14 @@ def run_steps(state: TrainState, step: object, target: object, num_steps: int) -
     return state, losses
 
 
-def new_run(drafter: FastEagle, accumulate: int = 1, **changes: object) -> tuple[TrainState, object, object, object]:
+def new_run(
+    drafter: FastEagle, accumulate: int = 1, dtype: object = jnp.float32, **changes: object
+) -> tuple[TrainState, object, object, object]:
     """(state, step, graph, constants) of a run that trains `drafter`; `changes` are of the optimiser."""
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)
     config = OptimizerConfig(**{"learning_rate": 1e-2, "warmup_steps": 1} | changes)
     optimizer, loss = make_optimizer(config, 100), LossConfig(share=0.5, chunk=16)
-    step = make_train_step(graph, constants, optimizer, loss, jnp.float32, 0, accumulate=accumulate, ema=config.ema)
+    step = make_train_step(graph, constants, optimizer, loss, dtype, 0, accumulate=accumulate, ema=config.ema)
     # The step donates its state, and a drafter may serve several runs.
     return first_state(jax.tree.map(jnp.copy, params), optimizer, config.ema), step, graph, constants
 
@@ -175,6 +177,24 @@ def test_the_loss_falls_and_a_restored_state_goes_on_bitwise(tmp_path: object) -
     assert int(other.step) == 4
     _, again = run_steps(other, step, target, 40)
     assert again == late
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_bfloat16_step_casts_matrices_and_keeps_norms_in_float32(stacked: bool) -> None:
+    """Norms of stacked levels are [N, H]: two dimensions make no matrix, and in bfloat16 a norm of 1.003 is 1."""
+    target = tiny_target(num_layers=2, stacked=stacked)
+    drafter = small_drafter(target, reinject=True, correction=8)
+    params = nnx.state(drafter, nnx.Param)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(in_dtype(params, jnp.bfloat16)):
+        name = jax.tree_util.keystr(path)
+        assert leaf.dtype == (jnp.float32 if "norm" in name else jnp.bfloat16), name
+    state, step, _, _ = new_run(drafter, dtype=jnp.bfloat16)
+    state, losses = run_steps(state, step, target, 12)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    assert np.mean(losses[-2:]) < np.mean(losses[:2])
+    exact, step, _, _ = new_run(drafter)
+    _, expected = run_steps(exact, step, target, 2)
+    np.testing.assert_allclose(losses[:2], expected, rtol=1e-2)  # bfloat16 has eight bits
 
 
 # --- accumulation, skipped updates, the average -----------------------------------------------------------------
