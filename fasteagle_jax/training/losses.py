@@ -36,7 +36,7 @@ class LossConfig:
     last_level_only: bool = False  # supervise level N alone, for comparison
     # The target's softmax over the draft vocabulary alone, and no loss where its best token is outside (EAGLE-3).
     within_draft: bool = False
-    share: float = 1.0  # of the supervised positions, drawn anew each step
+    share: float = 1.0  # of a row's T slots: the most supervised positions that a step looks at, drawn anew each step
     chunk: int = 256  # positions of all rows together: bounds memory at so many x (target vocabulary)
 
     def __post_init__(self) -> None:
