@@ -28,6 +28,7 @@ from tqdm import tqdm
 from fasteagle_jax.commands.terminal import Parser, program
 from fasteagle_jax.data.conversations import read_conversations
 from fasteagle_jax.data.features import STORED, FeatureSettings, TargetValues, write_features
+from fasteagle_jax.data.manifest import check_target
 from fasteagle_jax.data.packing import Batch, PackedData
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import writing
@@ -56,8 +57,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def prepare(config: RunConfig, folder: Path, store: str) -> None:
     """Writes the features of a run, or what the folder still lacks of them."""
-    data = PackedData(read_conversations(*config.data), config.length, config.batch_size, config.seed)
     loaded = load_target(config.target, jnp.dtype(config.dtype), training=True)
+    check_target(config.data, loaded.fingerprint)
+    conversations = read_conversations(*config.data, vocab_size=loaded.model.config.vocab_size)
+    data = PackedData(conversations, config.length, config.batch_size, config.seed)
     layers = drafter_config(config.drafter, loaded.model.config).feature_layers
     settings = FeatureSettings(
         loaded.fingerprint, layers, loaded.model.config.hidden_size, data.digest(), config.length, store

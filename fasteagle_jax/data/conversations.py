@@ -84,16 +84,25 @@ class Conversations(Sequence[Conversation]):
         return Conversation(self.ids[i], tokens, self.spans[self.span_ends[i] : self.span_ends[i + 1]])
 
 
-def read_conversations(*paths: str | os.PathLike[str]) -> Conversations:
-    """The conversations of files by ConversationWriter; UserError with file and line on a corrupt line."""
-    return Conversations(conversation for path in paths for conversation in _lines(path))
+def read_conversations(*paths: str | os.PathLike[str], vocab_size: int | None = None) -> Conversations:
+    """The conversations of files by ConversationWriter.
+
+    Raises UserError with file and line for a corrupt line, and for a token that is not below `vocab_size`.
+    """
+    return Conversations(conversation for path in paths for conversation in _lines(path, vocab_size))
 
 
-def _lines(path: str | os.PathLike[str]) -> Iterator[Conversation]:
+def _lines(path: str | os.PathLike[str], vocab_size: int | None) -> Iterator[Conversation]:
     try:
         with open(path, "rb") as file:
             for n, line in enumerate(file, 1):
-                yield _conversation(line, f"{path}:{n}")
+                conversation = _conversation(line, f"{path}:{n}")
+                if vocab_size is not None and (largest := int(conversation.tokens.max())) >= vocab_size:
+                    raise UserError(
+                        f"{path}:{n}: token {largest}, the target's vocabulary has {vocab_size}: "
+                        "prepare the data with this target's tokenizer"
+                    )
+                yield conversation
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a file of conversations") from error
 

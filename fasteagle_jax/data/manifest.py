@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import first_line
 
 
 def manifest_path(output: Path) -> Path:
@@ -34,6 +35,24 @@ def read_manifest(output: Path, settings: Mapping[str, Any]) -> dict[str, Any] |
         raise UserError(f"{output} was made with {'; '.join(changed)}: use the same settings or another --output")
     assert isinstance(saved, dict)
     return saved
+
+
+def check_target(paths: Sequence[str], fingerprint: str) -> None:
+    """Raises UserError for data whose manifest names another target; data without a manifest may be of any."""
+    for manifest in (manifest_path(Path(path)) for path in paths):
+        if not manifest.exists():
+            continue
+        try:
+            target = json.loads(manifest.read_bytes())["settings"]["target"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{manifest} is damaged ({first_line(error)}): prepare the data again, or remove it"
+            ) from error
+        if target != fingerprint:
+            raise UserError(
+                f"{manifest} says that the answers are of target {target}, this one's weights are {fingerprint}: "
+                "use that target, prepare data with this one, or remove the manifest to train on other answers"
+            )
 
 
 def damaged(output: Path, error: Exception) -> UserError:

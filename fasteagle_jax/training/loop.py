@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from fasteagle_jax.data.conversations import read_conversations
 from fasteagle_jax.data.features import Features, load_features
+from fasteagle_jax.data.manifest import check_target
 from fasteagle_jax.data.packing import Batch, PackedData
 from fasteagle_jax.data.sources import read_prompts
 from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
@@ -90,7 +91,8 @@ def _train(
     dtype = jnp.dtype(config.dtype)
     loaded = load_target(config.target, dtype, training=True, mesh=mesh)
     target = loaded.model
-    conversations = read_conversations(*config.data)
+    check_target(config.data, loaded.fingerprint)
+    conversations = read_conversations(*config.data, vocab_size=target.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed)
     digest = data.digest()
     _check_sources(saved, loaded.fingerprint, digest, run, allow_change=allow_change)

@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 from fasteagle_jax.commands import ablate
 from fasteagle_jax.commands.train_drafter import main
 from fasteagle_jax.data.conversations import Conversation, ConversationWriter
+from fasteagle_jax.data.manifest import manifest_path
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.drafters.files import load_drafter
 from fasteagle_jax.targets.loading import load_target
@@ -513,6 +514,26 @@ def test_ablate_measures_variants_of_a_run_and_trains_none_twice(
     assert ablate._last_loss(tmp_path / "runs/base") == 2.0
     monkeypatch.setattr(ablate, "train", lambda *_: sys.exit(0))  # as after SIGTERM
     assert ablate.main([str(word) for word in [*asked, "--variant", "drafter.num_levels=1", *changes]]) == 143
+
+
+def test_data_of_another_tokenizer_or_target_is_refused(
+    target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    """Token ids past the vocabulary were clamped without a word, and nobody read whose answers a file holds."""
+    other = tmp_path / "other.jsonl"
+    with ConversationWriter(other) as writer:
+        writer.append([Conversation.of("x", [1, 2, 3, 50_000, 4], [[1, 5]])])
+    said = complaint(main, *command(target_folder, f"{data_file},{other}", tmp_path / "run"))
+    vocab_size = load_target(str(target_folder)).model.config.vocab_size
+    assert f"other.jsonl:1: token 50000, the target's vocabulary has {vocab_size}: prepare" in said
+    manifest = manifest_path(data_file)
+    manifest.write_text(json.dumps({"settings": {"target": "0123abcd"}, "counts": {}}))
+    said = complaint(main, *command(target_folder, data_file, tmp_path / "run"))
+    assert "of target 0123abcd, this one's weights are" in said and "use that target, prepare data with" in said
+    manifest.write_text("{")
+    assert "manifest.json is damaged" in complaint(main, *command(target_folder, data_file, tmp_path / "run"))
+    manifest.write_text(json.dumps({"settings": {"target": load_target(str(target_folder)).fingerprint}}))
+    assert main(command(target_folder, data_file, tmp_path / "run", "steps=1")) == 0
 
 
 def test_mistakes_end_in_one_line_before_anything_is_written(
