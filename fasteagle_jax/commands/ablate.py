@@ -183,9 +183,9 @@ def _folder_name(variant: str) -> str:
 
 
 def _last_loss(run: Path) -> float:
-    """The mean training loss of the last steps, without those that were skipped; nan where all were."""
+    """The mean training loss of the last steps without skipped ones, spikes among them; nan if all were skipped."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [record["loss"] for record in records[-LAST:] if record["loss"] is not None]
+    losses = [record["loss"] for record in records[-LAST:] if "skipped" not in record]
     return float(np.mean(losses)) if losses else float("nan")
 
 

@@ -509,8 +509,8 @@ def test_ablate_measures_variants_of_a_run_and_trains_none_twice(
     said = complaint(ablate.main, *asked, "--max-new", 2000, *changes)
     assert "2000 new ones exceed the target's 1024 positions" in said
 
-    one_skipped = '{"loss": 3.0}\n{"loss": null}\n{"loss": 1.0}\n'
-    (tmp_path / "runs/base/metrics.jsonl").write_text(one_skipped)
+    skipped = '{"loss": 3.0}\n{"loss": null, "skipped": [[1]]}\n{"loss": 90.0, "skipped": [[2]]}\n{"loss": 1.0}\n'
+    (tmp_path / "runs/base/metrics.jsonl").write_text(skipped)
     assert ablate._last_loss(tmp_path / "runs/base") == 2.0
     monkeypatch.setattr(ablate, "train", lambda *_: sys.exit(0))  # as after SIGTERM
     assert ablate.main([str(word) for word in [*asked, "--variant", "drafter.num_levels=1", *changes]]) == 143
