@@ -77,7 +77,7 @@ def level_loss(
     picked: jax.Array,
     real: jax.Array,
     head: jax.Array,
-    draft_head: jax.Array,
+    token_ids: jax.Array | None,
     config: LossConfig,
     own_head: jax.Array | None = None,
     level_share: jax.Array | None = None,
@@ -89,9 +89,10 @@ def level_loss(
       target_hidden: the target's final hidden states [B, T, H].
       positions: int32 [B, T], counted from each segment's start.
       picked, real: from `select_positions`.
-      head, draft_head: the frozen head's rows [target vocabulary, H] and those of the draft vocabulary [V, H].
+      head: the frozen head's rows [target vocabulary, H].
+      token_ids: int32 [V], those of the draft vocabulary; None for all.
       config: the terms.
-      own_head: [V, H] of a drafter that has one, which gets a gradient; None for one that uses `draft_head`.
+      own_head: [V, H] of a drafter that has one, which gets a gradient; None for one that uses the frozen head's rows.
       level_share: float32 [N], by which each level's part of the loss is multiplied; None for 1.
     """
     num_levels, (batch, size) = len(hidden), picked.shape
@@ -120,8 +121,11 @@ def level_loss(
     valid = in_chunks(valid[..., None])[..., 0]  # [chunks, N, B, C]
     at_target = in_chunks(jnp.take_along_axis(target_hidden, picked[..., None], axis=1))  # [chunks, B, C, H]
 
-    unrolled = isinstance(hidden, list)  # as the levels are, see layers.run_layers
-    loss, sums = _chunked(chosen, valid, at_target, weights, head, draft_head, own_head, config, unrolled)
+    draft_head, in_draft = head, None
+    if token_ids is not None:
+        draft_head, in_draft = head[token_ids], jnp.zeros(head.shape[:1], bool).at[token_ids].set(True)
+    unrolled = isinstance(hidden, list)  # as the levels are, see transformer.run_layers
+    loss, sums = _chunked(chosen, valid, at_target, weights, head, draft_head, in_draft, own_head, config, unrolled)
     return loss, LevelMetrics(sums[0] / count, sums[1] / count, sums[2] / count, count)
 
 
@@ -136,7 +140,7 @@ def level_weights(num_levels: int, config: LossConfig) -> list[float]:
 # --- the scan over chunks, with its gradient --------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def _chunked(
     chosen: jax.Array,
     valid: jax.Array,
@@ -144,12 +148,13 @@ def _chunked(
     weights: jax.Array,
     head: jax.Array,
     draft_head: jax.Array,
+    in_draft: jax.Array | None,
     own_head: jax.Array | None,
     config: LossConfig,
     unrolled: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted loss, and sums float32 [3, N] of each level's loss, hits and acceptance."""
-    args = (chosen, valid, at_target, weights, head, draft_head, own_head, config, unrolled)
+    args = (chosen, valid, at_target, weights, head, draft_head, in_draft, own_head, config, unrolled)
     return _scan(*args, with_gradient=False)[0]
 
 
@@ -160,7 +165,7 @@ def _chunked_forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any
 
 def _chunked_backward(config: LossConfig, unrolled: bool, saved: tuple[Any, ...], cotangents: Any) -> tuple[Any, ...]:
     of_chosen, of_own_head = (None if g is None else g * cotangents[0].astype(g.dtype) for g in saved)
-    return (of_chosen, None, None, None, None, None, of_own_head)
+    return (of_chosen, None, None, None, None, None, None, of_own_head)
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -173,6 +178,7 @@ def _scan(
     weights: jax.Array,
     head: jax.Array,
     draft_head: jax.Array,
+    in_draft: jax.Array | None,
     own_head: jax.Array | None,
     config: LossConfig,
     unrolled: bool,
@@ -182,20 +188,22 @@ def _scan(
     """((loss, sums), gradients of the loss in `chosen` and `own_head`), each None where it is not wanted."""
     # Brought together once, where `fsdp` splits the weights' other dimension: not anew for every chunk and level.
     head, draft_head = constrain(head, "vocab", None), constrain(draft_head, "vocab", None)
-    whole_vocabulary = draft_head.shape == head.shape
     trains_head = own_head is not None and with_gradient
     drafters = draft_head if own_head is None else own_head
 
     def one_chunk(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
         chosen_NBCH, valid_NBC, target_BCH = chunk
         full = constrain(head_logits(target_BCH, head), "batch", None, "vocab")  # [B, C, target vocabulary]
-        kept = full if whole_vocabulary else head_logits(target_BCH, draft_head)
+        kept = full if in_draft is None else head_logits(target_BCH, draft_head)
         log_z = jax.nn.logsumexp(kept if config.within_draft else full, axis=-1, keepdims=True)
         p = jnp.exp(kept - log_z)  # [B, C, V]; sums to the draft vocabulary's share of the mass
-        # The draft vocabulary holds the target's first choice when its best logit is the best of all.
-        held = kept.max(axis=-1) >= full.max(axis=-1)  # [B, C]
-        best = held[..., None] & (p >= p.max(axis=-1, keepdims=True))  # [B, C, V]
-        counted = held if config.within_draft else jnp.ones(held.shape, bool)
+        # Whether the draft vocabulary has the target's first choice: within one product, as two may round differently.
+        # Maxima rather than argmax, which a CPU is slower at; a split vocabulary exchanges no more.
+        has_first = jnp.ones(full.shape[:-1], bool)  # [B, C]
+        if in_draft is not None:
+            has_first = jnp.where(in_draft, full, -jnp.inf).max(axis=-1) >= full.max(axis=-1)
+        best = has_first[..., None] & (p >= p.max(axis=-1, keepdims=True))  # [B, C, V]
+        counted = has_first if config.within_draft else jnp.ones(has_first.shape, bool)
 
         def one_level(of_head: Any, level: Any) -> tuple[Any, Any]:
             hidden_BCH, valid_BC, weight = level
@@ -270,6 +278,5 @@ def _terms(
         gap = hidden.astype(jnp.float32) - target.astype(jnp.float32)
         size = jnp.abs(gap)
         loss += config.smooth_l1 * jnp.where(size < 1, 0.5 * gap * gap, size - 0.5).mean(axis=-1)
-    # Maxima rather than argmax, which a CPU is slower at; a split vocabulary exchanges no more.
     hit = jnp.where(best, logits, -jnp.inf).max(axis=-1) >= logits.max(axis=-1)
     return loss, (hit.astype(jnp.float32), jax.lax.stop_gradient(overlap))

@@ -92,9 +92,9 @@ def _loss_at(
         target.embedding[...], out.features, next_tokens, batch.positions, attend, remat=REMAT[ways.remat]
     )
     head = target.head_rows()
-    draft_head = head if drafter.token_ids is None else head[drafter.token_ids[...]]
+    token_ids = None if drafter.token_ids is None else drafter.token_ids[...]
     places = batch.positions, part.picked, part.real
-    return level_loss(hidden, out.hidden, *places, head, draft_head, config, drafter.own_head(), level_share)
+    return level_loss(hidden, out.hidden, *places, head, token_ids, config, drafter.own_head(), level_share)
 
 
 def make_train_step(
