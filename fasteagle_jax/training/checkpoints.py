@@ -8,6 +8,7 @@ alone gives the random numbers. Checkpoints of before there were records are rea
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -17,9 +18,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import write_file
 
 STATE, RECORD = "default", "run"  # items of a checkpoint; the state's name is Orbax's for one without others
 TAU = "tau"  # the metric by which one is best: the measured acceptance length
@@ -70,6 +73,15 @@ class Checkpoints:
             items = {STATE: ocp.args.StandardSave(_flat(state)), RECORD: ocp.args.JsonSave(record)}
             with self._failing_as_user_error():
                 self._manager.save(step, args=ocp.args.Composite(**items), metrics=None if tau is None else {TAU: tau})
+
+    def set_tau(self, step: int, tau: float) -> None:
+        """Adds the acceptance length of a checkpoint that was saved without; all processes must call it together."""
+        if jax.process_index() == 0:
+            # Where Orbax has a checkpoint's metrics; its own save would delete and write the whole of it anew.
+            write_file(self._manager.directory / str(step) / "metrics" / "metrics", json.dumps({TAU: tau}))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"acceptance length of step {step}")
+        self._manager.reload()
 
     def record(self, step: int) -> dict[str, Any] | None:
         """What was saved beside the state of `step`; None for a checkpoint of before there were records."""

@@ -159,6 +159,9 @@ def _train(
             if start and is_evaluated(start) and log.records and not _measured(log.records[-1]):
                 with sigterm.cuts_short():  # an evaluation that SIGTERM had cut short
                     log.amend(evaluate(state.weights))
+                if (tau := _measured(log.records[-1])) is not None and start in checkpoints.steps():
+                    checkpoints.set_tau(start, tau)
+                    best = max(best, tau)
 
             came = False  # SIGTERM, to any process
             for index in range(start, config.steps):

@@ -215,6 +215,11 @@ def test_sigterm_saves_ends_with_0_and_an_evaluation_cut_short_is_made_up_for(
         assert main(command(target, data_file, folder, *changes)) == 0
     measured = [[{name: r[name] for name in r if name.startswith("tau")} for r in records(f)] for f in (run, whole)]
     assert measured[0] == measured[1] and [bool(m) for m in measured[0]] == [False, False, True, False, True]
+    best = []
+    for folder in (run, whole):  # the evaluation made up for counts like any other
+        with Checkpoints(folder / "checkpoints") as checkpoints:
+            best.append((checkpoints.best(), checkpoints.steps()))
+    assert best[0] == best[1]
 
 
 # --- bad steps --------------------------------------------------------------------------------------------------
