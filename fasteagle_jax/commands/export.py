@@ -30,7 +30,7 @@ from fasteagle_jax.io.files import check_new
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.training.checkpoints import Checkpoints
-from fasteagle_jax.training.config import RunConfig, drafter_config, from_json, trained
+from fasteagle_jax.training.config import RunConfig, drafter_config, earlier_runs, from_json, trained
 from fasteagle_jax.training.optimizer import make_optimizer
 from fasteagle_jax.training.step import first_state
 
@@ -83,7 +83,8 @@ def export(args: argparse.Namespace) -> None:
             f"are {mark}: put that target in its place"
         )
     tokens = record["data"]["tokens"] if record is not None else _tokens_until(step, args.run / "metrics.jsonl")
-    info = {"trained": trained(config, step, tokens)}
+    earlier = (record or {}).get("earlier") or earlier_runs(config.drafter.start)
+    info = {"trained": trained(config, step, tokens, earlier)}
     save_drafter(drafter, args.output, mark, info, args.storage)
     meant = unpacked(packed(tensors_of(drafter), args.storage))
     found = tensors_of(load_drafter(args.output, target.config, mark, stacked=False))

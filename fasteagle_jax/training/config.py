@@ -18,6 +18,7 @@ import jax
 from fasteagle_jax.devices.sharding import MeshShape
 from fasteagle_jax.drafters.base import DrafterConfig, default_config
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import read_json
 from fasteagle_jax.nn.packed_attention import KINDS
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.llama import LlamaConfig
@@ -191,8 +192,12 @@ def to_json(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def trained(config: RunConfig, steps: int, tokens: int) -> dict[str, Any]:
-    """What a drafter's config.json says of its training; files by their names alone, since drafters are given away."""
+def trained(config: RunConfig, steps: int, tokens: int, earlier: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """What a drafter's config.json says of its training; files by their names alone, since drafters are given away.
+
+    `earlier` are such entries, oldest first, of the runs that trained the drafter it started from. Their tokens count
+    in `total_tokens`, which is None if the first of them is not known.
+    """
 
     def name(path: str) -> str:
         return Path(path).name if path and Path(path).exists() else path
@@ -208,7 +213,19 @@ def trained(config: RunConfig, steps: int, tokens: int) -> dict[str, Any]:
         ),
         evaluation=dataclasses.replace(evaluation, prompts=name(evaluation.prompts)),
     )
-    return {"steps": steps, "tokens": tokens, "run": to_json(config)}
+    entry = {"steps": steps, "tokens": tokens, "run": to_json(config)}
+    if not choice.start:
+        return entry
+    is_known = bool(earlier) and not earlier[0]["run"]["drafter"]["start"]
+    total = tokens + sum(run["tokens"] for run in earlier) if is_known else None
+    return entry | {"total_tokens": total, "earlier": list(earlier)}
+
+
+def earlier_runs(folder: str) -> list[dict[str, Any]]:
+    """What the config.json of the drafter in a folder says of the runs that trained it, oldest first; empty without."""
+    path = Path(folder, "config.json")
+    last = read_json(path).get("trained") if folder and path.is_file() else None
+    return [] if last is None else [*last.get("earlier", ()), {key: last[key] for key in ("steps", "tokens", "run")}]
 
 
 def from_json(raw: dict[str, Any]) -> RunConfig:

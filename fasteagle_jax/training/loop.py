@@ -41,7 +41,7 @@ from fasteagle_jax.io.files import check_writable, in_bucket, write_file
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
-from fasteagle_jax.training.config import RunConfig, changes_since, drafter_config, to_json, trained
+from fasteagle_jax.training.config import RunConfig, changes_since, drafter_config, earlier_runs, to_json, trained
 from fasteagle_jax.training.flops import flops_per_token, peak_flops
 from fasteagle_jax.training.init import drafter_from, feature_rms, init_drafter
 from fasteagle_jax.training.metrics_log import Log, Record, check_wandb, expected_length, finite, plot, rounded
@@ -109,6 +109,7 @@ def _train(
         layers, hidden = sizes.feature_layers, target.config.hidden_size
         store = load_features(Path(config.features), data, loaded.fingerprint, layers, hidden)
     drafter = _new_drafter(config, loaded, mesh, conversations, data, store)
+    earlier = earlier_runs(config.drafter.start)
     if store is not None and not config.evaluation.prompts:
         target.layers = nnx.List([])  # never run: their memory is free
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
@@ -215,7 +216,8 @@ def _train(
                 if better or came or index + 1 == config.steps or (index + 1) % config.save_every == 0:
                     position = {"digest": digest, "next_batch": index + 1, "tokens": tokens_seen}
                     about = {"config": to_json(config), "target_fingerprint": loaded.fingerprint, "data": position}
-                    checkpoints.save(index + 1, (state, constants), about | {"seed": config.seed}, tau)
+                    about |= {"seed": config.seed} | ({"earlier": earlier} if earlier else {})
+                    checkpoints.save(index + 1, (state, constants), about, tau)
                     log.flush()
                 _check_going(config, log.records, checkpoints, run)
         checkpoints.wait()
@@ -228,7 +230,7 @@ def _train(
     if not is_first:
         return
     drafter = nnx.merge(graph, weights, constants)
-    info = {"trained": trained(config, config.steps, tokens_seen)}
+    info = {"trained": trained(config, config.steps, tokens_seen, earlier)}
     _save_drafter(drafter, run / "drafter", loaded.fingerprint, info)
     plot(log.records, run / "curve.png")
     _say(quiet, f"written   {run / 'drafter'}, {run / 'curve.png'}")

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import load_file, save_file
 
-from fasteagle_jax.commands import ablate
+from fasteagle_jax.commands import ablate, export
 from fasteagle_jax.commands.train_drafter import main
 from fasteagle_jax.data.conversations import Conversation, ConversationWriter
 from fasteagle_jax.data.manifest import manifest_path
@@ -476,6 +476,19 @@ def test_a_run_starts_from_the_first_levels_of_a_trained_drafter(
         if name in new:
             continue
         np.testing.assert_allclose(value, theirs[name], rtol=1e-6, atol=0)  # but for fc, out of its scale and back
+
+    # What is said of its training is of all runs: the shipped drafter's last one saw a thirtieth of its tokens.
+    third, start = tmp_path / "third", f"drafter.start={second / 'drafter'}"
+    assert main(command(target_folder, data_file, third, *still[:2], *still[3:], start)) == 0
+    shutil.rmtree(first)
+    shutil.rmtree(second / "drafter")
+    exported = tmp_path / "exported"
+    assert export.main(["--run", str(third), "--output", str(exported)]) == 0
+    for folder in (third / "drafter", exported):
+        about = json.loads((folder / "config.json").read_text())["trained"]
+        runs = [*about["earlier"], about]
+        assert [run["steps"] for run in runs] == [2, 1, 1]
+        assert about["total_tokens"] == sum(run["tokens"] for run in runs) > 2 * about["tokens"]
 
 
 def test_ablate_measures_variants_of_a_run_and_trains_none_twice(
