@@ -56,6 +56,8 @@ def export(args: argparse.Namespace) -> None:
         config = from_json(json.loads((args.run / "config.json").read_text()))
     except FileNotFoundError:
         raise UserError(f"{args.run} holds no config.json: name a training run's folder") from None
+    except UserError:
+        raise
     except (TypeError, ValueError, AttributeError):
         raise UserError(f"{args.run / 'config.json'} is not of a training run: name a training run's folder") from None
     if not (args.run / "checkpoints").is_dir():

@@ -229,22 +229,26 @@ def earlier_runs(folder: str) -> list[dict[str, Any]]:
 
 
 def from_json(raw: dict[str, Any]) -> RunConfig:
-    """The configuration of which `to_json` gave `raw`; keys that it has not are at their defaults."""
+    """The configuration of which `to_json` gave `raw`; keys that it does not have are at their defaults.
 
-    def build(kind: Any, raw: dict[str, Any]) -> Any:
+    Raises UserError for a key that is not known, as a later version's may be.
+    """
+
+    def build(kind: Any, raw: dict[str, Any], prefix: str = "") -> Any:
+        parts = {field.name: _PARTS.get(str(field.type)) for field in dataclasses.fields(kind)}
         values = {}
-        for field in dataclasses.fields(kind):
-            if field.name in raw:
-                value = raw[field.name]
-                part = _PARTS.get(str(field.type))
-                values[field.name] = (
-                    build(part, value)
-                    if part is not None and value is not None
-                    else tuple(value)
-                    if isinstance(value, list)
-                    else value
-                )
-        return kind(**values)
+        for key, value in raw.items():
+            if parts.get(key) is not None and value is not None:
+                values[key] = build(parts[key], value, f"{prefix}{key}.")
+            elif key in parts:
+                values[key] = tuple(value) if isinstance(value, list) else value
+        config = kind(**values)
+        if unknown := [f"{prefix}{key}" for key in raw if key not in parts]:
+            raise UserError(
+                f"the run's configuration has {', '.join(unknown)}, which this version does not know: "
+                "use the version that wrote it, or start another run"
+            )
+        return config
 
     return build(RunConfig, raw)
 

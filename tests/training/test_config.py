@@ -9,7 +9,15 @@ from etils import epath
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, in_bucket
-from fasteagle_jax.training.config import RunConfig, apply_changes, changes_since, differences, load_config, to_json
+from fasteagle_jax.training.config import (
+    RunConfig,
+    apply_changes,
+    changes_since,
+    differences,
+    from_json,
+    load_config,
+    to_json,
+)
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -94,6 +102,17 @@ def test_a_configuration_saved_before_a_key_was_there_differs_in_nothing() -> No
     del old["accumulate"], old["wandb"], old["optimizer"]["ema"]
     assert changes_since(old, config) == []
     assert changes_since(old, apply_changes(config, ["accumulate=2"])) == ["accumulate: 1 -> 2"]
+
+
+def test_a_saved_key_that_is_not_known_is_named() -> None:
+    """A later version's setting was dropped, and the run went on without it."""
+    config = RunConfig(target="t", data=("a",), steps=3)
+    raw = to_json(config)
+    assert from_json(raw) == config
+    raw["loss"]["focal"] = 2.0
+    for read in (from_json, lambda raw: changes_since(raw, config)):
+        with pytest.raises(UserError, match="has loss.focal, which this version does not know: use the version"):
+            read(raw)
 
 
 @pytest.mark.parametrize(
