@@ -36,7 +36,9 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int | None = None):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file, and warns of what is meant
+        # Orbax logs every file, and warns of what is meant. Back to what it was in __exit__.
+        self._log, self._log_level = (log := logging.getLogger("absl")), log.level
+        log.setLevel(logging.ERROR)
         if keep is None:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
@@ -168,6 +170,8 @@ class Checkpoints:
         except Exception:
             if error is None:  # else it is the failed write that is being reported
                 raise
+        finally:
+            self._log.setLevel(self._log_level)
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def _train(
     if config.features:
         layers, hidden = sizes.feature_layers, target.config.hidden_size
         store = load_features(Path(config.features), data, loaded.fingerprint, layers, hidden)
-    drafter = _new_drafter(config, loaded, mesh, conversations, data, store)
+    drafter = _new_drafter(config, loaded, mesh, conversations, data, store, quiet)
     earlier = earlier_runs(config.drafter.start)
     if store is not None and not config.evaluation.prompts:
         target.layers = nnx.List([])  # never run: their memory is free
@@ -154,6 +154,10 @@ def _train(
         ):
             tokens_seen = sum(record["tokens"] for record in log.records)
 
+            def say(line: str) -> None:
+                if not quiet:  # which a disabled bar's own `write` does not ask
+                    bar.write(line, file=sys.stderr)
+
             def is_evaluated(step: int) -> bool:
                 return step == config.steps or step % config.evaluation.every == 0
 
@@ -195,10 +199,9 @@ def _train(
                     record["flops_utilisation"] = round(flops * num_tokens / seconds / peak / jax.device_count(), 4)
                 if not result.applied:
                     record["skipped"] = [pieces.tolist() for pieces in data.pieces(index)]
-                    bar.write(
+                    say(
                         f"step {index + 1}: update skipped, loss {loss:g}, gradient norm {norm:g}: "
-                        f"batch {index}, pieces {record['skipped']}",
-                        file=sys.stderr,
+                        f"batch {index}, pieces {record['skipped']}"
                     )
                 accuracy = " ".join(f"{math.nan if a is None else a:.2f}" for a in record["accuracy"])
                 bar.set_postfix_str(f"loss {loss:.3f}, right by level {accuracy}, {num_tokens / seconds:.0f} tok/s")
@@ -208,7 +211,7 @@ def _train(
                         record.update(evaluate(state.weights))
                         for name, value in record.items():
                             if name.startswith("tau"):
-                                bar.write(f"step {index + 1}: {name} {value:.3f}")
+                                say(f"step {index + 1}: {name} {value:.3f}")
                     came = sigterm.came_anywhere()
                 log.write(record)
                 tau = _measured(record)
@@ -390,6 +393,7 @@ def _new_drafter(
     conversations: Any,
     data: PackedData,
     store: Features | None,
+    quiet: bool,
 ) -> Any:
     """The drafter that the configuration describes, with its first weights, in the shards of a mesh."""
     target, choice = loaded.model, config.drafter
@@ -404,9 +408,7 @@ def _new_drafter(
             corpus = read_conversations(*choice.vocabulary_data)
             counted = token_counts(corpus, target.config.vocab_size, assistant_only=True)
         token_ids = draft_vocabulary(counted, sizes.draft_vocab_size)
-        print(
-            f"vocabulary {len(token_ids)} rows cover {coverage(token_ids, counts):.1%} of the answers", file=sys.stderr
-        )
+        _say(quiet, f"vocabulary {len(token_ids)} rows cover {coverage(token_ids, counts):.1%} of the answers")
     rms = None
     if choice.scale_features:
         first, values = _place(mesh, data, store, 0)

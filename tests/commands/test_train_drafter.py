@@ -31,6 +31,7 @@ from fasteagle_jax.drafters.files import load_drafter
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.training import loop
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
+from fasteagle_jax.training.config import apply_changes, load_config
 from fasteagle_jax.training.loop import _spike_limit
 from tests.tiny_folder import make_target
 
@@ -302,6 +303,9 @@ def test_the_draft_vocabulary_is_of_the_most_frequent_tokens_of_the_corpus_named
     saved = load_file(tmp_path / "run" / "drafter" / "model.safetensors")["token_ids"]
     np.testing.assert_array_equal(saved, [7, 9, 200])
     assert "3 rows cover" in capsys.readouterr().err
+    config = apply_changes(load_config(str(CONFIG)), command(target_folder, data_file, tmp_path, *changes)[4:])
+    loop.train(config, tmp_path / "quiet", quiet=True)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_changed_configuration_is_shown_and_needs_a_flag(

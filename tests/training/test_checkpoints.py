@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import jax
@@ -53,6 +54,14 @@ def test_without_a_measurement_the_last_are_kept_and_none_is_best(tmp_path: Path
     assert written(tmp_path, dict.fromkeys(range(1, 6))) == [4, 5]
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best() is None
+
+
+def test_orbax_is_silenced_only_while_checkpoints_are_open(tmp_path: Path) -> None:
+    log = logging.getLogger("absl")
+    before = log.level
+    with Checkpoints(tmp_path, 2), Checkpoints(tmp_path):
+        assert log.level == logging.ERROR
+    assert log.level == before != logging.ERROR
 
 
 def test_a_checkpoint_holds_its_record(tmp_path: Path) -> None:
