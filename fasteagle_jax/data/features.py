@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from fasteagle_jax.data.manifest import differences
 from fasteagle_jax.data.packing import Batch, PackedData, best_fit
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import replacing, sha256, write_text
@@ -219,7 +220,7 @@ def _read_index(folder: Path, settings: FeatureSettings, *, missing_ok: bool = F
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, error) from error
     new = json.loads(json.dumps(dataclasses.asdict(settings)))
-    if differ := [f"{name} {old.get(name)}, not {new[name]}" for name in new if old.get(name) != new[name]]:
+    if differ := differences(old, new):
         raise UserError(f"{folder} holds features of {'; '.join(differ)}: use the same settings or another folder")
     return entries
 

@@ -60,13 +60,13 @@ def damaged(output: Path, error: Exception) -> UserError:
     return UserError(f"{manifest_path(output)} is damaged ({error}): name another --output")
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`max_new 256, not 128` for each setting that differs."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`sampling.seed 0, not 5` for each setting that differs; groups of settings are compared one by one."""
     differ = []
     for name in sorted(old.keys() | new.keys()):
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            differ += differences(a, b)
+            differ += differences(a, b, f"{prefix}{name}.")
         elif a != b:
-            differ.append(f"{name} {json.dumps(a)}, not {json.dumps(b)}")
+            differ.append(f"{prefix}{name} {a}, not {b}")
     return differ

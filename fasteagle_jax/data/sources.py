@@ -24,6 +24,7 @@ from typing import Any
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import wheel_file
+from fasteagle_jax.io.files import first_line
 
 Message = dict[str, str]  # {"role", "content"}
 
@@ -199,9 +200,8 @@ def _datasets_records(source: str, builder: str | None) -> Iterator[tuple[str, A
         for n, row in enumerate(rows):
             yield f"{source} row {n}", row
     except Exception as error:  # whatever the hub, the network and the readers raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"source {source!r} is no file and no data set that loads ({reason}): "
+            f"source {source!r} is no file and no data set that loads ({first_line(error)}): "
             "give a .jsonl, .json, .parquet or .csv file, sharegpt, or name:split"
         ) from error
 

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import write_file
+from fasteagle_jax.io.files import first_line, write_file
 
 STATE, RECORD = "default", "run"  # items of a checkpoint; the state's name is Orbax's for one without others
 TAU = "tau"  # the metric by which one is best: the measured acceptance length
@@ -188,7 +188,7 @@ def _reason(error: BaseException) -> str:
     """The first line of what was the first error."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return first_line(error)[:200]
 
 
 def newest_record(folder: epath.Path) -> dict[str, Any] | None:

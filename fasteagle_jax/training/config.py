@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fasteagle_jax.data.manifest import differences
 from fasteagle_jax.devices.sharding import MeshShape
 from fasteagle_jax.drafters.base import DrafterConfig, default_config
 from fasteagle_jax.errors import UserError
@@ -265,7 +266,7 @@ _PARTS: dict[str, Any] = {
 
 
 def changes_since(old: dict[str, Any], config: RunConfig) -> list[str]:
-    """`key: old -> new` of what differs from a configuration saved earlier; keys it had not count as their defaults."""
+    """`key old, not new` for what differs from a configuration saved earlier; keys it lacks are at their defaults."""
     return differences(to_json(from_json(old)), to_json(config))
 
 
@@ -278,15 +279,3 @@ def drafter_config(choice: DrafterChoice, target_config: LlamaConfig) -> Drafter
         if getattr(choice, name) is not None:
             changes[name] = getattr(choice, name)
     return default_config(target_config, **changes)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` of every value in which two `to_json` configurations differ."""
-    found = []
-    for key in sorted(set(old) | set(new)):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} -> {b}")
-    return found
