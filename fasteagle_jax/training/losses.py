@@ -209,8 +209,8 @@ def _scan(
             hidden_BCH, valid_BC, weight = level
 
             def loss_of(hidden_BCH: jax.Array, drafters: jax.Array) -> tuple[jax.Array, jax.Array]:
-                product = _trained_head_logits if trains_head else head_logits
-                logits = constrain(product(hidden_BCH, drafters), "batch", None, "vocab")  # [B, C, V]
+                logits = head_logits(hidden_BCH, drafters, trains_head)
+                logits = constrain(logits, "batch", None, "vocab")  # [B, C, V]
                 terms, stats = _terms(logits, hidden_BCH, target_BCH, p, best, config)
                 loss = jnp.where(valid_BC & counted, terms, 0).sum()
                 return weight * loss, jnp.stack([loss, *(jnp.where(valid_BC, s, 0).sum() for s in stats)])
@@ -235,27 +235,6 @@ def _scan(
     start = (jnp.zeros(()), jnp.zeros((3, chosen.shape[1])), of_head)
     (loss, sums, of_head), gradient = jax.lax.scan(one_chunk, start, (chosen, valid, at_target), unroll=unrolled)
     return (loss, sums), (gradient if with_gradient else None, of_head.astype(drafters.dtype) if trains_head else None)
-
-
-@jax.custom_vjp
-def _trained_head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """`layers.head_logits` under a head that gets a gradient."""
-    return jnp.einsum("...h,vh->...v", hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
-
-
-def _trained_head_forward(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _trained_head_logits(hidden, head), (hidden.astype(head.dtype), head, jnp.zeros((0,), hidden.dtype))
-
-
-def _trained_head_backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, head, like_hidden = saved
-    dy = dy.astype(head.dtype)  # as in `layers.matmul`: both products take the fast path
-    dx = jnp.einsum("...v,vh->...h", dy, head, preferred_element_type=jnp.float32)
-    dhead = jnp.einsum("...v,...h->vh", dy, x, preferred_element_type=jnp.float32)
-    return dx.astype(like_hidden.dtype), dhead.astype(head.dtype)
-
-
-_trained_head_logits.defvjp(_trained_head_forward, _trained_head_backward)
 
 
 def _terms(

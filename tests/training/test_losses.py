@@ -125,7 +125,7 @@ def test_the_first_choice_is_in_the_draft_vocabulary_however_the_two_products_ro
     hidden, target_hidden, head = inputs()
     picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
     ids, exact = jnp.arange(V - 1), losses.head_logits
-    monkeypatch.setattr(losses, "head_logits", lambda h, rows: exact(h, rows) - jnp.where(len(rows) < V, 1e-5, 0.0))
+    monkeypatch.setattr(losses, "head_logits", lambda h, rows, *_: exact(h, rows) - jnp.where(len(rows) < V, 1e-5, 0.0))
     args = (target_hidden, jnp.asarray(POSITIONS), picked, real, head, ids, LossConfig(within_draft=True))
     hidden = jnp.roll(target_hidden, -1, axis=1)[None]  # level 1 at s - 1 says what the target says at s
     loss, metrics = jax.jit(lambda hidden: level_loss(hidden, *args))(hidden)
