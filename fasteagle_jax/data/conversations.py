@@ -14,6 +14,7 @@ from typing import Self, overload
 import numpy as np
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.lines import LineFile
 
 log = logging.getLogger(__name__)
 
@@ -123,34 +124,16 @@ def _conversation(line: bytes, where: str) -> Conversation:
 class ConversationWriter:
     """Appends conversations to a file of JSON lines and resumes where a killed run stopped.
 
-    `id in writer` says whether a conversation is there already. On opening, a torn last line is cut off; a
-    whole line that is corrupt raises UserError with file and line. For one writer a file at a time.
+    `id in writer` says whether a conversation is there already. On opening, a torn last line is cut off; a whole line
+    that is corrupt raises UserError with file and line. For one process at a time, which is enforced.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.ids: set[str] = set()
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115  # closed by close()
+            self._file = LineFile(Path(path), lambda line, n: self.ids.add(_conversation(line, f"{path}:{n}").id))
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; give another file") from error
-        self._file.seek(0)
-        end = 0
-        for n, line in enumerate(self._file, 1):
-            ended = line.endswith(b"\n")
-            try:
-                self.ids.add(_conversation(line, f"{path}:{n}").id)
-            except UserError:
-                if ended:
-                    self._file.close()
-                    raise
-                log.warning("%s: cut off a torn last line of %d bytes", path, len(line))
-                self._file.truncate(end)
-                return
-            if not ended:  # whole, but its newline is missing
-                self._file.write(b"\n")
-                return
-            end += len(line)
 
     def append(self, conversations: Iterable[Conversation]) -> None:
         """Writes a batch and waits until it is on the disk. An id that is there already raises UserError."""
@@ -161,9 +144,7 @@ class ConversationWriter:
             record = {"id": c.id, "tokens": c.tokens.tolist(), "assistant": c.assistant.tolist()}
             Conversation.of(**record)  # nothing is written that could not be read
             lines[c.id] = json.dumps(record, separators=(",", ":")) + "\n"
-        self._file.write("".join(lines.values()).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.append("".join(lines.values()).encode())
         self.ids.update(lines)
 
     def __contains__(self, id: str) -> bool:

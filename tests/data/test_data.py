@@ -344,6 +344,17 @@ def test_a_writer_resumes_after_any_torn_tail(tmp_path, caplog):
     assert "cut off a torn last line" in caplog.text
 
 
+def test_a_file_has_one_writer_at_a_time(tmp_path):
+    """Two runs of prepare-data with one output mixed their lines, and each cut off what the other was writing."""
+    path = tmp_path / "c.jsonl"
+    with ConversationWriter(path) as writer:
+        writer.append(conversations("a"))
+        with pytest.raises(UserError, match=r"c\.jsonl is being written by another run: wait for its end"):
+            ConversationWriter(path)
+    with ConversationWriter(path) as writer:
+        assert writer.ids == {"a"}
+
+
 def test_a_writer_refuses_an_id_twice_and_then_writes_nothing(tmp_path):
     with ConversationWriter(tmp_path / "c.jsonl") as writer:
         writer.append(conversations("a"))
