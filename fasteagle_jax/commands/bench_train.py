@@ -97,11 +97,11 @@ def _start(config: RunConfig) -> Callable[[], None]:
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = first_state(params, optimizer, config.optimizer.ema)
-    step = train_step(config, graph, constants, optimizer)
+    step = train_step(config, graph)
 
     def run() -> None:
         nonlocal state
-        state, result = step(state, target, batch)
+        state, result = step(state, constants, target, batch)
         float(result.loss)
 
     return run

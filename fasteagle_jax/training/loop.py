@@ -129,11 +129,10 @@ def _train(
         if latest is not None:
             state, constants = checkpoints.restore(latest, (state, constants))
             _say(quiet, f"resume    from step {latest}")
-        constants = fetch(constants)  # of a program: every process has them whole
         placed = None
         if mesh is not None:
             placed = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec())
-        step = train_step(config, graph, constants, optimizer, placed)
+        step = train_step(config, graph, placed)
 
         # --- the loop -----------------------------------------------------------------------------------------
         start = int(state.step)
@@ -177,7 +176,8 @@ def _train(
                 batch, values = _place(mesh, data, store, index)
                 num_tokens = data.num_tokens(index)
                 waited = time.perf_counter() - began
-                state, result = step(state, target, batch, _spike_limit(config.spike_factor, log.records), values)
+                limit = _spike_limit(config.spike_factor, log.records)
+                state, result = step(state, constants, target, batch, limit, values)
                 loss, norm = float(result.loss), float(result.norm)
                 came = sigterm.came_anywhere()
                 seconds = time.perf_counter() - began
@@ -229,7 +229,7 @@ def _train(
             raise SystemExit(0)
 
     # --- what is left behind ----------------------------------------------------------------------------------
-    weights = fetch(state.weights)
+    weights, constants = fetch((state.weights, constants))
     if not is_first:
         return
     drafter = nnx.merge(graph, weights, constants)

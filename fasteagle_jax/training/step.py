@@ -6,6 +6,7 @@ The target is frozen and only read; parameters and optimiser state are float32, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.training.config import REMAT, RunConfig, StepOptions
 from fasteagle_jax.training.losses import LevelMetrics, LossConfig, level_loss, select_positions
-from fasteagle_jax.training.optimizer import is_matrix
+from fasteagle_jax.training.optimizer import OptimizerConfig, is_matrix, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -99,7 +100,6 @@ def _loss_at(
 
 def make_train_step(
     graph: Any,
-    constants: Any,
     optimizer: optax.GradientTransformation,
     config: LossConfig,
     dtype: Any,
@@ -110,15 +110,15 @@ def make_train_step(
     ways: StepOptions = StepOptions(),  # noqa: B008  # immutable
     shardings: Any = None,
 ) -> Callable[..., tuple[TrainState, StepResult]]:
-    """A compiled step: (state, target, batch, limit = infinity, values = None) -> (state, result).
+    """A compiled step: (state, constants, target, batch, limit = infinity, values = None) -> (state, result).
 
-    The state is consumed; `values` are the target's for the batch, where its layers are not to be run.
+    The state is consumed; `values` are the target's for the batch, if its layers are not to be run.
 
     Where the loss or the gradient is not finite, or the loss above `limit`, parameters, optimiser and average stay
     as they were, bit for bit; `step` alone counts on.
 
     Args:
-      graph, constants: with the parameters, what nnx.split(drafter, nnx.Param, ...) gave.
+      graph: with the parameters and `constants`, what nnx.split(drafter, nnx.Param, ...) gave.
       optimizer, config, dtype, seed: the rule, the loss, of the products, of the positions drawn.
       accumulate: the batch is taken in so many parts of rows, one after the other; the update is that of the whole.
       ema: decay of the state's average.
@@ -126,7 +126,7 @@ def make_train_step(
       shardings: of the state and the result, to stay as they are; None on one device.
     """
 
-    def gradient_of(params: Any, target: Any, part: _Part, level_share: jax.Array | None) -> Any:
+    def gradient_of(params: Any, constants: Any, target: Any, part: _Part, level_share: jax.Array | None) -> Any:
         def loss_of(params: Any) -> tuple[jax.Array, LevelMetrics]:
             drafter = nnx.merge(graph, in_dtype(params, dtype), constants)
             return _loss_at(drafter, target, part, level_share, config, ways)
@@ -135,6 +135,7 @@ def make_train_step(
 
     def step(
         state: TrainState,
+        constants: Any,
         target: Any,
         batch: Batch,
         limit: jax.Array | float = float("inf"),
@@ -143,11 +144,15 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         whole = _Part(batch, values, *select_positions(batch.supervised, batch.positions, config.share, key))
         if accumulate == 1:
-            (loss, metrics), gradients = gradient_of(state.params, target, whole, None)
+            (loss, metrics), gradients = gradient_of(state.params, constants, target, whole, None)
         else:
             num_levels = nnx.merge(graph, state.params, constants).num_levels
             loss, metrics, gradients = _accumulated(
-                lambda *args: gradient_of(state.params, target, *args), state.params, whole, accumulate, num_levels
+                lambda *args: gradient_of(state.params, constants, target, *args),
+                state.params,
+                whole,
+                accumulate,
+                num_levels,
             )
         norm = optax.tree.norm(gradients)
         applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit)
@@ -205,17 +210,45 @@ def _level_counts(part: _Part, num_levels: int) -> jax.Array:
     return reached.sum(axis=(1, 2))
 
 
-def train_step(config: RunConfig, graph: Any, constants: Any, optimizer: Any, shardings: Any = None) -> Any:
-    """The compiled step of a run; arguments and result as of `training.make_train_step`."""
+def train_step(config: RunConfig, graph: Any, shardings: Any = None) -> Any:
+    """The compiled step of a run, as of `make_train_step`: one a process for equal settings and sizes."""
+    leaves, structure = jax.tree.flatten(shardings)
+    options = StepOptions(config.attention, config.remat)
+    return _train_step(
+        graph,
+        config.optimizer,
+        config.steps,
+        config.loss,
+        config.dtype,
+        config.seed,
+        config.accumulate,
+        options,
+        structure,
+        tuple(leaves),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _train_step(
+    graph: Any,
+    optimizer: OptimizerConfig,
+    num_steps: int,
+    loss: LossConfig,
+    dtype: str,
+    seed: int,
+    accumulate: int,
+    options: StepOptions,
+    structure: Any,
+    shardings: tuple[Any, ...],
+) -> Any:
     return make_train_step(
         graph,
-        constants,
-        optimizer,
-        config.loss,
-        jnp.dtype(config.dtype),
-        config.seed,
-        accumulate=config.accumulate,
-        ema=config.optimizer.ema,
-        ways=StepOptions(config.attention, config.remat),
-        shardings=shardings,
+        make_optimizer(optimizer, num_steps),
+        loss,
+        jnp.dtype(dtype),
+        seed,
+        accumulate=accumulate,
+        ema=optimizer.ema,
+        ways=options,
+        shardings=jax.tree.unflatten(structure, shardings),
     )
