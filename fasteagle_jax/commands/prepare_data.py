@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from fasteagle_jax.commands.answers import add_draft_options, tree_named
 from fasteagle_jax.commands.models import add_target_options
@@ -50,6 +49,7 @@ from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import sha256, write_text, writing
+from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.targets.tokenizer import assistant_spans, load_tokenizer, prefix_spans, user_header_ids
@@ -161,7 +161,6 @@ def prepare(args: argparse.Namespace) -> None:
             print(f"memory: {engine.memory}", file=sys.stderr)
             if len(engine.trees) > 1:
                 print("measuring which tree is the fastest comes first", file=sys.stderr)
-        pause = 0.5 if sys.stderr.isatty() else 60.0  # seconds: a log wants fewer lines than a terminal
         took, unwritten = Took(), list[Outcome]()
 
         def write() -> None:
@@ -172,7 +171,7 @@ def prepare(args: argparse.Namespace) -> None:
             unwritten.clear()
             manifest.save(len(writer))
 
-        with tqdm(total=total_here, initial=done, unit="sample", mininterval=pause, dynamic_ncols=True) as bar:
+        with progress_bar(total_here, "sample", initial=done) as bar:
             ahead = AHEAD if engine is None else WINDOW * args.slots
             for settled, completion in answer_all(samples, rules, engine, partial(params_of, args), ahead):
                 unwritten += settled

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from fasteagle_jax.commands.terminal import Parser, program
 from fasteagle_jax.data.conversations import read_conversations
@@ -32,6 +31,7 @@ from fasteagle_jax.data.manifest import check_target
 from fasteagle_jax.data.packing import Batch, PackedData
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import writing
+from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.training.config import RunConfig, apply_changes, drafter_config, load_config
@@ -77,7 +77,7 @@ def prepare(config: RunConfig, folder: Path, store: str) -> None:
                 f"{folder} needs {(needed - there) / 1e9:.1f} GB more and has {free / 1e9:.1f} GB free: "
                 "name another --output, or train without stored features"
             )
-        with tqdm(total=num_tokens, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
+        with progress_bar(num_tokens, "token", unit_scale=True) as bar:
             for done in write_features(folder, data, settings, partial(_compute, loaded.model, layers=layers)):
                 bar.update(done)
     print(f"{folder}: features of {num_tokens} tokens, {len(data.lengths)} pieces")

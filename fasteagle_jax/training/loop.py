@@ -23,7 +23,6 @@ from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from fasteagle_jax.data.conversations import read_conversations
 from fasteagle_jax.data.features import Features, load_features
@@ -38,6 +37,7 @@ from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.drafters.table import AXES
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, in_bucket, write_file
+from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
@@ -138,7 +138,6 @@ def _train(
         start = int(state.step)
         evaluate = _Evaluation(config, loaded, graph, constants, dtype)
         best = (checkpoints.best() or (0, 0.0))[1]
-        bar_options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "disable": quiet}
         with (
             Log(
                 run,
@@ -148,7 +147,7 @@ def _train(
                 config=to_json(config),
                 writes=is_first,
             ) as log,
-            tqdm(total=config.steps, initial=start, **bar_options) as bar,
+            progress_bar(config.steps, "step", initial=start, disable=quiet) as bar,
             _Profile(profile, run / "profile") as profiler,
         ):
             tokens_seen = sum(record["tokens"] for record in log.records)
@@ -204,7 +203,8 @@ def _train(
                         f"batch {index}, pieces {record['skipped']}"
                     )
                 accuracy = " ".join(f"{math.nan if a is None else a:.2f}" for a in record["accuracy"])
-                bar.set_postfix_str(f"loss {loss:.3f}, right by level {accuracy}, {num_tokens / seconds:.0f} tok/s")
+                speed = f"{num_tokens / seconds:.0f} tokens/s"
+                bar.set_postfix_str(f"loss {loss:.3f}, right by level {accuracy}, {speed}", refresh=False)
                 bar.update()
                 if is_evaluated(index + 1) and not came:
                     with sigterm.cuts_short():
@@ -218,8 +218,12 @@ def _train(
                 better, best = (tau or 0.0) > best, max(best, tau or 0.0)
                 if better or came or index + 1 == config.steps or (index + 1) % config.save_every == 0:
                     position = {"digest": digest, "next_batch": index + 1, "tokens": tokens_seen}
-                    about = {"config": to_json(config), "target_fingerprint": loaded.fingerprint, "data": position}
-                    about |= {"seed": config.seed} | ({"earlier": earlier} if earlier else {})
+                    about: Record = {
+                        "config": to_json(config),
+                        "target_fingerprint": loaded.fingerprint,
+                        "data": position,
+                        "seed": config.seed,
+                    } | ({"earlier": earlier} if earlier else {})
                     checkpoints.save(index + 1, (state, constants), about, tau)
                     log.flush()
                 _check_going(config, log.records, checkpoints, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -134,12 +135,15 @@ def questions(tmp_path: Path) -> Path:
 
 
 def test_training_lowers_the_loss_and_leaves_a_drafter_metrics_a_plot_and_a_trace(
-    data_file: Path, tmp_path: Path, questions: Path
+    data_file: Path, tmp_path: Path, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     talker = make_target(tmp_path / "talker", stop_rate=-9.0)  # its greedy answers do not end with their first token
     changes = ["steps=30", f"evaluation.prompts={questions}", "evaluation.every=15", "evaluation.max_new=8"]
     assert main([*command(talker, data_file, run, *changes), "--profile", "20:21"]) == 0
+    said = capsys.readouterr().err  # no terminal: lines, and few of them
+    assert "\r" not in said and sum("step/s" in line or "s/step" in line for line in said.splitlines()) < 10
+    assert re.search(r"^100%.* 30/30 .*loss .*tokens/s", said, re.MULTILINE) and "step 15: tau chain" in said
     loss = [value for value, _ in losses(run).values()]
     assert np.mean(loss[-3:]) < 0.8 * np.mean(loss[:3])
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
