@@ -83,7 +83,9 @@ def test_loss_metrics_and_gradient_are_those_of_the_loss_that_makes_all_logits(c
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def slow(hidden):
-        return slow_loss(hidden, target_hidden, pairs_that_count(), head, jnp.arange(V) if ids is None else ids, config)
+        return slow_loss(
+            hidden, target_hidden, pairs_that_count(), head, jnp.arange(V) if ids is None else jnp.asarray(ids), config
+        )
 
     (loss, metrics), gradient = jax.jit(fast)(hidden)
     (expected, expected_metrics), expected_gradient = jax.jit(slow)(hidden)
