@@ -5,8 +5,7 @@ For small targets: a token takes (F + 1) x H numbers, F being the feature layers
 configuration; all epochs, batch sizes and seeds use the same features. Without them training runs the layers itself,
 which needs no disk and suits any target.
 
-The same command after an interruption, by whatever means, goes on where it stopped, and makes files anew that are
-missing or corrupt.
+After an interruption of any kind the same command resumes, and writes files again that are missing or corrupt.
 
 example:
   fasteagle prepare-features --config configs/smollm2_135m.py --output runs/features data=runs/data/answers.jsonl

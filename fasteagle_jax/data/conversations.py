@@ -1,4 +1,4 @@
-"""Conversations as tokens on disk, a JSON line each."""
+"""Conversations as tokens, in memory and on disk, a JSON line each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Conversation:
 
     @classmethod
     def of(cls, id: str, tokens: Sequence[int], assistant: Sequence[Sequence[int]]) -> Self:
-        """The conversation of plain lists; UserError on tokens or spans that cannot be."""
+        """The conversation of plain lists; UserError for invalid tokens or spans."""
         if not isinstance(id, str) or not id:
             raise UserError(f"id {id!r}: give a text")
         if not isinstance(tokens, list) or set(map(type, tokens)) != {int}:
@@ -52,7 +52,7 @@ class Conversation:
 
 
 class Conversations(Sequence[Conversation]):
-    """Conversations end to end in a few arrays, 4 bytes a token; its items are views of them."""
+    """Conversations end to end in a few arrays, 4 bytes a token; items are views of these."""
 
     def __init__(self, conversations: Iterable[Conversation]) -> None:
         self.ids: list[str] = []
@@ -117,7 +117,7 @@ def _conversation(line: bytes, where: str) -> Conversation:
     except (ValueError, KeyError) as error:  # UserError is a ValueError
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"{where}: no conversation ({reason}): delete the line, or run what wrote it on to its end"
+            f"{where}: no conversation ({reason}): delete the line, or give the command that writes the file again"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The file beside an output that says how it was made: the same settings go on with the output, others are refused."""
+"""The file beside an output with its settings: a command of the same settings resumes, others are refused."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def manifest_path(output: Path) -> Path:
 
 
 def read_manifest(output: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the manifest of `output` holds, None where there is none yet.
+    """The manifest of `output`; None if there is none yet.
 
-    Its "settings" are those given: UserError where they are not, or where `output` has no manifest.
+    Raises UserError if it has other settings, or if `output` exists without a manifest.
     """
     path = manifest_path(output)
     if not path.exists():
@@ -28,10 +28,10 @@ def read_manifest(output: Path, settings: Mapping[str, Any]) -> dict[str, Any] |
         return None
     try:
         saved = json.loads(path.read_bytes())
-        made_with = dict(saved["settings"])
+        old = dict(saved["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(output, error) from error
-    if changed := differences(made_with, json.loads(json.dumps(settings))):
+    if changed := differences(old, json.loads(json.dumps(settings))):
         raise UserError(f"{output} was made with {'; '.join(changed)}: use the same settings or another --output")
     assert isinstance(saved, dict)
     return saved
@@ -56,7 +56,7 @@ def check_target(paths: Sequence[str], fingerprint: str) -> None:
 
 
 def damaged(output: Path, error: Exception) -> UserError:
-    """What to say of a manifest that cannot be read."""
+    """The error for a manifest that cannot be read."""
     return UserError(f"{manifest_path(output)} is damaged ({error}): name another --output")
 
 

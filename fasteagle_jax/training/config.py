@@ -1,7 +1,4 @@
-"""A training run: its configuration, how a config file and `key=value` changes make one, and its folder.
-
-The folder may be of a bucket (gs://...).
-"""
+"""A training run's configuration, from a Python file and `key=value` changes, and what is saved of it."""
 
 from __future__ import annotations
 
@@ -26,8 +23,8 @@ from fasteagle_jax.targets.llama import LlamaConfig
 from fasteagle_jax.training.losses import LossConfig
 from fasteagle_jax.training.optimizer import OptimizerConfig
 
-# What the backward pass computes again rather than keeps, by name: nothing, all of a level but its input, or all but
-# the results of products.
+# Rematerialization of a drafter's level in the backward pass, by name: nothing is recomputed, all but the level's
+# input, or all but the results of products.
 REMAT: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -36,15 +33,15 @@ REMAT: dict[str, Any] = {
 
 
 class StepOptions(NamedTuple):
-    """How a step computes what it computes."""
+    """Choices of a step that change its speed and memory, and its results by rounding alone."""
 
-    attention: str = "auto"  # of packed.KINDS
+    attention: str = "auto"  # of packed_attention.KINDS
     remat: str = "none"  # of REMAT
 
 
 @dataclasses.dataclass(frozen=True)
 class DrafterChoice:
-    """What drafter to train; sizes that are None are the target's."""
+    """The drafter to train; sizes that are None are the target's."""
 
     kind: str = "fasteagle"  # or eagle3
     num_levels: int = 7
@@ -53,7 +50,7 @@ class DrafterChoice:
     intermediate_size: int | None = None
     feature_layers: tuple[int, ...] | None = None  # None: 2, L // 2, L - 3
     reinject: bool = False  # add the fused input again before every level
-    correction: int | None = None  # units that correct a guess by the token before it; None for none
+    correction: int | None = None  # hidden units that correct a guess by the token before it; None for none
     window: int | None = None  # positions that a level attends to; None for all
     from_target: bool = False  # start each level, or EAGLE-3's one layer, from the target's last layer
     start: str = ""  # start from the drafter in this folder: its weights, draft vocabulary and first levels
@@ -73,13 +70,13 @@ class EvalChoice:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a training run's result."""
+    """Settings of a training run: all that decides its result, and what is logged of it."""
 
-    target: str  # a name or path for targets.readers.open_checkpoint
-    data: tuple[str, ...]  # files of conversations, from prepare_data
+    target: str  # a name or path for targets.loading.open_checkpoint
+    data: tuple[str, ...]  # files of conversations, from prepare-data
     steps: int
     batch_size: int = 4  # B, rows
-    accumulate: int = 1  # parts of the batch, one after the other: the same step in less memory
+    accumulate: int = 1  # microbatches of a step: the same step in less memory
     length: int = 512  # T, tokens a row
     seed: int = 0
     dtype: str = "bfloat16"  # of the products
@@ -88,15 +85,15 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvalChoice = EvalChoice()
     save_every: int = 200
-    keep: int = 2  # checkpoints, the last ones; the one of the best measured acceptance length is kept besides
-    spike_factor: float = 0.0  # skip a batch whose loss is above so many times the mean of the last 100; 0 for none
+    keep: int = 2  # last checkpoints; that of the best measured acceptance length is kept besides
+    spike_factor: float = 0.0  # skip a batch whose loss is above this many times the mean of the last 100; 0 for none
     max_bad_steps: int = 20  # skipped updates in a row (not finite, or spikes) that end the run
     tensorboard: bool = True  # events in the run folder's tensorboard/
     wandb: str = ""  # a project of Weights & Biases; empty for none
     mesh: MeshShape | None = None  # of devices; None for one device
-    attention: str = "auto"  # over packed rows, a kind of packed.KINDS
-    remat: str = "none"  # what the drafter's backward pass computes again, a policy of training.REMAT
-    features: str = ""  # a folder of prepare-features, which the target's layers then need not be run for
+    attention: str = "auto"  # over packed rows, one of packed_attention.KINDS
+    remat: str = "none"  # of the drafter's levels, a policy of REMAT
+    features: str = ""  # a folder of prepare-features, which replaces the target's layers; empty: they run
     target_config: LlamaConfig | None = None  # the target's sizes, for use without its weights
 
     def __post_init__(self) -> None:
@@ -119,7 +116,7 @@ class RunConfig:
 
 
 def load_config(path: str) -> RunConfig:
-    """What `get_config()` of the Python file at `path` returns."""
+    """The RunConfig that `get_config()` of the Python file at `path` returns."""
     if not Path(path).is_file():
         raise UserError(f"{path} is not a file: name a config, e.g. configs/smollm2_135m.py")
     spec = importlib.util.spec_from_file_location("run_config", path)
@@ -189,12 +186,12 @@ def _value(text: str, kind: str, key: str) -> Any:
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """The configuration as what a JSON file gives back."""
+    """The configuration as a JSON file gives it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def trained(config: RunConfig, steps: int, tokens: int, earlier: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """What a drafter's config.json says of its training; files by their names alone, since drafters are given away.
+    """A drafter's entry `trained` in config.json; files by their names alone, since drafters are given away.
 
     `earlier` are such entries, oldest first, of the runs that trained the drafter it started from. Their tokens count
     in `total_tokens`, which is None if the first of them is not known.
@@ -223,7 +220,7 @@ def trained(config: RunConfig, steps: int, tokens: int, earlier: Sequence[dict[s
 
 
 def earlier_runs(folder: str) -> list[dict[str, Any]]:
-    """What the config.json of the drafter in a folder says of the runs that trained it, oldest first; empty without."""
+    """Entries `trained` of the runs that trained the drafter in a folder, oldest first; empty if there are none."""
     path = Path(folder, "config.json")
     last = read_json(path).get("trained") if folder and path.is_file() else None
     return [] if last is None else [*last.get("earlier", ()), {key: last[key] for key in ("steps", "tokens", "run")}]

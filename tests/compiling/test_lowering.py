@@ -78,8 +78,8 @@ def train_step_for_cuda(attention: str) -> str:
 
     graph, state, constants = nnx.eval_shape(start)
     target = jax.eval_shape(lambda: Llama(SIZES, jax.random.key(0), jnp.bfloat16))
-    ways = StepOptions(attention, "full")
-    step = make_train_step(graph, optimizer, LossConfig(chunk=64), jnp.bfloat16, 0, ways=ways)
+    options = StepOptions(attention, "full")
+    step = make_train_step(graph, optimizer, LossConfig(chunk=64), jnp.bfloat16, 0, options=options)
     rows = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     batch = Batch(rows, rows, rows, jax.ShapeDtypeStruct((2, 128), jnp.bool_))
     leaves, structure = jax.tree.flatten((state, constants, target, batch))
