@@ -121,7 +121,7 @@ def _conversation(line: bytes, where: str) -> Conversation:
         ) from error
 
 
-class ConversationWriter:
+class ConversationWriter(LineFile):
     """Appends conversations to a file of JSON lines and resumes where a killed run stopped.
 
     `id in writer` says whether a conversation is there already. On opening, a torn last line is cut off; a whole line
@@ -131,7 +131,7 @@ class ConversationWriter:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.ids: set[str] = set()
         try:
-            self._file = LineFile(Path(path), lambda line, n: self.ids.add(_conversation(line, f"{path}:{n}").id))
+            super().__init__(Path(path), lambda line, n: self.ids.add(_conversation(line, f"{path}:{n}").id))
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; give another file") from error
 
@@ -144,7 +144,7 @@ class ConversationWriter:
             record = {"id": c.id, "tokens": c.tokens.tolist(), "assistant": c.assistant.tolist()}
             Conversation.of(**record)  # nothing is written that could not be read
             lines[c.id] = json.dumps(record, separators=(",", ":")) + "\n"
-        self._file.append("".join(lines.values()).encode())
+        self.append_lines("".join(lines.values()).encode())
         self.ids.update(lines)
 
     def __contains__(self, id: str) -> bool:
@@ -152,13 +152,3 @@ class ConversationWriter:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def close(self) -> None:
-        """Closes the file; what was appended is on the disk already."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

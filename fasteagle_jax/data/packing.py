@@ -20,8 +20,6 @@ from fasteagle_jax.errors import UserError
 MIN_WINDOW = 16  # tokens: a shorter last window of a sample has too little context to be worth a segment
 PACKING_WINDOW = 512  # segments packed together
 
-# --- packing ---
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +170,3 @@ def best_fit(pieces: np.ndarray, lengths: np.ndarray, T: int) -> list[list[int]]
         rows[row].append(piece)
         bisect.insort(rooms, (room - length, row))
     return sorted(rows, key=lambda row: min(rank[piece] for piece in row))
-
-
-def pack(conversations: Sequence[Conversation], T: int, B: int, seed: int, step: int) -> Batch:
-    """The batch of one step; for many steps keep a PackedData, which plans an epoch once."""
-    return PackedData(conversations, T, B, seed).batch(step)

@@ -23,7 +23,7 @@ import json
 import time
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.engine.batch_requests import CHAT, BatchRequest, Line, Refusal, is_whole
@@ -164,7 +164,7 @@ class _Written(NamedTuple):
     is_error: bool
 
 
-class AnswerFile:
+class AnswerFile(LineFile):
     """Appends records to a file of JSON lines and resumes where a killed run stopped.
 
     `done` holds the lines that are answered. On opening, a torn last line is cut off; a whole line that is no answer to
@@ -184,24 +184,14 @@ class AnswerFile:
                 raise UserError(f"{path}:{n}: no answer of this batch ({error}): delete the line") from error
             self._add(written)
 
-        self._file = LineFile(path, read)
+        super().__init__(path, read)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes a record and waits until it is on the disk."""
         written = _Written(record["line"], record["error"] is not None)
         assert written.line not in self.done
-        self._file.append(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+        self.append_lines(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         self._add(written)
-
-    def close(self) -> None:
-        """Closes the file; what was appended is on the disk already."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _add(self, written: _Written) -> None:
         self.done.add(written.line)

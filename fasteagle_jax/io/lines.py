@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import sync
@@ -41,7 +42,7 @@ class LineFile:
             self._file.close()
             raise
 
-    def append(self, lines: bytes) -> None:
+    def append_lines(self, lines: bytes) -> None:
         """Writes whole lines and waits until they are on the disk."""
         rest = memoryview(lines)
         while rest:
@@ -51,6 +52,12 @@ class LineFile:
     def close(self) -> None:
         """Closes the file; what was appended is on the disk already."""
         self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _read_all(self, read: Callable[[bytes, int], None]) -> None:
         end = 0
@@ -67,6 +74,6 @@ class LineFile:
                     os.fsync(self._file.fileno())
                     return
                 if not is_whole:  # all but its newline
-                    self.append(b"\n")
+                    self.append_lines(b"\n")
                     return
                 end += len(line)

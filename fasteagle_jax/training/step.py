@@ -20,7 +20,7 @@ from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.training.config import REMAT, RunConfig, StepOptions
 from fasteagle_jax.training.losses import LevelMetrics, LossConfig, level_loss, select_positions
-from fasteagle_jax.training.optimizer import OptimizerConfig, is_matrix, make_optimizer
+from fasteagle_jax.training.optimizer import is_matrix, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -215,42 +215,33 @@ def _level_counts(rows: _Rows, num_levels: int) -> jax.Array:
 def train_step(config: RunConfig, graph: Any, shardings: Any = None) -> Any:
     """The compiled step of a run, as of `make_train_step`: one a process for equal settings and sizes."""
     leaves, structure = jax.tree.flatten(shardings)
-    options = StepOptions(config.attention, config.remat)
-    return _train_step(
-        graph,
-        config.optimizer,
-        config.steps,
-        config.loss,
-        config.dtype,
-        config.seed,
-        config.accumulate,
-        options,
-        structure,
-        tuple(leaves),
+    # Without what the program does not depend on: data, folders, evaluation.
+    settings = RunConfig(
+        target="",
+        data=(),
+        steps=config.steps,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        seed=config.seed,
+        dtype=config.dtype,
+        loss=config.loss,
+        optimizer=config.optimizer,
+        attention=config.attention,
+        remat=config.remat,
     )
+    return _train_step(settings, graph, structure, tuple(leaves))
 
 
 @functools.lru_cache(maxsize=16)
-def _train_step(
-    graph: Any,
-    optimizer: OptimizerConfig,
-    num_steps: int,
-    loss: LossConfig,
-    dtype: str,
-    seed: int,
-    accumulate: int,
-    options: StepOptions,
-    structure: Any,
-    shardings: tuple[Any, ...],
-) -> Any:
+def _train_step(config: RunConfig, graph: Any, structure: Any, shardings: tuple[Any, ...]) -> Any:
     return make_train_step(
         graph,
-        make_optimizer(optimizer, num_steps),
-        loss,
-        jnp.dtype(dtype),
-        seed,
-        accumulate=accumulate,
-        ema=optimizer.ema,
-        options=options,
+        make_optimizer(config.optimizer, config.steps),
+        config.loss,
+        jnp.dtype(config.dtype),
+        config.seed,
+        accumulate=config.accumulate,
+        ema=config.optimizer.ema,
+        options=StepOptions(config.attention, config.remat),
         shardings=jax.tree.unflatten(structure, shardings),
     )

@@ -13,7 +13,7 @@ import pytest
 
 from fasteagle_jax.data import sources
 from fasteagle_jax.data.conversations import Conversation, ConversationWriter, read_conversations
-from fasteagle_jax.data.packing import MIN_WINDOW, Batch, PackedData, pack
+from fasteagle_jax.data.packing import MIN_WINDOW, Batch, PackedData
 from fasteagle_jax.data.sources import Prompt, read_dialogues, read_prompts
 from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
 from fasteagle_jax.errors import UserError
@@ -404,6 +404,11 @@ def test_a_file_that_cannot_be_opened_is_a_user_error(tmp_path):
 # --- packing ---
 
 T, B, SEED = 32, 3, 5
+
+
+def pack(conversations, T: int, B: int, seed: int, step: int) -> Batch:
+    """The batch of one step."""
+    return PackedData(conversations, T, B, seed).batch(step)
 
 
 def samples(num: int = 60, longest: int = 100) -> list[Conversation]:
