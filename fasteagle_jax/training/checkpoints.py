@@ -36,7 +36,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int | None = None):
-        # Orbax logs every file, and warns of what is meant. Back to what it was in __exit__.
+        # Orbax logs every file and warns of intended settings; __exit__ restores the level.
         self._log, self._log_level = (log := logging.getLogger("absl")), log.level
         log.setLevel(logging.ERROR)
         if keep is None:
@@ -79,8 +79,9 @@ class Checkpoints:
     def set_tau(self, step: int, tau: float) -> None:
         """Adds the acceptance length of a checkpoint that was saved without; all processes must call it together."""
         if jax.process_index() == 0:
-            # Where Orbax has a checkpoint's metrics; its own save would delete and write the whole of it anew.
-            write_file(self._manager.directory / str(step) / "metrics" / "metrics", json.dumps({TAU: tau}))
+            # Orbax's place for a checkpoint's metrics; its own save would delete the checkpoint and write it again.
+            with self._failing_as_user_error():
+                write_file(self._manager.directory / str(step) / "metrics" / "metrics", json.dumps({TAU: tau}))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"acceptance length of step {step}")
         self._manager.reload()

@@ -160,11 +160,13 @@ def _train(
                 return step == config.steps or step % config.evaluation.every == 0
 
             if resume_step and is_evaluated(resume_step) and log.records and not _measured(log.records[-1]):
+                measured: Record = {}
                 with sigterm.interrupts():  # the evaluation that SIGTERM had interrupted
-                    log.amend(evaluate(state.weights))
-                if (tau := _measured(log.records[-1])) is not None and resume_step in checkpoints.steps():
-                    checkpoints.set_tau(resume_step, tau)
+                    measured = evaluate(state.weights)
+                if (tau := _measured(measured)) is not None:
+                    checkpoints.set_tau(resume_step, tau)  # before the record, which says that it is done
                     best = max(best, tau)
+                log.amend(measured)
 
             terminated = False  # by SIGTERM, whichever process got it
             for index in range(resume_step, config.steps):
