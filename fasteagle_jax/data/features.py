@@ -1,14 +1,13 @@
-"""Features on disk: what the target's layers compute for each training token, so that training can do without them.
+"""Features on disk: the target's features and final hidden states of all training tokens, which replace its layers.
 
 B rows · T tokens of a row · F feature layers · H hidden width.
 
-    index.json              what the features are of; each file's pieces, tokens and sha256
+    index.json              settings of the features; each file's pieces, tokens and sha256
     features-00000.npy ...  [tokens, F*H + H]: the features, low layer to high, then the final hidden state
 
-A piece of `data.PackedData` is a segment of its own in whatever row it is packed, so what the target computes for it
-does not depend on the packing, to within rounding. It is stored once, for every epoch, batch size and seed; other data,
-another T, target or feature layer need features of their own. The bits of bfloat16 are stored as uint16, which NumPy
-knows.
+A piece of `packing.PackedData` is a segment of its own in any row, so that the target's values for it do not depend on
+the packing, to within rounding. It is stored once for all epochs, batch sizes and seeds; other data, another T, target
+or feature layer need other features. The bits of bfloat16 are stored as uint16, which NumPy has.
 """
 
 from __future__ import annotations
@@ -24,17 +23,18 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from fasteagle_jax.data.manifest import differences
 from fasteagle_jax.data.packing import Batch, PackedData, best_fit
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import replacing, sha256, write_text
 
 INDEX = "index.json"
-FILE_BYTES = 1 << 26  # of a file, unless a single piece is larger: a kill loses the work of one
+FILE_BYTES = 1 << 26  # of a file, unless a single piece is larger: a kill loses one file's work
 STORED = {"bfloat16": "uint16", "float32": "float32"}  # dtype: the file's
 
 
 class TargetValues(NamedTuple):
-    """What of the target's forward pass a drafter is trained on."""
+    """The target's outputs that a drafter is trained on."""
 
     features: Any  # [B, T, F*H]
     hidden: Any  # [B, T, H], after the final norm
@@ -42,7 +42,7 @@ class TargetValues(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSettings:
-    """What features are of. All of it has to be the training run's."""
+    """Settings of stored features, which must be the training run's."""
 
     target: str  # fingerprint
     feature_layers: tuple[int, ...]
@@ -57,17 +57,17 @@ class FeatureSettings:
 
     @property
     def width(self) -> int:
-        """Numbers a token."""
+        """Numbers per token."""
         return (len(self.feature_layers) + 1) * self.hidden_size
 
     @property
     def bytes_per_token(self) -> int:
-        """Of a file."""
+        """Bytes per token in a file."""
         return self.width * np.dtype(STORED[self.dtype]).itemsize
 
 
 class Entry(NamedTuple):
-    """A file in the index: the features of some pieces, one after the other."""
+    """A file in the index: the features of consecutive pieces."""
 
     file: str
     pieces: int
@@ -86,19 +86,19 @@ def write_features(
     *,
     file_bytes: int = FILE_BYTES,
 ) -> Iterator[int]:
-    """Writes the files that the folder lacks, one an iteration, and gives the number of tokens in each.
+    """Writes the files that the folder lacks, one an iteration, and yields the number of tokens in each.
 
-    `compute` takes batches [B, T] with B of `data`. Killed at any moment, the same call goes on; files that are
-    missing or corrupt are made anew. UserError where the folder holds features of something else.
+    `compute` takes batches [B, T] with B of `data`. After a kill the same call resumes, and writes files again that are
+    missing or corrupt. UserError if the folder holds features of something else.
     """
     entries = _read_index(folder, settings, missing_ok=True)
     bounds = [0, *itertools.accumulate(entry.pieces for entry in entries)]
     if bounds[-1] > len(data.lengths):
         raise _damaged(folder, "it has more pieces than the data")
-    most = max(1, file_bytes // settings.bytes_per_token)
+    file_tokens = max(1, file_bytes // settings.bytes_per_token)
     while bounds[-1] < len(data.lengths):
         ends = np.cumsum(data.lengths[bounds[-1] :])
-        bounds.append(bounds[-1] + max(1, int(np.searchsorted(ends, most, side="right"))))
+        bounds.append(bounds[-1] + max(1, int(np.searchsorted(ends, file_tokens, side="right"))))
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         path = folder / f"features-{i:05d}.npy"
         num_tokens = int(data.lengths[start:end].sum())
@@ -122,9 +122,9 @@ def _values(
         batch_rows = [rows[r] if r < len(rows) else [] for r in range(first, first + data.B)]  # of one shape
         features, hidden = compute(data.filled(batch_rows))
         computed = np.asarray(jnp.concatenate([features, hidden], axis=-1).astype(dtype))
-        for row, its_pieces in zip(computed, batch_rows, strict=True):
+        for row, row_pieces in zip(computed, batch_rows, strict=True):
             at = 0
-            for piece in its_pieces:
+            for piece in row_pieces:
                 length, end = data.lengths[piece], ends[piece - pieces[0]]
                 values[end - length : end] = row[at : at + length]
                 at += length
@@ -152,7 +152,7 @@ def load_features(
 ) -> Features:
     """The features in a folder for a training run on `data`, in the dtype that they are stored in.
 
-    `target` is its fingerprint. UserError where they are of anything else, not all there, or corrupt.
+    `target` is its fingerprint. UserError if they are of anything else, not all there, or corrupt.
     """
     try:
         dtype = str(_load_index(folder)["settings"]["dtype"])
@@ -166,10 +166,10 @@ class Features:
     """The features of packed data, mapped into memory, every file's checksum found right."""
 
     def __init__(self, folder: Path, data: PackedData, settings: FeatureSettings) -> None:
-        """The features in `folder`. UserError where they are not of these settings, not all there, or corrupt."""
+        """The features in `folder`. UserError if they are not of these settings, not all there, or corrupt."""
         entries = _read_index(folder, settings)
         if (there := sum(entry.pieces for entry in entries)) != len(data.lengths):
-            raise UserError(f"{folder} has the features of {there} of {len(data.lengths)} pieces: {_GO_ON}")
+            raise UserError(f"{folder} has the features of {there} of {len(data.lengths)} pieces: {_REMEDY}")
         self._data, self._hidden_size, self._dtype = data, settings.hidden_size, jnp.dtype(settings.dtype)
         self._width = settings.width
         self._bounds = [0, *itertools.accumulate(entry.pieces for entry in entries)]  # of the files, in pieces
@@ -178,11 +178,11 @@ class Features:
         for entry in entries:
             path = folder / entry.file
             if not path.is_file() or sha256(path) != entry.sha256:
-                raise UserError(f"{path} is {'corrupt' if path.is_file() else 'not there'}: {_GO_ON}")
+                raise UserError(f"{path} is {'corrupt' if path.is_file() else 'not there'}: {_REMEDY}")
             self._arrays.append(np.load(path, mmap_mode="r").view(self._dtype))
 
     def batch(self, step: int, rows: slice | None = None) -> TargetValues:
-        """The features of `PackedData.batch(step, rows)`, zero where it is padding."""
+        """The features of `PackedData.batch(step, rows)`, zero if it is padding."""
         rows_pieces = self._data.pieces(step, rows)
         values = np.zeros((len(rows_pieces), self._data.T, self._width), self._dtype)
         for row, pieces in zip(values, rows_pieces, strict=True):
@@ -196,20 +196,21 @@ class Features:
         return TargetValues(values[..., : -self._hidden_size], values[..., -self._hidden_size :])
 
 
-_GO_ON = "give the prepare-features command again, which makes what is missing"
+_REMEDY = "give the prepare-features command again, which writes what is missing"
 
 
 def _load_index(folder: Path) -> Any:
+    """The index of a folder, as JSON; UserError if there is none or it is damaged."""
     try:
         return json.loads((folder / INDEX).read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no features ({INDEX}): make them with fasteagle prepare-features") from None
+        raise UserError(f"{folder} holds no features ({INDEX}): write them with fasteagle prepare-features") from None
     except ValueError as error:
         raise _damaged(folder, error) from error
 
 
 def _read_index(folder: Path, settings: FeatureSettings, *, missing_ok: bool = False) -> list[Entry]:
-    """The files of a folder; UserError where they are of other settings."""
+    """The files of a folder; UserError if they are of other settings."""
     if missing_ok and not (folder / INDEX).exists():
         return []
     index = _load_index(folder)
@@ -219,10 +220,10 @@ def _read_index(folder: Path, settings: FeatureSettings, *, missing_ok: bool = F
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, error) from error
     new = json.loads(json.dumps(dataclasses.asdict(settings)))
-    if differ := [f"{name} {old.get(name)}, not {new[name]}" for name in new if old.get(name) != new[name]]:
+    if differ := differences(old, new):
         raise UserError(f"{folder} holds features of {'; '.join(differ)}: use the same settings or another folder")
     return entries
 
 
 def _damaged(folder: Path, error: object) -> UserError:
-    return UserError(f"{folder / INDEX} is damaged ({error}): remove {folder} and make the features anew")
+    return UserError(f"{folder / INDEX} is damaged ({error}): remove {folder} and prepare the features again")

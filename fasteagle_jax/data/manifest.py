@@ -1,13 +1,14 @@
-"""The file beside an output that says how it was made: the same settings go on with the output, others are refused."""
+"""The file beside an output with its settings: a command of the same settings resumes, others are refused."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import first_line
 
 
 def manifest_path(output: Path) -> Path:
@@ -16,9 +17,9 @@ def manifest_path(output: Path) -> Path:
 
 
 def read_manifest(output: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the manifest of `output` holds, None where there is none yet.
+    """The manifest of `output`; None if there is none yet.
 
-    Its "settings" are those given: UserError where they are not, or where `output` has no manifest.
+    Raises UserError if it has other settings, or if `output` exists without a manifest.
     """
     path = manifest_path(output)
     if not path.exists():
@@ -27,27 +28,45 @@ def read_manifest(output: Path, settings: Mapping[str, Any]) -> dict[str, Any] |
         return None
     try:
         saved = json.loads(path.read_bytes())
-        made_with = dict(saved["settings"])
+        old = dict(saved["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(output, error) from error
-    if changed := differences(made_with, json.loads(json.dumps(settings))):
+    if changed := differences(old, json.loads(json.dumps(settings))):
         raise UserError(f"{output} was made with {'; '.join(changed)}: use the same settings or another --output")
     assert isinstance(saved, dict)
     return saved
 
 
+def check_target(paths: Sequence[str], fingerprint: str) -> None:
+    """Raises UserError for data whose manifest names another target; data without a manifest may be of any."""
+    for manifest in (manifest_path(Path(path)) for path in paths):
+        if not manifest.exists():
+            continue
+        try:
+            target = json.loads(manifest.read_bytes())["settings"]["target"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{manifest} is damaged ({first_line(error)}): prepare the data again, or remove it"
+            ) from error
+        if target != fingerprint:
+            raise UserError(
+                f"{manifest} says that the answers are of target {target}, this one's weights are {fingerprint}: "
+                "use that target, prepare data with this one, or remove the manifest to train on other answers"
+            )
+
+
 def damaged(output: Path, error: Exception) -> UserError:
-    """What to say of a manifest that cannot be read."""
+    """The error for a manifest that cannot be read."""
     return UserError(f"{manifest_path(output)} is damaged ({error}): name another --output")
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`max_new 256, not 128` for each setting that differs."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`sampling.seed 0, not 5` for each setting that differs; groups of settings are compared one by one."""
     differ = []
     for name in sorted(old.keys() | new.keys()):
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            differ += differences(a, b)
+            differ += differences(a, b, f"{prefix}{name}.")
         elif a != b:
-            differ.append(f"{name} {json.dumps(a)}, not {json.dumps(b)}")
+            differ.append(f"{prefix}{name} {a}, not {b}")
     return differ

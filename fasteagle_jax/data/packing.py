@@ -1,4 +1,4 @@
-"""Training data: conversations as tokens on disk, and the batches packed from them.
+"""Batches of rows packed from conversations.
 
 N tokens of all samples · B rows of a batch · T tokens of a row · V vocabulary.
 """
@@ -17,11 +17,8 @@ import numpy as np
 from fasteagle_jax.data.conversations import Conversation, Conversations, log
 from fasteagle_jax.errors import UserError
 
-MIN_WINDOW = 16  # tokens: a shorter rest of a cut sample has too little context to be worth a segment
-
+MIN_WINDOW = 16  # tokens: a shorter last window of a sample has too little context to be worth a segment
 PACKING_WINDOW = 512  # segments packed together
-
-# --- packing ---
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +41,7 @@ class Batch:
 
 
 class PackedData:
-    """Batches of samples packed into rows, by (seed, step) alone: to resume, on however many hosts, takes the step.
+    """Batches of samples packed into rows, a function of (seed, step): a run resumes, on any hosts, by its step alone.
 
     An epoch is every sample once, in an order of its own. A sample longer than T is cut into windows of T, the
     *pieces*, each its own segment and shuffled like a sample; a last window below MIN_WINDOW tokens is dropped. Each
@@ -82,11 +79,11 @@ class PackedData:
         length = np.minimum(T, lengths[sample] - offset)
         kept = (offset == 0) | (length >= min(MIN_WINDOW, T))
         self._starts, self.lengths = (starts[sample] + offset)[kept], length[kept]  # int64, of the pieces
-        self._first_step = [0]  # of each epoch, as far as it was asked for
+        self._first_step = [0]  # of each epoch planned so far
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def num_batches_per_epoch(self, epoch: int) -> int:
-        """The number of batches; it differs between epochs by a few, as rows fill differently."""
+        """The number of batches, which differs a little between epochs, as rows fill differently."""
         while len(self._first_step) <= epoch + 1:
             known = len(self._first_step) - 1
             num_rows = len(self._plan(known)[1]) - 1
@@ -94,11 +91,11 @@ class PackedData:
         return self._first_step[epoch + 1] - self._first_step[epoch]
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """The batch of a step counted from 0 over all epochs, or the rows of it that a host wants (a slice of B)."""
+        """The batch of a step, counted from 0 over all epochs, or some of its rows (a slice of B)."""
         return self.filled(self.pieces(step, rows))
 
     def pieces(self, step: int, rows: slice | None = None) -> list[np.ndarray]:
-        """The pieces in each row of a step's batch, by their numbers, int64; an empty row has none."""
+        """The indices, int64, of the pieces in each row of a step's batch; none in an empty row."""
         while step >= self._first_step[-1]:
             self.num_batches_per_epoch(len(self._first_step) - 1)
         epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1
@@ -112,11 +109,11 @@ class PackedData:
         return found
 
     def num_tokens(self, step: int) -> int:
-        """The tokens of a step's batch, padding left out."""
+        """The number of tokens in a step's batch, without padding."""
         return sum(int(self.lengths[pieces].sum()) for pieces in self.pieces(step))
 
     def filled(self, rows: Sequence[Sequence[int] | np.ndarray]) -> Batch:
-        """The batch [number of rows, T] with these pieces in its rows."""
+        """The batch [number of rows, T] of rows of pieces."""
         shape = len(rows), self.T
         out = Batch(*(np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.int32, bool)))
         for b, pieces in enumerate(rows):
@@ -133,13 +130,13 @@ class PackedData:
         return out
 
     def digest(self) -> str:
-        """The sha256 of the pieces, which B and the seed do not change."""
+        """The sha256 of the pieces, which does not depend on B and the seed."""
         digest = hashlib.sha256(np.stack([self._starts, self.lengths]).astype("<i8").tobytes())
         digest.update(np.ascontiguousarray(self._tokens, "<i4").data)
         return digest.hexdigest()
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The pieces' order in an epoch, and where in it each row starts (one entry more than rows)."""
+        """The pieces' order in an epoch, and the index in it at which each row starts (one entry more than rows)."""
         if epoch not in self._plans:
             # Sorted raw bits of Philox: unlike Generator.permutation, the same in every version of NumPy.
             bits = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(len(self.lengths))
@@ -148,7 +145,7 @@ class PackedData:
             packed = [row for window in windows for row in best_fit(window, self.lengths, self.T)]
             rows = np.cumsum([0, *map(len, packed)])
             order = np.concatenate(packed)
-            for old in sorted(self._plans)[:-1]:  # keep two, for a reader at the turn of an epoch
+            for old in sorted(self._plans)[:-1]:  # keep two, for a reader between two epochs
                 del self._plans[old]
             self._plans[epoch] = order, rows
         return self._plans[epoch]
@@ -173,8 +170,3 @@ def best_fit(pieces: np.ndarray, lengths: np.ndarray, T: int) -> list[list[int]]
         rows[row].append(piece)
         bisect.insort(rooms, (room - length, row))
     return sorted(rows, key=lambda row: min(rank[piece] for piece in row))
-
-
-def pack(conversations: Sequence[Conversation], T: int, B: int, seed: int, step: int) -> Batch:
-    """The batch of one step; for many steps keep a PackedData, which plans an epoch once."""
-    return PackedData(conversations, T, B, seed).batch(step)

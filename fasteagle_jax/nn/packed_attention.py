@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from fasteagle_jax.devices.sharding import platform, spec
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import first_line
 from fasteagle_jax.nn.attention import attention, by_kv_head, by_token
 
 BLOCK = 512  # queries
@@ -86,7 +87,7 @@ def _no_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> str:
         visible = jax.ShapeDtypeStruct((q.shape[0], q.shape[1], k.shape[1]), jnp.bool_)
         jax.eval_shape(_cudnn, q, k, v, visible)
     except (RuntimeError, ValueError, NotImplementedError) as error:  # not installed; too old; not these shapes
-        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        return first_line(error).rstrip(".")
     return ""
 
 
@@ -109,7 +110,7 @@ def in_blocks(
     queries: tuple[jax.Array, ...],
     block: int = BLOCK,
 ) -> jax.Array:
-    """Causal attention of a row of T tokens, `block` queries at a time where that divides it: [B, T, ...].
+    """Causal attention of a row of T tokens, at most `block` queries at a time: [B, T, ...].
 
     A row of one block is taken in tiles, each over the keys up to its end: 5/8 of the products for four of them, and
     less than half of the time on a CPU, whose caches hold their scores. Blocks of a longer row read all keys.
@@ -121,20 +122,25 @@ def in_blocks(
       block: the most queries whose scores are alive at once.
     """
     num_tokens = queries[0].shape[1]
-    if num_tokens <= block or num_tokens % block:
-        tile = TILE if num_tokens % TILE == 0 and num_tokens <= block else num_tokens
+    if num_tokens <= block:
+        tile = TILE if num_tokens % TILE == 0 else num_tokens
         parts = zip(*(jnp.split(x, num_tokens // tile, axis=1) for x in queries), strict=True)
         return jnp.concatenate([attend(own, i * tile, (i + 1) * tile) for i, own in enumerate(parts)], axis=1)
 
     # A loop, since blocks side by side could all be alive at once. Scores are computed again in the backward pass: it
     # would keep those of all blocks.
-    def one_block(i: jax.Array) -> jax.Array:
-        own = tuple(jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1) for x in queries)
-        return attend(own, i * block, num_tokens)
+    def one_block(start: jax.Array | int, size: int = block) -> jax.Array:
+        own = tuple(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in queries)
+        return attend(own, start, num_tokens)
 
-    blocks = jax.lax.map(jax.checkpoint(one_block), jnp.arange(num_tokens // block))
+    num_blocks, rest = divmod(num_tokens, block)
+    blocks = jax.lax.map(jax.checkpoint(one_block), block * jnp.arange(num_blocks))
     blocks = jnp.moveaxis(blocks, 0, 1)  # [B, blocks, Q, ...]
-    return blocks.reshape(blocks.shape[0], num_tokens, *blocks.shape[3:])
+    out = blocks.reshape(blocks.shape[0], num_blocks * block, *blocks.shape[3:])
+    if not rest:
+        return out
+    last = jax.checkpoint(one_block, static_argnums=(0, 1))(num_tokens - rest, rest)
+    return jnp.concatenate([out, last], axis=1)
 
 
 # --- splash attention -------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 A checkpoint holds the drafter's parameters and constants, the optimiser's state, the average and the step, and beside
 them a record in JSON: the run's configuration, the target's fingerprint, the seed and the data's position. The step
-alone gives the random numbers. Checkpoints of before there were records are read as well.
+alone gives the random numbers. Checkpoints that are older than records are read as well.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -17,9 +18,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import first_line, write_file
 
 STATE, RECORD = "default", "run"  # items of a checkpoint; the state's name is Orbax's for one without others
 TAU = "tau"  # the metric by which one is best: the measured acceptance length
@@ -28,12 +31,14 @@ TAU = "tau"  # the metric by which one is best: the measured acceptance length
 class Checkpoints:
     """The checkpoints of one run folder; saves in the background. Use as a context manager.
 
-    `keep` last ones are kept, and the one of the highest acceptance length; None is to read alone, which changes
-    nothing in the folder.
+    `keep` last ones are kept, and the one of the highest acceptance length; None opens the folder for reading alone and
+    changes nothing in it.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int | None = None):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file, and warns of what is meant
+        # Orbax logs every file and warns of intended settings; __exit__ restores the level.
+        self._log, self._log_level = (log := logging.getLogger("absl")), log.level
+        log.setLevel(logging.ERROR)
         if keep is None:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
@@ -54,43 +59,53 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint; None where there is none."""
+        """The step of the newest whole checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def best(self) -> tuple[int, float] | None:
-        """The step and acceptance length of the best checkpoint; None where none was measured."""
+        """The step and acceptance length of the best checkpoint; None if none was measured."""
         measured = {step: self._manager.metrics(step) for step in self.steps()}
         lengths = {step: float(metrics[TAU]) for step, metrics in measured.items() if metrics}
         return max(lengths.items(), key=lambda item: (item[1], item[0])) if lengths else None
 
     def save(self, step: int, state: Any, record: dict[str, Any], tau: float | None = None) -> None:
-        """Starts to write the state of `step`, with its acceptance length if measured; one there already is left."""
+        """Starts to write the state of `step`, with its acceptance length if measured; an existing one is kept."""
         if step not in self._manager.all_steps():
             self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             items = {STATE: ocp.args.StandardSave(_flat(state)), RECORD: ocp.args.JsonSave(record)}
             with self._failing_as_user_error():
                 self._manager.save(step, args=ocp.args.Composite(**items), metrics=None if tau is None else {TAU: tau})
 
+    def set_tau(self, step: int, tau: float) -> None:
+        """Adds the acceptance length of a checkpoint that was saved without; all processes must call it together."""
+        if jax.process_index() == 0:
+            # Orbax's place for a checkpoint's metrics; its own save would delete the checkpoint and write it again.
+            with self._failing_as_user_error():
+                write_file(self._manager.directory / str(step) / "metrics" / "metrics", json.dumps({TAU: tau}))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"acceptance length of step {step}")
+        self._manager.reload()
+
     def record(self, step: int) -> dict[str, Any] | None:
-        """What was saved beside the state of `step`; None for a checkpoint of before there were records."""
+        """The record saved beside the state of `step`; None for a checkpoint that is older than records."""
         if not (self._manager.directory / str(step) / RECORD).exists():
             return None
         with self._failing_to_read(step):
             return self._manager.restore(step, args=ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()}))[RECORD]
 
     def _check_room(self, size: int) -> None:
-        """Raises UserError before a write that cannot end well: Orbax's own words for that are many lines long."""
+        """Raises UserError for a checkpoint that the disk has no room for: Orbax's own error is many lines long."""
         if "://" in os.fspath(self._manager.directory):
             return  # a bucket
         free = shutil.disk_usage(self._manager.directory).free
         if free < size:
             raise UserError(
                 f"no room for a checkpoint of {size / 1e6:.0f} MB in {self._manager.directory} ({free / 1e6:.0f} MB "
-                f"free): make some and give the same command again; it goes on from step {self.latest_step() or 0}"
+                f"free): make some and give the same command again; it resumes from step {self.latest_step() or 0}"
             )
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of `step` in the structure, dtypes and shardings of `like`; UserError where it does not fit."""
+        """The state of `step` in the structure, dtypes and shardings of `like`; UserError if it does not fit."""
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))
         there = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in self._leaves(step).items()}
         here = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in wanted.items()}
@@ -99,18 +114,18 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint {step} in {self._manager.directory} does not fit this configuration "
                 f"({name} is {there.get(name, 'absent')} instead of {here.get(name, 'absent')}): "
-                "use the configuration it was made with, or another run folder"
+                "use the configuration that it was saved with, or another run folder"
             )
         with self._failing_to_read(step):
             found = self._manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(wanted)}))
         return jax.tree.unflatten(jax.tree.structure(like), [found[STATE][name] for name in _flat(like)])
 
     def is_stacked(self, step: int) -> bool:
-        """Whether a drafter's levels were one stack when `step` was saved; UserError where there is no such step."""
+        """Whether a drafter's levels were one stack when `step` was saved; UserError if there is no such step."""
         return not any("levels" in name and "[0]" in name.split("levels")[1] for name in self._leaves(step))
 
     def _leaves(self, step: int) -> dict[str, Any]:
-        """Shape and dtype of each leaf of the state of `step`; UserError where there is no such step."""
+        """Shape and dtype of each leaf of the state of `step`; UserError if there is no such step."""
         metadata = None
         if step in self._manager.all_steps():
             with self._failing_to_read(step):
@@ -121,30 +136,31 @@ class Checkpoints:
         return metadata.tree
 
     def wait(self) -> None:
-        """Returns when all is written; UserError where it could not be."""
+        """Waits until all is written; UserError if it could not be."""
         with self._failing_as_user_error():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _failing_as_user_error(self) -> Iterator[None]:
-        """Whatever stops Orbax from writing (a full disk, no permission), in one line."""
+        """Raises UserError, of one line, for whatever stops Orbax from writing (a full disk, no permission)."""
         try:
             yield
         except Exception as error:  # tensorstore, asyncio and the system raise many kinds, some wrapped
             raise UserError(
                 f"cannot write a checkpoint to {self._manager.directory} ({_reason(error)}): make room there and give "
-                f"the same command again; it goes on from step {self._manager.latest_step() or 0}"
+                f"the same command again; it resumes from step {self._manager.latest_step() or 0}"
             ) from error
 
     @contextlib.contextmanager
     def _failing_to_read(self, step: int) -> Iterator[None]:
+        """Raises UserError, of one line, for whatever stops Orbax from reading `step`."""
         try:
             yield
         except Exception as error:
             earlier = [kept for kept in self.steps() if kept < step]
             raise UserError(
                 f"checkpoint {step} in {self._manager.directory} is damaged ({_reason(error)}): "
-                f"remove the folder {step} to go on from {f'step {earlier[-1]}' if earlier else 'the start'}"
+                f"remove the folder {step} to resume from {f'step {earlier[-1]}' if earlier else 'the start'}"
             ) from error
 
     def __enter__(self) -> Checkpoints:
@@ -156,6 +172,8 @@ class Checkpoints:
         except Exception:
             if error is None:  # else it is the failed write that is being reported
                 raise
+        finally:
+            self._log.setLevel(self._log_level)
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -169,14 +187,14 @@ def _tau(metrics: Any) -> float:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what was the first error."""
+    """The first line of the error that caused the others."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return first_line(error)[:200]
 
 
 def newest_record(folder: epath.Path) -> dict[str, Any] | None:
-    """The record of the newest checkpoint in a folder that need not exist; None where there is none."""
+    """The record of the newest checkpoint in a folder that need not exist; None if there is none."""
     if not folder.is_dir():
         return None
     with Checkpoints(folder) as checkpoints:

@@ -1,7 +1,4 @@
-"""A training run: its configuration, how a config file and `key=value` changes make one, and its folder.
-
-The folder may be of a bucket (gs://...).
-"""
+"""A training run's configuration, from a Python file and `key=value` changes, and what is saved of it."""
 
 from __future__ import annotations
 
@@ -15,17 +12,19 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fasteagle_jax.data.manifest import differences
 from fasteagle_jax.devices.sharding import MeshShape
 from fasteagle_jax.drafters.base import DrafterConfig, default_config
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import read_json
 from fasteagle_jax.nn.packed_attention import KINDS
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.llama import LlamaConfig
 from fasteagle_jax.training.losses import LossConfig
 from fasteagle_jax.training.optimizer import OptimizerConfig
 
-# What the backward pass computes again rather than keeps, by name: nothing, all of a level but its input, or all but
-# the results of products.
+# Rematerialization of a drafter's level in the backward pass, by name: nothing is recomputed, all but the level's
+# input, or all but the results of products.
 REMAT: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -34,15 +33,15 @@ REMAT: dict[str, Any] = {
 
 
 class StepOptions(NamedTuple):
-    """How a step computes what it computes."""
+    """Choices of a step that change its speed and memory, and its results by rounding alone."""
 
-    attention: str = "auto"  # of packed.KINDS
+    attention: str = "auto"  # of packed_attention.KINDS
     remat: str = "none"  # of REMAT
 
 
 @dataclasses.dataclass(frozen=True)
 class DrafterChoice:
-    """What drafter to train; sizes that are None are the target's."""
+    """The drafter to train; sizes that are None are the target's."""
 
     kind: str = "fasteagle"  # or eagle3
     num_levels: int = 7
@@ -51,7 +50,7 @@ class DrafterChoice:
     intermediate_size: int | None = None
     feature_layers: tuple[int, ...] | None = None  # None: 2, L // 2, L - 3
     reinject: bool = False  # add the fused input again before every level
-    correction: int | None = None  # units that correct a guess by the token before it; None for none
+    correction: int | None = None  # hidden units that correct a guess by the token before it; None for none
     window: int | None = None  # positions that a level attends to; None for all
     from_target: bool = False  # start each level, or EAGLE-3's one layer, from the target's last layer
     start: str = ""  # start from the drafter in this folder: its weights, draft vocabulary and first levels
@@ -71,13 +70,13 @@ class EvalChoice:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a training run's result."""
+    """Settings of a training run: all that decides its result, and what is logged of it."""
 
-    target: str  # a name or path for targets.readers.open_checkpoint
-    data: tuple[str, ...]  # files of conversations, from prepare_data
+    target: str  # a name or path for targets.loading.open_checkpoint
+    data: tuple[str, ...]  # files of conversations, from prepare-data
     steps: int
     batch_size: int = 4  # B, rows
-    accumulate: int = 1  # parts of the batch, one after the other: the same step in less memory
+    accumulate: int = 1  # microbatches of a step: the same step in less memory
     length: int = 512  # T, tokens a row
     seed: int = 0
     dtype: str = "bfloat16"  # of the products
@@ -86,15 +85,15 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvalChoice = EvalChoice()
     save_every: int = 200
-    keep: int = 2  # checkpoints, the last ones; the one of the best measured acceptance length is kept besides
-    spike_factor: float = 0.0  # skip a batch whose loss is above so many times the mean of the last 100; 0 for none
+    keep: int = 2  # last checkpoints; that of the best measured acceptance length is kept besides
+    spike_factor: float = 0.0  # skip a batch whose loss is above this many times the mean of the last 100; 0 for none
     max_bad_steps: int = 20  # skipped updates in a row (not finite, or spikes) that end the run
     tensorboard: bool = True  # events in the run folder's tensorboard/
     wandb: str = ""  # a project of Weights & Biases; empty for none
     mesh: MeshShape | None = None  # of devices; None for one device
-    attention: str = "auto"  # over packed rows, a kind of packed.KINDS
-    remat: str = "none"  # what the drafter's backward pass computes again, a policy of training.REMAT
-    features: str = ""  # a folder of prepare-features, which the target's layers then need not be run for
+    attention: str = "auto"  # over packed rows, one of packed_attention.KINDS
+    remat: str = "none"  # of the drafter's levels, a policy of REMAT
+    features: str = ""  # a folder of prepare-features, which replaces the target's layers; empty: they run
     target_config: LlamaConfig | None = None  # the target's sizes, for use without its weights
 
     def __post_init__(self) -> None:
@@ -117,7 +116,7 @@ class RunConfig:
 
 
 def load_config(path: str) -> RunConfig:
-    """What `get_config()` of the Python file at `path` returns."""
+    """The RunConfig that `get_config()` of the Python file at `path` returns."""
     if not Path(path).is_file():
         raise UserError(f"{path} is not a file: name a config, e.g. configs/smollm2_135m.py")
     spec = importlib.util.spec_from_file_location("run_config", path)
@@ -187,12 +186,16 @@ def _value(text: str, kind: str, key: str) -> Any:
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """The configuration as what a JSON file gives back."""
+    """The configuration as a JSON file gives it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def trained(config: RunConfig, steps: int, tokens: int) -> dict[str, Any]:
-    """What a drafter's config.json says of its training; files by their names alone, since drafters are given away."""
+def trained(config: RunConfig, steps: int, tokens: int, earlier: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """A drafter's entry `trained` in config.json; files by their names alone, since drafters are given away.
+
+    `earlier` are such entries, oldest first, of the runs that trained the drafter it started from. Their tokens count
+    in `total_tokens`, which is None if the first of them is not known.
+    """
 
     def name(path: str) -> str:
         return Path(path).name if path and Path(path).exists() else path
@@ -208,26 +211,42 @@ def trained(config: RunConfig, steps: int, tokens: int) -> dict[str, Any]:
         ),
         evaluation=dataclasses.replace(evaluation, prompts=name(evaluation.prompts)),
     )
-    return {"steps": steps, "tokens": tokens, "run": to_json(config)}
+    entry = {"steps": steps, "tokens": tokens, "run": to_json(config)}
+    if not choice.start:
+        return entry
+    is_known = bool(earlier) and not earlier[0]["run"]["drafter"]["start"]
+    total = tokens + sum(run["tokens"] for run in earlier) if is_known else None
+    return entry | {"total_tokens": total, "earlier": list(earlier)}
+
+
+def earlier_runs(folder: str) -> list[dict[str, Any]]:
+    """Entries `trained` of the runs that trained the drafter in a folder, oldest first; empty if there are none."""
+    path = Path(folder, "config.json")
+    last = read_json(path).get("trained") if folder and path.is_file() else None
+    return [] if last is None else [*last.get("earlier", ()), {key: last[key] for key in ("steps", "tokens", "run")}]
 
 
 def from_json(raw: dict[str, Any]) -> RunConfig:
-    """The configuration of which `to_json` gave `raw`; keys that it has not are at their defaults."""
+    """The configuration of which `to_json` gave `raw`; keys that it does not have are at their defaults.
 
-    def build(kind: Any, raw: dict[str, Any]) -> Any:
+    Raises UserError for a key that is not known, as a later version's may be.
+    """
+
+    def build(kind: Any, raw: dict[str, Any], prefix: str = "") -> Any:
+        parts = {field.name: _PARTS.get(str(field.type)) for field in dataclasses.fields(kind)}
         values = {}
-        for field in dataclasses.fields(kind):
-            if field.name in raw:
-                value = raw[field.name]
-                part = _PARTS.get(str(field.type))
-                values[field.name] = (
-                    build(part, value)
-                    if part is not None and value is not None
-                    else tuple(value)
-                    if isinstance(value, list)
-                    else value
-                )
-        return kind(**values)
+        for key, value in raw.items():
+            if parts.get(key) is not None and value is not None:
+                values[key] = build(parts[key], value, f"{prefix}{key}.")
+            elif key in parts:
+                values[key] = tuple(value) if isinstance(value, list) else value
+        config = kind(**values)
+        if unknown := [f"{prefix}{key}" for key in raw if key not in parts]:
+            raise UserError(
+                f"the run's configuration has {', '.join(unknown)}, which this version does not know: "
+                "use the version that wrote it, or start another run"
+            )
+        return config
 
     return build(RunConfig, raw)
 
@@ -244,7 +263,7 @@ _PARTS: dict[str, Any] = {
 
 
 def changes_since(old: dict[str, Any], config: RunConfig) -> list[str]:
-    """`key: old -> new` of what differs from a configuration saved earlier; keys it had not count as their defaults."""
+    """`key old, not new` for what differs from a configuration saved earlier; keys it lacks are at their defaults."""
     return differences(to_json(from_json(old)), to_json(config))
 
 
@@ -257,15 +276,3 @@ def drafter_config(choice: DrafterChoice, target_config: LlamaConfig) -> Drafter
         if getattr(choice, name) is not None:
             changes[name] = getattr(choice, name)
     return default_config(target_config, **changes)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` of every value in which two `to_json` configurations differ."""
-    found = []
-    for key in sorted(set(old) | set(new)):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} -> {b}")
-    return found

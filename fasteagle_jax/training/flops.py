@@ -1,4 +1,4 @@
-"""Floating-point operations of training, and of which devices how many are to be had.
+"""Floating-point operations of training: a device's peak, and those that a token needs.
 
 N levels · L layers · H hidden width · F feature layers · T tokens a row · V vocabulary.
 """
@@ -11,13 +11,13 @@ from fasteagle_jax.targets.llama import LlamaConfig
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Of a device at its best; None where that is not known, as of a CPU."""
+    """Peak operations a second of a device; None if it is not known, as for a CPU."""
     known = chip(device_kind)
     return None if known is None else known.flops
 
 
 def flops_per_token(target: LlamaConfig, drafter: DrafterConfig, length: int, share: float) -> float:
-    """What a training step needs for each token, by the numbers of parameters.
+    """Operations of a training step for each token, from the numbers of parameters.
 
     A product with a matrix of P parameters takes 2 P a token forward and 4 P backward (Kaplan et al., arXiv 2001.08361,
     section 2.1); attention over T tokens 4 T (heads x width) a layer forward and twice that backward (Chowdhery et al.,
@@ -28,7 +28,7 @@ def flops_per_token(target: LlamaConfig, drafter: DrafterConfig, length: int, sh
         heads, at `share` of tokens: 2 H V + N 4 H V', and 2 H V' more where V' < V
 
     with the heads frozen, so that backward has one product and not two; EAGLE-3's head is not, and its level reads 2 H.
-    Norms, softmax and recomputation are not in it.
+    Norms, softmax and recomputation are left out.
     """
     hidden, levels, width = target.hidden_size, drafter.num_levels, drafter.num_heads * drafter.head_dim
     layer = _layer(target)

@@ -31,13 +31,13 @@ def init_drafter(
     """A drafter of the configured kind to train, float32, in the form (stacked or list) that the target is in.
 
     Args:
-      config: its sizes.
+      config: the drafter's sizes.
       target: the Llama it will draft for.
       key: for the random weights.
-      token_ids: int32 [V], the draft vocabulary, where it is reduced.
+      token_ids: int32 [V], the draft vocabulary, if it is reduced.
       feature_rms: float32 [F], root mean square of each feature; inputs are divided by it.
-      from_target: start its layers from the target's last one, as its class's `start_from` says; sizes must be the
-        target's. Otherwise all but norms and heads is random.
+      from_target: start layers from the target's last one, by the drafter's `start_from`; sizes must be the target's.
+        Otherwise all but norms and heads is random.
     """
     drafter = jax.jit(lambda key: class_of(config)(config, key, stacked=target.stacked))(key)
     if token_ids is not None:
@@ -45,20 +45,20 @@ def init_drafter(
     rms = jnp.ones((len(config.feature_layers),)) if feature_rms is None else feature_rms
     drafter.feature_scale[...] = jnp.repeat(1 / rms, config.hidden_size)
     drafter.start_from(target, rms, layers=from_target)
-    return jax.tree.map(jnp.copy, drafter)  # the train step donates: no buffer may be the target's, or be there twice
+    return jax.tree.map(jnp.copy, drafter)  # the train step donates: no buffer may be shared
 
 
 def drafter_from(
     config: DrafterConfig, trained: Any, *, feature_rms: jax.Array | None = None, stacked: bool = False
 ) -> Any:
-    """A drafter to train, float32, with the weights of a trained one, of which it may have the first levels alone.
+    """A drafter to train, float32, with the weights of a trained one, or of the first levels of one.
 
     Args:
-      config: its sizes; all but the number of levels and the window must be the trained one's, and a correction may be
-        new, which then starts as in a new drafter.
+      config: sizes; all but the number of levels and the window must be the trained drafter's. A correction may be
+        new, and then starts as in a new drafter.
       trained: a drafter as `load_drafter` gives it, its features' scale folded into fc.
       feature_rms: as of `init_drafter`; the scale is taken out of fc again.
-      stacked: its form.
+      stacked: whether its levels are one stack rather than a list.
 
     Raises UserError for sizes that differ.
     """
@@ -67,14 +67,12 @@ def drafter_from(
         "num_levels": min(config.num_levels, trained.config.num_levels),
         "correction": trained.config.correction or config.correction,
     }
-    if (its := dataclasses.replace(trained.config, **free)) != config:
-        mine, theirs = dataclasses.asdict(config), dataclasses.asdict(its)
-        wrong = ", ".join(
-            f"{name} {theirs[name]} instead of {mine[name]}" for name in mine if mine[name] != theirs[name]
-        )
+    if (found := dataclasses.replace(trained.config, **free)) != config:
+        old, new = dataclasses.asdict(found), dataclasses.asdict(config)
+        wrong = ", ".join(f"{name} {old[name]} instead of {new[name]}" for name in new if old[name] != new[name])
         raise UserError(f"the drafter to start from has {wrong}: set the run's drafter sizes to its own")
     drafter = class_of(config)(config, jax.random.key(0), stacked=False)
-    # As they are stored, whichever way around a model holds them.
+    # In the layout of the file: the two models may hold a matrix in different ones.
     weights = {t.name: t.variable[...].T if t.transposed else t.variable[...] for t in trained.unstacked().stored()}
     for name, variable, transposed in drafter.stored():
         if name not in weights:  # of a new correction
@@ -91,10 +89,10 @@ def drafter_from(
 def feature_rms(
     target: Any, batch: Batch, feature_layers: tuple[int, ...], values: TargetValues | None = None
 ) -> jax.Array:
-    """The size of each feature on a batch, float32 [F]: the median over tokens of a token's root mean square.
+    """The root mean square of each feature on a batch, float32 [F]: the median over tokens.
 
-    Not the mean: the first token of a text can be a hundred times the size of the others. `values` are the target's,
-    where they were computed before.
+    Not the mean: the first token of a text can be a hundred times the size of the others. `values` are the target's
+    if they are computed already.
     """
     features = (values or target_outputs(target, batch, feature_layers)).features.astype(jnp.float32)
     features = features.reshape(*features.shape[:2], len(feature_layers), -1)

@@ -23,10 +23,10 @@ from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from fasteagle_jax.data.conversations import read_conversations
 from fasteagle_jax.data.features import Features, load_features
+from fasteagle_jax.data.manifest import check_target
 from fasteagle_jax.data.packing import Batch, PackedData
 from fasteagle_jax.data.sources import read_prompts
 from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
@@ -36,17 +36,18 @@ from fasteagle_jax.devices.sharding import check_batch, check_heads, fetch, make
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, in_bucket, write_file
+from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
-from fasteagle_jax.training.config import RunConfig, changes_since, drafter_config, to_json, trained
+from fasteagle_jax.training.config import RunConfig, changes_since, drafter_config, earlier_runs, to_json, trained
 from fasteagle_jax.training.flops import flops_per_token, peak_flops
 from fasteagle_jax.training.init import drafter_from, feature_rms, init_drafter
 from fasteagle_jax.training.metrics_log import Log, Record, check_wandb, expected_length, finite, plot, rounded
 from fasteagle_jax.training.optimizer import make_optimizer
 from fasteagle_jax.training.step import first_state, in_dtype, train_step
 
-SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # losses whose mean a spike is measured by; none is called one before so many
+SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # losses in the mean that spikes are measured by: at most, and at least
 
 
 def train(
@@ -57,9 +58,9 @@ def train(
     quiet: bool = False,
     profile: range = range(0),
 ) -> None:
-    """Trains to the last step, from the run folder's last checkpoint if it has one, and writes the drafter.
+    """Trains to the last step, from the run folder's last checkpoint if there is one, and writes the drafter.
 
-    `profile` holds the steps, counted from 1, that jax.profiler traces. On SIGTERM it saves and raises SystemExit(0).
+    `profile` are the steps, counted from 1, that jax.profiler traces. On SIGTERM it saves and raises SystemExit(0).
     """
     mesh = None if config.mesh is None else make_mesh(config.mesh)
     if mesh is not None:
@@ -77,8 +78,8 @@ def _train(
     profile: range,
     sigterm: _Sigterm,
 ) -> None:
-    # --- what was asked for -----------------------------------------------------------------------------------
-    is_first = jax.process_index() == 0  # it writes; the others compute
+    # --- the configuration, the target and the data -----------------------------------------------------------
+    is_first = jax.process_index() == 0  # the process that writes
     quiet = quiet or not is_first
     check_wandb(config.wandb)
     check_writable(run)
@@ -89,7 +90,8 @@ def _train(
     dtype = jnp.dtype(config.dtype)
     loaded = load_target(config.target, dtype, training=True, mesh=mesh)
     target = loaded.model
-    conversations = read_conversations(*config.data)
+    check_target(config.data, loaded.fingerprint)
+    conversations = read_conversations(*config.data, vocab_size=target.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed)
     digest = data.digest()
     _check_sources(saved, loaded.fingerprint, digest, run, allow_change=allow_change)
@@ -99,15 +101,16 @@ def _train(
     if mesh is not None:
         try:
             check_heads(mesh, target.config, sizes)
-        except UserError as uneven:  # right all the same, as it is not for the engine's caches
+        except UserError as uneven:  # the engine's caches need even heads; training is slower without
             _say(quiet, f"slower    {uneven}")
     store = None
     if config.features:
         layers, hidden = sizes.feature_layers, target.config.hidden_size
         store = load_features(Path(config.features), data, loaded.fingerprint, layers, hidden)
-    drafter = _new_drafter(config, loaded, mesh, conversations, data, store)
+    drafter = _new_drafter(config, loaded, mesh, conversations, data, store, quiet)
+    earlier = earlier_runs(config.drafter.start)
     if store is not None and not config.evaluation.prompts:
-        target.layers = nnx.List([])  # never run: their memory is free
+        target.layers = nnx.List([])  # never run: this frees their memory
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = make_on(mesh, lambda params: first_state(params, optimizer, config.optimizer.ema), params)
@@ -125,51 +128,59 @@ def _train(
         if latest is not None:
             state, constants = checkpoints.restore(latest, (state, constants))
             _say(quiet, f"resume    from step {latest}")
-        constants = fetch(constants)  # of a program: every process has them whole
         placed = None
         if mesh is not None:
             placed = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec())
-        step = train_step(config, graph, constants, optimizer, placed)
+        step = train_step(config, graph, placed)
 
         # --- the loop -----------------------------------------------------------------------------------------
-        start = int(state.step)
+        resume_step = int(state.step)
         evaluate = _Evaluation(config, loaded, graph, constants, dtype)
         best = (checkpoints.best() or (0, 0.0))[1]
-        bar_options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "disable": quiet}
         with (
             Log(
                 run,
-                start,
+                resume_step,
                 tensorboard=config.tensorboard,
                 wandb=config.wandb,
                 config=to_json(config),
                 writes=is_first,
             ) as log,
-            tqdm(total=config.steps, initial=start, **bar_options) as bar,
+            progress_bar(config.steps, "step", initial=resume_step, disable=quiet) as bar,
             _Profile(profile, run / "profile") as profiler,
         ):
             tokens_seen = sum(record["tokens"] for record in log.records)
 
+            def say(line: str) -> None:
+                if not quiet:  # which a disabled bar's own `write` does not ask
+                    bar.write(line, file=sys.stderr)
+
             def is_evaluated(step: int) -> bool:
                 return step == config.steps or step % config.evaluation.every == 0
 
-            if start and is_evaluated(start) and log.records and not _measured(log.records[-1]):
-                with sigterm.cuts_short():  # an evaluation that SIGTERM had cut short
-                    log.amend(evaluate(state.weights))
+            if resume_step and is_evaluated(resume_step) and log.records and not _measured(log.records[-1]):
+                measured: Record = {}
+                with sigterm.interrupts():  # the evaluation that SIGTERM had interrupted
+                    measured = evaluate(state.weights)
+                if (tau := _measured(measured)) is not None:
+                    checkpoints.set_tau(resume_step, tau)  # before the record, which says that it is done
+                    best = max(best, tau)
+                log.amend(measured)
 
-            came = False  # SIGTERM, to any process
-            for index in range(start, config.steps):
-                if came:
+            terminated = False  # by SIGTERM, whichever process got it
+            for index in range(resume_step, config.steps):
+                if terminated:
                     break
                 profiler.at(index + 1)
-                began = time.perf_counter()
+                start_time = time.perf_counter()
                 batch, values = _place(mesh, data, store, index)
                 num_tokens = data.num_tokens(index)
-                waited = time.perf_counter() - began
-                state, result = step(state, target, batch, _spike_limit(config.spike_factor, log.records), values)
+                data_seconds = time.perf_counter() - start_time
+                limit = _spike_limit(config.spike_factor, log.records)
+                state, result = step(state, constants, target, batch, limit, values)
                 loss, norm = float(result.loss), float(result.norm)
-                came = sigterm.came_anywhere()
-                seconds = time.perf_counter() - began
+                terminated = sigterm.came_anywhere()
+                seconds = time.perf_counter() - start_time
                 tokens_seen += num_tokens
                 record: Record = {
                     "step": index + 1,
@@ -180,7 +191,7 @@ def _train(
                     "acceptance": rounded(result.metrics.acceptance),
                     "tokens": num_tokens,
                     "seconds": round(seconds, 3),
-                    "data_seconds": round(waited, 4),
+                    "data_seconds": round(data_seconds, 4),
                     "tokens_per_second": round(num_tokens / seconds, 1),
                 }
                 record["expected_length"] = expected_length(record["acceptance"])
@@ -188,41 +199,46 @@ def _train(
                     record["flops_utilisation"] = round(flops * num_tokens / seconds / peak / jax.device_count(), 4)
                 if not result.applied:
                     record["skipped"] = [pieces.tolist() for pieces in data.pieces(index)]
-                    bar.write(
+                    say(
                         f"step {index + 1}: update skipped, loss {loss:g}, gradient norm {norm:g}: "
-                        f"batch {index}, pieces {record['skipped']}",
-                        file=sys.stderr,
+                        f"batch {index}, pieces {record['skipped']}"
                     )
                 accuracy = " ".join(f"{math.nan if a is None else a:.2f}" for a in record["accuracy"])
-                bar.set_postfix_str(f"loss {loss:.3f}, right by level {accuracy}, {num_tokens / seconds:.0f} tok/s")
+                speed = f"{num_tokens / seconds:.0f} tokens/s"
+                bar.set_postfix_str(f"loss {loss:.3f}, right by level {accuracy}, {speed}", refresh=False)
                 bar.update()
-                if is_evaluated(index + 1) and not came:
-                    with sigterm.cuts_short():
+                if is_evaluated(index + 1) and not terminated:
+                    with sigterm.interrupts():
                         record.update(evaluate(state.weights))
                         for name, value in record.items():
                             if name.startswith("tau"):
-                                bar.write(f"step {index + 1}: {name} {value:.3f}")
-                    came = sigterm.came_anywhere()
+                                say(f"step {index + 1}: {name} {value:.3f}")
+                    terminated = sigterm.came_anywhere()
                 log.write(record)
                 tau = _measured(record)
                 better, best = (tau or 0.0) > best, max(best, tau or 0.0)
-                if better or came or index + 1 == config.steps or (index + 1) % config.save_every == 0:
+                if better or terminated or index + 1 == config.steps or (index + 1) % config.save_every == 0:
                     position = {"digest": digest, "next_batch": index + 1, "tokens": tokens_seen}
-                    about = {"config": to_json(config), "target_fingerprint": loaded.fingerprint, "data": position}
-                    checkpoints.save(index + 1, (state, constants), about | {"seed": config.seed}, tau)
+                    about: Record = {
+                        "config": to_json(config),
+                        "target_fingerprint": loaded.fingerprint,
+                        "data": position,
+                        "seed": config.seed,
+                    } | ({"earlier": earlier} if earlier else {})
+                    checkpoints.save(index + 1, (state, constants), about, tau)
                     log.flush()
-                _check_going(config, log.records, checkpoints, run)
+                _check_skipped(config, log.records, checkpoints, run)
         checkpoints.wait()
-        if came:
-            _say(quiet, f"stopped   by SIGTERM at step {int(state.step)}: the same command goes on from there")
+        if terminated:
+            _say(quiet, f"stopped   by SIGTERM at step {int(state.step)}: the same command resumes from there")
             raise SystemExit(0)
 
-    # --- what is left behind ----------------------------------------------------------------------------------
-    weights = fetch(state.weights)
+    # --- the finished drafter ---------------------------------------------------------------------------------
+    weights, constants = fetch((state.weights, constants))
     if not is_first:
         return
     drafter = nnx.merge(graph, weights, constants)
-    info = {"trained": trained(config, config.steps, tokens_seen)}
+    info = {"trained": trained(config, config.steps, tokens_seen, earlier)}
     _save_drafter(drafter, run / "drafter", loaded.fingerprint, info)
     plot(log.records, run / "curve.png")
     _say(quiet, f"written   {run / 'drafter'}, {run / 'curve.png'}")
@@ -234,22 +250,19 @@ def _say(quiet: bool, line: str) -> None:
 
 
 def _check_config(saved: Record | None, config: RunConfig, run: epath.Path, *, allow_change: bool) -> None:
-    """Raises UserError where the run has another configuration, unless that is allowed.
-
-    The newest checkpoint's counts; config.json where it has none.
-    """
+    """Raises UserError if the run has another configuration, in its newest checkpoint or else in config.json."""
     path = run / "config.json"
     old = saved["config"] if saved else json.loads(path.read_text()) if path.exists() else None
     changed = changes_since(old, config) if old and not allow_change else []
     if changed:
         raise UserError(
             f"{run} was started with another configuration ({'; '.join(changed)}): "
-            "use that one, another --run, or --allow-change to go on with the new one"
+            "use that one, another --run, or --allow-change to resume with the new one"
         )
 
 
 def _check_sources(saved: Record | None, fingerprint: str, digest: str, run: epath.Path, *, allow_change: bool) -> None:
-    """Raises UserError where the newest checkpoint is of another target, or of other data unless that is allowed."""
+    """Raises UserError if the newest checkpoint is of another target, or of other data unless that is allowed."""
     if saved is None:
         return
     if saved["target_fingerprint"] != fingerprint:
@@ -260,12 +273,12 @@ def _check_sources(saved: Record | None, fingerprint: str, digest: str, run: epa
     if saved["data"]["digest"] != digest and not allow_change:
         raise UserError(
             f"{run} was started with other data (sha256 {saved['data']['digest'][:12]} -> {digest[:12]}): "
-            "use that data, another --run, or --allow-change to go on with the new data"
+            "use that data, another --run, or --allow-change to resume with the new data"
         )
 
 
 def _spike_limit(factor: float, records: list[Record]) -> np.float32:
-    """The loss above which a batch is skipped: `factor` times the mean of the last good ones; infinity for none."""
+    """The loss above which a batch is skipped: `factor` times the mean of the last ones not skipped; or infinity."""
     if not factor:
         return np.float32(np.inf)
     losses: list[float] = []
@@ -277,8 +290,8 @@ def _spike_limit(factor: float, records: list[Record]) -> np.float32:
     return np.float32(factor * np.mean(losses) if len(losses) >= SPIKE_LEAST else np.inf)
 
 
-def _check_going(config: RunConfig, records: list[Record], checkpoints: Checkpoints, run: epath.Path) -> None:
-    """Raises UserError where too many updates in a row were skipped."""
+def _check_skipped(config: RunConfig, records: list[Record], checkpoints: Checkpoints, run: epath.Path) -> None:
+    """Raises UserError if too many updates in a row were skipped."""
     bad = records[-config.max_bad_steps :]
     if len(bad) < config.max_bad_steps or any("skipped" not in record for record in bad):
         return
@@ -286,44 +299,44 @@ def _check_going(config: RunConfig, records: list[Record], checkpoints: Checkpoi
     good = f"checkpoint {before[-1]} in {run / 'checkpoints'}" if before else "none yet"
     raise UserError(
         f"steps {bad[0]['step']} to {bad[-1]['step']} gave no usable update (last loss {bad[-1]['loss']}, gradient "
-        f"norm {bad[-1]['gradient_norm']}); last good checkpoint: {good}: remove later ones, then go on with "
+        f"norm {bad[-1]['gradient_norm']}); last good checkpoint: {good}: remove later ones, then resume with "
         "--allow-change and a lower optimizer.learning_rate, or without the data of these steps (see metrics.jsonl)"
     )
 
 
 class _Sigterm:
-    """SIGTERM inside `with`, which says that the machine will be gone in a moment: `came` is then true."""
+    """Handler of SIGTERM inside `with`: the machine will be gone in a moment, and `came` is true."""
 
     def __init__(self) -> None:
-        self.came = self._cuts = False
+        self.came = self._interrupts = False
         self._before: Any = None
 
-    def _hear(self, *_: object) -> None:
+    def _handle(self, *_: object) -> None:
         self.came = True
-        if self._cuts:
-            self._cuts = False
-            raise _CutShort
+        if self._interrupts:
+            self._interrupts = False
+            raise _Interrupted
 
     def came_anywhere(self) -> bool:
-        """Whether it came to any of the processes, which must ask together; they then all know."""
+        """Whether the signal came to any process; all processes must call this together."""
         if jax.process_count() > 1:
             self.came = bool(multihost_utils.process_allgather(np.asarray(self.came)).any())
         return self.came
 
     @contextlib.contextmanager
-    def cuts_short(self) -> Iterator[None]:
-        """A block that takes long, changes nothing and is left at once when the signal comes."""
-        self._cuts = jax.process_count() == 1  # the others would wait for this one's part of the computation
+    def interrupts(self) -> Iterator[None]:
+        """A block that takes long and changes nothing, and that the signal ends at once."""
+        self._interrupts = jax.process_count() == 1  # others would wait for this one's part of the computation
         try:
             yield
-        except _CutShort:
+        except _Interrupted:
             pass
         finally:
-            self._cuts = False
+            self._interrupts = False
 
     def __enter__(self) -> _Sigterm:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
-            self._before = signal.signal(signal.SIGTERM, self._hear)
+            self._before = signal.signal(signal.SIGTERM, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -331,18 +344,18 @@ class _Sigterm:
             signal.signal(signal.SIGTERM, self._before)
 
 
-class _CutShort(BaseException):
-    """Ends what SIGTERM must not wait for."""
+class _Interrupted(BaseException):
+    """Ends a block of `_Sigterm.interrupts`."""
 
 
 class _Profile:
-    """Traces the steps of a range into a folder; the steps before and after cost nothing."""
+    """A trace of a range of steps, by jax.profiler, in a folder."""
 
     def __init__(self, steps: range, folder: epath.Path):
         self._steps, self._folder, self._running = steps, folder, False
 
     def at(self, step: int) -> None:
-        """To be called before each step."""
+        """Starts or stops the trace; to be called before each step."""
         if (step in self._steps) != self._running:
             if self._running:
                 jax.profiler.stop_trace()
@@ -359,12 +372,13 @@ class _Profile:
 
 
 def _place(mesh: Mesh | None, data: PackedData, store: Features | None, step: int) -> tuple[Batch, Any]:
-    """A step's batch on the devices, and the target's values where they are stored."""
+    """A step's batch on the devices, and the target's values if they are stored, else None."""
     batch = place_batch(mesh, functools.partial(data.batch, step), data.B)
     return batch, None if store is None else place_batch(mesh, functools.partial(store.batch, step), data.B)
 
 
 def _save_drafter(drafter: Any, folder: epath.Path, fingerprint: str, info: Record) -> None:
+    """Writes a drafter's folder, which may be in a bucket."""
     if not in_bucket(folder):
         save_drafter(drafter, folder, fingerprint, info)
         return
@@ -382,13 +396,14 @@ def _new_drafter(
     conversations: Any,
     data: PackedData,
     store: Features | None,
+    quiet: bool,
 ) -> Any:
-    """The drafter that the configuration describes, with its first weights, in the shards of a mesh."""
+    """The drafter that the configuration describes, with its first weights, sharded over the mesh."""
     target, choice = loaded.model, config.drafter
     sizes = drafter_config(choice, target.config)
-    earlier = token_ids = None
+    parent = token_ids = None
     if choice.start:
-        earlier = load_drafter(choice.start, target.config, loaded.fingerprint, stacked=False, mesh=mesh)
+        parent = load_drafter(choice.start, target.config, loaded.fingerprint, stacked=False, mesh=mesh)
     elif sizes.draft_vocab_size < target.config.vocab_size:
         counts = token_counts(conversations, target.config.vocab_size, assistant_only=True)
         counted = counts
@@ -396,25 +411,23 @@ def _new_drafter(
             corpus = read_conversations(*choice.vocabulary_data)
             counted = token_counts(corpus, target.config.vocab_size, assistant_only=True)
         token_ids = draft_vocabulary(counted, sizes.draft_vocab_size)
-        print(
-            f"vocabulary {len(token_ids)} rows cover {coverage(token_ids, counts):.1%} of the answers", file=sys.stderr
-        )
+        _say(quiet, f"vocabulary {len(token_ids)} rows cover {coverage(token_ids, counts):.1%} of the answers")
     rms = None
     if choice.scale_features:
         first, values = _place(mesh, data, store, 0)
         rms = jax.jit(feature_rms, static_argnums=2)(target, first, sizes.feature_layers, values)
 
-    def make(target: Any, rms: Any, earlier: Any) -> Any:
-        if earlier is not None:
-            return drafter_from(sizes, earlier, feature_rms=rms, stacked=target.stacked)
+    def make(target: Any, rms: Any, parent: Any) -> Any:
+        if parent is not None:
+            return drafter_from(sizes, parent, feature_rms=rms, stacked=target.stacked)
         key, from_target = jax.random.key(config.seed), choice.from_target
         return init_drafter(sizes, target, key, token_ids=token_ids, feature_rms=rms, from_target=from_target)
 
-    return make_on(mesh, make, target, rms, earlier)
+    return make_on(mesh, make, target, rms, parent)
 
 
 class _Evaluation:
-    """The real decode on held-out prompts, greedy: acceptance length and by depth, for each tree."""
+    """Greedy decoding of held-out prompts: the acceptance length and acceptance by depth with each tree."""
 
     def __init__(self, config: RunConfig, loaded: LoadedTarget, graph: Any, constants: Any, dtype: Any):
         self._choice, self._target = config.evaluation, loaded.model
@@ -441,13 +454,13 @@ class _Evaluation:
                 max_new=self._choice.max_new,
                 stop_tokens=self._stop,
             )
-            if counts.rounds:  # else every answer ended with its first token, and there was nothing to draft
+            if counts.rounds:  # none if every answer ended with its first token
                 result[f"tau {name}"] = round(counts.length, 4)
                 result[f"by depth {name}"] = [None if math.isnan(x) else round(x, 4) for x in counts.by_depth]
         return result
 
 
 def _measured(record: Record) -> float | None:
-    """The acceptance length that was measured at a record's step, the mean over trees; None where it was not."""
+    """The acceptance length of a record, the mean over trees; None if none was measured."""
     lengths = [value for name, value in record.items() if name.startswith("tau ")]
     return sum(lengths) / len(lengths) if lengths else None

@@ -4,9 +4,9 @@ N levels · B rows · T tokens · S selected target positions a row · C of them
 vocabulary.
 At target position s the target's distribution for token x[s+1] is known; level i guessed that token at stream position
 s - i. [B, T, V] never exists: a scan takes C positions of every row at a time, computes the target's distribution once
-and then, level by level, the drafter's logits, the loss and its gradient. The head is frozen, so only hidden states get
-gradients, and they are computed in the forward scan: no logits are kept, none are computed twice. Rows stay where a
-mesh has them, and so do the vocabulary's parts: of these only maxima and sums are exchanged.
+and then, level by level, the drafter's logits, the loss and its gradient. The target's head is frozen, so only hidden
+states (and a drafter's own head) get gradients, which the forward scan computes: no logits are kept or recomputed. Rows
+stay on their devices of a mesh, and so do the shards of the vocabulary: only their maxima and sums are exchanged.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from fasteagle_jax.nn.linear import head_logits
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the loss's terms; each level's loss is their sum, then levels are weighted by level_decay ** (i -
-    1)."""
+    """Weights of the loss's terms, whose sum is a level's loss; level i's weight is level_decay ** (i - 1)."""
 
     cross_entropy: float = 1.0  # -sum p log q over the draft vocabulary, p the target's probabilities (EAGLE-3)
     total_variation: float = 0.0  # 1 - sum min(p, q): the chance that a sampled guess is rejected
@@ -34,10 +33,10 @@ class LossConfig:
     smooth_l1: float = 0.0  # to the target's final hidden state at the guessed position (EAGLE-1's feature term)
     level_decay: float = 0.8  # EAGLE-3's weights
     last_level_only: bool = False  # supervise level N alone, for comparison
-    # The target's softmax over the draft vocabulary alone, and no loss where its best token is outside (EAGLE-3).
+    # The target's softmax over the draft vocabulary alone, and no loss if its best token is outside (EAGLE-3).
     within_draft: bool = False
-    share: float = 1.0  # of the supervised positions, drawn anew each step
-    chunk: int = 256  # positions of all rows together: bounds memory at so many x (target vocabulary)
+    share: float = 1.0  # of a row's T slots: the most supervised positions that a step looks at, drawn anew each step
+    chunk: int = 256  # positions of all rows together: memory is bounded by this many x (target vocabulary)
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -58,10 +57,10 @@ class LevelMetrics(NamedTuple):
 def select_positions(
     supervised: jax.Array, positions: jax.Array, share: float, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Each row's target positions that the loss looks at, int32 [B, S], and which are real, bool [B, S].
+    """Each row's target positions that the loss looks at, int32 [B, S], and which of them count, bool [B, S].
 
-    A position s counts when x[s+1] is supervised and level 1 can guess it (positions[s] >= 1). `share` of a row's T
-    slots is the size S; a random subset is taken when more count.
+    A position s counts if x[s+1] is supervised and level 1 can guess it (positions[s] >= 1). S is `share` of a row's T
+    slots; if more positions count, it is a random subset of them.
     """
     counts = jnp.roll(supervised, -1, axis=1).at[:, -1].set(False) & (positions >= 1)  # [B, T]
     size = max(1, round(share * counts.shape[1]))
@@ -77,7 +76,7 @@ def level_loss(
     picked: jax.Array,
     real: jax.Array,
     head: jax.Array,
-    draft_head: jax.Array,
+    token_ids: jax.Array | None,
     config: LossConfig,
     own_head: jax.Array | None = None,
     level_share: jax.Array | None = None,
@@ -89,10 +88,11 @@ def level_loss(
       target_hidden: the target's final hidden states [B, T, H].
       positions: int32 [B, T], counted from each segment's start.
       picked, real: from `select_positions`.
-      head, draft_head: the frozen head's rows [target vocabulary, H] and those of the draft vocabulary [V, H].
+      head: the frozen head's rows [target vocabulary, H].
+      token_ids: int32 [V], those of the draft vocabulary; None for all.
       config: the terms.
-      own_head: [V, H] of a drafter that has one, which gets a gradient; None for one that uses `draft_head`.
-      level_share: float32 [N], by which each level's part of the loss is multiplied; None for 1.
+      own_head: [V, H] of a drafter that has one, which gets a gradient; None for one that uses the frozen head's rows.
+      level_share: float32 [N], factors of the levels' losses, as a microbatch has them; None for 1.
     """
     num_levels, (batch, size) = len(hidden), picked.shape
     levels = range(1, num_levels + 1)
@@ -120,8 +120,11 @@ def level_loss(
     valid = in_chunks(valid[..., None])[..., 0]  # [chunks, N, B, C]
     at_target = in_chunks(jnp.take_along_axis(target_hidden, picked[..., None], axis=1))  # [chunks, B, C, H]
 
-    unrolled = isinstance(hidden, list)  # as the levels are, see layers.run_layers
-    loss, sums = _chunked(chosen, valid, at_target, weights, head, draft_head, own_head, config, unrolled)
+    draft_head, in_draft = head, None
+    if token_ids is not None:
+        draft_head, in_draft = head[token_ids], jnp.zeros(head.shape[:1], bool).at[token_ids].set(True)
+    unrolled = isinstance(hidden, list)  # as the levels are, see transformer.run_layers
+    loss, sums = _chunked(chosen, valid, at_target, weights, head, draft_head, in_draft, own_head, config, unrolled)
     return loss, LevelMetrics(sums[0] / count, sums[1] / count, sums[2] / count, count)
 
 
@@ -136,7 +139,7 @@ def level_weights(num_levels: int, config: LossConfig) -> list[float]:
 # --- the scan over chunks, with its gradient --------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def _chunked(
     chosen: jax.Array,
     valid: jax.Array,
@@ -144,12 +147,13 @@ def _chunked(
     weights: jax.Array,
     head: jax.Array,
     draft_head: jax.Array,
+    in_draft: jax.Array | None,
     own_head: jax.Array | None,
     config: LossConfig,
     unrolled: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted loss, and sums float32 [3, N] of each level's loss, hits and acceptance."""
-    args = (chosen, valid, at_target, weights, head, draft_head, own_head, config, unrolled)
+    args = (chosen, valid, at_target, weights, head, draft_head, in_draft, own_head, config, unrolled)
     return _scan(*args, with_gradient=False)[0]
 
 
@@ -159,8 +163,8 @@ def _chunked_forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any
 
 
 def _chunked_backward(config: LossConfig, unrolled: bool, saved: tuple[Any, ...], cotangents: Any) -> tuple[Any, ...]:
-    of_chosen, of_own_head = (None if g is None else g * cotangents[0].astype(g.dtype) for g in saved)
-    return (of_chosen, None, None, None, None, None, of_own_head)
+    grad_chosen, grad_own_head = (None if g is None else g * cotangents[0].astype(g.dtype) for g in saved)
+    return (grad_chosen, None, None, None, None, None, None, grad_own_head)
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -173,36 +177,39 @@ def _scan(
     weights: jax.Array,
     head: jax.Array,
     draft_head: jax.Array,
+    in_draft: jax.Array | None,
     own_head: jax.Array | None,
     config: LossConfig,
     unrolled: bool,
     *,
     with_gradient: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, Any]]:
-    """((loss, sums), gradients of the loss in `chosen` and `own_head`), each None where it is not wanted."""
-    # Brought together once, where `fsdp` splits the weights' other dimension: not anew for every chunk and level.
+    """((loss, sums), gradients of the loss in `chosen` and `own_head`), each None if it is not wanted."""
+    # All-gathered over `fsdp` here, once, rather than for every chunk and level.
     head, draft_head = constrain(head, "vocab", None), constrain(draft_head, "vocab", None)
-    whole_vocabulary = draft_head.shape == head.shape
     trains_head = own_head is not None and with_gradient
-    drafters = draft_head if own_head is None else own_head
+    drafter_head = draft_head if own_head is None else own_head
 
     def one_chunk(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
         chosen_NBCH, valid_NBC, target_BCH = chunk
         full = constrain(head_logits(target_BCH, head), "batch", None, "vocab")  # [B, C, target vocabulary]
-        kept = full if whole_vocabulary else head_logits(target_BCH, draft_head)
+        kept = full if in_draft is None else head_logits(target_BCH, draft_head)
         log_z = jax.nn.logsumexp(kept if config.within_draft else full, axis=-1, keepdims=True)
         p = jnp.exp(kept - log_z)  # [B, C, V]; sums to the draft vocabulary's share of the mass
-        # The draft vocabulary holds the target's first choice when its best logit is the best of all.
-        held = kept.max(axis=-1) >= full.max(axis=-1)  # [B, C]
-        best = held[..., None] & (p >= p.max(axis=-1, keepdims=True))  # [B, C, V]
-        counted = held if config.within_draft else jnp.ones(held.shape, bool)
+        # Whether the draft vocabulary has the target's first choice: within one product, as two may round differently.
+        # Maxima rather than argmax, which a CPU is slower at; a split vocabulary exchanges no more.
+        has_first = jnp.ones(full.shape[:-1], bool)  # [B, C]
+        if in_draft is not None:
+            has_first = jnp.where(in_draft, full, -jnp.inf).max(axis=-1) >= full.max(axis=-1)
+        best = has_first[..., None] & (p >= p.max(axis=-1, keepdims=True))  # [B, C, V]
+        counted = has_first if config.within_draft else jnp.ones(has_first.shape, bool)
 
-        def one_level(of_head: Any, level: Any) -> tuple[Any, Any]:
+        def one_level(grad_head: Any, level: Any) -> tuple[Any, Any]:
             hidden_BCH, valid_BC, weight = level
 
-            def loss_of(hidden_BCH: jax.Array, drafters: jax.Array) -> tuple[jax.Array, jax.Array]:
-                product = _trained_head_logits if trains_head else head_logits
-                logits = constrain(product(hidden_BCH, drafters), "batch", None, "vocab")  # [B, C, V]
+            def loss_of(hidden_BCH: jax.Array, drafter_head: jax.Array) -> tuple[jax.Array, jax.Array]:
+                logits = head_logits(hidden_BCH, drafter_head, trains_head)
+                logits = constrain(logits, "batch", None, "vocab")  # [B, C, V]
                 terms, stats = _terms(logits, hidden_BCH, target_BCH, p, best, config)
                 loss = jnp.where(valid_BC & counted, terms, 0).sum()
                 return weight * loss, jnp.stack([loss, *(jnp.where(valid_BC, s, 0).sum() for s in stats)])
@@ -210,44 +217,26 @@ def _scan(
             gradient = jnp.zeros(())
             if trains_head:
                 grad = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-                (loss, sums), (gradient, more) = grad(hidden_BCH, drafters)
-                of_head = of_head + more.astype(jnp.float32)
+                (loss, sums), (gradient, head_gradient) = grad(hidden_BCH, drafter_head)
+                grad_head = grad_head + head_gradient.astype(jnp.float32)
             elif with_gradient:
-                (loss, sums), gradient = jax.value_and_grad(loss_of, has_aux=True)(hidden_BCH, drafters)
+                (loss, sums), gradient = jax.value_and_grad(loss_of, has_aux=True)(hidden_BCH, drafter_head)
             else:
-                loss, sums = loss_of(hidden_BCH, drafters)
-            return of_head, (loss, sums, gradient)
+                loss, sums = loss_of(hidden_BCH, drafter_head)
+            return grad_head, (loss, sums, gradient)
 
-        loss, sums, of_head = carry
+        loss, sums, grad_head = carry
         xs = (chosen_NBCH, valid_NBC, weights)
-        of_head, (loss_N, sums_N3, gradient) = jax.lax.scan(one_level, of_head, xs, unroll=unrolled)
-        return (loss + loss_N.sum(), sums + sums_N3.T, of_head), gradient
+        grad_head, (loss_N, sums_N3, gradient) = jax.lax.scan(one_level, grad_head, xs, unroll=unrolled)
+        return (loss + loss_N.sum(), sums + sums_N3.T, grad_head), gradient
 
-    of_head = jnp.zeros(drafters.shape if trains_head else ())
-    start = (jnp.zeros(()), jnp.zeros((3, chosen.shape[1])), of_head)
-    (loss, sums, of_head), gradient = jax.lax.scan(one_chunk, start, (chosen, valid, at_target), unroll=unrolled)
-    return (loss, sums), (gradient if with_gradient else None, of_head.astype(drafters.dtype) if trains_head else None)
-
-
-@jax.custom_vjp
-def _trained_head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """`layers.head_logits` under a head that gets a gradient."""
-    return jnp.einsum("...h,vh->...v", hidden.astype(head.dtype), head, preferred_element_type=jnp.float32)
-
-
-def _trained_head_forward(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _trained_head_logits(hidden, head), (hidden.astype(head.dtype), head, jnp.zeros((0,), hidden.dtype))
-
-
-def _trained_head_backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, head, like_hidden = saved
-    dy = dy.astype(head.dtype)  # as in `layers.matmul`: both products take the fast path
-    dx = jnp.einsum("...v,vh->...h", dy, head, preferred_element_type=jnp.float32)
-    dhead = jnp.einsum("...v,...h->vh", dy, x, preferred_element_type=jnp.float32)
-    return dx.astype(like_hidden.dtype), dhead.astype(head.dtype)
-
-
-_trained_head_logits.defvjp(_trained_head_forward, _trained_head_backward)
+    grad_head = jnp.zeros(drafter_head.shape if trains_head else ())
+    start = (jnp.zeros(()), jnp.zeros((3, chosen.shape[1])), grad_head)
+    (loss, sums, grad_head), gradient = jax.lax.scan(one_chunk, start, (chosen, valid, at_target), unroll=unrolled)
+    return (loss, sums), (
+        gradient if with_gradient else None,
+        grad_head.astype(drafter_head.dtype) if trains_head else None,
+    )
 
 
 def _terms(
@@ -270,6 +259,5 @@ def _terms(
         gap = hidden.astype(jnp.float32) - target.astype(jnp.float32)
         size = jnp.abs(gap)
         loss += config.smooth_l1 * jnp.where(size < 1, 0.5 * gap * gap, size - 0.5).mean(axis=-1)
-    # Maxima rather than argmax, which a CPU is slower at; a split vocabulary exchanges no more.
     hit = jnp.where(best, logits, -jnp.inf).max(axis=-1) >= logits.max(axis=-1)
     return loss, (hit.astype(jnp.float32), jax.lax.stop_gradient(overlap))

@@ -1,4 +1,4 @@
-"""What a training run says of itself: metrics.jsonl, the complete record, and from it TensorBoard, W&B and a plot."""
+"""Metrics of a training run: metrics.jsonl, the complete record, and from it TensorBoard, W&B and a plot."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from etils import epath
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import in_bucket, write_file
 
-Record = dict[str, Any]  # of one step; "step" counts from 1, and what is not finite is None
+Record = dict[str, Any]  # of one step; "step" counts from 1; values that are not finite are None
 
 
 def rounded(values: Any) -> list[float | None]:
-    """An array's values as a record has them."""
+    """An array's values in a record: five digits, None for those that are not finite."""
     return [finite(round(float(v), 5)) for v in np.asarray(values)]
 
 
 def finite(value: float) -> float | None:
-    """The value, None for infinity and NaN, which JSON has not."""
+    """The value; None for infinity and NaN, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def expected_length(acceptance: Sequence[float | None]) -> float | None:
     """An estimate of a chain's acceptance length: 1 + sum over depths d of the product of a_1 ... a_d.
 
-    a_i is level i's acceptance, the mean of sum min(p, q) over the batch. It is no measurement: it takes the levels for
-    independent and the batch's text for the target's own; the real decode on held-out prompts says what is reached.
+    a_i is level i's acceptance, the mean of sum min(p, q) over the batch. It is no measurement: it assumes that levels
+    are independent and that the batch's text is the target's own.
     """
     if any(a is None for a in acceptance):
         return None
@@ -42,7 +42,7 @@ def expected_length(acceptance: Sequence[float | None]) -> float | None:
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """The numbers of a record by the names that TensorBoard and W&B show: lists by level, measured ones under eval/."""
+    """A record's numbers under their names in TensorBoard and W&B: lists by level, measured ones under eval/."""
     found = {}
     for key, value in record.items():
         measured = key.startswith(("tau", "by depth"))
@@ -57,10 +57,10 @@ def scalars(record: Record) -> dict[str, float]:
 
 
 class Log:
-    """The records of a run, in metrics.jsonl and wherever else was asked for. Use as a context manager.
+    """The records of a run, in metrics.jsonl and, if asked for, TensorBoard and W&B. Use as a context manager.
 
-    Records past `step`, the checkpoint that a run goes on from, are dropped. A bucket appends to no object: there
-    the file is written anew by `flush`. Raises UserError for W&B or a bucket's TensorBoard that are not installed.
+    Records past `step`, the checkpoint that a run resumes from, are dropped. An object of a bucket cannot be appended
+    to: there `flush` writes the file anew. Raises UserError for W&B or a bucket's TensorBoard that are not installed.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Log:
             sink.write(scalars(record), record["step"])
 
     def amend(self, more: Record) -> None:
-        """Adds to the last record."""
+        """Adds values to the last record."""
         if more:
             self.records[-1].update(more)
             self._rewrite()
@@ -110,7 +110,7 @@ class Log:
                 sink.write(scalars(more), self.records[-1]["step"])
 
     def flush(self) -> None:
-        """Makes the file hold all records, where it does not already."""
+        """Writes all records, if the file does not have them."""
         if self._file is None:
             self._rewrite()
 
@@ -139,7 +139,7 @@ class _TensorBoard:
         from tensorboardX import SummaryWriter
 
         try:
-            # What an earlier process wrote past the checkpoint is hidden. A file's name has but seconds in it.
+            # Hides what an earlier process wrote past the checkpoint. The suffix tells files of one second apart.
             folder = os.fspath(run / "tensorboard")
             self._writer = SummaryWriter(folder, purge_step=step + 1, filename_suffix=f".from-{step}")
         except ImportError as error:
@@ -160,7 +160,7 @@ class _WandB:
         check_wandb(project)
         import wandb
 
-        # One id a folder, so that a run that goes on is the same run there.
+        # One id a folder, so that a resumed run is the same run there.
         id = hashlib.sha256(os.fspath(run.resolve()).encode()).hexdigest()[:16]
         self._run = wandb.init(project=project, name=run.name, id=id, resume="allow", config=config)
 
@@ -172,7 +172,7 @@ class _WandB:
 
 
 def check_wandb(project: str) -> None:
-    """Raises UserError where a project is named and W&B is not installed."""
+    """Raises UserError if a project is named and W&B is not installed."""
     if project:
         try:
             import wandb  # noqa: F401  # asked for, not used here

@@ -11,14 +11,14 @@ from flax import nnx
 
 from fasteagle_jax.errors import UserError
 
-MUON_RMS = 0.2  # of Muon's updates over the rate: AdamW's, so that one rate suits both (arXiv 2502.16982, section 2.2)
+MUON_RMS = 0.2  # root mean square of Muon's updates at rate 1, as of AdamW's (arXiv 2502.16982, section 2.2)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW or Muon with clipping by global norm; the rate warms up, stays, and falls linearly over the last steps.
 
-    A rate that stays constant in between lets a run be made longer: its steps before the fall do not change.
+    A run can be extended, since the rate before the fall does not depend on the number of steps.
     """
 
     name: str = "adamw"  # or muon: matrices by Muon, norms by AdamW with Nesterov's momentum, at one rate
@@ -29,7 +29,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip_norm: float = 0.5
-    ema: float = 0.0  # decay of the moving average of the weights, which is then what is evaluated and kept; 0 for none
+    ema: float = 0.0  # decay of the weights' moving average, which is then evaluated and stored; 0 for none
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
@@ -43,7 +43,7 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optax transformation of a run of `num_steps`."""
+    """The optax transformation for a run of `num_steps`."""
     peak, decay_steps = config.learning_rate, round(config.decay_share * num_steps)
     schedule = optax.join_schedules(
         [
@@ -72,7 +72,12 @@ def _matrices(params: Any) -> Any:
     """For each of a drafter's parameters, the dimensions of its matrix (the last two of a stack); None for vectors."""
 
     def of(param: nnx.Variable[Any]) -> Any:
-        dimensions = optax.contrib.MuonDimensionNumbers(-2, -1) if len(param.axes) == 2 else None
+        dimensions = optax.contrib.MuonDimensionNumbers(-2, -1) if is_matrix(param) else None
         return jax.tree.map(lambda _: dimensions, param)
 
     return jax.tree.map(of, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def is_matrix(param: nnx.Variable[Any]) -> bool:
+    """Whether a parameter is a matrix by its logical axes, which leave out a stack's dimension."""
+    return len(param.axes) == 2

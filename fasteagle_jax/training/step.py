@@ -1,4 +1,4 @@
-"""Training a drafter: its first weights, the optimiser and the train step.
+"""The train step of a drafter.
 
 B rows · T tokens · N levels · H hidden width · S selected target positions a row.
 The target is frozen and only read; parameters and optimiser state are float32, products run in the step's dtype.
@@ -6,6 +6,7 @@ The target is frozen and only read; parameters and optimiser state are float32, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,33 +20,34 @@ from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.training.config import REMAT, RunConfig, StepOptions
 from fasteagle_jax.training.losses import LevelMetrics, LossConfig, level_loss, select_positions
+from fasteagle_jax.training.optimizer import is_matrix, make_optimizer
 
 
 class TrainState(NamedTuple):
-    """What a train step replaces."""
+    """The arrays that a train step replaces."""
 
     params: Any  # the drafter's nnx.Param leaves
     optimizer: Any
-    step: jax.Array  # int32 []; batches seen, those of skipped updates too
-    average: Any = None  # the moving average of params, where one is kept
+    step: jax.Array  # int32 []; batches seen, with those of skipped updates
+    average: Any = None  # the moving average of params; None if none is kept
 
     @property
     def weights(self) -> Any:
-        """The parameters to decode with: the average where one is kept."""
+        """The parameters to decode with: the average if there is one."""
         return self.params if self.average is None else self.average
 
 
 class StepResult(NamedTuple):
-    """What a train step says of its batch."""
+    """Loss, gradient norm and metrics of a step's batch."""
 
     loss: jax.Array  # float32 []
     norm: jax.Array  # float32 [], of the gradient before clipping
     metrics: LevelMetrics
-    applied: jax.Array  # bool []; False where the update was skipped
+    applied: jax.Array  # bool []; False if the update was skipped
 
 
 def first_state(params: Any, optimizer: optax.GradientTransformation, ema: float = 0.0) -> TrainState:
-    """The state before the first step; the average, where one is kept, starts at `params`."""
+    """The state before the first step; an average, with `ema` above 0, starts at `params`."""
     average = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), average)
 
@@ -58,8 +60,12 @@ def target_outputs(target: Any, batch: Batch, feature_layers: tuple[int, ...], a
 
 
 def in_dtype(params: Any, dtype: Any) -> Any:
-    """Parameters with their matrices in `dtype`; vectors (norms) stay float32."""
-    return jax.tree.map(lambda p: p.astype(dtype) if p.ndim >= 2 and min(p.shape) > 1 else p, params)
+    """A drafter's parameters with their matrices in `dtype`; vectors (norms), stacked or not, stay as they are."""
+
+    def cast(param: nnx.Variable[Any]) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype), param) if is_matrix(param) else param
+
+    return jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def drafter_loss(
@@ -67,38 +73,37 @@ def drafter_loss(
 ) -> tuple[jax.Array, LevelMetrics]:
     """The drafter's loss float32 [] and metrics on a packed batch; `key` picks the share of positions."""
     picked, real = select_positions(batch.supervised, batch.positions, config.share, key)
-    return _loss_at(drafter, target, _Part(batch, None, picked, real), None, config, StepOptions())
+    return _loss_at(drafter, target, _Rows(batch, None, picked, real), None, config, StepOptions())
 
 
-class _Part(NamedTuple):
-    """Rows of a batch with the positions that the loss looks at."""
+class _Rows(NamedTuple):
+    """Rows of a batch, all or a microbatch, with the positions that the loss looks at."""
 
     batch: Batch
-    values: TargetValues | None  # of the target, where they were computed before
+    values: TargetValues | None  # of the target, if they are computed already
     picked: jax.Array  # int32 [B, S]
     real: jax.Array  # bool [B, S]
 
 
 def _loss_at(
-    drafter: Any, target: Any, part: _Part, level_share: jax.Array | None, config: LossConfig, ways: StepOptions
+    drafter: Any, target: Any, rows: _Rows, level_share: jax.Array | None, config: LossConfig, options: StepOptions
 ) -> tuple[jax.Array, LevelMetrics]:
-    """The loss and metrics of a part; level i's loss is multiplied by `level_share[i - 1]`, None for 1."""
-    batch = part.batch
-    out = part.values or target_outputs(target, batch, drafter.feature_layers, ways.attention)
-    next_tokens = jnp.roll(batch.tokens, -1, axis=1)  # at a segment's end it is wrong, and no loss looks there
-    attend = Packed(batch.segments, drafter.config.window, ways.attention)
+    """The loss and metrics of rows; level i's loss is multiplied by `level_share[i - 1]`, None for 1."""
+    batch = rows.batch
+    out = rows.values or target_outputs(target, batch, drafter.feature_layers, options.attention)
+    next_tokens = jnp.roll(batch.tokens, -1, axis=1)  # wrong at a segment's end, where no loss looks
+    attend = Packed(batch.segments, drafter.config.window, options.attention)
     hidden, _ = drafter.hidden_states(
-        target.embedding[...], out.features, next_tokens, batch.positions, attend, remat=REMAT[ways.remat]
+        target.embedding[...], out.features, next_tokens, batch.positions, attend, remat=REMAT[options.remat]
     )
     head = target.head_rows()
-    draft_head = head if drafter.token_ids is None else head[drafter.token_ids[...]]
-    places = batch.positions, part.picked, part.real
-    return level_loss(hidden, out.hidden, *places, head, draft_head, config, drafter.own_head(), level_share)
+    token_ids = None if drafter.token_ids is None else drafter.token_ids[...]
+    places = batch.positions, rows.picked, rows.real
+    return level_loss(hidden, out.hidden, *places, head, token_ids, config, drafter.own_head(), level_share)
 
 
 def make_train_step(
     graph: Any,
-    constants: Any,
     optimizer: optax.GradientTransformation,
     config: LossConfig,
     dtype: Any,
@@ -106,47 +111,53 @@ def make_train_step(
     *,
     accumulate: int = 1,
     ema: float = 0.0,
-    ways: StepOptions = StepOptions(),  # noqa: B008  # immutable
+    options: StepOptions = StepOptions(),  # noqa: B008  # immutable
     shardings: Any = None,
 ) -> Callable[..., tuple[TrainState, StepResult]]:
-    """A compiled step: (state, target, batch, limit = infinity, values = None) -> (state, result).
+    """A compiled step: (state, constants, target, batch, limit = infinity, values = None) -> (state, result).
 
-    The state is consumed; `values` are the target's for the batch, where its layers are not to be run.
-
-    Where the loss or the gradient is not finite, or the loss above `limit`, parameters, optimiser and average stay
-    as they were, bit for bit; `step` alone counts on.
+    The state is donated; `values` are the target's for the batch, if its layers are not to be run. If the loss or the
+    gradient is not finite, or the loss above `limit`, the update is skipped: parameters, optimiser and average stay bit
+    for bit, and `step` alone advances.
 
     Args:
-      graph, constants: with the parameters, what nnx.split(drafter, nnx.Param, ...) gave.
-      optimizer, config, dtype, seed: the rule, the loss, of the products, of the positions drawn.
-      accumulate: the batch is taken in so many parts of rows, one after the other; the update is that of the whole.
-      ema: decay of the state's average.
-      ways: how it is computed.
-      shardings: of the state and the result, to stay as they are; None on one device.
+      graph: with the parameters and `constants`, what nnx.split(drafter, nnx.Param, ...) gave.
+      optimizer, config: the update and the loss.
+      dtype: of the products.
+      seed: for the positions that a step draws.
+      accumulate: the number of microbatches, computed one after the other; the update is that of the whole batch.
+      ema: decay of the state's average; 0 for none.
+      options: attention and rematerialization.
+      shardings: of the state and the result; None on one device.
     """
 
-    def gradient_of(params: Any, target: Any, part: _Part, level_share: jax.Array | None) -> Any:
+    def gradient_of(params: Any, constants: Any, target: Any, rows: _Rows, level_share: jax.Array | None) -> Any:
         def loss_of(params: Any) -> tuple[jax.Array, LevelMetrics]:
             drafter = nnx.merge(graph, in_dtype(params, dtype), constants)
-            return _loss_at(drafter, target, part, level_share, config, ways)
+            return _loss_at(drafter, target, rows, level_share, config, options)
 
         return jax.value_and_grad(loss_of, has_aux=True)(params)
 
     def step(
         state: TrainState,
+        constants: Any,
         target: Any,
         batch: Batch,
         limit: jax.Array | float = float("inf"),
         values: TargetValues | None = None,
     ) -> tuple[TrainState, StepResult]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        whole = _Part(batch, values, *select_positions(batch.supervised, batch.positions, config.share, key))
+        whole = _Rows(batch, values, *select_positions(batch.supervised, batch.positions, config.share, key))
         if accumulate == 1:
-            (loss, metrics), gradients = gradient_of(state.params, target, whole, None)
+            (loss, metrics), gradients = gradient_of(state.params, constants, target, whole, None)
         else:
             num_levels = nnx.merge(graph, state.params, constants).num_levels
             loss, metrics, gradients = _accumulated(
-                lambda *args: gradient_of(state.params, target, *args), state.params, whole, accumulate, num_levels
+                lambda *args: gradient_of(state.params, constants, target, *args),
+                state.params,
+                whole,
+                accumulate,
+                num_levels,
             )
         norm = optax.tree.norm(gradients)
         applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit)
@@ -156,12 +167,12 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
             average = None
             if ema:
-                # Short at first, so that the first weights are soon forgotten (TensorFlow's ExponentialMovingAverage).
+                # Smaller at first, to forget the first weights soon (TensorFlow's ExponentialMovingAverage).
                 decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
                 average = optax.incremental_update(params, state.average, 1 - decay)
             return params, optimizer_state, average
 
-        # A branch, since selecting element by element makes the update half as slow again on a CPU.
+        # A branch: selecting element by element would read and write everything once more.
         params, optimizer_state, average = jax.lax.cond(
             applied, updated, lambda state, _: (state.params, state.optimizer, state.average), state, gradients
         )
@@ -171,24 +182,25 @@ def make_train_step(
 
 
 def _accumulated(
-    gradient_of: Callable[[_Part, jax.Array], Any],
+    gradient_of: Callable[[_Rows, jax.Array], Any],
     params: Any,
-    whole: _Part,
-    num_parts: int,
+    whole: _Rows,
+    num_microbatches: int,
     num_levels: int,
 ) -> tuple[jax.Array, LevelMetrics, Any]:
-    """The loss, metrics and gradients of a batch, of which one part after the other is in memory.
+    """The loss, metrics and gradients of a batch, summed over microbatches, one of which is in memory at a time.
 
-    A level's loss is a mean over the batch's positions, of which parts have unlike numbers: each weighs by its own.
+    A level's loss is a mean over the batch's positions, of which microbatches have different numbers: each is weighted
+    by its share.
     """
-    # Every num_parts-th row, so that a part is spread over a mesh as the batch is.
-    parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), whole)
-    counts = jax.vmap(lambda part: _level_counts(part, num_levels))(parts)  # [parts, N]
+    # Every num_microbatches-th row, so that a microbatch is spread over a mesh as the batch is.
+    parts = jax.tree.map(lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), whole)
+    counts = jax.vmap(lambda rows: _level_counts(rows, num_levels))(parts)  # [microbatches, N]
     total = jnp.maximum(counts.sum(axis=0), 1)
 
-    def one(sums: Any, xs: tuple[_Part, jax.Array]) -> tuple[Any, None]:
-        part, share = xs
-        (loss, metrics), gradients = gradient_of(part, share)
+    def one(sums: Any, xs: tuple[_Rows, jax.Array]) -> tuple[Any, None]:
+        rows, share = xs
+        (loss, metrics), gradients = gradient_of(rows, share)
         means = [share * mean for mean in (metrics.loss, metrics.accuracy, metrics.acceptance)]
         return jax.tree.map(jnp.add, sums, (loss, means, gradients)), None
 
@@ -197,24 +209,43 @@ def _accumulated(
     return loss, LevelMetrics(*[*means, total]), gradients
 
 
-def _level_counts(part: _Part, num_levels: int) -> jax.Array:
+def _level_counts(rows: _Rows, num_levels: int) -> jax.Array:
     """The number of positions that each level is measured at, int32 [N]."""
-    depth = jnp.take_along_axis(part.batch.positions, part.picked, axis=1)  # [B, S]
-    reached = part.real & (depth >= jnp.arange(1, num_levels + 1)[:, None, None])
+    depth = jnp.take_along_axis(rows.batch.positions, rows.picked, axis=1)  # [B, S]
+    reached = rows.real & (depth >= jnp.arange(1, num_levels + 1)[:, None, None])
     return reached.sum(axis=(1, 2))
 
 
-def train_step(config: RunConfig, graph: Any, constants: Any, optimizer: Any, shardings: Any = None) -> Any:
-    """The compiled step of a run; arguments and result as of `training.make_train_step`."""
+def train_step(config: RunConfig, graph: Any, shardings: Any = None) -> Any:
+    """The compiled step of a run, as of `make_train_step`: one a process for equal settings and sizes."""
+    leaves, structure = jax.tree.flatten(shardings)
+    # Without what the program does not depend on: data, folders, evaluation.
+    settings = RunConfig(
+        target="",
+        data=(),
+        steps=config.steps,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        seed=config.seed,
+        dtype=config.dtype,
+        loss=config.loss,
+        optimizer=config.optimizer,
+        attention=config.attention,
+        remat=config.remat,
+    )
+    return _train_step(settings, graph, structure, tuple(leaves))
+
+
+@functools.lru_cache(maxsize=16)
+def _train_step(config: RunConfig, graph: Any, structure: Any, shardings: tuple[Any, ...]) -> Any:
     return make_train_step(
         graph,
-        constants,
-        optimizer,
+        make_optimizer(config.optimizer, config.steps),
         config.loss,
         jnp.dtype(config.dtype),
         config.seed,
         accumulate=config.accumulate,
         ema=config.optimizer.ema,
-        ways=StepOptions(config.attention, config.remat),
-        shardings=shardings,
+        options=StepOptions(config.attention, config.remat),
+        shardings=jax.tree.unflatten(structure, shardings),
     )

@@ -101,14 +101,14 @@ def test_a_loop_is_cut_where_its_second_copy_begins(seed):
 def test_a_dialogue_ends_with_the_answer_that_loops(target_folder):
     """The next turn is not asked, since the loop would stand in the context of all later answers."""
     rules = Rules(load_tokenizer(target_folder), [], 512, False, False, HeldOut([]))
-    talk = rules.begin(0, Sample("a", ["Hello?", "And?", "So?"]))
+    dialogue = rules.start(0, Sample("a", ["Hello?", "And?", "So?"]))
     first = [*range(3, 30), load_tokenizer(target_folder).eos_token_id]
-    talk = rules.hear(talk, first, True)
-    asked = len(talk.tokens)
-    conversation = rules.hear(talk, [*range(3, 23), *[5, 6, 7] * 20], False)
+    dialogue = rules.add_answer(dialogue, first, True)
+    asked = len(dialogue.tokens)
+    conversation = rules.add_answer(dialogue, [*range(3, 23), *[5, 6, 7] * 20], False)
     assert conversation.assistant.tolist()[1] == [asked, asked + 23]
     assert conversation.tokens[asked:].tolist() == [*range(3, 23), 5, 6, 7]
-    at_once = rules.hear(rules.begin(0, Sample("b", ["Hello?"])), [4] * 60, False)
+    at_once = rules.add_answer(rules.start(0, Sample("b", ["Hello?"])), [4] * 60, False)
     assert at_once == "looping answers"
 
 

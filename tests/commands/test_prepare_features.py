@@ -72,6 +72,11 @@ def test_the_same_command_goes_on_and_other_settings_are_refused(config, capsys,
 def test_what_cannot_be_is_one_line(config, complaint, tmp_path):
     options = ["--config", config, "--output", tmp_path / "features"]
     assert "cannot read" in complaint(main, *options, f"data={tmp_path / 'nowhere.jsonl'}")
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text('{"id": "x", "tokens": [1, 50000, 3], "assistant": [[1, 3]]}\n')
+    assert "foreign.jsonl:1: token 50000" in complaint(main, *options, f"data={foreign}")
+    foreign.with_name("foreign.jsonl.manifest.json").write_text('{"settings": {"target": "0123abcd"}}')
+    assert "of target 0123abcd" in complaint(main, *options, f"data={foreign}")
     assert "--store" in complaint(main, *options, "--store", "int8")
     assert "is not a file" in complaint(main, "--config", tmp_path / "no.py", "--output", tmp_path / "features")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,14 +24,16 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import load_file, save_file
 
-from fasteagle_jax.commands import ablate
+from fasteagle_jax.commands import ablate, export
 from fasteagle_jax.commands.train_drafter import main
 from fasteagle_jax.data.conversations import Conversation, ConversationWriter
+from fasteagle_jax.data.manifest import manifest_path
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.drafters.files import load_drafter
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.training import loop
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
+from fasteagle_jax.training.config import apply_changes, load_config
 from fasteagle_jax.training.loop import _spike_limit
 from tests.tiny_folder import make_target
 
@@ -132,12 +136,15 @@ def questions(tmp_path: Path) -> Path:
 
 
 def test_training_lowers_the_loss_and_leaves_a_drafter_metrics_a_plot_and_a_trace(
-    data_file: Path, tmp_path: Path, questions: Path
+    data_file: Path, tmp_path: Path, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     talker = make_target(tmp_path / "talker", stop_rate=-9.0)  # its greedy answers do not end with their first token
     changes = ["steps=30", f"evaluation.prompts={questions}", "evaluation.every=15", "evaluation.max_new=8"]
     assert main([*command(talker, data_file, run, *changes), "--profile", "20:21"]) == 0
+    said = capsys.readouterr().err  # no terminal: lines, and few of them
+    assert "\r" not in said and sum("step/s" in line or "s/step" in line for line in said.splitlines()) < 10
+    assert re.search(r"^100%.* 30/30 .*loss .*tokens/s", said, re.MULTILINE) and "step 15: tau chain" in said
     loss = [value for value, _ in losses(run).values()]
     assert np.mean(loss[-3:]) < 0.8 * np.mean(loss[:3])
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -209,11 +216,18 @@ def test_sigterm_saves_ends_with_0_and_an_evaluation_cut_short_is_made_up_for(
     assert signal.getsignal(signal.SIGTERM) is before
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["3"] and not (run / "drafter").exists()
     assert not any(name.startswith("tau") for name in records(run)[-1])
-    monkeypatch.setattr(loop, "measure_acceptance", evaluate)
+    # The first evaluation of a run is to be its best one.
+    more = itertools.cycle([Acceptance(2, (2, 2, 2)), Acceptance(2, (0, 0, 0))])
+    monkeypatch.setattr(loop, "measure_acceptance", lambda *args, **options: evaluate(*args, **options) + next(more))
     for folder in (run, whole):
         assert main(command(target, data_file, folder, *changes)) == 0
     measured = [[{name: r[name] for name in r if name.startswith("tau")} for r in records(f)] for f in (run, whole)]
     assert measured[0] == measured[1] and [bool(m) for m in measured[0]] == [False, False, True, False, True]
+    best = []
+    for folder in (run, whole):  # the evaluation made up for counts like any other
+        with Checkpoints(folder / "checkpoints") as checkpoints:
+            best.append((checkpoints.best(), checkpoints.steps()))
+    assert best[0] == best[1] and best[0][0][0] == 3
 
 
 # --- bad steps --------------------------------------------------------------------------------------------------
@@ -296,6 +310,9 @@ def test_the_draft_vocabulary_is_of_the_most_frequent_tokens_of_the_corpus_named
     saved = load_file(tmp_path / "run" / "drafter" / "model.safetensors")["token_ids"]
     np.testing.assert_array_equal(saved, [7, 9, 200])
     assert "3 rows cover" in capsys.readouterr().err
+    config = apply_changes(load_config(str(CONFIG)), command(target_folder, data_file, tmp_path, *changes)[4:])
+    loop.train(config, tmp_path / "quiet", quiet=True)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_changed_configuration_is_shown_and_needs_a_flag(
@@ -306,7 +323,7 @@ def test_a_changed_configuration_is_shown_and_needs_a_flag(
     capsys.readouterr()
     assert main(command(target_folder, data_file, run, "steps=6")) == 2
     said = capsys.readouterr().err
-    assert "steps: 4 -> 6" in said and "--allow-change" in said and said.count("\n") == 1
+    assert "steps 4, not 6" in said and "--allow-change" in said and said.count("\n") == 1
     (run / "drafter").rename(tmp_path / "drafter-4")
     assert main([*command(target_folder, data_file, run, "steps=6"), "--allow-change"]) == 0
     assert len(losses(run)) == 6
@@ -327,14 +344,14 @@ def test_the_checkpoint_says_what_a_run_was_and_another_target_or_other_data_are
         return said
 
     (run / "config.json").unlink()  # the checkpoint holds the configuration
-    assert "steps: 4 -> 6" in complaint(*command(target_folder, data_file, run, "steps=6"))
+    assert "steps 4, not 6" in complaint(*command(target_folder, data_file, run, "steps=6"))
     same_name = tmp_path / "target"  # other weights where the target was
     shutil.copytree(target_folder, same_name)
     weights = load_file(same_name / "model.safetensors")
     weights["model.norm.weight"] *= 2
     save_file(weights, same_name / "model.safetensors")
     other = command(same_name, data_file, run, "steps=4")
-    assert f"target: {target_folder} -> {same_name}" in complaint(*other)
+    assert f"target {target_folder}, not {same_name}" in complaint(*other)
     assert "trains a drafter for target" in complaint(*other, "--allow-change")
     with ConversationWriter(data_file) as writer:
         writer.append([Conversation.of("one more", list(range(40)), [[4, 40]])])
@@ -471,6 +488,19 @@ def test_a_run_starts_from_the_first_levels_of_a_trained_drafter(
             continue
         np.testing.assert_allclose(value, theirs[name], rtol=1e-6, atol=0)  # but for fc, out of its scale and back
 
+    # What is said of its training is of all runs: the shipped drafter's last one saw a thirtieth of its tokens.
+    third, start = tmp_path / "third", f"drafter.start={second / 'drafter'}"
+    assert main(command(target_folder, data_file, third, *still[:2], *still[3:], start)) == 0
+    shutil.rmtree(first)
+    shutil.rmtree(second / "drafter")
+    exported = tmp_path / "exported"
+    assert export.main(["--run", str(third), "--output", str(exported)]) == 0
+    for folder in (third / "drafter", exported):
+        about = json.loads((folder / "config.json").read_text())["trained"]
+        runs = [*about["earlier"], about]
+        assert [run["steps"] for run in runs] == [2, 1, 1]
+        assert about["total_tokens"] == sum(run["tokens"] for run in runs) > 2 * about["tokens"]
+
 
 def test_ablate_measures_variants_of_a_run_and_trains_none_twice(
     data_file: Path, tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, complaint: Callable[..., str]
@@ -504,15 +534,35 @@ def test_ablate_measures_variants_of_a_run_and_trains_none_twice(
     assert all(each["acceptance_length"] >= 1 for each in report["measured"])
     assert "loss.first is not a key" in complaint(ablate.main, *asked, "--variant", "loss.first=1", *changes)
     said = complaint(ablate.main, *asked, *changes, "seed=1")  # not those of seed 0 under the name of seed 1
-    assert "runs/base was trained with another configuration (seed: 0 -> 1)" in said
+    assert "runs/base was trained with another configuration (seed 0, not 1)" in said
     said = complaint(ablate.main, *asked, "--max-new", 2000, *changes)
     assert "2000 new ones exceed the target's 1024 positions" in said
 
-    one_skipped = '{"loss": 3.0}\n{"loss": null}\n{"loss": 1.0}\n'
-    (tmp_path / "runs/base/metrics.jsonl").write_text(one_skipped)
+    skipped = '{"loss": 3.0}\n{"loss": null, "skipped": [[1]]}\n{"loss": 90.0, "skipped": [[2]]}\n{"loss": 1.0}\n'
+    (tmp_path / "runs/base/metrics.jsonl").write_text(skipped)
     assert ablate._last_loss(tmp_path / "runs/base") == 2.0
     monkeypatch.setattr(ablate, "train", lambda *_: sys.exit(0))  # as after SIGTERM
     assert ablate.main([str(word) for word in [*asked, "--variant", "drafter.num_levels=1", *changes]]) == 143
+
+
+def test_data_of_another_tokenizer_or_target_is_refused(
+    target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    """Token ids past the vocabulary were clamped without a word, and nobody read whose answers a file holds."""
+    other = tmp_path / "other.jsonl"
+    with ConversationWriter(other) as writer:
+        writer.append([Conversation.of("x", [1, 2, 3, 50_000, 4], [[1, 5]])])
+    said = complaint(main, *command(target_folder, f"{data_file},{other}", tmp_path / "run"))
+    vocab_size = load_target(str(target_folder)).model.config.vocab_size
+    assert f"other.jsonl:1: token 50000, the target's vocabulary has {vocab_size}: prepare" in said
+    manifest = manifest_path(data_file)
+    manifest.write_text(json.dumps({"settings": {"target": "0123abcd"}, "counts": {}}))
+    said = complaint(main, *command(target_folder, data_file, tmp_path / "run"))
+    assert "of target 0123abcd, this one's weights are" in said and "use that target, prepare data with" in said
+    manifest.write_text("{")
+    assert "manifest.json is damaged" in complaint(main, *command(target_folder, data_file, tmp_path / "run"))
+    manifest.write_text(json.dumps({"settings": {"target": load_target(str(target_folder)).fingerprint}}))
+    assert main(command(target_folder, data_file, tmp_path / "run", "steps=1")) == 0
 
 
 def test_mistakes_end_in_one_line_before_anything_is_written(

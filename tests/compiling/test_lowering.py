@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo  # has no public name to stand a GPU in
@@ -78,13 +77,12 @@ def train_step_for_cuda(attention: str) -> str:
         return graph, first_state(params, optimizer), constants
 
     graph, state, constants = nnx.eval_shape(start)
-    constants = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), constants)
     target = jax.eval_shape(lambda: Llama(SIZES, jax.random.key(0), jnp.bfloat16))
-    ways = StepOptions(attention, "full")
-    step = make_train_step(graph, constants, optimizer, LossConfig(chunk=64), jnp.bfloat16, 0, ways=ways)
+    options = StepOptions(attention, "full")
+    step = make_train_step(graph, optimizer, LossConfig(chunk=64), jnp.bfloat16, 0, options=options)
     rows = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     batch = Batch(rows, rows, rows, jax.ShapeDtypeStruct((2, 128), jnp.bool_))
-    structure, leaves = jax.tree.structure((state, target, batch)), jax.tree.leaves((state, target, batch))
+    leaves, structure = jax.tree.flatten((state, constants, target, batch))
     flat = jax.jit(lambda *leaves: jax.tree.leaves(step(*jax.tree.unflatten(structure, leaves))))
     return exported(flat, *leaves)
 

@@ -13,7 +13,7 @@ import pytest
 
 from fasteagle_jax.data import sources
 from fasteagle_jax.data.conversations import Conversation, ConversationWriter, read_conversations
-from fasteagle_jax.data.packing import MIN_WINDOW, Batch, PackedData, pack
+from fasteagle_jax.data.packing import MIN_WINDOW, Batch, PackedData
 from fasteagle_jax.data.sources import Prompt, read_dialogues, read_prompts
 from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
 from fasteagle_jax.errors import UserError
@@ -344,6 +344,17 @@ def test_a_writer_resumes_after_any_torn_tail(tmp_path, caplog):
     assert "cut off a torn last line" in caplog.text
 
 
+def test_a_file_has_one_writer_at_a_time(tmp_path):
+    """Two runs of prepare-data with one output mixed their lines, and each cut off what the other was writing."""
+    path = tmp_path / "c.jsonl"
+    with ConversationWriter(path) as writer:
+        writer.append(conversations("a"))
+        with pytest.raises(UserError, match=r"c\.jsonl is being written by another run: wait for its end"):
+            ConversationWriter(path)
+    with ConversationWriter(path) as writer:
+        assert writer.ids == {"a"}
+
+
 def test_a_writer_refuses_an_id_twice_and_then_writes_nothing(tmp_path):
     with ConversationWriter(tmp_path / "c.jsonl") as writer:
         writer.append(conversations("a"))
@@ -393,6 +404,11 @@ def test_a_file_that_cannot_be_opened_is_a_user_error(tmp_path):
 # --- packing ---
 
 T, B, SEED = 32, 3, 5
+
+
+def pack(conversations, T: int, B: int, seed: int, step: int) -> Batch:
+    """The batch of one step."""
+    return PackedData(conversations, T, B, seed).batch(step)
 
 
 def samples(num: int = 60, longest: int = 100) -> list[Conversation]:

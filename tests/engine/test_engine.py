@@ -98,10 +98,10 @@ def drafter(target, say):
     drafter = jax.jit(lambda: init_drafter(config, target, jax.random.key(0), from_target=False))()
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=5), 80)
-    step = make_train_step(graph, constants, optimizer, LossConfig(chunk=512), jnp.float32, seed=0)
+    step = make_train_step(graph, optimizer, LossConfig(chunk=512), jnp.float32, seed=0)
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     for i in range(80):
-        state, _ = step(state, target, data.batch(i))
+        state, _ = step(state, constants, target, data.batch(i))
     return nnx.merge(graph, state.params, constants)
 
 

@@ -49,8 +49,8 @@ def test_every_kind_is_attention_segment_by_segment(qkv, kind, window):
     np.testing.assert_allclose(out, slow(*qkv, window), **CLOSE)
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_queries_in_blocks_are_queries_at_once_with_gradients(qkv, window):
+@pytest.mark.parametrize(("window", "size"), [(None, 64), (40, 64), (None, 100)])  # 100: two blocks and 56 queries
+def test_queries_in_blocks_are_queries_at_once_with_gradients(qkv, window, size):
     segments = jnp.asarray(SEGMENTS)
 
     def loss(q, k, v, block):
@@ -58,7 +58,8 @@ def test_queries_in_blocks_are_queries_at_once_with_gradients(qkv, window):
         return (out * jnp.cos(jnp.arange(D))).sum()
 
     once, blocks = (
-        jax.jit(jax.value_and_grad(functools.partial(loss, block=block), argnums=(0, 1, 2)))(*qkv) for block in (T, 64)
+        jax.jit(jax.value_and_grad(functools.partial(loss, block=block), argnums=(0, 1, 2)))(*qkv)
+        for block in (T, size)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), blocks, once)
 
@@ -75,9 +76,10 @@ def test_splash_attentions_gradients_are_the_plain_ones(qkv):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), splash, plain)
 
 
-def test_no_scores_of_a_whole_row_are_made():
+@pytest.mark.parametrize("num_tokens", [8192, 8000])  # 8000 is no multiple of a block's 512
+def test_no_scores_of_a_whole_row_are_made(num_tokens):
     """8192 tokens: float32 scores of the 4 heads of a row would be 1 GiB, and a gradient needs several such arrays."""
-    shape, num_tokens = jax.ShapeDtypeStruct, 8192
+    shape = jax.ShapeDtypeStruct
     q, k = (shape((1, num_tokens, heads, 64), jnp.float32) for heads in (HEADS, KV))
 
     def loss(q, k, v, segments):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import jax
@@ -36,10 +37,31 @@ def test_the_best_is_kept_besides_the_last(tmp_path: Path) -> None:
     assert written(tmp_path, {6: 2.6, 7: None, 8: None}) == [6, 7, 8]
 
 
+def test_an_acceptance_length_measured_later_counts_for_the_best(tmp_path: Path) -> None:
+    written(tmp_path, {1: 1.2, 2: None})
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.set_tau(2, 2.5)
+        assert checkpoints.best() == (2, 2.5)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(2, state_of(0)), state_of(2))
+        for step in (3, 4, 5):
+            checkpoints.save(step, state_of(step), {"step": step}, 2.4 if step == 3 else None)
+        checkpoints.wait()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [2, 4, 5] and checkpoints.best() == (2, 2.5)
+
+
 def test_without_a_measurement_the_last_are_kept_and_none_is_best(tmp_path: Path) -> None:
     assert written(tmp_path, dict.fromkeys(range(1, 6))) == [4, 5]
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best() is None
+
+
+def test_orbax_is_silenced_only_while_checkpoints_are_open(tmp_path: Path) -> None:
+    log = logging.getLogger("absl")
+    before = log.level
+    with Checkpoints(tmp_path, 2), Checkpoints(tmp_path):
+        assert log.level == logging.ERROR
+    assert log.level == before != logging.ERROR
 
 
 def test_a_checkpoint_holds_its_record(tmp_path: Path) -> None:

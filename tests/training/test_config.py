@@ -7,9 +7,17 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from fasteagle_jax.data.manifest import differences
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, in_bucket
-from fasteagle_jax.training.config import RunConfig, apply_changes, changes_since, differences, load_config, to_json
+from fasteagle_jax.training.config import (
+    RunConfig,
+    apply_changes,
+    changes_since,
+    from_json,
+    load_config,
+    to_json,
+)
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -84,7 +92,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path) -> None:
 def test_differences_name_key_and_both_values() -> None:
     old = RunConfig(target="t", data=("a",), steps=3)
     new = apply_changes(old, ["steps=4", "loss.share=0.5"])
-    assert differences(to_json(old), to_json(new)) == ["loss.share: 1.0 -> 0.5", "steps: 3 -> 4"]
+    assert differences(to_json(old), to_json(new)) == ["loss.share 1.0, not 0.5", "steps 3, not 4"]
     assert differences(to_json(old), to_json(old)) == []
 
 
@@ -93,7 +101,18 @@ def test_a_configuration_saved_before_a_key_was_there_differs_in_nothing() -> No
     old = to_json(config)
     del old["accumulate"], old["wandb"], old["optimizer"]["ema"]
     assert changes_since(old, config) == []
-    assert changes_since(old, apply_changes(config, ["accumulate=2"])) == ["accumulate: 1 -> 2"]
+    assert changes_since(old, apply_changes(config, ["accumulate=2"])) == ["accumulate 1, not 2"]
+
+
+def test_a_saved_key_that_is_not_known_is_named() -> None:
+    """A later version's setting was dropped, and the run went on without it."""
+    config = RunConfig(target="t", data=("a",), steps=3)
+    raw = to_json(config)
+    assert from_json(raw) == config
+    raw["loss"]["focal"] = 2.0
+    for read in (from_json, lambda raw: changes_since(raw, config)):
+        with pytest.raises(UserError, match="has loss.focal, which this version does not know: use the version"):
+            read(raw)
 
 
 @pytest.mark.parametrize(

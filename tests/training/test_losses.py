@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.training import losses
 from fasteagle_jax.training.losses import LossConfig, level_loss, select_positions
 
 N, B, T, H, V = 3, 2, 12, 8, 20
@@ -70,7 +71,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-@pytest.mark.parametrize("ids", [np.arange(V), np.array([0, 3, 4, 9, 17])], ids=["full", "reduced"])
+@pytest.mark.parametrize("ids", [None, np.array([0, 3, 4, 9, 17])], ids=["full", "reduced"])
 def test_loss_metrics_and_gradient_are_those_of_the_loss_that_makes_all_logits(config, ids):
     hidden, target_hidden, head = inputs()
     picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), config.share, jax.random.key(0))
@@ -78,11 +79,13 @@ def test_loss_metrics_and_gradient_are_those_of_the_loss_that_makes_all_logits(c
     @functools.partial(jax.value_and_grad, has_aux=True)
     def fast(hidden):
         positions = jnp.asarray(POSITIONS)
-        return level_loss(hidden, target_hidden, positions, picked, real, head, head[ids], config)
+        return level_loss(hidden, target_hidden, positions, picked, real, head, ids, config)
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def slow(hidden):
-        return slow_loss(hidden, target_hidden, pairs_that_count(), head, jnp.asarray(ids), config)
+        return slow_loss(
+            hidden, target_hidden, pairs_that_count(), head, jnp.arange(V) if ids is None else jnp.asarray(ids), config
+        )
 
     (loss, metrics), gradient = jax.jit(fast)(hidden)
     (expected, expected_metrics), expected_gradient = jax.jit(slow)(hidden)
@@ -101,7 +104,7 @@ def test_a_stack_and_a_list_of_levels_have_one_loss_and_gradient():
     @jax.value_and_grad
     def loss(hidden):
         positions = jnp.asarray(POSITIONS)
-        return level_loss(hidden, target_hidden, positions, picked, real, head, head, LossConfig(chunk=7))[0]
+        return level_loss(hidden, target_hidden, positions, picked, real, head, None, LossConfig(chunk=7))[0]
 
     stacked, gradient = loss(hidden)
     listed, gradients = loss(list(hidden))
@@ -112,10 +115,26 @@ def test_a_stack_and_a_list_of_levels_have_one_loss_and_gradient():
 def test_a_level_counts_the_positions_whose_segment_reaches_back_far_enough():
     hidden, target_hidden, head = inputs()
     picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
-    args = (hidden, target_hidden, jnp.asarray(POSITIONS), picked, real, head, head, LossConfig())
+    args = (hidden, target_hidden, jnp.asarray(POSITIONS), picked, real, head, None, LossConfig())
     expected = [sum(POSITIONS[pair] >= i for pair in pairs_that_count()) for i in (1, 2, 3)]
     assert expected[0] > expected[1] > expected[2]
     assert jax.jit(level_loss, static_argnums=7)(*args)[1].count.tolist() == expected
+
+
+def test_the_first_choice_is_in_the_draft_vocabulary_however_the_two_products_round(monkeypatch):
+    """Maxima of the head's product and of its draft rows' were compared: one bit less in the second, and no first
+    choice was a hit or, with `within_draft`, counted."""
+    hidden, target_hidden, head = inputs()
+    picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
+    ids, exact = jnp.arange(V - 1), losses.head_logits
+    monkeypatch.setattr(losses, "head_logits", lambda h, rows, *_: exact(h, rows) - jnp.where(len(rows) < V, 1e-5, 0.0))
+    args = (target_hidden, jnp.asarray(POSITIONS), picked, real, head, ids, LossConfig(within_draft=True))
+    hidden = jnp.roll(target_hidden, -1, axis=1)[None]  # level 1 at s - 1 says what the target says at s
+    loss, metrics = jax.jit(lambda hidden: level_loss(hidden, *args))(hidden)
+    first = np.array([int(jnp.argmax(target_hidden[pair] @ head.T)) for pair in pairs_that_count()])
+    assert (first < V - 1).mean() > 0.5
+    np.testing.assert_allclose(metrics.accuracy[0], (first < V - 1).mean(), rtol=1e-6)
+    assert loss > 0
 
 
 def test_a_packed_rows_loss_is_that_of_its_segments_apart():
@@ -127,7 +146,7 @@ def test_a_packed_rows_loss_is_that_of_its_segments_apart():
     def loss(supervised):
         picked, real = select_positions(supervised, jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
         positions = jnp.asarray(POSITIONS)
-        return level_loss(hidden[:1], target_hidden, positions, picked, real, head, head, config)
+        return level_loss(hidden[:1], target_hidden, positions, picked, real, head, None, config)
 
     whole, metrics = loss(jnp.asarray(SUPERVISED))
     apart = []
@@ -145,7 +164,7 @@ def test_other_segments_and_unsupervised_positions_get_no_gradient():
     picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
 
     def loss(hidden):
-        args = (target_hidden, jnp.asarray(POSITIONS), picked, real, head, head, LossConfig())
+        args = (target_hidden, jnp.asarray(POSITIONS), picked, real, head, None, LossConfig())
         return level_loss(hidden, *args)[0]
 
     moved = np.abs(jax.jit(jax.grad(loss))(hidden)).max(axis=-1) > 0  # [N, B, T]
@@ -161,7 +180,7 @@ def test_nothing_selected_means_no_loss_and_no_gradient():
     picked, real = select_positions(jnp.zeros((B, T), bool), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
 
     def loss(hidden):
-        args = (target_hidden, jnp.asarray(POSITIONS), picked, real, head, head, LossConfig())
+        args = (target_hidden, jnp.asarray(POSITIONS), picked, real, head, None, LossConfig())
         return level_loss(hidden, *args)[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(hidden)
@@ -174,7 +193,7 @@ def test_under_bfloat16_heads_all_products_are_of_bfloat16_backwards_too(trained
     picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
 
     def loss(hidden, own):
-        heads = (head.astype(jnp.bfloat16), head.astype(jnp.bfloat16), LossConfig(), own if trained else None)
+        heads = (head.astype(jnp.bfloat16), None, LossConfig(), own if trained else None)
         return level_loss(hidden, target_hidden, jnp.asarray(POSITIONS), picked, real, *heads)[0]
 
     program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head.astype(jnp.bfloat16)).as_text()
@@ -226,7 +245,7 @@ def temporaries(num_tokens: int, vocab: int, chunk: int) -> int:
         positions = jnp.arange(num_tokens)[None]
         picked, real = select_positions(jnp.ones(positions.shape, bool), positions, 1.0, jax.random.key(0))
         config = LossConfig(chunk=chunk)
-        return level_loss(hidden, target_hidden, positions, picked, real, head, head, config)[0]
+        return level_loss(hidden, target_hidden, positions, picked, real, head, None, config)[0]
 
     shape = jax.ShapeDtypeStruct
     hidden, target = shape((N, 1, num_tokens, H), jnp.float32), shape((1, num_tokens, H), jnp.float32)

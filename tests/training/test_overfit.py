@@ -51,10 +51,10 @@ def test_thirty_two_conversations_are_learnt_by_heart_by_every_level_and_then_dr
     drafter = init_drafter(sizes, target, jax.random.key(0), feature_rms=rms, from_target=False)
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    step = make_train_step(graph, constants, optimizer, config.loss, jnp.float32, config.seed)
+    step = make_train_step(graph, optimizer, config.loss, jnp.float32, config.seed)
     state = first_state(params, optimizer)
     for i in range(config.steps):
-        state, result = step(state, target, jax.tree.map(jnp.asarray, data.batch(i)))
+        state, result = step(state, constants, target, jax.tree.map(jnp.asarray, data.batch(i)))
     assert result.metrics.accuracy.min() > 0.95, result.metrics.accuracy
 
     drafter = nnx.merge(graph, state.params, constants)

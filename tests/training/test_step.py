@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +22,11 @@ from fasteagle_jax.nn.norm import rms_norm
 from fasteagle_jax.nn.rope import rotation
 from fasteagle_jax.nn.transformer import unstack
 from fasteagle_jax.training.checkpoints import Checkpoints
+from fasteagle_jax.training.config import RunConfig
 from fasteagle_jax.training.init import feature_rms, init_drafter
 from fasteagle_jax.training.losses import LossConfig
 from fasteagle_jax.training.optimizer import OptimizerConfig, make_optimizer
-from fasteagle_jax.training.step import TrainState, drafter_loss, first_state, make_train_step
+from fasteagle_jax.training.step import TrainState, drafter_loss, first_state, in_dtype, make_train_step, train_step
 from tests.tiny_models import tiny_target
 
 LEVELS = 2
@@ -48,14 +51,17 @@ def run_steps(state: TrainState, step: object, target: object, num_steps: int) -
     return state, losses
 
 
-def new_run(drafter: FastEagle, accumulate: int = 1, **changes: object) -> tuple[TrainState, object, object, object]:
+def new_run(
+    drafter: FastEagle, accumulate: int = 1, dtype: object = jnp.float32, **changes: object
+) -> tuple[TrainState, object, object, object]:
     """(state, step, graph, constants) of a run that trains `drafter`; `changes` are of the optimiser."""
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)
     config = OptimizerConfig(**{"learning_rate": 1e-2, "warmup_steps": 1} | changes)
     optimizer, loss = make_optimizer(config, 100), LossConfig(share=0.5, chunk=16)
-    step = make_train_step(graph, constants, optimizer, loss, jnp.float32, 0, accumulate=accumulate, ema=config.ema)
+    train = make_train_step(graph, optimizer, loss, dtype, 0, accumulate=accumulate, ema=config.ema)
     # The step donates its state, and a drafter may serve several runs.
-    return first_state(jax.tree.map(jnp.copy, params), optimizer, config.ema), step, graph, constants
+    state = first_state(jax.tree.map(jnp.copy, params), optimizer, config.ema)
+    return state, lambda state, *args: train(state, constants, *args), graph, constants
 
 
 def small_drafter(target: object, **changes: object) -> FastEagle:
@@ -177,6 +183,44 @@ def test_the_loss_falls_and_a_restored_state_goes_on_bitwise(tmp_path: object) -
     assert int(other.step) == 4
     _, again = run_steps(other, step, target, 40)
     assert again == late
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_bfloat16_step_casts_matrices_and_keeps_norms_in_float32(stacked: bool) -> None:
+    """Norms of stacked levels are [N, H]: two dimensions make no matrix, and in bfloat16 a norm of 1.003 is 1."""
+    target = tiny_target(num_layers=2, stacked=stacked)
+    drafter = small_drafter(target, reinject=True, correction=8)
+    params = nnx.state(drafter, nnx.Param)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(in_dtype(params, jnp.bfloat16)):
+        name = jax.tree_util.keystr(path)
+        assert leaf.dtype == (jnp.float32 if "norm" in name else jnp.bfloat16), name
+    state, step, _, _ = new_run(drafter, dtype=jnp.bfloat16)
+    state, losses = run_steps(state, step, target, 12)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    assert np.mean(losses[-2:]) < np.mean(losses[:2])
+    exact, step, _, _ = new_run(drafter)
+    _, expected = run_steps(exact, step, target, 2)
+    np.testing.assert_allclose(losses[:2], expected, rtol=1e-2)  # bfloat16 has eight bits
+
+
+def test_runs_of_equal_settings_compile_one_step_whatever_their_data(compilations: list[str]) -> None:
+    """Draft vocabulary and feature scales were constants of the program: other data compiled it anew, as did every
+    run in a process."""
+    target = tiny_target(num_layers=2, stacked=False)
+    config = RunConfig(target="t", data=("a",), steps=9, dtype="float32", loss=LossConfig(share=0.5, chunk=16))
+    sizes = default_config(target.config, num_levels=LEVELS, draft_vocab_size=20)
+    batch, results = packed_batch(), []
+    for first in (0, 10):
+        rms, ids = jnp.asarray([1.0, 2.0, 3.0 + first]), jnp.arange(first, first + 20)
+        drafter = init_drafter(sizes, target, jax.random.key(0), token_ids=ids, feature_rms=rms)
+        graph, params, constants = nnx.split(drafter, nnx.Param, ...)
+        state = jax.block_until_ready(first_state(params, make_optimizer(config.optimizer, config.steps)))
+        step = train_step(dataclasses.replace(config, data=(f"{first}",)), graph)
+        before = len(compilations)
+        _, result = step(state, constants, target, batch)
+        results.append((float(result.loss), len(compilations) - before))
+    assert results[0][0] != results[1][0]
+    assert results[0][1] >= 1 and results[1][1] == 0
 
 
 # --- accumulation, skipped updates, the average -----------------------------------------------------------------
