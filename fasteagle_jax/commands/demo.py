@@ -28,7 +28,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fasteagle_jax.bench.prompts import CHUNK, Models, pad
-from fasteagle_jax.commands import prepare_data, train_drafter
 from fasteagle_jax.commands.answers import ONE_AT_A_TIME
 from fasteagle_jax.commands.models import load_models
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, program, whole
@@ -87,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def trained_drafter(folder: Path, steps: int) -> Path:
     """The folder of a drafter trained for `steps`, from the cache if it is there."""
+    from fasteagle_jax.commands import prepare_data, train_drafter  # which need packages that decoding does without
+
     run = folder / f"run-{steps}"
     if (run / "drafter").is_dir():
         return run / "drafter"
