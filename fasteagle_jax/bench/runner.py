@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from fasteagle_jax.bench.decoders import PLAIN, DecoderSpec, find_decoder
-from fasteagle_jax.bench.prompts import CHUNK, Models, check_fits, pad, prompt_slots
+from fasteagle_jax.bench.prompts import CHUNK, Models, check_fits, prompt_slots
 from fasteagle_jax.bench.timing import Compilations
 from fasteagle_jax.data.sources import Prompt
 from fasteagle_jax.decoding.acceptance import Acceptance
+from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import Sampling
 from fasteagle_jax.decoding.speculative import advance, start
 from fasteagle_jax.decoding.state import State, Statistics, Stop, make_stop, slots_needed
@@ -82,7 +83,7 @@ class Comparison:
         self, drafter: Any | None, tree: TreeSpec, tokens: Sequence[int], sampling: Sampling
     ) -> tuple[Any, Any, Stop]:
         """The State after prefill, the rows of the vocabulary that the drafter reads, and the Stop."""
-        prompts, lengths = pad([tokens])
+        prompts, lengths = pad_prompts([list(tokens)], prompt_slots(len(tokens)))
         stop = make_stop(1, self.max_new, self.models.stop_tokens)
         # All trees of so many levels share one program of prefill.
         num_levels = None if drafter is None else tree.num_levels(drafter.num_levels)

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from fasteagle_jax.bench.decoders import DecoderSpec
 from fasteagle_jax.bench.figures import show
 from fasteagle_jax.bench.progress import Parts
-from fasteagle_jax.bench.prompts import CHUNK, Models, pad
+from fasteagle_jax.bench.prompts import CHUNK, Models, prompt_slots
 from fasteagle_jax.bench.sweeps import Outcome, check_trained, machine
 from fasteagle_jax.bench.timing import Spread
+from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import Sampling, choose, make_sampling
 from fasteagle_jax.decoding.speculative import advance, start
 from fasteagle_jax.decoding.state import State, make_stop
@@ -59,13 +60,13 @@ def rows(
     models: Models,
     drafters: Mapping[Path, Any],
     decoders: Sequence[DecoderSpec],
-    prompts_asked: Sequence[list[int]],
+    first_turns: list[list[int]],
     parts: Parts,
 ) -> Outcome:
     """Times passes over ROWS and rounds of the first drafter's trees of `auto`, interleaved, after the first prompt."""
     check_trained(decoders)
     trained = drafters[decoders[1].folder]  # type: ignore[index]
-    prompts, lengths = pad(prompts_asked[:1])
+    prompts, lengths = pad_prompts(first_turns[:1], prompt_slots(len(first_turns[0])))
     sampling = make_sampling(1, args.temperature[0], args.top_k, args.top_p, args.seed, args.min_p)
     max_new = args.max_len - prompts.shape[1]
     if max_new <= (most := ROUNDS * (trained.num_levels + 1)):  # a row that is done would be timed doing nothing

@@ -38,7 +38,6 @@ import json
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -46,7 +45,7 @@ from typing import Any, BinaryIO, Self
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from fasteagle_jax.commands.answers import add_engine_options, mesh_named, sampling_params, tree_named
+from fasteagle_jax.commands.answers import Took, add_engine_options, mesh_named, sampling_params, tree_named
 from fasteagle_jax.commands.terminal import (
     INTERRUPTED,
     Parser,
@@ -173,8 +172,7 @@ class Work:
         self._total = total
         self._asked: dict[int, BatchRequest] = {}  # by line, under way
         self._made: dict[int, list[Completion]] = {}
-        self._started = time.perf_counter()
-        self._tokens = self._rounds = self._accepted = 0
+        self._took = Took()
         self._bar: Any = None
 
     def answer(self, lines: Iterable[BatchRequest | Refusal]) -> None:
@@ -182,17 +180,16 @@ class Work:
         pause = 0.5 if sys.stderr.isatty() else 60.0  # seconds: a log wants fewer lines than a terminal
         done = len(self._answers.done)
         with tqdm(total=self._total, initial=done, unit="request", mininterval=pause, dynamic_ncols=True) as self._bar:
-            self._started = time.perf_counter()
+            self._took = Took()
             for completion in self._engine.serve(self._requests(lines)):
                 self._take(completion)
 
     def summary(self) -> str:
         """What came of it."""
-        seconds = time.perf_counter() - self._started
         answers = self._answers
         return (
             f"{len(answers.done)} of {self._total} requests answered, {answers.num_errors} of them errors;"
-            f" {self._tokens} tokens in {seconds:.1f} s, {self._speed()}"
+            f" {self._took.summary()}"
         )
 
     def _requests(self, lines: Iterable[BatchRequest | Refusal]) -> Iterator[Any]:
@@ -216,9 +213,7 @@ class Work:
         number = completion.prompt_index
         asked, made = self._asked[number], self._made[number]
         made.append(completion)
-        self._tokens += len(completion.tokens)
-        self._rounds += completion.statistics.rounds
-        self._accepted += sum(completion.statistics.accepted_at)
+        self._took.add(completion.depths)
         if len(made) == asked.params.n:
             del self._asked[number], self._made[number]
             self._write(answer_record(asked, made, self._engine.tokenizer, self._target))
@@ -226,13 +221,8 @@ class Work:
     def _write(self, record: dict[str, Any]) -> None:
         with self._interrupts.held():
             self._answers.append(record)
-        self._bar.set_postfix_str(self._speed(), refresh=False)
+        self._bar.set_postfix_str(self._took.rate(), refresh=False)
         self._bar.update()
-
-    def _speed(self) -> str:
-        rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
-        length = f"{1 + self._accepted / self._rounds:.2f}" if self._rounds else "-"
-        return f"{rate:.1f} tokens/s, acceptance length {length}"
 
 
 class Interrupts:

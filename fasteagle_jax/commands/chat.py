@@ -65,7 +65,8 @@ def chat(args: argparse.Namespace) -> None:
         _note("/reset begins a new conversation, /exit ends the chat, Ctrl-C stops an answer")
 
     screen = Screen(levels if args.show_drafts else 0)
-    messages, total = list(opening), Took.of([], Stopwatch(), levels)
+    total_watch = Stopwatch()
+    messages, total = list(opening), Took(levels, total_watch)
     while True:
         # --- a line -------------------------------------------------------------------------------------------
         try:
@@ -96,14 +97,15 @@ def chat(args: argparse.Namespace) -> None:
 
         # --- its answer ---------------------------------------------------------------------------------------
         watch = Stopwatch()
-        with watch:
+        with watch, total_watch:
             said, depths, completion = _answer(engine, tokens, params, screen)
         if completion is None and not said:
             continue  # stopped before it began: as if not asked
         messages += [question, {"role": "assistant", "content": said}]
-        took = Took.of([depths], watch, levels)
-        total += took
+        total.add(depths)
         if args.show_drafts:
+            took = Took(levels, watch)
+            took.add(depths)
             for text in took.lines():
                 _note(text)
         if completion is not None and completion.finish_reason == "length":

@@ -27,12 +27,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fasteagle_jax.bench.prompts import CHUNK, Models, pad
+from fasteagle_jax.bench.prompts import CHUNK, Models, prompt_slots
 from fasteagle_jax.commands.answers import ONE_AT_A_TIME
 from fasteagle_jax.commands.models import load_models
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, program, whole
 from fasteagle_jax.decoding import speculative as decoding
 from fasteagle_jax.decoding.acceptance import Acceptance
+from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
@@ -134,7 +135,7 @@ class Runner:
 
     def start(self, prompt: list[int], sampling: Any, stop: Any, max_new: int) -> None:
         """Prefills the prompt; the clock starts after it."""
-        tokens, lengths = pad([prompt])
+        tokens, lengths = pad_prompts([prompt], prompt_slots(len(prompt)))
         self.state, self.vocab = decoding.start(
             self.models.target,
             self.drafter,

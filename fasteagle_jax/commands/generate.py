@@ -101,7 +101,11 @@ def answer_prompts(args: argparse.Namespace) -> None:
         _answer(engine, talks, params, None if args.output else screen, watch)
     if args.output:
         write_new(args.output, "".join(talk.line() for talk in talks))
-    for line in Took.of([answer.depths for talk in talks for answer in talk.answers], watch, levels).lines():
+    took = Took(levels, watch)
+    for talk in talks:
+        for answer in talk.answers:
+            took.add(answer.depths)
+    for line in took.lines():
         print(line, file=sys.stderr)
 
 

@@ -27,7 +27,7 @@ from fasteagle_jax.drafters.base import DrafterConfig, default_config
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.files import fill, save_drafter
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import check_new, read_json
+from fasteagle_jax.io.files import check_new, first_line, read_json
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.llama import LlamaConfig
@@ -137,7 +137,7 @@ def _torch_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise OSError((str(error) or type(error).__name__).splitlines()[0]) from None
+        raise OSError(first_line(error)) from None
     return {
         name: value.float().numpy().astype(jnp.bfloat16) if value.dtype == torch.bfloat16 else value.numpy()
         for name, value in loaded.items()

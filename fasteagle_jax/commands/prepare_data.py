@@ -27,7 +27,6 @@ import dataclasses
 import hashlib
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -38,7 +37,7 @@ from typing import Any
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from fasteagle_jax.commands.answers import add_draft_options, tree_named
+from fasteagle_jax.commands.answers import Took, add_draft_options, tree_named
 from fasteagle_jax.commands.models import add_target_options
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, add_share_options, dtype_named, program, whole
 from fasteagle_jax.data.answering import AHEAD, MIN_ANSWER, Outcome, Rules, Sample, Talk, answer_all
@@ -47,7 +46,7 @@ from fasteagle_jax.data.manifest import damaged, manifest_path, read_manifest
 from fasteagle_jax.data.shares import join
 from fasteagle_jax.data.sources import HeldOut, read_dialogues, read_prompts
 from fasteagle_jax.engine.engine import Engine
-from fasteagle_jax.engine.requests import Completion, SamplingParams
+from fasteagle_jax.engine.requests import SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import sha256, write_text, writing
 from fasteagle_jax.targets.checkpoint import fingerprint
@@ -177,7 +176,7 @@ def prepare(args: argparse.Namespace) -> None:
             for settled, completion in answer_all(samples, rules, engine, partial(params_of, args), ahead):
                 unwritten += settled
                 if completion is not None:
-                    took.add(completion)
+                    took.add(completion.depths)
                 if len(unwritten) >= args.slots:  # not every sample is worth waiting for the disk
                     write()
                 bar.set_postfix_str(f"{took.rate()}, {manifest.dropped.total()} dropped", refresh=False)
@@ -295,31 +294,6 @@ def params_of(args: argparse.Namespace, talk: Talk) -> SamplingParams:
 def answer_seed(seed: int, id: str, speaker: str) -> int:
     """A seed of 32 bits of its own for each thing said, the same in any batch and on any machine."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{id}\n{speaker}".encode()).digest()[:4], "little")
-
-
-class Took:
-    """What sampling took so far."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._tokens = self._rounds = self._accepted = 0
-
-    def add(self, completion: Completion) -> None:
-        """Counts an answer."""
-        self._tokens += len(completion.tokens)
-        self._rounds += completion.statistics.rounds
-        self._accepted += sum(completion.statistics.accepted_at)
-
-    def rate(self) -> str:
-        """How fast it is."""
-        rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
-        length = f", acceptance length {1 + self._accepted / self._rounds:.2f}" if self._accepted else ""
-        return f"{rate:.0f} tokens/s{length}"
-
-    def summary(self) -> str:
-        """What came of it."""
-        seconds = time.perf_counter() - self._started
-        return f"{self._tokens} tokens generated in {seconds:.0f} s, {self.rate()}"
 
 
 # --- the manifest -----------------------------------------------------------------------------------------------

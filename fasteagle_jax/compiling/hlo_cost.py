@@ -105,16 +105,6 @@ def cost(text: str, branch: Branch = "most") -> Cost:
     return _Counter(program, branch).computation(program.entry, {})
 
 
-def heaviest(text: str, branch: Branch = "most", most: int = 20) -> list[tuple[float, str, str, str]]:
-    """The operations that move the most bytes: (bytes, opcode, shape, where in the source program), largest first."""
-    program = parse(text)
-    counter = _Counter(program, branch)
-    found: list[tuple[float, str, str, str]] = []
-    counter.log = found
-    counter.computation(program.entry, {})
-    return sorted(found, key=lambda entry: -entry[0])[:most]
-
-
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "optimization-barrier", "add-dependency", "domain",
@@ -134,7 +124,6 @@ class _Counter:
     def __init__(self, program: Program, branch: Branch):
         self.program = program
         self.branch = branch
-        self.log: list[tuple[float, str, str, str]] | None = None
 
     def computation(self, name: str, arguments: dict[int, Value]) -> Cost:
         """The cost of running a computation once, outside of fusions; `arguments` are those that are known."""
@@ -160,9 +149,6 @@ class _Counter:
             if self.program.root(inner).opcode != "custom-call":
                 return self.computation(inner, values)
         own = Cost(self.bytes(i, body), host_calls=bool(_is_on_host(i)))
-        if self.log is not None and own.bytes:
-            shape = ", ".join(f"{a.dtype}{list(a.dims)}" for a in i.shape[:3])
-            self.log.append((own.bytes, i.opcode, shape, i.where))
         return own + self.arithmetic(i, body, channels)
 
     def conditional(self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value]) -> Cost:
@@ -172,16 +158,11 @@ class _Counter:
             if listed
             else [i.called("true_computation"), i.called("false_computation")]
         )
-        log, self.log = self.log, None
         costs = []
         for name, operand in zip(names, i.operands[1:], strict=True):
             costs.append(self.computation(name, {0: self.value(operand, body, arguments)}))
-        self.log = log
         pick = min if self.branch == "least" else max
-        index = costs.index(pick(costs, key=lambda c: (c.bytes, c.flops)))
-        if log is None:
-            return costs[index]
-        return self.computation(names[index], {0: self.value(i.operands[1 + index], body, arguments)})
+        return pick(costs, key=lambda c: (c.bytes, c.flops))
 
     def loop(self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value]) -> Cost:
         start = self.value(i.operands[0], body, arguments)
@@ -191,12 +172,7 @@ class _Counter:
             return self.computation(i.called("body"), {0: carried}) + Cost(unknown_loops=1)
         if turns == 0:
             return Cost()
-        if self.log is None:
-            return self.computation(i.called("body"), {0: carried}).times(turns)
-        before = len(self.log)
-        once = self.computation(i.called("body"), {0: carried})
-        self.log[before:] = [(turns * size, *rest) for size, *rest in self.log[before:]]  # type: ignore[misc]
-        return once.times(turns)
+        return self.computation(i.called("body"), {0: carried}).times(turns)
 
     # --- scalars: what a loop's counter will be -----------------------------------------------------------------
 

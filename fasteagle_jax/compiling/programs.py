@@ -28,6 +28,7 @@ from fasteagle_jax.decoding.speculative import decode_rounds, start
 from fasteagle_jax.decoding.state import Stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.chips import CHIPS, GIB, SLICES, Chip, chip
+from fasteagle_jax.devices.memory import bytes_of
 from fasteagle_jax.devices.sharding import (
     MeshShape,
     batch_sharding,
@@ -181,15 +182,15 @@ def compile_program(
         mesh=" x ".join(f"{name} {size}" for name, size in mesh.shape.items()),
         devices=len(devices),
         device_kind=devices[0].device_kind,
-        weights={name: bytes_a_device(part) for name, part in made.weights.items()},
-        caches=bytes_a_device(made.caches),
+        weights={name: bytes_of(part) for name, part in made.weights.items()},
+        caches=bytes_of(made.caches),
         arguments=int(memory.argument_size_in_bytes),
         temporaries=int(memory.temp_size_in_bytes),
         peak=peak,
         hbm=None if known is None else known.hbm,
         cost=cost(compiled.as_text(), "most" if program == "train" else "least"),
         state_layout_stable=_state_layout_stable(made, compiled),
-        ideal_bytes=bytes_a_device(made.read),
+        ideal_bytes=bytes_of(made.read),
         necessary_flops=made.necessary_flops / len(devices),
         compile_seconds=round(seconds, 1),
     )
@@ -419,12 +420,6 @@ def weights_on_mesh(mesh: Mesh, tree: Any, axes: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_major(x.sharding, len(x.shape)))
 
     return jax.tree.map(turned, on_mesh(mesh, tree, axes))
-
-
-def bytes_a_device(tree: Any) -> int:
-    """Of the arrays' shards."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 # --- meshes and limits ------------------------------------------------------------------------------------------

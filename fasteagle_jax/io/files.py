@@ -131,7 +131,7 @@ def check_writable(folder: epath.Path) -> None:
         probe.write_text("")
         probe.unlink()
     except Exception as error:  # clients of buckets raise many kinds, ImportError among them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)[:200]
         remedy = (
             "pip install gcsfs google-cloud-storage, log in, and check the bucket's name and rights"
             if in_bucket(folder)
