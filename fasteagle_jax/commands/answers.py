@@ -1,4 +1,4 @@
-"""What generate and chat share: the engine by its options, answers shown token by token, and what they took."""
+"""What commands that answer share: the engine by its options, answers shown token by token, counts of answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MARKS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def add_answer_options(parser: Any, max_new: int) -> None:
-    """Adds what an answer is made of: --max-new, --stop, the sampling options, and --show-drafts."""
+    """Adds --max-new, --stop, the sampling options and --show-drafts."""
     parser.add_argument(
         "--max-new", type=whole(1), default=max_new, metavar="T", help="tokens an answer (default %(default)s)"
     )
@@ -49,7 +49,7 @@ def add_answer_options(parser: Any, max_new: int) -> None:
     parser.add_argument(
         "--show-drafts",
         action="store_true",
-        help="colour each token by the depth at which the drafter guessed it; where there are no colours (a pipe, "
+        help="colour each token by the depth at which the drafter guessed it; if there are no colours (a pipe, "
         "NO_COLOR) the depth stands behind the token: sky¹",
     )
     add_sampling_options(parser, temperature=0.0)
@@ -91,7 +91,7 @@ def add_draft_options(parser: Any, default_tree: str) -> None:
 
 
 def tree_named(text: str | None) -> TreeSpec | str | None:
-    """What `Engine` takes for the value of --tree: a TreeSpec, "auto", or None for `plain`.
+    """The `tree` of `Engine` for the value of --tree: a TreeSpec, "auto", or None for `plain`.
 
     Without a value, the tree of a single conversation, which is over before "auto" would have measured.
     """
@@ -103,7 +103,7 @@ def tree_named(text: str | None) -> TreeSpec | str | None:
 
 
 def mesh_named(text: str | None) -> Mesh | None:
-    """What `Engine` takes for the value of --mesh: a mesh of this process's devices."""
+    """The `mesh` of `Engine` for the value of --mesh: this process's devices."""
     return None if text is None else make_mesh(MeshShape.parse(text), jax.local_devices())
 
 
@@ -188,12 +188,12 @@ class Screen:
 
 
 def num_levels(engine: Engine) -> int:
-    """N, the depth to which the engine drafts; 0 where decoding is plain."""
+    """N, the depth to which the engine drafts; 0 for plain decoding."""
     return 0 if engine.drafter is None or engine.trees == (None,) else engine.drafter.num_levels
 
 
 class Took:
-    """Counts of answers, and the time they took: the stopwatch's if one is given, else all since this was made."""
+    """Counts of answers, and the time they took: the stopwatch's if one is given, else all since the start."""
 
     def __init__(self, num_levels: int = 0, watch: Stopwatch | None = None) -> None:
         self._num_levels, self._watch, self._started = num_levels, watch, time.perf_counter()

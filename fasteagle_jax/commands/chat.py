@@ -1,7 +1,8 @@
 """Talk with a target at the terminal, sped up by a drafter if one is named.
 
 A line is a message; the answer is printed as it is decoded. /reset begins a new conversation; /exit or the end of the
-input (Ctrl-D) ends the chat; Ctrl-C stops an answer, whose beginning stays said. Lines may also come out of a pipe.
+input (Ctrl-D) ends the chat; Ctrl-C stops an answer, whose beginning stays in the
+conversation. Lines may also come out of a pipe.
 
 examples:
   fasteagle chat
@@ -98,10 +99,10 @@ def chat(args: argparse.Namespace) -> None:
         # --- its answer ---------------------------------------------------------------------------------------
         watch = Stopwatch()
         with watch, total_watch:
-            said, depths, completion = _answer(engine, tokens, params, screen)
-        if completion is None and not said:
+            text_so_far, depths, completion = _answer(engine, tokens, params, screen)
+        if completion is None and not text_so_far:
             continue  # stopped before it began: as if not asked
-        messages += [question, {"role": "assistant", "content": said}]
+        messages += [question, {"role": "assistant", "content": text_so_far}]
         total.add(depths)
         if args.show_drafts:
             took = Took(levels, watch)

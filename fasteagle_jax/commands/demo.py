@@ -151,12 +151,12 @@ class Runner:
 
     def step(self, sampling: Any, stop: Any) -> None:
         """One round."""
-        began = time.perf_counter()
+        started = time.perf_counter()
         self.state = decoding.advance(
             self.models.target, self.drafter, self.vocab, self.state, sampling, stop, jnp.int32(1), tree=self.tree
         )
         jax.block_until_ready(self.state.done)
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - started
 
     @property
     def done(self) -> bool:
@@ -183,7 +183,7 @@ class Runner:
 
 
 def race_all(models: Models, tree: TreeSpec, args: Any) -> bool:
-    """Answers every question both ways and prints the sums; True where all answers were identical."""
+    """Answers every question with both decoders and prints the sums; True if all answers are identical."""
     console = Console()
     runners = (Runner("plain", models, None, tree), Runner(f"speculative, {tree}", models, models.drafter, tree))
     sampling = make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
@@ -221,7 +221,7 @@ def race_all(models: Models, tree: TreeSpec, args: Any) -> bool:
 def race(
     console: Console, runners: tuple[Runner, Runner], prompt: list[int], sampling: Any, stop: Any, max_new: int
 ) -> bool:
-    """Decodes one prompt both ways, always stepping whoever's clock is behind; True for identical tokens."""
+    """Decodes one prompt with both, stepping the one whose clock is behind; True for identical tokens."""
     for runner in runners:
         runner.start(prompt, sampling, stop, max_new)
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:

@@ -1,4 +1,4 @@
-"""Figures of many programs compiled for many slices, each in a process of its own: `fasteagle compile --table`."""
+"""Many programs compiled for many slices, each in a process of its own: `fasteagle compile --table`."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ def file_of(folder: Path, name: str, slice_name: str, title: str) -> Path:
 def _compile(path: Path, words: list[str]) -> None:
     """Compiles in a process of its own, since a compiler's bug can end it.
 
-    The file holds the figures, or says that the compiler crashed or what does not fit. Whatever else goes wrong is a
-    UserError, and may go better the next time.
+    The file holds the figures, or says that the compiler crashed or what does not fit. Any other failure is a
+    UserError and leaves no file: another call may succeed.
     """
     command = [sys.executable, "-m", "fasteagle_jax.cli", "compile", *words, "--json", str(path)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
         print(f"{path} written", file=sys.stderr)
         return
-    said = (done.stderr.strip().splitlines() or ["failed"])[-1].removeprefix("error: ")
+    reason = (done.stderr.strip().splitlines() or ["failed"])[-1].removeprefix("error: ")
     if -done.returncode in CRASHES:
-        said = "the compiler crashed"
-    elif not said.startswith(NO_FIT):
-        raise UserError(f"{' '.join(words)}: {said[:300]}")
-    write_new(path, json.dumps([{"error": said}]) + "\n")
+        reason = "the compiler crashed"
+    elif not reason.startswith(NO_FIT):
+        raise UserError(f"{' '.join(words)}: {reason[:300]}")
+    write_new(path, json.dumps([{"error": reason}]) + "\n")
 
 
 def _cells(figures: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ class Heaviest(_Counter):
     def loop(self, i, body, arguments):
         before = len(self.moved)
         found = super().loop(i, body, arguments)
-        turns = self.turns(i, self.value(i.operands[0], body, arguments)) or 1
+        turns = self.iterations(i, self.value(i.operands[0], body, arguments)) or 1
         self.moved[before:] = [(turns * size, *rest) for size, *rest in self.moved[before:]]
         return found
 
