@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 something the user can mend (one line on stderr says what)
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import logging
@@ -102,8 +103,12 @@ def keep_compiled() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled" / _cpu_kind()))
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        return
+    folder = cache_folder() / "compiled" / _cpu_kind()
+    with contextlib.suppress(OSError):  # nothing is kept if nothing can be written there
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _cpu_kind() -> str:
