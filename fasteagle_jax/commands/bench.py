@@ -283,7 +283,7 @@ def _compare(
     for temperature in args.temperature:
         of_tasks, longest, first = list[Result](), None, 0
         for task in tasks:
-            name = f"temperature {temperature:g}, {task}"
+            name = f"temperature {temperature}, {task}"
             if name in parts:
                 progress.update(f"{task} is measured already", num_cases[task] * (1 + args.repeats))
             part = parts.get(name, functools.partial(measure, task, temperature, first))
@@ -295,7 +295,7 @@ def _compare(
             first += num_cases[task]
         results += of_tasks + means(of_tasks)
         if longest and len(longest["answer"]) > 1:  # there is a round
-            name = f"temperature {temperature:g}, rounds"
+            name = f"temperature {temperature}: rounds"
             records = parts.get(name, functools.partial(measure_rounds, temperature, longest))
             breakdowns += [Breakdown.read(record, decoders) for record in records]
     progress.close()
