@@ -13,7 +13,7 @@ venv: $(VENV)/.installed-test
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m infer.demo
 
-demo-train: $(VENV)/.installed-demo
+demo-train: $(VENV)/.installed-demo $(VENV)/.installed-train
 	$(BIN)/python -m infer.demo --train
 
 test: $(VENV)/.installed-test
@@ -36,7 +36,7 @@ clean:
 	rm -rf $(VENV) .venv-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp for each extra: installed once, and again when pyproject.toml changes.
+# A stamp is named by the extra of pyproject.toml that it installs: once, and again when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml | $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fasteagle_jax.commands.terminal import USER_ERROR
+from fasteagle_jax.commands.terminal import USER_ERROR, not_installed
 
 VERBS = {  # verb: module, and what it does
     "prepare-data": ("prepare_data", "sample the target's answers to prompts: training data"),
@@ -29,7 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in VERBS:
-        return importlib.import_module(f"fasteagle_jax.commands.{VERBS[words[0]][0]}").main(words[1:])
+        try:
+            module = importlib.import_module(f"fasteagle_jax.commands.{VERBS[words[0]][0]}")
+        except ModuleNotFoundError as error:
+            if (message := not_installed(error)) is None:
+                raise
+            print(f"error: {message}", file=sys.stderr)
+            return USER_ERROR
+        return module.main(words[1:])
     if words and words[0] in ("-h", "--help"):
         print(_help())
         return 0

@@ -1,7 +1,7 @@
-"""Where the time of a round goes: its parts as programs of their own, in turns with the whole, on a real state.
+"""Where the time of a round goes: its parts as programs of their own, interleaved with the whole, on a real state.
 
 target   the pass over the tree's nodes, logits included
-draft    the drafter's pass, logits included; with its tree, where the drafter grows that by itself
+draft    the drafter's pass, logits included; with its tree, if the drafter builds that by itself
 tree     ranking the guesses, building the tree, and who sees whom in it
 choose   the target's choice at every node, and the walk down the tree
 commit   writing the accepted tokens' keys and values
@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fasteagle_jax.bench.decoders import Way
-from fasteagle_jax.bench.runner import Case, Contest, tree_of
+from fasteagle_jax.bench.decoders import DecoderSpec, find_decoder
+from fasteagle_jax.bench.runner import Case, Comparison, tree_of
 from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.decoding.interfaces import Ranking
 from fasteagle_jax.decoding.sampling import choose
@@ -34,20 +34,20 @@ REPEATS = 9
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """A way's round at one temperature, in milliseconds."""
+class Breakdown:
+    """The time of a decoder's round at one temperature, in milliseconds."""
 
     temperature: float
-    way: Way
+    decoder: DecoderSpec
     case: str
     cached_tokens: int  # that the round's pass reads
     nodes: int
-    parts: dict[str, Spread]  # of PARTS; without those that it has not
+    parts: dict[str, Spread]  # of PARTS, those that the decoder has
     round: Spread
 
     @property
     def rest(self) -> float:
-        """What the parts do not explain, of the medians; less than 0 where they are slower alone."""
+        """The round's median less the parts' medians; below 0 if the parts are slower alone."""
         return self.round.median - sum(part.median for part in self.parts.values())
 
     @property
@@ -59,13 +59,22 @@ class Split:
     def record(self) -> dict[str, Any]:
         """For JSON."""
         raw = dataclasses.asdict(self)
-        del raw["way"]
-        named = {"drafter": self.way.name, "tree": self.way.tree, "rest": self.rest, "overhead": self.overhead}
+        del raw["decoder"]
+        named = {"drafter": self.decoder.name, "tree": self.decoder.tree, "rest": self.rest, "overhead": self.overhead}
         return {**raw, **named}
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], decoders: Iterable[DecoderSpec]) -> Breakdown:
+        """The Breakdown whose `record()` it is, of one of the decoders."""
+        fields: dict[str, Any] = {field.name: record.get(field.name) for field in dataclasses.fields(cls)}
+        fields["decoder"] = find_decoder(record, decoders)
+        fields["parts"] = {name: Spread(**part) for name, part in record["parts"].items()}
+        fields["round"] = Spread(**record["round"])
+        return cls(**fields)
 
 
 class _Program:
-    """A function of (carry, *fixed), compiled for a call with flat lists, which costs the host least."""
+    """A jitted function of (carry, *fixed) that takes flat lists of leaves, which costs the host least."""
 
     def __init__(self, function: Callable[..., Any], carry: Any, fixed: Any):
         carry_tree: Any = jax.tree.structure(carry)
@@ -78,14 +87,14 @@ class _Program:
 
 
 class _Part:
-    """A program with its arguments and times; the carry is donated, a fresh copy every time."""
+    """A program with its arguments and measured times; each call donates a fresh copy of the carry."""
 
     def __init__(self, program: _Program, carry: Any, fixed: Any):
         self._program, self._carry, self._fixed = program, jax.tree.leaves(carry), jax.tree.leaves(fixed)
         self.milliseconds: list[float] = []
 
     def __call__(self) -> Any:
-        """What the function returns, after a further measurement."""
+        """The function's result; the call is timed."""
         carry = jax.block_until_ready([jnp.copy(leaf) for leaf in self._carry])
         started = time.perf_counter()
         out = jax.block_until_ready(self._program.call(carry, self._fixed))
@@ -93,20 +102,20 @@ class _Part:
         return out
 
 
-class Splitter:
-    """Measures a way's rounds; its programs serve all states of the same shapes."""
+class RoundProfiler:
+    """Times the parts of a decoder's rounds; its programs serve all states of the same shapes."""
 
-    def __init__(self, contest: Contest, way: Way):
-        self._contest, self._way = contest, way
+    def __init__(self, comparison: Comparison, decoder: DecoderSpec):
+        self._comparison, self._decoder = comparison, decoder
         self._programs: dict[str, _Program] = {}
 
-    def measure(self, case: Case, temperature: float) -> Split:
-        """The Split of the state halfway through a case's answer."""
-        contest, way = self._contest, self._way
-        target, drafter, tree = contest.models.target, contest.drafter(way, case), tree_of(way)
+    def measure(self, case: Case, temperature: float) -> Breakdown:
+        """The Breakdown of a round halfway through a case's answer."""
+        comparison, decoder = self._comparison, self._decoder
+        target, drafter, tree = comparison.models.target, comparison.drafter(decoder, case), tree_of(decoder)
         sampling = case.sampling
-        half = jnp.asarray(contest.run(way, case).acceptance.rounds // 2, jnp.int32)
-        state, vocab, stop = contest.begin(drafter, tree, case.tokens, sampling)
+        half = jnp.asarray(comparison.run(decoder, case).acceptance.rounds // 2, jnp.int32)
+        state, vocab, stop = comparison.prefill(drafter, tree, case.tokens, sampling)
         state = advance(target, drafter, vocab, state, sampling, stop, half, tree=tree)
         num_levels = 0 if drafter is None else tree.num_levels(drafter.num_levels)
         feature_layers = () if drafter is None else drafter.feature_layers
@@ -123,10 +132,10 @@ class Splitter:
             draft = root_only(new)
             return draft, visible_nodes(draft)
 
-        def guess(cache: Any, drafter: Any, vocab: Any, new: Any) -> Any:
+        def draft_logits(cache: Any, drafter: Any, vocab: Any, new: Any) -> Any:
             return drafter.draft_logits(vocab, new, cache, num_levels)
 
-        def grow(_: Any, drafter: Any, vocab: Any, new: Any, cache: Any, logits: Any, sampling: Any) -> Any:
+        def build_tree(_: Any, drafter: Any, vocab: Any, new: Any, cache: Any, logits: Any, sampling: Any) -> Any:
             draft = drafter.build_tree(vocab, new, cache, logits, tree, Ranking(sampling, True))
             return draft, visible_nodes(draft)
 
@@ -138,8 +147,8 @@ class Splitter:
         if drafter is None:
             draft, visible = run("tree", plain_draft, (), state.new)
         elif getattr(drafter, "has_split_draft", False):
-            logits, cache = run("draft", guess, state.drafter_cache, *models)
-            draft, visible = run("tree", grow, (), *models, cache, logits, sampling)
+            logits, cache = run("draft", draft_logits, state.drafter_cache, *models)
+            draft, visible = run("tree", build_tree, (), *models, cache, logits, sampling)
         else:
             draft, visible, _ = run("draft", whole_draft, state.drafter_cache, *models, sampling)
 
@@ -168,9 +177,9 @@ class Splitter:
         for _ in range(REPEATS):
             for part in (*parts.values(), whole):
                 part()
-        return Split(
+        return Breakdown(
             temperature,
-            way,
+            decoder,
             case.id,
             int(jax.device_get(state.target_cache.length)[0]),
             draft.tokens.shape[1],

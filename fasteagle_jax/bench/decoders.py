@@ -1,9 +1,9 @@
-"""What the benchmark compares, and on what: ways of decoding by their names, and prompts by their tasks."""
+"""What the benchmark compares, and on what: decoders by their names, and prompts by their tasks."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ PLAIN, SIMULATED = "plain", "simulated"
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """A way of decoding: plain, or a drafter and the tree that it drafts."""
+class DecoderSpec:
+    """A decoder to compare: plain, or a drafter with the tree that it drafts."""
 
     name: str
     tree: str | None = None  # None: plain
@@ -34,12 +34,12 @@ class Way:
         return self.name if self.tree is None else f"{self.name} {self.tree}"
 
 
-def parse_ways(words: Sequence[str], tree: str) -> list[Way]:
-    """The ways that `plain`, `NAME=FOLDER[@TREE]` and `simulated=RATES[@TREE]` name, plain decoding first.
+def parse_decoders(words: Sequence[str], tree: str) -> list[DecoderSpec]:
+    """The decoders that `plain`, `NAME=FOLDER[@TREE]` and `simulated=RATES[@TREE]` name, plain decoding first.
 
     `tree` is for those that name none. Raises UserError for what is not understood.
     """
-    ways = [Way(PLAIN)]
+    decoders = [DecoderSpec(PLAIN)]
     for word in words:
         if word == PLAIN:
             continue
@@ -51,38 +51,43 @@ def parse_ways(words: Sequence[str], tree: str) -> list[Way]:
                 f"behind it if wanted, FOLDER being that of a drafter ({', '.join(CLASSES)}) or `{SHIPPED}`"
             )
         if name.startswith(SIMULATED):
-            ways.append(Way(name, own_tree or tree, rates=parse_rates(value)))
+            decoders.append(DecoderSpec(name, own_tree or tree, rates=parse_rates(value)))
         else:
-            ways.append(Way(name, own_tree or tree, Path(value).expanduser()))
+            decoders.append(DecoderSpec(name, own_tree or tree, Path(value).expanduser()))
     folders: dict[str, Any] = {}
-    for way in ways:
-        if folders.setdefault(way.name, (way.folder, way.rates)) != (way.folder, way.rates):
-            raise UserError(f"two drafters have the name {way.name}: give each its own")
-    return list(dict.fromkeys(ways))
+    for decoder in decoders:
+        if folders.setdefault(decoder.name, (decoder.folder, decoder.rates)) != (decoder.folder, decoder.rates):
+            raise UserError(f"two drafters have the name {decoder.name}: give each its own")
+    return list(dict.fromkeys(decoders))
 
 
-def find_drafters(ways: Sequence[Way], target: str) -> list[Way]:
-    """The ways with the folders that their drafters are in, `shipped` being the target's that comes with the program.
+def find_decoder(record: Mapping[str, Any], decoders: Iterable[DecoderSpec]) -> DecoderSpec:
+    """The decoder whose name and tree a record of results holds."""
+    return next(d for d in decoders if (d.name, d.tree) == (record["drafter"], record["tree"]))
+
+
+def find_drafters(decoders: Sequence[DecoderSpec], target: str) -> list[DecoderSpec]:
+    """The decoders with their drafters' folders, `shipped` being the one that comes with the program for the target.
 
     Raises UserError for a folder that holds no drafter, before anything large is read.
     """
     found = []
     checkpoint = open_checkpoint(target)
-    for way in ways:
-        if way.folder is not None:
-            folder = drafter_folder(way.folder, checkpoint)
+    for decoder in decoders:
+        if decoder.folder is not None:
+            folder = drafter_folder(decoder.folder, checkpoint)
             if folder is None:
                 raise UserError(f"no drafter comes with this program for {target}: name a drafter's folder")
             read_config(folder)
-            way = dataclasses.replace(way, folder=folder)
-        found.append(way)
+            decoder = dataclasses.replace(decoder, folder=folder)
+        found.append(decoder)
     return found
 
 
-def load_drafters(models: Models, ways: Sequence[Way]) -> dict[Path, Any]:
+def load_drafters(models: Models, decoders: Sequence[DecoderSpec]) -> dict[Path, Any]:
     """The trained drafters by their folders; UserError for one that does not fit the target."""
     config, dtype = models.target.config, jnp.dtype(models.dtype)
-    folders = dict.fromkeys(way.folder for way in ways if way.folder is not None)
+    folders = dict.fromkeys(decoder.folder for decoder in decoders if decoder.folder is not None)
     return {folder: load_drafter(folder, config, models.fingerprint, dtype) for folder in folders}
 
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fasteagle_jax.bench.breakdown import PARTS, Split
-from fasteagle_jax.bench.decoders import PLAIN, Way
+from fasteagle_jax.bench.breakdown import PARTS, Breakdown
+from fasteagle_jax.bench.decoders import PLAIN, DecoderSpec
 from fasteagle_jax.bench.runner import MEAN, Result
 from fasteagle_jax.bench.timing import Spread
 
@@ -45,11 +45,11 @@ def show_results(title: str, results: Sequence[Result]) -> None:
     )
     rows = []
     for r in results:
-        plain = r.way.name == PLAIN
+        plain = r.decoder.name == PLAIN
         rows.append(
             (
                 r.task,
-                str(r.way),
+                str(r.decoder),
                 f"{Spread.of(r.tokens_per_second).median:.1f}",
                 "" if plain else Spread.of(r.speedup).words(),
                 "" if plain else f"{Spread.of(r.rounds_speedup).median:.2f}",
@@ -63,18 +63,18 @@ def show_results(title: str, results: Sequence[Result]) -> None:
     show(title, columns, rows)
 
 
-def show_splits(splits: Sequence[Split]) -> None:
+def show_breakdowns(breakdowns: Sequence[Breakdown]) -> None:
     """Prints a row for each round."""
     rows = []
-    for s in splits:
+    for s in breakdowns:
         parts = ("" if name not in s.parts else f"{s.parts[name].median:.2f}" for name in PARTS)
         whole = (f"{s.rest:.2f}", s.round.words(), f"{s.overhead:.0%}")
-        rows.append((str(s.way), f"{s.temperature:g}", str(s.nodes), *parts, *whole))
+        rows.append((str(s.decoder), f"{s.temperature:g}", str(s.nodes), *parts, *whole))
     columns = ("drafter", "temperature", "nodes", *PARTS, "rest", "round (min to max)", "overhead")
     show("milliseconds of a round, medians of the parts alone and of the whole", columns, rows, left=1)
     print(
         "rest: the round less its parts; overhead: the share of it that is neither the target's nor the drafter's pass."
-        " A drafter without a tree part grows its tree in its draft."
+        " A drafter without a tree part builds its tree in its draft."
     )
 
 
@@ -97,22 +97,23 @@ def _temperatures(found: Sequence[Any]) -> list[float]:
     return list(dict.fromkeys(one.temperature for one in found))
 
 
-def _ways(found: Sequence[Any]) -> list[Way]:
-    return list(dict.fromkeys(one.way for one in found))
+def _decoders(found: Sequence[Any]) -> list[DecoderSpec]:
+    return list(dict.fromkeys(one.decoder for one in found))
 
 
 def speedup_figure(results: Sequence[Result]) -> Any:
     """Bars of the speed-up by task, the median of the repeats with its spread."""
-    temperatures, ways = _temperatures(results), [way for way in _ways(results) if way.name != PLAIN]
+    temperatures = _temperatures(results)
+    decoders = [decoder for decoder in _decoders(results) if decoder.name != PLAIN]
     tasks = list(dict.fromkeys(result.task for result in results))
     figure, panels = _panels(temperatures, width=1.5 + 0.9 * len(tasks))
-    by = {(r.temperature, r.task, r.way): Spread.of(r.speedup) for r in results}
+    by = {(r.temperature, r.task, r.decoder): Spread.of(r.speedup) for r in results}
     for axes, temperature in zip(panels, temperatures, strict=True):
-        for i, way in enumerate(ways):
-            its = [by[temperature, task, way] for task in tasks]
-            at = [place + (i + 0.5) * 0.8 / len(ways) - 0.4 for place in range(len(tasks))]
-            errors = [[s.median - s.min for s in its], [s.max - s.median for s in its]]
-            axes.bar(at, [s.median for s in its], 0.8 / len(ways), yerr=errors, capsize=2, label=str(way))
+        for i, decoder in enumerate(decoders):
+            spreads = [by[temperature, task, decoder] for task in tasks]
+            at = [place + (i + 0.5) * 0.8 / len(decoders) - 0.4 for place in range(len(tasks))]
+            errors = [[s.median - s.min for s in spreads], [s.max - s.median for s in spreads]]
+            axes.bar(at, [s.median for s in spreads], 0.8 / len(decoders), yerr=errors, capsize=2, label=str(decoder))
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     panels[0].set_ylabel("tokens a second, over plain decoding's")
@@ -122,7 +123,7 @@ def speedup_figure(results: Sequence[Result]) -> Any:
 
 def acceptance_figure(results: Sequence[Result]) -> Any:
     """Lines of the conditional acceptance by depth, all tasks together."""
-    last = [result for result in results if result.way.name != PLAIN]
+    last = [result for result in results if result.decoder.name != PLAIN]
     if any(result.task == MEAN for result in last):
         last = [result for result in last if result.task == MEAN]
     temperatures = _temperatures(last)
@@ -131,7 +132,7 @@ def acceptance_figure(results: Sequence[Result]) -> Any:
         for result in last:
             if result.temperature == temperature:
                 depths = [(d, s) for d, s in enumerate(result.acceptance_by_depth, 1) if s is not None]
-                axes.plot([d for d, _ in depths], [s for _, s in depths], marker="o", label=str(result.way))
+                axes.plot([d for d, _ in depths], [s for _, s in depths], marker="o", label=str(result.decoder))
         axes.set_xlabel("depth")
         axes.set_ylim(0, 1)
     panels[0].set_ylabel("accepted, of those whose predecessor was")
@@ -139,22 +140,22 @@ def acceptance_figure(results: Sequence[Result]) -> Any:
     return figure
 
 
-def split_figure(splits: Sequence[Split]) -> Any:
+def breakdown_figure(breakdowns: Sequence[Breakdown]) -> Any:
     """Stacked bars of a round's milliseconds."""
-    temperatures = _temperatures(splits)
+    temperatures = _temperatures(breakdowns)
     figure, panels = _panels(temperatures)
     for axes, temperature in zip(panels, temperatures, strict=True):
-        its = [split for split in splits if split.temperature == temperature]
-        names = [str(split.way).replace(" ", "\n") for split in its]
-        bottoms = [0.0] * len(its)
+        shown = [split for split in breakdowns if split.temperature == temperature]
+        names = [str(split.decoder).replace(" ", "\n") for split in shown]
+        bottoms = [0.0] * len(shown)
         for part in (*PARTS, "rest"):
             heights = [
                 max(split.rest, 0.0) if part == "rest" else split.parts[part].median if part in split.parts else 0.0
-                for split in its
+                for split in shown
             ]
             axes.bar(names, heights, bottom=bottoms, label=part, color=COLOURS[part])
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-        rounds = [split.round for split in its]
+        rounds = [split.round for split in shown]
         errors = [[s.median - s.min for s in rounds], [s.max - s.median for s in rounds]]
         axes.errorbar(names, [s.median for s in rounds], yerr=errors, fmt="k_", capsize=3, label="the whole, measured")
     panels[0].set_ylabel("milliseconds of a round")
@@ -174,10 +175,10 @@ def ablation_figure(label: str, points: Sequence[tuple[str, Any, Result]], plain
     grid = figure.subplots(len(temperatures), 2, squeeze=False)
     for (left, right), temperature in zip(grid, temperatures, strict=True):
         for name in dict.fromkeys(name for name, *_ in points):
-            its = [(x, r) for who, x, r in points if who == name and r.temperature == temperature]
-            at = [x for x, _ in its]
-            left.plot(at, [r.acceptance_length for _, r in its], marker="o", label=name)
-            rates = [Spread.of(r.tokens_per_second) for _, r in its]
+            series = [(x, r) for who, x, r in points if who == name and r.temperature == temperature]
+            at = [x for x, _ in series]
+            left.plot(at, [r.acceptance_length for _, r in series], marker="o", label=name)
+            rates = [Spread.of(r.tokens_per_second) for _, r in series]
             errors = [[s.median - s.min for s in rates], [s.max - s.median for s in rates]]
             right.errorbar(at, [s.median for s in rates], yerr=errors, marker="o", capsize=2, label=name)
         for result in plain:

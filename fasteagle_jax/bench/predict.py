@@ -51,7 +51,7 @@ def predictions(folder: Path, rates: Sequence[float]) -> str:
 
 
 def _estimate(path: Path) -> float:
-    """Seconds of a compiled program; nan where it is not there or does not fit."""
+    """Seconds of a compiled program; nan if it is not there or does not fit."""
     if not path.exists():
         return math.nan
     try:

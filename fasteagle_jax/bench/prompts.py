@@ -1,15 +1,12 @@
-"""The models that a program runs, by their options, and batches of token prompts in few distinct shapes.
+"""The models that a program runs, and the lengths that its prompts are padded to.
 
-B rows · P prompt slots · C tokens of a prefill chunk.
+P prompt slots · C tokens of a prefill chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-import jax.numpy as jnp
-import numpy as np
 
 from fasteagle_jax.errors import UserError
 
@@ -33,14 +30,6 @@ def prompt_slots(length: int) -> int:
     while slots < length:
         slots *= 2
     return slots * 3 // 4 if slots > 2 * CHUNK and slots * 3 // 4 >= length else slots
-
-
-def pad(prompts: Sequence[Sequence[int]]) -> tuple[jnp.ndarray, jnp.ndarray]:
-    """Prompts right-padded to int32 [B, P], P the `prompt_slots` of the longest, and their lengths int32 [B]."""
-    padded = np.zeros((len(prompts), prompt_slots(max(map(len, prompts)))), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return jnp.asarray(padded), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
 
 
 def check_fits(positions: int, name: str, prompt: Sequence[int], max_new: int) -> None:

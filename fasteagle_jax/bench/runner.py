@@ -1,7 +1,7 @@
-"""StepOptions of decoding measured against each other: the same conversations, in turns in one process.
+"""Decoders measured against each other: the same conversations, interleaved in one process.
 
 A *case* is a turn of a conversation as a prompt: what was said before, the target's own answers included, and the next
-message. Each way decodes it by itself, batch 1.
+message. Each decoder answers it by itself, batch 1.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fasteagle_jax.bench.decoders import PLAIN, Way
-from fasteagle_jax.bench.prompts import CHUNK, Models, check_fits, pad, prompt_slots
+from fasteagle_jax.bench.decoders import PLAIN, DecoderSpec, find_decoder
+from fasteagle_jax.bench.prompts import CHUNK, Models, check_fits, prompt_slots
 from fasteagle_jax.bench.timing import Compilations
 from fasteagle_jax.data.sources import Prompt
 from fasteagle_jax.decoding.acceptance import Acceptance
+from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import Sampling
 from fasteagle_jax.decoding.speculative import advance, start
 from fasteagle_jax.decoding.state import State, Statistics, Stop, make_stop, slots_needed
@@ -60,126 +61,118 @@ def _statistics(state: State) -> Statistics:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contest:
-    """What is measured, and with what."""
+class Comparison:
+    """The decoders to compare, plain decoding first, and the models they run."""
 
     models: Models
     drafters: Mapping[Path, Any]
-    ways: Sequence[Way]
+    decoders: Sequence[DecoderSpec]
     max_new: int
 
-    def drafter(self, way: Way, case: Case) -> Any | None:
-        """The drafter of a way, for a case if it is a simulated one; None of the plain way."""
-        if way.folder is not None:
-            return self.drafters[way.folder]
-        if not way.rates:
+    def drafter(self, decoder: DecoderSpec, case: Case) -> Any | None:
+        """A decoder's drafter, made for the case if it is a simulated one; None for plain decoding."""
+        if decoder.folder is not None:
+            return self.drafters[decoder.folder]
+        if not decoder.rates:
             return None
-        slots = slots_needed(prompt_slots(len(case.tokens)), CHUNK, self.max_new, len(way.rates))
+        slots = slots_needed(prompt_slots(len(case.tokens)), CHUNK, self.max_new, len(decoder.rates))
         seed = int(jax.device_get(case.sampling.seed)[0])
-        return simulated(way.rates, case.tokens, case.answer, slots, self.models.target.config.vocab_size, seed)
+        return simulated(decoder.rates, case.tokens, case.answer, slots, self.models.target.config.vocab_size, seed)
 
-    def begin(
+    def prefill(
         self, drafter: Any | None, tree: TreeSpec, tokens: Sequence[int], sampling: Sampling
     ) -> tuple[Any, Any, Stop]:
-        """The State after prefill, the target's rows for the drafter, and where the answer stops."""
-        prompts, lengths = pad([tokens])
+        """The State after prefill, the rows of the vocabulary that the drafter reads, and the Stop."""
+        prompts, lengths = pad_prompts([list(tokens)], prompt_slots(len(tokens)))
         stop = make_stop(1, self.max_new, self.models.stop_tokens)
-        # The prefill is that of any tree of so many levels, so that they share its program.
+        # All trees of so many levels share one program of prefill.
         num_levels = None if drafter is None else tree.num_levels(drafter.num_levels)
         sizes: dict[str, Any] = dict(max_new=self.max_new, tree=TreeSpec("chain", levels=num_levels), chunk=CHUNK)
         state, vocab = start(self.models.target, drafter, prompts, lengths, sampling, stop, **sizes)
         return state, vocab, stop
 
     def decode(self, drafter: Any | None, tree: TreeSpec, tokens: Sequence[int], sampling: Sampling) -> Run:
-        """Decodes a prompt between looks at the clock."""
+        """The timed decode of a prompt."""
         jax.block_until_ready(sampling)
         started = time.perf_counter()
-        state, vocab, stop = jax.block_until_ready(self.begin(drafter, tree, tokens, sampling))
-        filled = time.perf_counter()
+        state, vocab, stop = jax.block_until_ready(self.prefill(drafter, tree, tokens, sampling))
+        prefilled = time.perf_counter()
         rounds = jnp.asarray(self.max_new, jnp.int32)
         state = advance(self.models.target, drafter, vocab, state, sampling, stop, rounds, tree=tree)
         jax.block_until_ready(state)
         decoded = time.perf_counter()
         emitted, num_emitted = jax.device_get((state.emitted, state.num_emitted))
-        made = emitted[0, : num_emitted[0]].tolist()
+        answer = emitted[0, : num_emitted[0]].tolist()
         ended = time.perf_counter()
         counts = Acceptance.of(_statistics(state))
-        return Run(ended - started, filled - started, decoded - filled, made, counts)
+        return Run(ended - started, prefilled - started, decoded - prefilled, answer, counts)
 
-    def run(self, way: Way, case: Case) -> Run:
-        """A way's decode of a case."""
-        return self.decode(self.drafter(way, case), tree_of(way), case.tokens, case.sampling)
+    def run(self, decoder: DecoderSpec, case: Case) -> Run:
+        """The timed decode of a case by a decoder."""
+        return self.decode(self.drafter(decoder, case), tree_of(decoder), case.tokens, case.sampling)
 
-    def conversations(
-        self, tasks: Mapping[str, Sequence[Prompt]], sampling: Callable[[int], Sampling]
-    ) -> Iterator[Case]:
-        """The cases of all prompts, one by one, with the plain answers: each is part of the next turn.
-
-        `sampling` gives that of the case of an index.
-        """
-        index = 0
-        for task, prompts in tasks.items():
-            for prompt in prompts:
-                messages: list[dict[str, str]] = []
-                for turn, text in enumerate(prompt.turns):
-                    messages.append({"role": "user", "content": text})
-                    id = prompt.id if len(prompt.turns) == 1 else f"{prompt.id}/{turn + 1}"
-                    tokens = encode_chat(self.models.tokenizer, messages)
-                    check_fits(self.models.target.config.max_positions, id, tokens, self.max_new)
-                    its = sampling(index)
-                    answer = self.decode(None, TreeSpec(), tokens, its).tokens
-                    yield Case(task, id, tokens, its, answer)
-                    messages.append({"role": "assistant", "content": decode(self.models.tokenizer, answer)})
-                    index += 1
+    def cases(self, task: str, prompts: Sequence[Prompt], samplings: Iterator[Sampling]) -> Iterator[Case]:
+        """The cases of a task's prompts, with plain decoding's answers: each is part of the next turn's prompt."""
+        for prompt in prompts:
+            messages: list[dict[str, str]] = []
+            for turn, text in enumerate(prompt.turns):
+                messages.append({"role": "user", "content": text})
+                id = prompt.id if len(prompt.turns) == 1 else f"{prompt.id}/{turn + 1}"
+                tokens = encode_chat(self.models.tokenizer, messages)
+                check_fits(self.models.target.config.max_positions, id, tokens, self.max_new)
+                sampling = next(samplings)
+                answer = self.decode(None, TreeSpec(), tokens, sampling).tokens
+                yield Case(task, id, tokens, sampling, answer)
+                messages.append({"role": "assistant", "content": decode(self.models.tokenizer, answer)})
 
     def warm_up(self, cases: Sequence[Case]) -> None:
-        """Compiles, and touches the memory of, all that `measure` of the cases needs. Plain decoding is warm."""
+        """Compiles the programs that `measure` of the cases runs, and touches their memory; `cases` did so for plain
+        decoding."""
         shapes = {prompt_slots(len(case.tokens)): case for case in cases}
-        for way in self.ways[1:]:
+        for decoder in self.decoders[1:]:
             for case in shapes.values():
-                self.run(way, case)
+                self.run(decoder, case)
 
-    def measure(self, cases: Sequence[Case], repeats: int, step: Callable[[], object]) -> Measured:
-        """Every case by every way, way after way before the next case is; `step` is called after each case."""
-        ways = list(self.ways)
-        runs: dict[Way, list[list[Run]]] = {way: [[] for _ in range(repeats)] for way in ways}
+    def measure(self, cases: Sequence[Case], repeats: int, report: Callable[[str], object]) -> Measured:
+        """Every case by every decoder before the next case; `report` is given each decoder's tokens/s after each."""
+        decoders = list(self.decoders)
+        runs: dict[DecoderSpec, list[list[Run]]] = {decoder: [[] for _ in range(repeats)] for decoder in decoders}
         with Compilations() as compilations:
             for repeat in range(repeats):
                 for i, case in enumerate(cases):
-                    turn = (repeat + i) % len(ways)  # no way always comes first
-                    for way in ways[turn:] + ways[:turn]:
-                        runs[way][repeat].append(self.run(way, case))
-                    step()
+                    first = (repeat + i) % len(decoders)  # no decoder always comes first
+                    for decoder in decoders[first:] + decoders[:first]:
+                        runs[decoder][repeat].append(self.run(decoder, case))
+                    rates = (f"{d} {rate([run for of_repeat in runs[d] for run in of_repeat]):.1f}" for d in decoders)
+                    report(f"{case.task}, tokens/s: {', '.join(rates)}")
         return Measured(list(cases), runs, compilations.number)
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The runs of all ways at one temperature, by repeat and case."""
+    """The runs of all decoders at one temperature; lists are by repeat, then by case."""
 
     cases: list[Case]
-    runs: dict[Way, list[list[Run]]]
+    runs: dict[DecoderSpec, list[list[Run]]]
     compilations: int  # while timed: none, or the times are too long
 
     def results(self, temperature: float) -> list[Result]:
-        """By task and way, and the mean of the tasks if there are several."""
+        """A Result for each task and decoder."""
         tasks = list(dict.fromkeys(case.task for case in self.cases))
         found = []
         for task in tasks:
             chosen = [i for i, case in enumerate(self.cases) if case.task == task]
-            its = {way: [[runs[i] for i in chosen] for runs in repeats] for way, repeats in self.runs.items()}
+            of_task = {d: [[runs[i] for i in chosen] for runs in repeats] for d, repeats in self.runs.items()}
+            plain = of_task[DecoderSpec(PLAIN)]
             answers = [self.cases[i].answer for i in chosen]
             ids = [self.cases[i].id for i in chosen]
-            found += [_result(temperature, task, way, its[Way(PLAIN)], runs, ids, answers) for way, runs in its.items()]
-        if len(tasks) > 1:
-            for way in self.runs:
-                found.append(mean([result for result in found if result.way == way]))
+            found += [_result(temperature, task, d, plain, runs, ids, answers) for d, runs in of_task.items()]
         return found
 
 
-def tree_of(way: Way) -> TreeSpec:
-    """The TreeSpec of a way; any for plain decoding, which makes none."""
-    return TreeSpec() if way.tree is None else TreeSpec.parse(way.tree)
+def tree_of(decoder: DecoderSpec) -> TreeSpec:
+    """A decoder's TreeSpec; for plain decoding, which ignores it, the default."""
+    return TreeSpec() if decoder.tree is None else TreeSpec.parse(decoder.tree)
 
 
 # --- results ----------------------------------------------------------------------------------------------------
@@ -187,11 +180,11 @@ def tree_of(way: Way) -> TreeSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A way on a task, or the mean over the tasks, at one temperature. Lists are by repeat, or by depth."""
+    """A decoder on a task, or the mean over the tasks, at one temperature. Lists are by repeat, or by depth."""
 
     temperature: float
     task: str
-    way: Way
+    decoder: DecoderSpec
     cases: int
     tokens_per_second: list[float]  # of whole answers, prefill included
     speedup: list[float]  # over plain decoding
@@ -208,39 +201,49 @@ class Result:
     def record(self) -> dict[str, Any]:
         """For JSON."""
         raw = dataclasses.asdict(self)
-        del raw["way"]
+        del raw["decoder"]
         raw["rounds_speedup"] = [number(value) for value in self.rounds_speedup]
-        return {**raw, "drafter": self.way.name, "tree": self.way.tree}
+        return {**raw, "drafter": self.decoder.name, "tree": self.decoder.tree}
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], decoders: Iterable[DecoderSpec]) -> Result:
+        """The Result whose `record()` it is, of one of the decoders."""
+        fields = {**record, "decoder": find_decoder(record, decoders)}
+        del fields["drafter"], fields["tree"]
+        fields["rounds_speedup"] = [math.nan if value is None else value for value in record["rounds_speedup"]]
+        return cls(**fields)
 
 
 def _result(
     temperature: float,
     task: str,
-    way: Way,
+    decoder: DecoderSpec,
     plain: list[list[Run]],
-    its: list[list[Run]],
+    runs: list[list[Run]],
     ids: Sequence[str],
     answers: Sequence[list[int]],
 ) -> Result:
-    """The Result of runs by repeat and case."""
-    counts = Acceptance.total([run.acceptance for run in its[0]])  # in every repeat the same
-    seconds = sum(run.seconds for runs in its for run in runs)
-    prefill = sum(run.prefill_seconds for runs in its for run in runs)
-    rounds = sum(run.round_seconds for runs in its for run in runs)
-    rates, plain_rates = ([rate(runs) for runs in repeats] for repeats in (its, plain))
-    differing = {id for runs in its for id, run, answer in zip(ids, runs, answers, strict=True) if run.tokens != answer}
+    """The Result of a decoder's runs, and plain decoding's, on a task's cases."""
+    counts = Acceptance.total([run.acceptance for run in runs[0]])  # in every repeat the same
+    seconds = sum(run.seconds for repeat in runs for run in repeat)
+    prefill = sum(run.prefill_seconds for repeat in runs for run in repeat)
+    rounds = sum(run.round_seconds for repeat in runs for run in repeat)
+    rates, plain_rates = ([rate(repeat) for repeat in repeats] for repeats in (runs, plain))
+    differing = {
+        id for repeat in runs for id, run, answer in zip(ids, repeat, answers, strict=True) if run.tokens != answer
+    }
     return Result(
         temperature,
         task,
-        way,
+        decoder,
         len(ids),
         rates,
         [a / b for a, b in zip(rates, plain_rates, strict=True)],
-        [_round_rate(a) / _round_rate(b) for a, b in zip(its, plain, strict=True)],
+        [_round_rate(a) / _round_rate(b) for a, b in zip(runs, plain, strict=True)],
         number(counts.length),
         list(counts.accepted_at),
         [number(share) for share in counts.by_depth],
-        sum(len(run.tokens) for run in its[0]),
+        sum(len(run.tokens) for run in runs[0]),
         counts.rounds,
         prefill / seconds,
         (seconds - prefill - rounds) / seconds,
@@ -248,8 +251,14 @@ def _result(
     )
 
 
-def mean(results: Sequence[Result]) -> Result:
-    """The mean of a way's tasks, each counting alike; acceptance by depth is of all tasks' rounds together."""
+def means(results: Sequence[Result]) -> list[Result]:
+    """The mean over the tasks for each decoder; none if there is one task."""
+    by_decoder = {d: [r for r in results if r.decoder == d] for d in dict.fromkeys(r.decoder for r in results)}
+    return [_mean(of_decoder) for of_decoder in by_decoder.values() if len(of_decoder) > 1]
+
+
+def _mean(results: Sequence[Result]) -> Result:
+    """The mean of a decoder's tasks, each counting alike; acceptance by depth is of all tasks' rounds together."""
     first, num = results[0], len(results)
 
     def by_repeat(name: str) -> list[float]:
@@ -260,7 +269,7 @@ def mean(results: Sequence[Result]) -> Result:
     return Result(
         first.temperature,
         MEAN,
-        first.way,
+        first.decoder,
         sum(result.cases for result in results),
         by_repeat("tokens_per_second"),
         by_repeat("speedup"),
@@ -288,5 +297,5 @@ def _round_rate(runs: Sequence[Run]) -> float:
 
 
 def number(value: float) -> float | None:
-    """The value, or None for nan, which JSON has not."""
+    """The value, or None for nan, which JSON does not have."""
     return None if math.isnan(value) else value

@@ -1,7 +1,7 @@
 """`fasteagle bench --sweep`: a drafter over its trees, and the engine over numbers of slots.
 
 `levels`, `nodes`, `tree`: the benchmark with other trees; `tree` compares the kinds at equal numbers of nodes.
-`slots`: throughput, plain against trees, on the same requests in turns in one run, and every token compared.
+`slots`: throughput, plain against trees, on the same requests interleaved in one run, and every token compared.
 `memory`: what caches and programs take, with the drafter's window and without; nothing is decoded.
 """
 
@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
-from fasteagle_jax.bench.decoders import PLAIN, Way
+from fasteagle_jax.bench.decoders import PLAIN, DecoderSpec
 from fasteagle_jax.bench.figures import show
+from fasteagle_jax.bench.progress import Parts, Progress
 from fasteagle_jax.bench.prompts import Models
 from fasteagle_jax.bench.runner import MEAN, Result
 from fasteagle_jax.bench.timing import Spread
@@ -42,7 +42,7 @@ ABLATIONS = ("levels", "nodes", "tree")
 
 
 class Outcome(NamedTuple):
-    """What a measurement gives."""
+    """The result of a measurement."""
 
     report: dict[str, Any]  # for JSON
     figures: dict[str, Callable[[], Any]]  # by file name
@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
 
 
 def machine() -> str:
-    """What it was measured on, in words."""
+    """The machine that measures, in words."""
     return f"{jax.devices()[0].device_kind} ({jax.default_backend()}, {os.cpu_count()} CPU cores)"
 
 
@@ -63,17 +63,17 @@ class Ablation(NamedTuple):
     sweep: str  # of ABLATIONS
     drafter: str  # its name
     value: int | str
-    way: Way
+    decoder: DecoderSpec
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
-        return {"sweep": self.sweep, "drafter": self.drafter, "value": self.value, "tree": self.way.tree}
+        return {"sweep": self.sweep, "drafter": self.drafter, "value": self.value, "tree": self.decoder.tree}
 
 
-def ablation(key: str, way: Way, num_levels: int) -> list[Ablation]:
-    """The points of a sweep for a drafter of N levels; what is not swept is as in its own tree."""
-    assert way.tree is not None
-    own = TreeSpec.parse(way.tree)
+def ablation(key: str, decoder: DecoderSpec, num_levels: int) -> list[Ablation]:
+    """The points of a sweep for a drafter of N levels; its own tree gives what is not swept."""
+    assert decoder.tree is not None
+    own = TreeSpec.parse(decoder.tree)
     trees: dict[int | str, TreeSpec] = {}
     if key == "levels":
         deepest = dataclasses.replace(own, levels=None).num_levels(num_levels)
@@ -86,7 +86,7 @@ def ablation(key: str, way: Way, num_levels: int) -> list[Ablation]:
         for tree in kinds:
             nodes = tree.num_nodes(num_levels)
             trees |= {str(t): t for t in (tree, TreeSpec("best_first", nodes=nodes, levels=own.levels))}
-    return [Ablation(key, way.name, x, dataclasses.replace(way, tree=str(tree))) for x, tree in trees.items()]
+    return [Ablation(key, decoder.name, x, dataclasses.replace(decoder, tree=str(tree))) for x, tree in trees.items()]
 
 
 def points(
@@ -95,26 +95,26 @@ def points(
     """(drafter, value, result) of a sweep, and plain decoding's results; of several tasks, their mean."""
     several = any(result.task == MEAN for result in results)
     chosen = [result for result in results if not several or result.task == MEAN]
-    its = [
+    swept = [
         (point.drafter, point.value, result)
         for point in ablations
         for result in chosen
-        if point.sweep == key and result.way == point.way
+        if point.sweep == key and result.decoder == point.decoder
     ]
-    return its, [result for result in chosen if result.way.name == PLAIN]
+    return swept, [result for result in chosen if result.decoder.name == PLAIN]
 
 
 def show_ablations(title: str, keys: Sequence[str], ablations: Sequence[Ablation], results: Sequence[Result]) -> None:
-    """Prints a table a sweep of the results at one temperature."""
+    """Prints a table for each sweep of the results at one temperature."""
     for key in keys:
         rows = []
-        its, plain = points(key, ablations, results)
-        for name, value, r in [(PLAIN, "", plain[0]), *its]:
+        swept, plain = points(key, ablations, results)
+        for name, value, r in [(PLAIN, "", plain[0]), *swept]:
             rows.append(
                 (
                     name,
                     str(value),
-                    "" if r.way.tree is None else str(_num_nodes(r)),
+                    "" if r.decoder.tree is None else str(_num_nodes(r)),
                     f"{Spread.of(r.tokens_per_second).median:.1f}",
                     "" if name == PLAIN else Spread.of(r.speedup).words(),
                     "-" if r.acceptance_length is None else f"{r.acceptance_length:.2f}",
@@ -126,8 +126,8 @@ def show_ablations(title: str, keys: Sequence[str], ablations: Sequence[Ablation
 
 
 def _num_nodes(result: Result) -> int:
-    assert result.way.tree is not None
-    return TreeSpec.parse(result.way.tree).num_nodes(len(result.accepted_at))
+    assert result.decoder.tree is not None
+    return TreeSpec.parse(result.decoder.tree).num_nodes(len(result.accepted_at))
 
 
 # --- slots ------------------------------------------------------------------------------------------------------
@@ -137,11 +137,12 @@ def throughput(
     args: argparse.Namespace,
     models: Models,
     drafters: Mapping[Path, Any],
-    ways: Sequence[Way],
+    decoders: Sequence[DecoderSpec],
     prompts: Sequence[list[int]],
+    parts: Parts,
 ) -> Outcome:
     """Measures tokens a second over args.slots and prints the table."""
-    check_trained(ways)
+    check_trained(decoders)
     params = SamplingParams(
         temperature=args.temperature[0],
         top_k=args.top_k,
@@ -150,46 +151,58 @@ def throughput(
         seed=args.seed,
         max_new_tokens=args.max_new,
     )
-    found = []
-    for slots in tqdm(args.slots, unit="number of slots", disable=None):
-        engines = {way: _engine(args, models, drafters, slots, way) for way in ways}
+    progress = Progress(len(args.slots) * args.repeats * len(decoders), "run")
+
+    def measure(slots: int) -> list[dict[str, Any]]:
+        engines = {decoder: _engine(args, models, drafters, slots, decoder) for decoder in decoders}
         num_requests = max(LEAST_REQUESTS, 2 * slots)
         asked = list(itertools.islice(itertools.cycle(prompts), num_requests))
-        its = [dataclasses.replace(params, seed=(args.seed + i) % 2**32) for i in range(num_requests)]
+        seeded = [dataclasses.replace(params, seed=(args.seed + i) % 2**32) for i in range(num_requests)]
         for engine in engines.values():  # compiled, measured, its memory touched
             engine.warm_up()
-            engine.generate(asked[:slots], its[:slots])
+            engine.generate(asked[:slots], seeded[:slots])
             engine.seconds = engine.device_seconds = 0.0
-        rates: dict[Way, list[float]] = {way: [] for way in ways}
-        made: dict[Way, list[Completion]] = {}
-        differing: dict[Way, set[int]] = {way: set() for way in ways}  # requests, in any repeat
+        rates: dict[DecoderSpec, list[float]] = {decoder: [] for decoder in decoders}
+        answers: dict[DecoderSpec, list[Completion]] = {}
+        differing: dict[DecoderSpec, set[int]] = {decoder: set() for decoder in decoders}  # requests, in any repeat
         for repeat in range(args.repeats):
-            turn = repeat % len(ways)  # no way always comes first
-            for way in [*ways[turn:], *ways[:turn]]:
+            first = repeat % len(decoders)  # no decoder always comes first
+            for decoder in [*decoders[first:], *decoders[:first]]:
                 started = time.perf_counter()
-                made[way] = engines[way].generate(asked, its)
+                answers[decoder] = engines[decoder].generate(asked, seeded)
                 seconds = time.perf_counter() - started
-                rates[way].append(sum(len(completion.tokens) for completion in made[way]) / seconds)
-            for way in ways:
-                pairs = enumerate(zip(made[way], made[ways[0]], strict=True))
-                differing[way].update(i for i, (one, plain) in pairs if one.tokens != plain.tokens)
-        for way, engine in engines.items():
-            counts = Acceptance.total([completion.statistics for completion in made[way]])
+                rates[decoder].append(sum(len(completion.tokens) for completion in answers[decoder]) / seconds)
+                progress.update(f"{slots} slots, {decoder}: {rates[decoder][-1]:.1f} tokens/s")
+            for decoder in decoders:
+                pairs = enumerate(zip(answers[decoder], answers[decoders[0]], strict=True))
+                differing[decoder].update(i for i, (one, plain) in pairs if one.tokens != plain.tokens)
+        found = []
+        for decoder, engine in engines.items():
+            counts = Acceptance.total([completion.statistics for completion in answers[decoder]])
             found.append(
                 Point(
                     slots,
-                    str(way),
+                    str(decoder),
                     num_requests,
-                    rates[way],
-                    Spread.of([a / b for a, b in zip(rates[way], rates[ways[0]], strict=True)]),
+                    rates[decoder],
+                    Spread.of([a / b for a, b in zip(rates[decoder], rates[decoders[0]], strict=True)]),
                     counts.length,
                     1 - engine.device_seconds / engine.seconds,
-                    len(differing[way]),
+                    len(differing[decoder]),
                     dataclasses.asdict(engine.memory),
                 )
             )
-        del engines, engine
         jax.clear_caches()  # programs of other numbers of slots are not run again
+        return [dataclasses.asdict(point) for point in found]
+
+    records = []
+    for slots in args.slots:
+        name = f"{slots} slots"
+        if name in parts:
+            progress.update(f"{name} are measured already", args.repeats * len(decoders))
+        records += parts.get(name, functools.partial(measure, slots))
+    progress.close()
+    found = [Point(**{**record, "ratio": Spread(**record["ratio"])}) for record in records]
     title = (
         f"{args.max_new} new tokens at most, max_len {args.max_len}, temperature {params.temperature:g},"
         f" {models.dtype}, {machine()}"
@@ -198,17 +211,17 @@ def throughput(
     report = {
         "params": dataclasses.asdict(params),
         "prompt_tokens": [len(prompt) for prompt in prompts],
-        "points": [dataclasses.asdict(point) for point in found],
+        "points": records,
     }
     return Outcome(report, {"slots": functools.partial(plot, found, title)}, sum(point.differing for point in found))
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One way of decoding at one number of slots; lists are by repeat."""
+    """A decoder at one number of slots; lists are by repeat."""
 
     slots: int
-    way: str
+    decoder: str
     requests: int
     tokens_per_second: list[float]
     ratio: Spread  # to plain
@@ -218,17 +231,21 @@ class Point:
     memory: dict[str, int]  # bytes, as stated by the engine
 
 
-def check_trained(ways: Sequence[Way]) -> None:
+def check_trained(decoders: Sequence[DecoderSpec]) -> None:
     """Raises UserError for simulated drafters, which know one answer alone."""
-    for way in ways:
-        if way.rates:
-            raise UserError(f"{way.name} is simulated, request by request: the engine takes drafters of folders alone")
+    for decoder in decoders:
+        if decoder.rates:
+            raise UserError(
+                f"{decoder.name} is simulated, request by request: the engine takes drafters of folders alone"
+            )
 
 
-def _engine(args: argparse.Namespace, models: Models, drafters: Mapping[Path, Any], slots: int, way: Way) -> Engine:
-    drafter = None if way.folder is None else drafters[way.folder]
+def _engine(
+    args: argparse.Namespace, models: Models, drafters: Mapping[Path, Any], slots: int, decoder: DecoderSpec
+) -> Engine:
+    drafter = None if decoder.folder is None else drafters[decoder.folder]
     ends = models.stop_tokens
-    return Engine(models.target, drafter, models.tokenizer, ends, slots=slots, max_len=args.max_len, tree=way.tree)
+    return Engine(models.target, drafter, models.tokenizer, ends, slots=slots, max_len=args.max_len, tree=decoder.tree)
 
 
 def _print_throughput(title: str, points: Sequence[Point]) -> None:
@@ -236,11 +253,11 @@ def _print_throughput(title: str, points: Sequence[Point]) -> None:
     for p in points:
         rows.append(
             (
-                p.way,
+                p.decoder,
                 str(p.slots),
                 str(p.requests),
                 Spread.of(p.tokens_per_second).words(1),
-                "" if p.way == PLAIN else p.ratio.words(),
+                "" if p.decoder == PLAIN else p.ratio.words(),
                 f"{p.acceptance_length:.2f}",
                 f"{p.host_share:.1%}",
                 str(p.differing),
@@ -251,16 +268,16 @@ def _print_throughput(title: str, points: Sequence[Point]) -> None:
 
 
 def plot(points: Sequence[Point], title: str) -> Any:
-    """A figure of throughput over slots, a line a way, with the spread of the repeats."""
+    """A figure of throughput over slots, a line a decoder, with the spread of the repeats."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for way in dict.fromkeys(point.way for point in points):
-        its = [point for point in points if point.way == way]
-        spreads = [Spread.of(point.tokens_per_second) for point in its]
-        slots = [point.slots for point in its]
-        axes.plot(slots, [s.median for s in spreads], marker="o", label=way)
+    for decoder in dict.fromkeys(point.decoder for point in points):
+        shown = [point for point in points if point.decoder == decoder]
+        spreads = [Spread.of(point.tokens_per_second) for point in shown]
+        slots = [point.slots for point in shown]
+        axes.plot(slots, [s.median for s in spreads], marker="o", label=decoder)
         axes.fill_between(slots, [s.min for s in spreads], [s.max for s in spreads], alpha=0.2)
     axes.set_xscale("log", base=2)
     axes.set_xticks([point.slots for point in points], [str(point.slots) for point in points])
@@ -280,15 +297,16 @@ def memory(
     args: argparse.Namespace,
     models: Models,
     drafters: Mapping[Path, Any],
-    ways: Sequence[Way],
+    decoders: Sequence[DecoderSpec],
     prompts: Sequence[list[int]],
+    parts: Parts,
 ) -> Outcome:
-    """Prints what engines of args.slots take with each drafter, as stated and as compiled."""
-    check_trained(ways)
+    """Prints the memory of engines of args.slots with each drafter, as stated and as compiled."""
+    check_trained(decoders)
     rows, records = [], []
-    for way, window, slots in itertools.product(ways[1:], (None, args.window), args.slots):
-        assert way.folder is not None
-        drafter = nnx.merge(*nnx.split(drafters[way.folder]))
+    for decoder, window, slots in itertools.product(decoders[1:], (None, args.window), args.slots):
+        assert decoder.folder is not None
+        drafter = nnx.merge(*nnx.split(drafters[decoder.folder]))
         drafter.config = dataclasses.replace(drafter.config, window=window)
         engine = Engine(
             models.target,
@@ -297,13 +315,13 @@ def memory(
             models.stop_tokens,
             slots=slots,
             max_len=args.max_len,
-            tree=way.tree,
+            tree=decoder.tree,
         )
         stated = engine.memory
         compiled = compiled_round(engine)
         record = {
-            "drafter": way.name,
-            "tree": way.tree,
+            "drafter": decoder.name,
+            "tree": decoder.tree,
             "slots": slots,
             "window": window,
             **dataclasses.asdict(stated),
@@ -320,14 +338,14 @@ def memory(
             record["temporaries"],
         )
         size_words = (f"{size / MIB:.0f}" for size in sizes)
-        rows.append((str(way), str(slots), "none" if window is None else str(window), *size_words))
+        rows.append((str(decoder), str(slots), "none" if window is None else str(window), *size_words))
     names = ("slots", "window", "weights", "target cache", "drafter cache", "work, stated", "arguments", "temporaries")
     show(f"MiB; max_len {args.max_len}, {models.dtype}", ("drafter", *names), rows, left=1)
     return Outcome({"points": records}, {}, 0)
 
 
 def compiled_round(engine: Engine) -> Any:
-    """The compiler's own account of the memory of the engine's rounds, all slots in use."""
+    """The compiler's memory analysis of the engine's rounds, all slots in use."""
     slots = jax.eval_shape(lambda: engine._empty(engine.num_slots))
     lowered = device.advance.lower(
         engine.target,

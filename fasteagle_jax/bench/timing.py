@@ -54,7 +54,7 @@ class Stopwatch:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Of the repeats."""
+    """Min, median and max over repeats."""
 
     min: float
     median: float

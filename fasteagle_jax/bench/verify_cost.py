@@ -16,11 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fasteagle_jax.bench.decoders import Way
+from fasteagle_jax.bench.decoders import DecoderSpec
 from fasteagle_jax.bench.figures import show
-from fasteagle_jax.bench.prompts import CHUNK, Models, pad
+from fasteagle_jax.bench.progress import Parts
+from fasteagle_jax.bench.prompts import CHUNK, Models, prompt_slots
 from fasteagle_jax.bench.sweeps import Outcome, check_trained, machine
 from fasteagle_jax.bench.timing import Spread
+from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import Sampling, choose, make_sampling
 from fasteagle_jax.decoding.speculative import advance, start
 from fasteagle_jax.decoding.state import State, make_stop
@@ -37,7 +39,7 @@ SIDE = 1024  # of a matrix that is squared, to see what it can multiply
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a pass or a round, over the repeats."""
+    """The time of a pass or a round, over the repeats."""
 
     name: str
     milliseconds: Spread
@@ -57,13 +59,14 @@ def rows(
     args: argparse.Namespace,
     models: Models,
     drafters: Mapping[Path, Any],
-    ways: Sequence[Way],
-    prompts_asked: Sequence[list[int]],
+    decoders: Sequence[DecoderSpec],
+    first_turns: list[list[int]],
+    parts: Parts,
 ) -> Outcome:
-    """Times passes over ROWS, and rounds of the first drafter's trees of `auto`, after the first prompt, in turns."""
-    check_trained(ways)
-    trained = drafters[ways[1].folder]  # type: ignore[index]
-    prompts, lengths = pad(prompts_asked[:1])
+    """Times passes over ROWS and rounds of the first drafter's trees of `auto`, interleaved, after the first prompt."""
+    check_trained(decoders)
+    trained = drafters[decoders[1].folder]  # type: ignore[index]
+    prompts, lengths = pad_prompts(first_turns[:1], prompt_slots(len(first_turns[0])))
     sampling = make_sampling(1, args.temperature[0], args.top_k, args.top_p, args.seed, args.min_p)
     max_new = args.max_len - prompts.shape[1]
     if max_new <= (most := ROUNDS * (trained.num_levels + 1)):  # a row that is done would be timed doing nothing
@@ -73,26 +76,26 @@ def rows(
         )
     stop = make_stop(1, max_new)
 
-    def begin(tree: TreeSpec | None) -> tuple[Any, State, Any]:
+    def prefill(tree: TreeSpec | None) -> tuple[Any, State, Any]:
         drafter = None if tree is None else trained
-        its = {"max_new": max_new, "tree": tree or TreeSpec(), "chunk": CHUNK}
-        return (drafter, *start(models.target, drafter, prompts, lengths, sampling, stop, **its))
+        sizes: dict[str, Any] = {"max_new": max_new, "tree": tree or TreeSpec(), "chunk": CHUNK}
+        return (drafter, *start(models.target, drafter, prompts, lengths, sampling, stop, **sizes))
 
     def time_rounds(tree: TreeSpec | None) -> float:
-        drafter, state, vocab = begun[tree]
+        drafter, state, vocab = prefilled[tree]
         state = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # `advance` consumes it
         count = jnp.asarray(ROUNDS)
         run = functools.partial(advance, tree=tree or TreeSpec())
         return _seconds(run, models.target, drafter, vocab, state, sampling, stop, count) / ROUNDS
 
-    begun = {tree: begin(tree) for tree in shapes(trained.num_levels)}
-    cache = begun[None][1].target_cache
+    prefilled = {tree: prefill(tree) for tree in shapes(trained.num_levels)}
+    cache = prefilled[None][1].target_cache
     passes: dict[str, Callable[[], float]] = {
         f"pass, rows: {m}": functools.partial(_seconds, verify_pass, models.target, cache, sampling, num_rows=m)
         for m in ROWS
     }
     rounds: dict[str, Callable[[], float]] = {
-        f"round, {tree or 'plain'}": functools.partial(time_rounds, tree) for tree in begun
+        f"round, {tree or 'plain'}": functools.partial(time_rounds, tree) for tree in prefilled
     }
     vector, square = jnp.ones(READ_BYTES // 4, jnp.float32), jnp.ones((SIDE, SIDE), jnp.float32)
     device: dict[str, Callable[[], float]] = {
@@ -100,19 +103,19 @@ def rows(
         "multiply": functools.partial(_seconds, jax.jit(jnp.matmul), square, square),
     }
     timed = passes | rounds | device
-    for way in timed.values():  # compiled, its memory touched
-        way()
+    for run in timed.values():  # compiled, its memory touched
+        run()
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for repeat in range(args.repeats):
-        turn = repeat % len(timed)  # no way always comes first
-        for name in [*list(timed)[turn:], *list(timed)[:turn]]:
+        first = repeat % len(timed)  # no program always comes first
+        for name in [*list(timed)[first:], *list(timed)[:first]]:
             seconds[name].append(timed[name]())
 
     costs = []
     for group in (passes, rounds):
         one = seconds[next(iter(group))]
         for name in group:
-            ratios = [mine / its for mine, its in zip(seconds[name], one, strict=True)]
+            ratios = [a / b for a, b in zip(seconds[name], one, strict=True)]
             costs.append(Cost(name, Spread.of([1e3 * second for second in seconds[name]]), Spread.of(ratios)))
     _print(f"batch 1, {cache.num_slots} slots, {models.dtype}, {machine()}", costs)
     read = Spread.of([READ_BYTES / second / 1e9 for second in seconds["read"]])  # GB/s
@@ -123,7 +126,7 @@ def rows(
 
 
 def _seconds(run: Callable[..., Any], *args: Any, **static: Any) -> float:
-    """Of one call, to its result."""
+    """Seconds of one call, to its result."""
     started = time.perf_counter()
     jax.block_until_ready(run(*args, **static))
     return time.perf_counter() - started

@@ -1,14 +1,15 @@
-"""What generate and chat share: the engine by its options, answers shown token by token, and what they took."""
+"""What commands that answer share: the engine by its options, answers shown token by token, counts of answers."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, Self
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -38,7 +39,7 @@ MARKS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def add_answer_options(parser: Any, max_new: int) -> None:
-    """Adds what an answer is made of: --max-new, --stop, the sampling options, and --show-drafts."""
+    """Adds --max-new, --stop, the sampling options and --show-drafts."""
     parser.add_argument(
         "--max-new", type=whole(1), default=max_new, metavar="T", help="tokens an answer (default %(default)s)"
     )
@@ -48,7 +49,7 @@ def add_answer_options(parser: Any, max_new: int) -> None:
     parser.add_argument(
         "--show-drafts",
         action="store_true",
-        help="colour each token by the depth at which the drafter guessed it; where there are no colours (a pipe, "
+        help="colour each token by the depth at which the drafter guessed it; if there are no colours (a pipe, "
         "NO_COLOR) the depth stands behind the token: sky¹",
     )
     add_sampling_options(parser, temperature=0.0)
@@ -90,7 +91,7 @@ def add_draft_options(parser: Any, default_tree: str) -> None:
 
 
 def tree_named(text: str | None) -> TreeSpec | str | None:
-    """What `Engine` takes for the value of --tree: a TreeSpec, "auto", or None for `plain`.
+    """The `tree` of `Engine` for the value of --tree: a TreeSpec, "auto", or None for `plain`.
 
     Without a value, the tree of a single conversation, which is over before "auto" would have measured.
     """
@@ -102,7 +103,7 @@ def tree_named(text: str | None) -> TreeSpec | str | None:
 
 
 def mesh_named(text: str | None) -> Mesh | None:
-    """What `Engine` takes for the value of --mesh: a mesh of this process's devices."""
+    """The `mesh` of `Engine` for the value of --mesh: this process's devices."""
     return None if text is None else make_mesh(MeshShape.parse(text), jax.local_devices())
 
 
@@ -187,43 +188,62 @@ class Screen:
 
 
 def num_levels(engine: Engine) -> int:
-    """N, the depth to which the engine drafts; 0 where decoding is plain."""
+    """N, the depth to which the engine drafts; 0 for plain decoding."""
     return 0 if engine.drafter is None or engine.trees == (None,) else engine.drafter.num_levels
 
 
-@dataclasses.dataclass(frozen=True)
 class Took:
-    """What answers took; `+` adds up."""
+    """Counts of answers, and the time they took: the stopwatch's if one is given, else all since the start."""
 
-    answers: int
-    new_tokens: int
-    seconds: float  # without compilation
-    compiling: float
-    acceptance: Acceptance
+    def __init__(self, num_levels: int = 0, watch: Stopwatch | None = None) -> None:
+        self._num_levels, self._watch, self._started = num_levels, watch, time.perf_counter()
+        self._at_depth: Counter[int] = Counter()
+        self.answers = 0
 
-    @classmethod
-    def of(cls, answers: Sequence[Sequence[int]], watch: Stopwatch, num_levels: int) -> Self:
-        """The sums of answers, each given by the depths of its tokens (`Completion.depths`)."""
-        depths = [depth for answer in answers for depth in answer]
-        accepted_at = tuple(depths.count(depth) for depth in range(1, num_levels + 1))
-        rounds = depths.count(0) - len(answers)  # each ends with a token of the target's own, and prefill makes one
-        return cls(len(answers), len(depths), watch.seconds, watch.compiling, Acceptance(rounds, accepted_at))
+    def add(self, depths: Iterable[int]) -> None:
+        """Counts an answer, given by the depths of its tokens (`Completion.depths`)."""
+        self._at_depth.update(depths)
+        self.answers += 1
 
-    def __add__(self, other: Took) -> Took:
-        sums = (getattr(self, field.name) + getattr(other, field.name) for field in dataclasses.fields(self))
-        return Took(*sums)
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of all answers."""
+        return self._at_depth.total()
+
+    @property
+    def seconds(self) -> float:
+        """The time they took."""
+        return self._watch.seconds if self._watch else time.perf_counter() - self._started
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """Counts of accepted guesses; a round ends with a token of the target's own, and prefill makes one more."""
+        deepest = max(self._num_levels, *self._at_depth, 0)
+        accepted_at = tuple(self._at_depth[depth] for depth in range(1, deepest + 1))
+        return Acceptance(self._at_depth[0] - self.answers, accepted_at)
+
+    def rate(self) -> str:
+        """Tokens a second, with the acceptance length if there was a round."""
+        rate = f"{self.new_tokens / max(self.seconds, 1e-9):.1f} tokens/s"
+        return rate + (f", acceptance length {self.acceptance.length:.2f}" if self.acceptance.rounds else "")
+
+    def summary(self) -> str:
+        """Tokens, time and rate in one line."""
+        return f"{self.new_tokens} tokens in {self.seconds:.1f} s, {self.rate()}"
 
     def lines(self) -> Iterator[str]:
-        """What to say of it."""
+        """What generate and chat print; the time is a stopwatch's."""
+        assert self._watch is not None
         rate = self.new_tokens / max(self.seconds, 1e-9)
         yield (
             f"{self.new_tokens} new tokens in {self.seconds:.1f} s: {rate:.1f} tokens/s"
-            f" (and {self.compiling:.1f} s of compilation)"
+            f" (and {self._watch.compiling:.1f} s of compilation)"
         )
-        if self.acceptance.accepted_at and self.acceptance.rounds:
-            by_depth = " ".join("-" if math.isnan(share) else f"{share:.2f}" for share in self.acceptance.by_depth)
+        acceptance = self.acceptance
+        if acceptance.accepted_at and acceptance.rounds:
+            by_depth = " ".join("-" if math.isnan(share) else f"{share:.2f}" for share in acceptance.by_depth)
             yield (
-                f"acceptance length {self.acceptance.length:.2f} tokens a round:"
-                f" {self.acceptance.rounds} rounds for {self.new_tokens - self.answers} tokens,"
+                f"acceptance length {acceptance.length:.2f} tokens a round:"
+                f" {acceptance.rounds} rounds for {self.new_tokens - self.answers} tokens,"
                 f" the {self.answers} made by prefill not counted; accepted by depth {by_depth}"
             )

@@ -8,14 +8,14 @@ The input has one JSON object a line, in OpenAI's batch form (/v1/chat/completio
 
 A prompt is continued as it is, messages go through the target's chat template. Sampling fields: temperature, top_p,
 top_k, min_p, max_tokens (max_completion_tokens, max_new_tokens), n, seed, stop, stop_token_ids, ignore_eos, logprobs;
-the options below hold where a line leaves them out, --seed included: equal requests then get equal answers.
+the options below hold if a line leaves them out, --seed included: equal requests then get equal answers.
 
 Each line gets one record in the form it came in, as soon as it is answered, so in another order: records carry the
 line's number as "line". OpenAI's records have "custom_id", "response" and "error" (and token ids beside each choice's
 text), simple ones "id", "text", "tokens", "finish_reason" and more (with n > 1 a list "answers" of these); both have
-"statistics". A line that cannot be answered gets a record with an "error" that names the line, and the rest goes on.
+"statistics". A line that cannot be answered gets a record with an "error" that names the line.
 
-The same command after an interruption, by whatever means, goes on where it stopped. OUTPUT.manifest.json beside the
+The same command resumes after an interruption, by whatever means. OUTPUT.manifest.json beside the
 output says how it was made; other settings need another output. --slots, --drafter, --tree and --mesh change no token
 and may change.
 
@@ -38,7 +38,6 @@ import json
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -46,7 +45,7 @@ from typing import Any, BinaryIO, Self
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from fasteagle_jax.commands.answers import add_engine_options, mesh_named, sampling_params, tree_named
+from fasteagle_jax.commands.answers import Took, add_engine_options, mesh_named, sampling_params, tree_named
 from fasteagle_jax.commands.terminal import (
     INTERRUPTED,
     Parser,
@@ -140,7 +139,7 @@ def answer_file(args: argparse.Namespace) -> int:
                 except KeyboardInterrupt:
                     print(
                         f"interrupted: {len(answers.done)} of {len(numbers)} requests are answered; "
-                        "the same command goes on with the others",
+                        "the same command resumes with the others",
                         file=sys.stderr,
                     )
                     return INTERRUPTED
@@ -172,9 +171,8 @@ class Work:
         self._engine, self._answers, self._interrupts, self._target = engine, answers, interrupts, target
         self._total = total
         self._asked: dict[int, BatchRequest] = {}  # by line, under way
-        self._made: dict[int, list[Completion]] = {}
-        self._started = time.perf_counter()
-        self._tokens = self._rounds = self._accepted = 0
+        self._answered: dict[int, list[Completion]] = {}
+        self._took = Took()
         self._bar: Any = None
 
     def answer(self, lines: Iterable[BatchRequest | Refusal]) -> None:
@@ -182,17 +180,16 @@ class Work:
         pause = 0.5 if sys.stderr.isatty() else 60.0  # seconds: a log wants fewer lines than a terminal
         done = len(self._answers.done)
         with tqdm(total=self._total, initial=done, unit="request", mininterval=pause, dynamic_ncols=True) as self._bar:
-            self._started = time.perf_counter()
+            self._took = Took()
             for completion in self._engine.serve(self._requests(lines)):
                 self._take(completion)
 
     def summary(self) -> str:
         """What came of it."""
-        seconds = time.perf_counter() - self._started
         answers = self._answers
         return (
             f"{len(answers.done)} of {self._total} requests answered, {answers.num_errors} of them errors;"
-            f" {self._tokens} tokens in {seconds:.1f} s, {self._speed()}"
+            f" {self._took.summary()}"
         )
 
     def _requests(self, lines: Iterable[BatchRequest | Refusal]) -> Iterator[Any]:
@@ -206,7 +203,7 @@ class Work:
                 except UserError as error:
                     asked = Refusal(asked.line, "invalid_prompt", str(error))
                 else:
-                    self._asked[number], self._made[number] = asked, []
+                    self._asked[number], self._answered[number] = asked, []
                     yield from requests
                     continue
             self._write(refusal_record(asked))
@@ -214,25 +211,18 @@ class Work:
     def _take(self, completion: Completion) -> None:
         """Takes an answer; the last one of its line makes the record."""
         number = completion.prompt_index
-        asked, made = self._asked[number], self._made[number]
-        made.append(completion)
-        self._tokens += len(completion.tokens)
-        self._rounds += completion.statistics.rounds
-        self._accepted += sum(completion.statistics.accepted_at)
-        if len(made) == asked.params.n:
-            del self._asked[number], self._made[number]
-            self._write(answer_record(asked, made, self._engine.tokenizer, self._target))
+        asked, answers = self._asked[number], self._answered[number]
+        answers.append(completion)
+        self._took.add(completion.depths)
+        if len(answers) == asked.params.n:
+            del self._asked[number], self._answered[number]
+            self._write(answer_record(asked, answers, self._engine.tokenizer, self._target))
 
     def _write(self, record: dict[str, Any]) -> None:
         with self._interrupts.held():
             self._answers.append(record)
-        self._bar.set_postfix_str(self._speed(), refresh=False)
+        self._bar.set_postfix_str(self._took.rate(), refresh=False)
         self._bar.update()
-
-    def _speed(self) -> str:
-        rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
-        length = f"{1 + self._accepted / self._rounds:.2f}" if self._rounds else "-"
-        return f"{rate:.1f} tokens/s, acceptance length {length}"
 
 
 class Interrupts:

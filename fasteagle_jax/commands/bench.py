@@ -1,4 +1,4 @@
-"""Measure drafters against plain decoding: the same prompts, weights and machine, in turns in one process.
+"""Measure drafters against plain decoding: the same prompts, weights and machine, interleaved in one process.
 
 Every turn of every conversation is decoded by itself (batch 1), plainly and by every drafter, before the next one is;
 --repeats times, after a warm-up. The context of a second turn holds the target's own first answer. Times are of whole
@@ -15,6 +15,9 @@ costs, and a round with each tree of `auto`.
 
 --predict FOLDER measures nothing: it estimates speed-ups on TPUs from compiled programs (--predict --help).
 
+--results keeps what is measured, task by task: the same command after an interruption measures the rest. If the output
+is no terminal, a line a minute on stderr says what is measured and how fast it is.
+
 Exit code 1 says that in float32 a token differed.
 
 example:
@@ -27,11 +30,11 @@ example:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import functools
-import json
+import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -39,22 +42,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from fasteagle_jax.bench import predict, verify_cost
 from fasteagle_jax.bench import sweeps as sweep
-from fasteagle_jax.bench.breakdown import Split, Splitter
-from fasteagle_jax.bench.decoders import Way, find_drafters, load_drafters, parse_ways, read_tasks
+from fasteagle_jax.bench.breakdown import Breakdown, RoundProfiler
+from fasteagle_jax.bench.decoders import DecoderSpec, find_drafters, load_drafters, parse_decoders, read_tasks
 from fasteagle_jax.bench.figures import (
     ablation_figure,
     acceptance_figure,
+    breakdown_figure,
+    show_breakdowns,
     show_results,
-    show_splits,
     speedup_figure,
-    split_figure,
 )
+from fasteagle_jax.bench.progress import Parts, Progress, check_results
 from fasteagle_jax.bench.prompts import Models, check_fits
-from fasteagle_jax.bench.runner import Contest, Measured, Result
+from fasteagle_jax.bench.runner import Case, Comparison, Measured, Result, means
 from fasteagle_jax.commands.answers import ONE_AT_A_TIME
 from fasteagle_jax.commands.models import add_target_options, load_models
 from fasteagle_jax.commands.terminal import Parser, add_filter_options, program, whole
@@ -62,9 +65,10 @@ from fasteagle_jax.data.sources import Prompt
 from fasteagle_jax.decoding.sampling import Sampling, make_sampling
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
+from fasteagle_jax.drafters.files import TENSORS
 from fasteagle_jax.drafters.simulated import parse_rates
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import check_new, new_folder
+from fasteagle_jax.io.files import sha256
 from fasteagle_jax.targets.tokenizer import encode_chat
 
 TOKENS_DIFFER = 1  # exit code
@@ -100,7 +104,9 @@ def _parser() -> Parser:
     parser.add_argument("--limit", type=whole(1), metavar="N", help="prompts of each task")
     parser.add_argument("--max-new", type=whole(2), default=128, metavar="T", help="tokens an answer (default 128)")
     parser.add_argument("--repeats", type=whole(1), default=3, metavar="R", help="default 3")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="a new folder for numbers and figures")
+    parser.add_argument(
+        "--results", type=Path, metavar="FOLDER", help="a new folder for numbers and figures, or one left unfinished"
+    )
     sweep_options = parser.add_argument_group("sweeps")
     sweep_options.add_argument(
         "--sweep",
@@ -156,59 +162,66 @@ def _sweeps(text: str) -> list[str]:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Measures, prints the tables, writes the results; returns the exit code."""
+    """Measures, prints the tables and writes the results; returns the exit code."""
     # --- what was asked for -----------------------------------------------------------------------------------
     alone = ALONE.get(",".join(args.sweep))
-    ways = parse_ways(args.drafters, "auto" if args.sweep == ["slots"] else str(default_tree(jax.default_backend())))
-    for way in ways:
-        if way.tree not in (None, "auto") or not alone and way.tree:
-            TreeSpec.parse(way.tree)
-    if len(ways) == 1:
+    decoders = parse_decoders(
+        args.drafters, "auto" if args.sweep == ["slots"] else str(default_tree(jax.default_backend()))
+    )
+    for decoder in decoders:
+        if decoder.tree not in (None, "auto") or not alone and decoder.tree:
+            TreeSpec.parse(decoder.tree)
+    if len(decoders) == 1:
         raise UserError("plain decoding alone is nothing to compare: name a drafter, NAME=FOLDER")
     if alone and len(args.temperature) > 1:
         raise UserError(f"--sweep {args.sweep[0]} is of one temperature: give --temperature one number")
-    check_new(args.results)
+    check_results(args.results)
+    if args.results is not None:
+        import matplotlib.figure  # noqa: F401  # which draws at the end: a missing one is found out now
     for temperature in args.temperature:
         make_sampling(1, temperature, args.top_k, args.top_p, args.seed, args.min_p)
-    ways = find_drafters(ways, args.target)
+    decoders = find_drafters(decoders, args.target)
     tasks = read_tasks(args.tasks, args.prompts_folder, args.limit)
     models = load_models(args, None)
-    drafters = load_drafters(models, ways)
+    drafters = load_drafters(models, decoders)
     for prompts in tasks.values():
-        for prompt in prompts:  # the longest turn; those with answers in them are known later
-            said = [{"role": "user", "content": "\n".join(prompt.turns)}]
-            tokens = encode_chat(models.tokenizer, said)
+        for prompt in prompts:  # all turns without answers: `cases` checks each prompt with them
+            messages = [{"role": "user", "content": "\n".join(prompt.turns)}]
+            tokens = encode_chat(models.tokenizer, messages)
             check_fits(models.target.config.max_positions, prompt.id, tokens, args.max_new * len(prompt.turns))
 
     # --- measuring --------------------------------------------------------------------------------------------
-    results = contextlib.nullcontext() if args.results is None else new_folder(args.results)
-    with results as folder:  # made now: what cannot be written is found out at once
-        if alone:
-            first_turns = [
-                encode_chat(models.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
-                for prompts in tasks.values()
-                for prompt in prompts
-            ]
-            outcome = alone(args, models, drafters, ways, first_turns)
-        else:
-            outcome = _compare(args, models, drafters, ways, tasks)
-        report = {
-            "date": datetime.date.today().isoformat(),
-            "machine": sweep.machine(),
-            "jax": jax.__version__,
-            "dtype": models.dtype,
-            "target": models.fingerprint,
-            "arguments": {name: os.fspath(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-            "drafters": {
-                way.name: dataclasses.asdict(drafters[way.folder].config) if way.folder else {"rates": way.rates}
-                for way in ways[1:]
-            },
-            **outcome.report,
-        }
-        if folder is not None:
-            (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-            for name, figure in outcome.figures.items():
-                figure().savefig(folder / f"{name}.png", dpi=120)
+    settings = {
+        "machine": sweep.machine(),
+        "jax": jax.__version__,
+        "dtype": models.dtype,
+        "target": models.fingerprint,
+        "arguments": {
+            name: os.fspath(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "results"
+        },
+    }
+    digests = {
+        "prompts": hashlib.sha256(repr(tasks).encode()).hexdigest(),
+        "weights": {decoder.name: sha256(decoder.folder / TENSORS) for decoder in decoders if decoder.folder},
+    }
+    parts = Parts(args.results, settings | digests)
+    if alone:
+        first_turns = [
+            encode_chat(models.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+            for prompts in tasks.values()
+            for prompt in prompts
+        ]
+        outcome = alone(args, models, drafters, decoders, first_turns, parts)
+    else:
+        outcome = _compare(args, models, drafters, decoders, tasks, parts)
+    configs = {
+        decoder.name: dataclasses.asdict(drafters[decoder.folder].config)
+        if decoder.folder
+        else {"rates": decoder.rates}
+        for decoder in decoders[1:]
+    }
+    date = datetime.date.today().isoformat()
+    parts.finish({"date": date, **settings, "drafters": configs, **outcome.report}, outcome.figures)
     if outcome.differing and models.dtype == "float32":
         print(f"warning: {outcome.differing} answers differ, in float32 none should", file=sys.stderr)
         return TOKENS_DIFFER
@@ -219,66 +232,98 @@ def _compare(
     args: argparse.Namespace,
     models: Models,
     drafters: Mapping[Path, Any],
-    ways: list[Way],
+    decoders: list[DecoderSpec],
     tasks: Mapping[str, Sequence[Prompt]],
+    parts: Parts,
 ) -> sweep.Outcome:
-    """The tasks by every way at every temperature; in a sweep, by every way with other trees."""
+    """The tasks by every decoder at every temperature; in a sweep, by every drafter with other trees."""
     ablations: list[sweep.Ablation] = []
     if args.sweep:
-        levels = {way: drafters[way.folder].num_levels if way.folder else len(way.rates) for way in ways[1:]}
-        ablations = [point for key in args.sweep for way in ways[1:] for point in sweep.ablation(key, way, levels[way])]
-        ways = [ways[0], *dict.fromkeys(point.way for point in ablations)]
-    contest = Contest(models, drafters, ways, args.max_new)
-    splitters = [] if args.sweep else [Splitter(contest, way) for way in ways]
-    turns = sum(len(prompt.turns) for prompts in tasks.values() for prompt in prompts)
+        levels = {d: drafters[d.folder].num_levels if d.folder else len(d.rates) for d in decoders[1:]}
+        ablations = [point for key in args.sweep for d in decoders[1:] for point in sweep.ablation(key, d, levels[d])]
+        decoders = [decoders[0], *dict.fromkeys(point.decoder for point in ablations)]
+    comparison = Comparison(models, drafters, decoders, args.max_new)
+    profilers = [] if args.sweep else [RoundProfiler(comparison, decoder) for decoder in decoders]
+    num_cases = {task: sum(len(prompt.turns) for prompt in prompts) for task, prompts in tasks.items()}
+    progress = Progress(len(args.temperature) * sum(num_cases.values()) * (1 + args.repeats), "answer")
+
+    def sampling(index: int, temperature: float) -> Sampling:
+        seed = (args.seed + index) % 2**32
+        return make_sampling(1, temperature, args.top_k, args.top_p, seed, args.min_p)
+
+    def measure(task: str, temperature: float, first: int) -> dict[str, Any]:
+        """A task for JSON; the seed of its first case is that of case `first` of all."""
+        cases = []
+        for case in comparison.cases(task, tasks[task], (sampling(i, temperature) for i in itertools.count(first))):
+            cases.append(case)
+            progress.update(f"{task}, plain decoding's answers first")
+        comparison.warm_up(cases)
+        measured = comparison.measure(cases, args.repeats, progress.update)
+        longest = max(range(len(cases)), key=lambda i: len(cases[i].answer))
+        return {
+            "results": [result.record() for result in measured.results(temperature)],
+            "cases": _records(measured, temperature),
+            "compilations": measured.compilations,
+            "longest": {
+                "index": first + longest,
+                "id": cases[longest].id,
+                "tokens": cases[longest].tokens,
+                "answer": cases[longest].answer,
+            },
+        }
+
+    def measure_rounds(temperature: float, longest: dict[str, Any]) -> list[dict[str, Any]]:
+        case = Case("", longest["id"], longest["tokens"], sampling(longest["index"], temperature), longest["answer"])
+        return [profiler.measure(case, temperature).record() for profiler in profilers]
+
     results: list[Result] = []
-    splits: list[Split] = []
+    breakdowns: list[Breakdown] = []
     cases: list[dict[str, Any]] = []
-    late = 0
-    with tqdm(total=len(args.temperature) * turns * (1 + args.repeats), unit="answer", disable=None) as bar:
-        for temperature in args.temperature:
-
-            def sampling(index: int, temperature: float = temperature) -> Sampling:
-                seed = (args.seed + index) % 2**32
-                return make_sampling(1, temperature, args.top_k, args.top_p, seed, args.min_p)
-
-            conversations = []
-            for case in contest.conversations(tasks, sampling):
-                conversations.append(case)
-                bar.update()
-            contest.warm_up(conversations)
-            measured = contest.measure(conversations, args.repeats, bar.update)
-            late += measured.compilations
-            results += measured.results(temperature)
-            cases += _records(measured, temperature)
-            longest = max(conversations, key=lambda case: len(case.answer))
-            if len(longest.answer) > 1:  # there is a round
-                splits += [splitter.measure(longest, temperature) for splitter in splitters]
-    if late:
-        print(f"warning: {late} programs were compiled while timed: the times are too long", file=sys.stderr)
+    compilations = 0
+    for temperature in args.temperature:
+        of_tasks, longest, first = list[Result](), None, 0
+        for task in tasks:
+            name = f"temperature {temperature}, {task}"
+            if name in parts:
+                progress.update(f"{task} is measured already", num_cases[task] * (1 + args.repeats))
+            part = parts.get(name, functools.partial(measure, task, temperature, first))
+            of_tasks += [Result.read(record, decoders) for record in part["results"]]
+            cases += part["cases"]
+            compilations += part["compilations"]
+            if longest is None or len(part["longest"]["answer"]) > len(longest["answer"]):
+                longest = part["longest"]
+            first += num_cases[task]
+        results += of_tasks + means(of_tasks)
+        if longest and len(longest["answer"]) > 1:  # there is a round
+            name = f"temperature {temperature}: rounds"
+            records = parts.get(name, functools.partial(measure_rounds, temperature, longest))
+            breakdowns += [Breakdown.read(record, decoders) for record in records]
+    progress.close()
+    if compilations:
+        print(f"warning: {compilations} programs were compiled while timed: the times are too long", file=sys.stderr)
 
     figures: dict[str, Callable[[], Any]] = {}
     for temperature in args.temperature:
-        its = [result for result in results if result.temperature == temperature]
+        shown = [result for result in results if result.temperature == temperature]
         title = f"temperature {temperature:g}, {args.max_new} new tokens at most, {models.dtype}, {sweep.machine()}"
         if args.sweep:
-            sweep.show_ablations(title, args.sweep, ablations, its)
+            sweep.show_ablations(title, args.sweep, ablations, shown)
         else:
-            show_results(title, its)
+            show_results(title, shown)
     if args.sweep:
         for key in args.sweep:
             figures[key] = functools.partial(ablation_figure, key, *sweep.points(key, ablations, results))
     else:
         figures["speedup"] = functools.partial(speedup_figure, results)
         figures["acceptance"] = functools.partial(acceptance_figure, results)
-        if splits:
-            show_splits(splits)
-            figures["time"] = functools.partial(split_figure, splits)
+        if breakdowns:
+            show_breakdowns(breakdowns)
+            figures["time"] = functools.partial(breakdown_figure, breakdowns)
     print("tau: tokens a target pass, without the token that prefill makes; by depth: of those whose predecessor held")
     report = {
-        "compilations_while_timed": late,
+        "compilations_while_timed": compilations,
         "results": [result.record() for result in results],
-        "time_of_a_round": [split.record() for split in splits],
+        "time_of_a_round": [breakdown.record() for breakdown in breakdowns],
         "ablations": [point.record() for point in ablations],
         "cases": cases,
     }
@@ -287,7 +332,7 @@ def _compare(
 
 
 def _records(measured: Measured, temperature: float) -> list[dict[str, Any]]:
-    """Each case for JSON: its sizes, and the target passes by way."""
+    """A record of each case for JSON: its sizes, and the target passes of each decoder."""
     return [
         {
             "temperature": temperature,
@@ -295,7 +340,7 @@ def _records(measured: Measured, temperature: float) -> list[dict[str, Any]]:
             "id": case.id,
             "prompt_tokens": len(case.tokens),
             "new_tokens": len(case.answer),
-            "target_passes": {str(way): runs[0][i].acceptance.rounds for way, runs in measured.runs.items()},
+            "target_passes": {str(decoder): runs[0][i].acceptance.rounds for decoder, runs in measured.runs.items()},
         }
         for i, case in enumerate(measured.cases)
     ]

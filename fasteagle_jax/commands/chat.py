@@ -1,7 +1,8 @@
 """Talk with a target at the terminal, sped up by a drafter if one is named.
 
 A line is a message; the answer is printed as it is decoded. /reset begins a new conversation; /exit or the end of the
-input (Ctrl-D) ends the chat; Ctrl-C stops an answer, whose beginning stays said. Lines may also come out of a pipe.
+input (Ctrl-D) ends the chat; Ctrl-C stops an answer, whose beginning stays in the
+conversation. Lines may also come out of a pipe.
 
 examples:
   fasteagle chat
@@ -65,7 +66,8 @@ def chat(args: argparse.Namespace) -> None:
         _note("/reset begins a new conversation, /exit ends the chat, Ctrl-C stops an answer")
 
     screen = Screen(levels if args.show_drafts else 0)
-    messages, total = list(opening), Took.of([], Stopwatch(), levels)
+    total_watch = Stopwatch()
+    messages, total = list(opening), Took(levels, total_watch)
     while True:
         # --- a line -------------------------------------------------------------------------------------------
         try:
@@ -96,14 +98,15 @@ def chat(args: argparse.Namespace) -> None:
 
         # --- its answer ---------------------------------------------------------------------------------------
         watch = Stopwatch()
-        with watch:
-            said, depths, completion = _answer(engine, tokens, params, screen)
-        if completion is None and not said:
+        with watch, total_watch:
+            text_so_far, depths, completion = _answer(engine, tokens, params, screen)
+        if completion is None and not text_so_far:
             continue  # stopped before it began: as if not asked
-        messages += [question, {"role": "assistant", "content": said}]
-        took = Took.of([depths], watch, levels)
-        total += took
+        messages += [question, {"role": "assistant", "content": text_so_far}]
+        total.add(depths)
         if args.show_drafts:
+            took = Took(levels, watch)
+            took.add(depths)
             for text in took.lines():
                 _note(text)
         if completion is not None and completion.finish_reason == "length":

@@ -6,15 +6,16 @@ more or less.
 docs/tpu.md explains the figures.
 
 examples:
-  fasteagle compile --config configs/llama31_8b.py --topology v5e:2x4
-  fasteagle compile --config configs/llama31_8b.py --topology v6e:2x4 --program decode --batch 32 --tree plain
-  fasteagle compile --config configs/llama31_8b.py loss.chunk=16384    # simulated; the loss at all positions at once
-  fasteagle compile --table runs/compiled    # the targets of docs/tpu.md on its slices; kept, so that it can go on
+  fasteagle compile --config llama31_8b --topology v5e:2x4
+  fasteagle compile --config llama31_8b --topology v6e:2x4 --program decode --batch 32 --tree plain
+  fasteagle compile --config llama31_8b loss.chunk=16384    # simulated; the loss at all positions at once
+  fasteagle compile --table runs/compiled    # the targets of docs/tpu.md on its slices; the same command resumes
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ import jax
 
 from fasteagle_jax.commands.terminal import Parser, program, whole
 from fasteagle_jax.compiling.programs import PROGRAMS, Decoding, Report, compile_program
+from fasteagle_jax.compiling.published import PUBLISHED
 from fasteagle_jax.compiling.table import table
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices import topology
@@ -35,11 +37,11 @@ from fasteagle_jax.io.files import check_new, write_new
 from fasteagle_jax.training.config import apply_changes, load_config
 
 
-@program
+@functools.partial(program, keeps_compiled=False)  # compiling is what it measures
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles as the command line says; returns the exit code."""
     parser = Parser(prog="fasteagle compile", description=__doc__)
-    parser.add_argument("--config", help="a Python file with get_config() -> RunConfig")
+    parser.add_argument("--config", help=f"a Python file with get_config() -> RunConfig, or {', '.join(PUBLISHED)}")
     parser.add_argument(
         "--table", type=Path, metavar="FOLDER", help="compile the table of docs/tpu.md, what is not in the folder yet"
     )
@@ -62,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(args.table))
         return 0
     if not args.config:
-        raise UserError("no configuration: give --config, e.g. configs/llama31_8b.py")
+        raise UserError(f"no configuration: give --config, e.g. {next(iter(PUBLISHED))}")
     check_new(args.json)
-    config = apply_changes(load_config(args.config), args.changes)
+    config = apply_changes(PUBLISHED.get(args.config) or load_config(args.config), args.changes)
     tree = None if args.tree == "plain" else TreeSpec.parse(args.tree)
     decoding = Decoding(args.batch, tree, args.cache, min(256, args.cache // 4))
     mesh = None if args.mesh is None else MeshShape.parse(args.mesh)

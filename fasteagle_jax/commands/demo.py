@@ -27,13 +27,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fasteagle_jax.bench.prompts import CHUNK, Models, pad
-from fasteagle_jax.commands import prepare_data, train_drafter
+from fasteagle_jax.bench.prompts import CHUNK, Models, prompt_slots
 from fasteagle_jax.commands.answers import ONE_AT_A_TIME
 from fasteagle_jax.commands.models import load_models
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, program, whole
 from fasteagle_jax.decoding import speculative as decoding
 from fasteagle_jax.decoding.acceptance import Acceptance
+from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def trained_drafter(folder: Path, steps: int) -> Path:
     """The folder of a drafter trained for `steps`, from the cache if it is there."""
+    from fasteagle_jax.commands import prepare_data, train_drafter  # which need packages that decoding does without
+
     run = folder / f"run-{steps}"
     if (run / "drafter").is_dir():
         return run / "drafter"
@@ -133,7 +135,7 @@ class Runner:
 
     def start(self, prompt: list[int], sampling: Any, stop: Any, max_new: int) -> None:
         """Prefills the prompt; the clock starts after it."""
-        tokens, lengths = pad([prompt])
+        tokens, lengths = pad_prompts([prompt], prompt_slots(len(prompt)))
         self.state, self.vocab = decoding.start(
             self.models.target,
             self.drafter,
@@ -149,12 +151,12 @@ class Runner:
 
     def step(self, sampling: Any, stop: Any) -> None:
         """One round."""
-        began = time.perf_counter()
+        started = time.perf_counter()
         self.state = decoding.advance(
             self.models.target, self.drafter, self.vocab, self.state, sampling, stop, jnp.int32(1), tree=self.tree
         )
         jax.block_until_ready(self.state.done)
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - started
 
     @property
     def done(self) -> bool:
@@ -181,7 +183,7 @@ class Runner:
 
 
 def race_all(models: Models, tree: TreeSpec, args: Any) -> bool:
-    """Answers every question both ways and prints the sums; True where all answers were identical."""
+    """Answers every question with both decoders and prints the sums; True if all answers are identical."""
     console = Console()
     runners = (Runner("plain", models, None, tree), Runner(f"speculative, {tree}", models, models.drafter, tree))
     sampling = make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
@@ -219,7 +221,7 @@ def race_all(models: Models, tree: TreeSpec, args: Any) -> bool:
 def race(
     console: Console, runners: tuple[Runner, Runner], prompt: list[int], sampling: Any, stop: Any, max_new: int
 ) -> bool:
-    """Decodes one prompt both ways, always stepping whoever's clock is behind; True for identical tokens."""
+    """Decodes one prompt with both, stepping the one whose clock is behind; True for identical tokens."""
     for runner in runners:
         runner.start(prompt, sampling, stop, max_new)
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:

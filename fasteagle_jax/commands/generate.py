@@ -85,7 +85,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
     if args.show_drafts and args.output:
         raise UserError("--show-drafts with --output: leave one of them out")
     if args.no_chat and (many := [prompt.id for prompt in prompts if len(prompt.turns) > 1]):
-        raise UserError(f"prompt {many[0]} has several turns, which plain text has not: leave --no-chat out")
+        raise UserError(f"prompt {many[0]} has several turns, which plain text does not have: leave --no-chat out")
 
     engine = load_engine(args, tree, args.slots or min(8, len(prompts)))
     talks = [Talk(prompt, chat=not args.no_chat) for prompt in prompts]
@@ -101,7 +101,11 @@ def answer_prompts(args: argparse.Namespace) -> None:
         _answer(engine, talks, params, None if args.output else screen, watch)
     if args.output:
         write_new(args.output, "".join(talk.line() for talk in talks))
-    for line in Took.of([answer.depths for talk in talks for answer in talk.answers], watch, levels).lines():
+    took = Took(levels, watch)
+    for talk in talks:
+        for answer in talk.answers:
+            took.add(answer.depths)
+    for line in took.lines():
         print(line, file=sys.stderr)
 
 
@@ -125,10 +129,10 @@ def _answer(
     """Answers all turns of all conversations: the first of each, then the second. Shows them in order if told to."""
     shown = 0
     with tqdm(total=sum(len(t.turns) for t in talks), unit="answer", disable=True if screen else None) as bar:
-        while asked := [talk for talk in talks if not talk.ended]:
+        while open_talks := [talk for talk in talks if not talk.ended]:
             with watch:
-                for completion in engine.complete([talk.ask(engine) for talk in asked], params):
-                    asked[completion.prompt_index].answers.append(completion)
+                for completion in engine.complete([talk.ask(engine) for talk in open_talks], params):
+                    open_talks[completion.prompt_index].answers.append(completion)
                     bar.update()
                     while screen and shown < len(talks) and talks[shown].ended:
                         for i, answer in enumerate(talks[shown].answers):
@@ -151,7 +155,7 @@ class Talk:
         return len(self.answers) == len(self.turns)
 
     def messages(self) -> list[Message]:
-        """What was said, and the next question if there is one."""
+        """The messages so far, and the next question if there is one."""
         messages = []
         for i, turn in enumerate(self.turns[: len(self.answers) + 1]):
             messages.append({"role": "user", "content": turn})
@@ -160,7 +164,7 @@ class Talk:
         return messages
 
     def ask(self, engine: Engine) -> tuple[int, ...]:
-        """The tokens to be answered next; UserError where they do not fit."""
+        """The tokens to be answered next; UserError if they do not fit."""
         return engine.encode(self.messages() if self.chat else self.turns[0], self.id)
 
     def opening(self, turn: int) -> str:

@@ -27,7 +27,6 @@ import dataclasses
 import hashlib
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -45,9 +44,8 @@ from fasteagle_jax.data.conversations import Conversation, ConversationWriter
 from fasteagle_jax.data.manifest import damaged, manifest_path, read_manifest
 from fasteagle_jax.data.shares import join
 from fasteagle_jax.data.sources import HeldOut, read_dialogues, read_prompts
-from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.engine.engine import Engine
-from fasteagle_jax.engine.requests import Completion, SamplingParams
+from fasteagle_jax.engine.requests import SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import sha256, write_text, writing
 from fasteagle_jax.io.progress import progress_bar
@@ -162,7 +160,7 @@ def prepare(args: argparse.Namespace) -> None:
             print(f"memory: {engine.memory}", file=sys.stderr)
             if len(engine.trees) > 1:
                 print("measuring which tree is the fastest comes first", file=sys.stderr)
-        rate, unwritten = Rate(), list[Outcome]()
+        took, unwritten = Took(), list[Outcome]()
 
         def write() -> None:
             if kept := [outcome for outcome in unwritten if isinstance(outcome, Conversation)]:
@@ -177,10 +175,10 @@ def prepare(args: argparse.Namespace) -> None:
             for settled, completion in answer_all(samples, rules, engine, partial(params_of, args), ahead):
                 unwritten += settled
                 if completion is not None:
-                    rate.add(completion)
+                    took.add(completion.depths)
                 if len(unwritten) >= args.slots:  # not every sample is worth waiting for the disk
                     write()
-                bar.set_postfix_str(f"{rate}, {manifest.dropped.total()} dropped", refresh=False)
+                bar.set_postfix_str(f"{took.rate()}, {manifest.dropped.total()} dropped", refresh=False)
                 bar.update(len(settled))
             write()
     reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(manifest.dropped.items()))
@@ -191,7 +189,7 @@ def prepare(args: argparse.Namespace) -> None:
         )
     print(
         f"{output}: {len(writer)} conversations of {manifest.tried} samples"
-        f" ({f'dropped: {reasons}' if reasons else 'none dropped'}); {rate.summary()}"
+        f" ({f'dropped: {reasons}' if reasons else 'none dropped'}); {took.summary()}"
     )
 
 
@@ -295,33 +293,6 @@ def params_of(args: argparse.Namespace, dialogue: Dialogue) -> SamplingParams:
 def answer_seed(seed: int, id: str, speaker: str) -> int:
     """A seed of 32 bits for each turn, the same in any batch and on any machine."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{id}\n{speaker}".encode()).digest()[:4], "little")
-
-
-class Rate:
-    """Tokens a second and acceptance length of the answers sampled so far."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._tokens = 0
-        self._acceptance: Acceptance | None = None
-
-    def add(self, completion: Completion) -> None:
-        """Counts an answer."""
-        self._tokens += len(completion.tokens)
-        counts = [completion.statistics] if self._acceptance is None else [self._acceptance, completion.statistics]
-        self._acceptance = Acceptance.total(counts)
-
-    def __str__(self) -> str:
-        rate = self._tokens / max(time.perf_counter() - self._start, 1e-9)
-        counts = self._acceptance
-        return f"{rate:.0f} tokens/s" + (
-            f", acceptance length {counts.length:.2f}" if counts is not None and any(counts.accepted_at) else ""
-        )
-
-    def summary(self) -> str:
-        """Tokens, seconds and rate."""
-        seconds = time.perf_counter() - self._start
-        return f"{self._tokens} tokens generated in {seconds:.0f} s, {self}"
 
 
 # --- the manifest -----------------------------------------------------------------------------------------------

@@ -6,14 +6,19 @@ Exit codes: 0 done, 2 something the user can mend (one line on stderr says what)
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import hashlib
 import logging
+import platform
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from fasteagle_jax.devices.chips import set_libtpu_flags
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.fetch import cache_folder
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
@@ -39,13 +44,29 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def program(main: Callable[[Sequence[str] | None], int | None]) -> Main:
-    """`main` as a program: errors that a user can mend become one line on stderr and exit code 2."""
+# Packages that decoding does without, and the extra of this package that installs each.
+EXTRAS = {"datasets": "train", "matplotlib": "plot", "orbax": "train", "tensorboardX": "train", "wandb": "wandb"}
+
+
+def not_installed(error: ModuleNotFoundError) -> str | None:
+    """What to say of a missing package that an extra installs; None of any other."""
+    package = (error.name or "").partition(".")[0]
+    extra = EXTRAS.get(package)
+    return extra and f"{package} is not installed: pip install 'fasteagle-jax[{extra}]'"
+
+
+def program(main: Callable[[Sequence[str] | None], int | None], keeps_compiled: bool = True) -> Main:
+    """`main` as a program: errors that a user can mend become one line on stderr and exit code 2.
+
+    What it compiles is kept in the user's cache folder (see `keep_compiled`) unless `keeps_compiled` is False.
+    """
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         set_libtpu_flags()
+        if keeps_compiled:
+            keep_compiled()
         try:
             return main(argv) or 0
         except SystemExit as stop:  # argparse's --help
@@ -54,6 +75,10 @@ def program(main: Callable[[Sequence[str] | None], int | None]) -> Main:
             return _fail("interrupted", INTERRUPTED)
         except UserError as error:
             return _fail(str(error))
+        except ModuleNotFoundError as error:
+            if (message := not_installed(error)) is None:
+                raise
+            return _fail(message)
         except BrokenPipeError:  # the reader of our output went away, `| head` for one
             sys.stdout = None  # type: ignore[assignment]  # nothing more to flush
             return 0
@@ -68,6 +93,32 @@ def program(main: Callable[[Sequence[str] | None], int | None]) -> Main:
             return _fail(_OUT_OF_MEMORY)
 
     return guarded
+
+
+def keep_compiled() -> None:
+    """Turns JAX's persistent compilation cache on, in the cache folder, unless a folder is set.
+
+    JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. XLA compiles for
+    the CPU it runs on, and machines may share a home: each kind of CPU has a folder of its own.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        return
+    folder = cache_folder() / "compiled" / _cpu_kind()
+    with contextlib.suppress(OSError):  # nothing is kept if nothing can be written there
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _cpu_kind() -> str:
+    """A name for the instructions that this machine's CPU has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):  # not Linux
+        features = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
 _OUT_OF_MEMORY = "out of memory: use a smaller batch, shorter lengths or --dtype bfloat16"
@@ -125,7 +176,7 @@ def add_dtype_option(parser: Any, note: str) -> None:
 
 
 def dtype_named(name: str | None, on_cpu: str = "float32") -> Any:
-    """The jnp dtype of --dtype; where it was not given, `on_cpu` on a CPU and bfloat16 on an accelerator."""
+    """The jnp dtype of --dtype; if it was not given, `on_cpu` on a CPU and bfloat16 on an accelerator."""
     import jax
     import jax.numpy as jnp
 

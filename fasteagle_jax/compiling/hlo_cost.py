@@ -1,4 +1,4 @@
-"""What a compiled program costs, read from its optimised HLO: bytes of HBM, operations, collectives.
+"""The cost of a compiled program, read from its optimised HLO: bytes of HBM, operations, collectives.
 
 XLA's own `cost_analysis` counts the body of a loop once. Here a loop counts as often as it runs, which its own counter
 says: the scalars that its condition reads are computed from the program's constants. What data alone can say (how many
@@ -27,7 +27,7 @@ Branch = Literal["least", "most"]
 
 HBM = (0,)  # memory spaces of a layout, S(n): 0 is HBM (or a GPU's or CPU's memory), others are on the chip or the host
 
-MOST_TURNS = 1_000_000  # of a loop that is run for its counter alone
+MAX_ITERATIONS = 1_000_000  # of a loop that is run for its counter alone
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -37,7 +37,7 @@ COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """One kind of exchange between devices."""
+    """Number and size of one kind of exchange between devices."""
 
     number: float = 0  # how often
     bytes: float = 0  # of the larger of what goes in and what comes out, of all of them
@@ -47,18 +47,18 @@ class Collectives:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a program does on one device."""
+    """Bytes, operations and exchanges of a program on one device."""
 
     bytes: float = 0  # read from and written to HBM
     product_flops: float = 0  # of matrix products and convolutions: 2 for a multiplication and an addition
     other_flops: float = 0  # of arithmetic between elements and of reductions; some products end up here
     collectives: dict[str, Collectives] = dataclasses.field(default_factory=dict)
-    unknown_loops: int = 0  # loops in the program whose turns only data can tell, counted as one
+    unknown_loops: int = 0  # loops in the program whose iterations only data can tell, counted as one
     host_calls: int = 0  # callbacks, infeeds and transfers to the host in the program
 
     @property
     def flops(self) -> float:
-        """All of them."""
+        """FLOPs of all kinds."""
         return self.product_flops + self.other_flops
 
     def __add__(self, other: Cost) -> Cost:
@@ -76,17 +76,17 @@ class Cost:
             self.host_calls + other.host_calls,
         )
 
-    def times(self, turns: int) -> Cost:
-        """Of so many turns of a loop; what counts places in the program stays."""
+    def times(self, iterations: int) -> Cost:
+        """The cost of that many iterations of a loop; counts of places in the program stay."""
         scaled = {
-            kind: Collectives(*(turns * value for value in dataclasses.astuple(own)))
+            kind: Collectives(*(iterations * value for value in dataclasses.astuple(own)))
             for kind, own in self.collectives.items()
         }
         return dataclasses.replace(
             self,
-            bytes=turns * self.bytes,
-            product_flops=turns * self.product_flops,
-            other_flops=turns * self.other_flops,
+            bytes=iterations * self.bytes,
+            product_flops=iterations * self.product_flops,
+            other_flops=iterations * self.other_flops,
             collectives=scaled,
         )
 
@@ -103,16 +103,6 @@ def cost(text: str, branch: Branch = "most") -> Cost:
     """
     program = parse(text)
     return _Counter(program, branch).computation(program.entry, {})
-
-
-def heaviest(text: str, branch: Branch = "most", most: int = 20) -> list[tuple[float, str, str, str]]:
-    """The operations that move the most bytes: (bytes, opcode, shape, where in the source program), largest first."""
-    program = parse(text)
-    counter = _Counter(program, branch)
-    found: list[tuple[float, str, str, str]] = []
-    counter.log = found
-    counter.computation(program.entry, {})
-    return sorted(found, key=lambda entry: -entry[0])[:most]
 
 
 _FREE = {
@@ -134,7 +124,6 @@ class _Counter:
     def __init__(self, program: Program, branch: Branch):
         self.program = program
         self.branch = branch
-        self.log: list[tuple[float, str, str, str]] | None = None
 
     def computation(self, name: str, arguments: dict[int, Value]) -> Cost:
         """The cost of running a computation once, outside of fusions; `arguments` are those that are known."""
@@ -160,9 +149,6 @@ class _Counter:
             if self.program.root(inner).opcode != "custom-call":
                 return self.computation(inner, values)
         own = Cost(self.bytes(i, body), host_calls=bool(_is_on_host(i)))
-        if self.log is not None and own.bytes:
-            shape = ", ".join(f"{a.dtype}{list(a.dims)}" for a in i.shape[:3])
-            self.log.append((own.bytes, i.opcode, shape, i.where))
         return own + self.arithmetic(i, body, channels)
 
     def conditional(self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value]) -> Cost:
@@ -172,40 +158,30 @@ class _Counter:
             if listed
             else [i.called("true_computation"), i.called("false_computation")]
         )
-        log, self.log = self.log, None
         costs = []
         for name, operand in zip(names, i.operands[1:], strict=True):
             costs.append(self.computation(name, {0: self.value(operand, body, arguments)}))
-        self.log = log
         pick = min if self.branch == "least" else max
-        index = costs.index(pick(costs, key=lambda c: (c.bytes, c.flops)))
-        if log is None:
-            return costs[index]
-        return self.computation(names[index], {0: self.value(i.operands[1 + index], body, arguments)})
+        return pick(costs, key=lambda c: (c.bytes, c.flops))
 
     def loop(self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value]) -> Cost:
         start = self.value(i.operands[0], body, arguments)
-        turns = self.turns(i, start)
+        iterations = self.iterations(i, start)
         carried = self.carried(i, start)
-        if turns is None:
+        if iterations is None:
             return self.computation(i.called("body"), {0: carried}) + Cost(unknown_loops=1)
-        if turns == 0:
+        if iterations == 0:
             return Cost()
-        if self.log is None:
-            return self.computation(i.called("body"), {0: carried}).times(turns)
-        before = len(self.log)
-        once = self.computation(i.called("body"), {0: carried})
-        self.log[before:] = [(turns * size, *rest) for size, *rest in self.log[before:]]  # type: ignore[misc]
-        return once.times(turns)
+        return self.computation(i.called("body"), {0: carried}).times(iterations)
 
     # --- scalars: what a loop's counter will be -----------------------------------------------------------------
 
     def value(self, name: str, body: dict[str, Instruction], arguments: dict[int, Value]) -> Value:
-        """What an instruction gives where that follows from constants: an int, a list of these of a tuple, or None."""
+        """An instruction's value if constants decide it: an int, a list of these for a tuple, or None."""
         return Scalars(self.program, body, arguments).value(name)
 
-    def turns(self, i: Instruction, start: Value) -> int | None:
-        """How often a loop's body runs."""
+    def iterations(self, i: Instruction, start: Value) -> int | None:
+        """The number of iterations of a loop."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', i.attributes)
         if known:
             return int(known[1])
@@ -216,7 +192,7 @@ class _Counter:
         root = self.program.root(body)
         needed = self.read_by(condition, body)
         now: list[Value] = list(start)
-        for turn in range(MOST_TURNS):
+        for turn in range(MAX_ITERATIONS):
             goes_on = self.value(self.program.root(condition).name, of_condition, {0: now})
             if goes_on is None:
                 return None
@@ -227,7 +203,7 @@ class _Counter:
         return None
 
     def read_by(self, condition: str, body: str) -> set[int]:
-        """The entries of a loop's tuple that decide how long it runs, directly or by way of others."""
+        """The entries of a loop's tuple on which its condition depends, directly or through others."""
         needed = {i.part for i in self.program.computations[condition].values() if i.opcode == "get-tuple-element"}
         of_body = self.program.computations[body]
         parts = _tuple_parts(self.program.root(body), of_body)
@@ -248,7 +224,7 @@ class _Counter:
         return needed
 
     def carried(self, i: Instruction, start: Value) -> Value:
-        """What of the loop's tuple is the same in every turn."""
+        """The entries of a loop's tuple that no iteration changes."""
         if not isinstance(start, list):
             return None
         of_body = self.program.computations[i.called("body")]
@@ -263,7 +239,7 @@ class _Counter:
     # --- bytes --------------------------------------------------------------------------------------------------
 
     def bytes(self, i: Instruction, body: dict[str, Instruction]) -> float:
-        """What an instruction outside of a fusion reads and writes in HBM."""
+        """Bytes that an instruction outside of a fusion reads and writes in HBM."""
         operands = [body[name] for name in i.operands]
         if i.opcode == "fusion":
             return self.fused_bytes(i, operands)
@@ -306,7 +282,7 @@ class _Counter:
     def read(
         self, name: str, inner: dict[str, Instruction], users: dict[str, list[Instruction]], whole: float
     ) -> float:
-        """Bytes of a fusion's parameter that are read: those of slices, where only these are used."""
+        """Bytes read of a fusion's parameter: those of its slices if nothing else of it is used."""
         total = 0.0
         for user in users.get(name, []):
             if user.opcode in ("bitcast", "copy", "reshape") and not user.is_root:
@@ -357,7 +333,7 @@ class _Counter:
     def arithmetic(self, i: Instruction, body: dict[str, Instruction], channels: set[str], fused: bool = False) -> Cost:
         """FLOPs and collectives of an instruction, those of a fusion's inside.
 
-        An exchange that goes on behind several fusions stands in each of them; its channel says that it is one.
+        An exchange that overlaps several fusions stands in each of them; its channel says that it is one.
         """
         if i.opcode in ("fusion", "call", "async-start"):
             inner = self.program.computations[i.called("calls") or i.called("to_apply")]
@@ -392,7 +368,7 @@ class _Counter:
 
 
 def _is_handed_on(name: str, computation: dict[str, Instruction]) -> bool:
-    """Whether a computation gives one of its parameters back, at most in another layout."""
+    """Whether a computation returns one of its parameters, at most in another layout."""
     part = next(r for r in computation.values() if r.is_root)
     while part.opcode in ("bitcast", "copy", "reshape"):
         part = computation[part.operands[0]]
@@ -429,9 +405,9 @@ def _is_on_host(i: Instruction) -> bool:
 
 
 def _estimate(i: Instruction) -> dict[str, float]:
-    """A kernel's own cost estimate, as Pallas hands it on."""
-    found = re.search(r'"cost_estimate":(\{[^{}]*\})', i.attributes)
-    return {key: float(value) for key, value in json.loads(found[1]).items()} if found else {}
+    """The cost estimate that a Pallas kernel carries."""
+    match = re.search(r'"cost_estimate":(\{[^{}]*\})', i.attributes)
+    return {key: float(value) for key, value in json.loads(match[1]).items()} if match else {}
 
 
 def _custom_call_bytes(i: Instruction, operands: list[Instruction]) -> float:
@@ -443,7 +419,7 @@ def _custom_call_bytes(i: Instruction, operands: list[Instruction]) -> float:
 
 
 def _collective(kind: str, i: Instruction, operands: list[Instruction]) -> Collectives:
-    """What one exchange sends, on a ring (Chan et al. 2007, "Collective communication", for the bounds)."""
+    """Bytes and steps of one exchange, on a ring (Chan et al. 2007, "Collective communication", for the bounds)."""
     size = max(sum(_size(o.shape) for o in operands), 0.0)
     if kind == "all-gather":
         size = max(a.bytes for a in i.shape) if i.opcode.endswith("-start") else _size(i.shape)
@@ -456,17 +432,17 @@ def _collective(kind: str, i: Instruction, operands: list[Instruction]) -> Colle
 
 
 def _group_size(attributes: str) -> int:
-    """Devices that take part in one exchange."""
-    found = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
-    if found:
-        return int(found[2])
-    found = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    if found:
-        return len(found[1].split(","))
-    found = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
-    if found:  # mesh['axis_0'=8,'axis_1'=2] {'axis_0'}; a part of an axis is 'axis_0':(1)2
-        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+    """The number of devices that take part in one exchange."""
+    match = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
+    if match:
+        return int(match[2])
+    match = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    if match:
+        return len(match[1].split(","))
+    match = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    if match:  # mesh['axis_0'=8,'axis_1'=2] {'axis_0'}; a part of an axis is 'axis_0':(1)2
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part) if part else sizes[name] for name, part in axes)
     return 2
 

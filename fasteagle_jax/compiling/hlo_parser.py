@@ -23,7 +23,7 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """As laid out: the minor dimensions filled up to whole tiles."""
+        """Bytes as laid out, the minor dimensions padded to whole tiles."""
         major_to_minor = [self.dims[i] for i in reversed(self.minor_to_major)] or list(self.dims)
         for i in range(1, min(len(self.tile), len(major_to_minor)) + 1):
             major_to_minor[-i] = -(-major_to_minor[-i] // self.tile[-i]) * self.tile[-i]
@@ -31,7 +31,7 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One line of a computation."""
+    """An instruction: one line of a computation."""
 
     name: str
     shape: tuple[Array, ...]  # of one array, or of all of a tuple's, flat
@@ -45,20 +45,20 @@ class Instruction(NamedTuple):
     @property
     def where(self) -> str:
         """The operation's name in the source program."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
     @property
     def part(self) -> int:
-        """Of a get-tuple-element."""
-        found = re.search(r"\bindex=(\d+)", self.attributes)
-        assert found, self.attributes
-        return int(found[1])
+        """The index of a get-tuple-element."""
+        match = re.search(r"\bindex=(\d+)", self.attributes)
+        assert match, self.attributes
+        return int(match[1])
 
     def called(self, name: str) -> str:
         """The computation that an attribute such as `body` names."""
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
-        return found[1] if found else ""
+        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return match[1] if match else ""
 
 
 class Program(NamedTuple):
@@ -79,11 +79,11 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
 
 def arrays(text: str) -> tuple[Array, ...]:
     """The arrays of a shape as HLO spells it, those of a tuple in their order."""
-    return tuple(_array(found) for found in _ARRAY.finditer(text))
+    return tuple(_array(match) for match in _ARRAY.finditer(text))
 
 
-def _array(found: re.Match[str]) -> Array:
-    dtype, dims, layout = found[1], found[2], found[3] or ""
+def _array(match: re.Match[str]) -> Array:
+    dtype, dims, layout = match[1], match[2], match[3] or ""
     sizes = tuple(int(d.strip().lstrip("<=")) for d in dims.split(",") if d.strip())
     order, _, details = layout.partition(":")
     minor_to_major = tuple(int(i) for i in order.split(",") if i.strip().isdigit())
@@ -104,8 +104,8 @@ def bits(dtype: str) -> int:
         return 8
     if dtype in ("token", "opaque"):
         return 0
-    found = re.match(r"[a-z]+(\d+)", dtype)
-    return int(found[1]) if found else 0
+    match = re.match(r"[a-z]+(\d+)", dtype)
+    return int(match[1]) if match else 0
 
 
 def parse(text: str) -> Program:
@@ -127,7 +127,7 @@ def parse(text: str) -> Program:
 
 
 def _whole_lines(text: str) -> list[str]:
-    """Lines, those that a kernel's metadata breaks put together again."""
+    """The text's lines; those that a kernel's metadata breaks are joined."""
     lines: list[str] = []
     inside = False
     for line in text.splitlines():

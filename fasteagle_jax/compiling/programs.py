@@ -27,6 +27,7 @@ from fasteagle_jax.decoding.speculative import decode_rounds, start
 from fasteagle_jax.decoding.state import Stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.chips import CHIPS, GIB, SLICES, Chip, chip
+from fasteagle_jax.devices.memory import bytes_of
 from fasteagle_jax.devices.sharding import (
     Axes,
     MeshShape,
@@ -78,9 +79,7 @@ class Report:
     peak: int
     hbm: float | None  # None: not known, of a CPU
     cost: Cost
-    state_layout_stable: (
-        bool | None
-    )  # what it makes of its state goes in again by the same program; None: it has no state
+    state_layout_stable: bool | None  # the new state can be the next call's argument; None: the program has no state
     ideal_bytes: float  # weights once, and what is in the caches once
     necessary_flops: float  # of matrix products
     compile_seconds: float
@@ -92,7 +91,7 @@ class Report:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By roofline: of HBM, of matrix products, of exchanges; empty where the device is not known."""
+        """Roofline seconds of HBM, matrix products and exchanges; empty if the device is not known."""
         return _roofline(self.cost, chip(self.device_kind))
 
     @property
@@ -103,7 +102,7 @@ class Report:
 
     @property
     def bound(self) -> str:
-        """What takes the longest."""
+        """The part of `seconds` that takes the longest."""
         return max(self.seconds, key=lambda part: self.seconds[part]) if self.seconds else "unknown"
 
     def to_json(self) -> dict[str, Any]:
@@ -152,17 +151,17 @@ def compile_program(
 ) -> Report:
     """The Report of one of PROGRAMS on the devices.
 
-    `mesh_shape`: None for `decode_mesh` or `training_mesh`. Raises UserError where a mesh does not
-    fit, OutOfMemory where the program does not.
+    `mesh_shape`: None for `decode_mesh` or `training_mesh`. Raises UserError if a mesh does not
+    fit, OutOfMemory if the program does not.
     """
-    began = time.perf_counter()
-    mesh, made, lowered = lower(config, program, devices, decoding, mesh_shape)
+    started = time.perf_counter()
+    mesh, shapes, lowered = lower(config, program, devices, decoding, mesh_shape)
     with jax.set_mesh(mesh):
         try:
             compiled = lowered.compile(COMPILER_OPTIONS.get(devices[0].platform))
         except jax.errors.JaxRuntimeError as error:
             raise out_of_memory(error, devices[0].device_kind, len(devices)) or error from None
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     peak = int(
         memory.argument_size_in_bytes
@@ -176,20 +175,20 @@ def compile_program(
         raise _no_fit(peak, known.hbm, devices[0].device_kind, len(devices))  # a GPU's compiler does not say so itself
     return Report(
         program=program,
-        shapes=made.shapes,
+        shapes=shapes.shapes,
         mesh=" x ".join(f"{name} {size}" for name, size in mesh.shape.items()),
         devices=len(devices),
         device_kind=devices[0].device_kind,
-        weights={name: bytes_a_device(part) for name, part in made.weights.items()},
-        caches=bytes_a_device(made.caches),
+        weights={name: bytes_of(part) for name, part in shapes.weights.items()},
+        caches=bytes_of(shapes.caches),
         arguments=int(memory.argument_size_in_bytes),
         temporaries=int(memory.temp_size_in_bytes),
         peak=peak,
         hbm=None if known is None else known.hbm,
         cost=cost(compiled.as_text(), "most" if program == "train" else "least"),
-        state_layout_stable=_state_layout_stable(made, compiled),
-        ideal_bytes=bytes_a_device(made.read),
-        necessary_flops=made.necessary_flops / len(devices),
+        state_layout_stable=_state_layout_stable(shapes, compiled),
+        ideal_bytes=bytes_of(shapes.read),
+        necessary_flops=shapes.necessary_flops / len(devices),
         compile_seconds=round(seconds, 1),
     )
 
@@ -210,29 +209,29 @@ def lower(
     else:
         mesh = make_mesh(mesh_shape or decode_mesh(config, len(devices)), devices)
     check_heads(mesh, config.target_config, drafter_config(config.drafter, config.target_config))
-    made = {"train": _train, "decode": _decode, "prefill": _prefill}[program](config, mesh, decoding)
+    shapes = {"train": _train, "decode": _decode, "prefill": _prefill}[program](config, mesh, decoding)
     with jax.set_mesh(mesh):
-        return mesh, made, made.step.lower(*made.arguments)
+        return mesh, shapes, shapes.step.lower(*shapes.arguments)
 
 
-def _state_layout_stable(made: Shapes, compiled: Any) -> bool | None:
-    """Whether a program's first results have the shapes, dtypes, shardings and layouts of the state that it takes.
+def _state_layout_stable(shapes: Shapes, compiled: Any) -> bool | None:
+    """Whether the state that a program returns has the shapes, dtypes, shardings and layouts of its argument.
 
-    A run of any number of calls is then one program, and nothing is laid out anew between them. None: it has no state.
+    Calls can then follow each other without a new compilation or layout change. None: the program has no state.
     """
-    if made.state is None:
+    if shapes.state is None:
         return None
-    state = made.arguments[made.state]
-    taken = list(zip(jax.tree.leaves(state), jax.tree.leaves(compiled.input_formats[0][made.state]), strict=True))
-    given = zip(jax.tree.leaves(compiled.out_info), jax.tree.leaves(compiled.output_formats), strict=True)
+    state = shapes.arguments[shapes.state]
+    inputs = list(zip(jax.tree.leaves(state), jax.tree.leaves(compiled.input_formats[0][shapes.state]), strict=True))
+    outputs = zip(jax.tree.leaves(compiled.out_info), jax.tree.leaves(compiled.output_formats), strict=True)
 
-    def as_it_is(x: Any, placed: Any) -> tuple[Any, ...]:
+    def described(x: Any, placed: Any) -> tuple[Any, ...]:
         return x.shape, x.dtype, x.weak_type, placed
 
     # An argument that the program does not read has no layout of its own.
     return all(
-        as_it_is(old, own) == as_it_is(new, Format(own.layout and made_so.layout, made_so.sharding))
-        for (old, own), (new, made_so) in zip(taken, given, strict=False)
+        described(old, own) == described(new, Format(own.layout and result.layout, result.sharding))
+        for (old, own), (new, result) in zip(inputs, outputs, strict=False)
     )
 
 
@@ -302,7 +301,7 @@ def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
 def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
     target, drafter, vocab, state, sampling, stop = _decoding_arguments(config, mesh, decoding)
     rows = jax.ShapeDtypeStruct((decoding.batch, decoding.chunk), jnp.int32)
-    asked = on_mesh(mesh, {"tokens": rows, "length": _int32(decoding.batch)}, decoding_state.AXES)
+    prompts = on_mesh(mesh, {"tokens": rows, "length": _int32(decoding.batch)}, decoding_state.AXES)
 
     def start(target: Any, drafter: Any, prompts: Any, lengths: Any, sampling: Any, stop: Any) -> Any:
         return _start(config, decoding, target, drafter, prompts, lengths, sampling, stop)[0]
@@ -311,7 +310,7 @@ def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
     matrices = 2 * decoding.batch * decoding.chunk * _matrix_size((target.layers, drafter))
     return Shapes(
         step,
-        (target, drafter, asked["tokens"], asked["length"], sampling, stop),
+        (target, drafter, prompts["tokens"], prompts["length"], sampling, stop),
         {"target": target, "drafter": drafter},
         (state.target_cache, state.drafter_cache),
         f"batch {decoding.batch}, a chunk of {decoding.chunk} tokens, {decoding.slots} slots",
@@ -416,16 +415,10 @@ def on_mesh(mesh: Mesh, tree: Any, axes: Axes | None = None) -> Any:
 def weights_on_mesh(mesh: Mesh, tree: Any) -> Any:
     """`on_mesh` of weights that `sharding.place_weights` has placed."""
 
-    def turned(x: Any) -> Any:
+    def as_row_major(x: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_major(x.sharding, len(x.shape)))
 
-    return jax.tree.map(turned, on_mesh(mesh, tree))
-
-
-def bytes_a_device(tree: Any) -> int:
-    """Of the arrays' shards."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return jax.tree.map(as_row_major, on_mesh(mesh, tree))
 
 
 # --- meshes and limits ------------------------------------------------------------------------------------------
@@ -438,9 +431,9 @@ def decode_mesh(config: RunConfig, num_devices: int) -> MeshShape:
 
 
 def training_mesh(config: RunConfig, num_devices: int) -> MeshShape:
-    """The configuration's, or where that has not so many devices, rows over as many as divide a batch's part.
+    """The configuration's mesh; if that has another number of devices, rows over as many as divide a microbatch.
 
-    Heads over the rest, as far as they divide it; where devices are left, `lower` says that the batch has too few rows.
+    Heads are split over the rest, as far as they divide it; if devices are left, `lower` raises UserError.
     """
     shape = config.mesh or MeshShape(1, 1, 1)
     if math.prod(dataclasses.astuple(shape)) == num_devices or -1 in dataclasses.astuple(shape):
@@ -474,7 +467,7 @@ def out_of_memory(error: Exception, device_kind: str, num_devices: int) -> OutOf
 
 
 def _no_fit(needed: float, limit: float, device_kind: str, num_devices: int) -> OutOfMemory:
-    """Of so many bytes a device where there are only `limit`, with a slice that may hold them."""
+    """The error for `needed` bytes a device, of which there are `limit`, with a slice that may hold them."""
     larger = smallest_slice(needed * num_devices, device_kind, num_devices)
     if larger:
         remedy = f"try {larger}"

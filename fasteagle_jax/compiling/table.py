@@ -1,4 +1,4 @@
-"""Figures of many programs compiled for many slices, each in a process of its own: `fasteagle compile --table`."""
+"""Many programs compiled for many slices, each in a process of its own: `fasteagle compile --table`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from fasteagle_jax.compiling.programs import NO_FIT
+from fasteagle_jax.compiling.published import PUBLISHED
 from fasteagle_jax.devices.chips import GIB
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import write_new
-from fasteagle_jax.training.config import load_config
 
 SAME_SIZES = "DeepSeek-R1-Distill-LLaMA-8B has LLaMA-3.1-8B's sizes, and so its rows."
 
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 
-# Configurations of configs/ and the slices they are tried on.
+# Runs of PUBLISHED and the slices that they are compiled for.
 TARGETS = {
     "llama31_8b": ("v4:2x2x2", "v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"),
     "vicuna_13b": ("v5e:2x4", "v6e:2x4"),
@@ -39,14 +39,14 @@ def table(folder: Path) -> str:
     head = ("target", "slice", "program", "peak a chip", "bytes ratio", "FLOPs ratio", "estimate, ms", "bound by")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, slices in TARGETS.items():
-        longest = load_config(f"configs/{name}.py").target_config.max_positions  # type: ignore[union-attr]
+        longest = PUBLISHED[name].target_config.max_positions  # type: ignore[union-attr]
         for slice_name in slices:
             for title, words in COLUMNS.items():
                 if any(word == f"length={n}" for word in words for n in (2048, 8192) if n > longest):
                     continue
                 path = file_of(folder, name, slice_name, title)
                 if not path.exists():
-                    _compile(path, ["--config", f"configs/{name}.py", "--topology", slice_name, *words])
+                    _compile(path, ["--config", name, "--topology", slice_name, *words])
                 lines.append(f"| {name} | {slice_name} | {title} | {_cells(json.loads(path.read_text())[0])} |")
     return "\n".join(lines)
 
@@ -59,20 +59,20 @@ def file_of(folder: Path, name: str, slice_name: str, title: str) -> Path:
 def _compile(path: Path, words: list[str]) -> None:
     """Compiles in a process of its own, since a compiler's bug can end it.
 
-    The file holds the figures, or says that the compiler crashed or what does not fit. Whatever else goes wrong is a
-    UserError, and may go better the next time.
+    The file holds the figures, or says that the compiler crashed or what does not fit. Any other failure is a
+    UserError and leaves no file: another call may succeed.
     """
     command = [sys.executable, "-m", "fasteagle_jax.cli", "compile", *words, "--json", str(path)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
         print(f"{path} written", file=sys.stderr)
         return
-    said = (done.stderr.strip().splitlines() or ["failed"])[-1].removeprefix("error: ")
+    reason = (done.stderr.strip().splitlines() or ["failed"])[-1].removeprefix("error: ")
     if -done.returncode in CRASHES:
-        said = "the compiler crashed"
-    elif not said.startswith(NO_FIT):
-        raise UserError(f"{' '.join(words)}: {said[:300]}")
-    write_new(path, json.dumps([{"error": said}]) + "\n")
+        reason = "the compiler crashed"
+    elif not reason.startswith(NO_FIT):
+        raise UserError(f"{' '.join(words)}: {reason[:300]}")
+    write_new(path, json.dumps([{"error": reason}]) + "\n")
 
 
 def _cells(figures: dict[str, Any]) -> str:

@@ -55,12 +55,12 @@ def _gib(size: int) -> str:
 
 
 def bytes_of(tree: Any, mesh: Mesh | None = None, axes: Axes | None = None) -> int:
-    """The size of all arrays, or jax.ShapeDtypeStructs, of a pytree; on a mesh, of what each device has of them."""
+    """Bytes a device of a pytree's arrays or jax.ShapeDtypeStructs: placed on the mesh, or as they are placed."""
     leaves = jax.tree.leaves(tree)
-    shapes = [x.shape for x in leaves]
+    placed = [getattr(x, "sharding", None) for x in leaves]
     if mesh is not None:
-        of_leaves = jax.tree.leaves(shardings(mesh, tree, axes or {}))
-        shapes = [sharding.shard_shape(shape) for sharding, shape in zip(of_leaves, shapes, strict=True)]
+        placed = jax.tree.leaves(shardings(mesh, tree, axes or {}))
+    shapes = [x.shape if s is None else s.shard_shape(x.shape) for s, x in zip(placed, leaves, strict=True)]
     return sum(math.prod(shape) * np.dtype(x.dtype).itemsize for shape, x in zip(shapes, leaves, strict=True))
 
 

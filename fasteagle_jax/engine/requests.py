@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.sampling import check
 from fasteagle_jax.errors import UserError
 
@@ -70,17 +71,11 @@ def sample_seed(seed: int, sample: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class RequestStatistics:
-    """What answering took."""
+class RequestStatistics(Acceptance):
+    """The acceptance and the time of one request."""
 
-    rounds: int  # target passes after prefill
-    accepted_at: tuple[int, ...]  # [N], rounds in which the guess of each depth was accepted
     seconds: float  # from the start of its prefill to its last token, in company
-
-    @property
-    def acceptance_length(self) -> float:
-        """tau, tokens a target pass; nan without a pass."""
-        return 1 + sum(self.accepted_at) / self.rounds if self.rounds else float("nan")
+    acceptance_length = Acceptance.length  # tau
 
 
 @dataclasses.dataclass(frozen=True)

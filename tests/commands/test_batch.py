@@ -508,7 +508,7 @@ def test_ctrl_c_during_a_write_waits_for_its_end(run, tmp_path, monkeypatch, lis
     path = run(source, code=130)
     assert signal.getsignal(signal.SIGINT) is listening
     last = run.said.err.strip().splitlines()[-1]
-    assert last == "interrupted: 6 of 24 requests are answered; the same command goes on with the others"
+    assert last == "interrupted: 6 of 24 requests are answered; the same command resumes with the others"
     assert len(read(path)) == 6
     monkeypatch.undo()
     run(source)
@@ -710,7 +710,7 @@ def test_ctrl_c_says_how_far_it_is_and_the_same_command_goes_on(child, long_file
     done, total = len(read(path)), len(long_file.read_text().splitlines())
     assert 0 < done < total
     last = process.log.read_text().strip().splitlines()[-1]
-    assert last == f"interrupted: {done} of {total} requests are answered; the same command goes on with the others"
+    assert last == f"interrupted: {done} of {total} requests are answered; the same command resumes with the others"
     process = child(long_file, path)
     assert ended(process) == 0
     assert f"{path}: {done} of {total} requests are answered already" in process.log.read_text()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fasteagle_jax.bench.decoders import Way, parse_ways, read_tasks
+from fasteagle_jax.bench import progress
+from fasteagle_jax.bench.decoders import DecoderSpec, parse_decoders, read_tasks
 from fasteagle_jax.bench.figures import show
-from fasteagle_jax.bench.runner import MEAN, Case, Measured, Run
+from fasteagle_jax.bench.runner import MEAN, Case, Comparison, Measured, Result, Run, means
 from fasteagle_jax.bench.sweeps import ablation
 from fasteagle_jax.commands.bench import main
 from fasteagle_jax.decoding.acceptance import Acceptance
@@ -38,8 +39,8 @@ def run(*argv: object) -> int:
 
 def test_a_bench_reports_each_drafter_on_each_task_at_each_temperature(talkative, tasks, tmp_path, capsys):
     target, drafter = talkative
-    ways = f"plain,a={drafter}@best_first:4"
-    argv = ["--target", target, "--tasks", "talk,sums", "--prompts-folder", tasks, "--limit", 2, "--drafters", ways]
+    decoders = f"plain,a={drafter}@best_first:4"
+    argv = ["--target", target, "--tasks", "talk,sums", "--prompts-folder", tasks, "--limit", 2, "--drafters", decoders]
     assert run(*argv, "--temperature", "0,1", "--max-new", 12, "--repeats", 2, "--results", tmp_path / "results") == 0
     printed = capsys.readouterr().out
     assert "a best_first:4" in printed and "overhead" in printed
@@ -64,14 +65,51 @@ def test_a_bench_reports_each_drafter_on_each_task_at_each_temperature(talkative
         if r["drafter"] == "plain":
             assert r["speedup"] == [1, 1] and r["acceptance_length"] == 1
 
-    splits = report["time_of_a_round"]
-    assert [(s["temperature"], s["drafter"], s["tree"]) for s in splits] == [
+    breakdowns = report["time_of_a_round"]
+    assert [(s["temperature"], s["drafter"], s["tree"]) for s in breakdowns] == [
         (x, *name) for x in (0, 1) for name in names
     ]
-    for s in splits:
+    for s in breakdowns:
         parts = {"target", "tree", "choose", "commit"} | ({"draft"} if s["tree"] else set())
         assert set(s["parts"]) == parts and s["nodes"] == (4 if s["tree"] else 1)
         assert s["rest"] == pytest.approx(s["round"]["median"] - sum(part["median"] for part in s["parts"].values()))
+
+
+def test_a_stopped_bench_keeps_finished_tasks_and_resumes(talkative, tasks, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "results"
+    argv = ["--target", talkative[0], "--tasks", "talk,sums", "--prompts-folder", tasks, "--limit", 2]
+    argv += ["--drafters", f"a={talkative[1]}@best_first:4", "--temperature", "1", "--max-new", 12, "--repeats", 2]
+    measure, seen = Comparison.measure, []
+
+    def interrupted(self: Comparison, cases, repeats, report) -> Measured:
+        seen.append(cases[0].task)
+        if seen == ["talk", "sums"]:
+            raise KeyboardInterrupt
+        return measure(self, cases, repeats, report)
+
+    monkeypatch.setattr(Comparison, "measure", interrupted)
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    assert run(*argv, "--results", folder) == 130
+    lines = capsys.readouterr().err.splitlines()  # no terminal: what is measured, and how fast so far
+    assert any(line.startswith("4 of 12 answers; talk, tokens/s: plain ") for line in lines), lines
+    assert [path.name for path in folder.iterdir()] == [progress.UNFINISHED]
+    assert run(*argv, "--results", folder, "--max-new", 11) == 2
+    assert "was begun with max_new 12, not 11: use the same settings" in capsys.readouterr().err
+    kept = json.loads((folder / progress.UNFINISHED).read_text())["parts"]["temperature 1.0, talk"]
+
+    assert run(*argv, "--results", folder) == 0
+    assert seen == ["talk", "sums", "sums"]
+    assert "1 parts are measured already" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"results.json", "speedup.png", "acceptance.png", "time.png"}
+    report = json.loads((folder / "results.json").read_text())
+    assert report["results"][:2] == kept["results"] and [r["task"] for r in report["results"][::2]][-1] == MEAN
+    assert len(report["time_of_a_round"]) == 2
+    assert run(*argv, "--results", folder) == 2  # a finished one is never touched
+    assert f"{folder} exists" in capsys.readouterr().err
+    # The same cases with the same seeds as in one go.
+    assert run(*argv, "--results", tmp_path / "whole") == 0
+    whole = json.loads((tmp_path / "whole/results.json").read_text())
+    assert whole["cases"] == report["cases"]
 
 
 def test_a_result_counts_tokens_seconds_and_differences():
@@ -80,18 +118,20 @@ def test_a_result_counts_tokens_seconds_and_differences():
 
     sampling, answer = make_sampling(1), [1, 2, 3, 4]
     cases = [Case(task, task + "/0", [1], sampling, answer) for task in ("x", "y")]
-    plain, way = parse_ways(["a=folder"], "chain")
+    plain, decoder = parse_decoders(["a=folder"], "chain")
     runs = {
         plain: [[one(2.0, answer, ()), one(2.0, answer, ())], [one(1.0, answer, ()), one(1.0, answer, ())]],
-        way: [[one(1.0, answer), one(0.5, answer, (2, 1))], [one(1.0, answer), one(0.5, [1, 2, 9, 4], (2, 1))]],
+        decoder: [[one(1.0, answer), one(0.5, answer, (2, 1))], [one(1.0, answer), one(0.5, [1, 2, 9, 4], (2, 1))]],
     }
-    results = {(r.task, r.way): r for r in Measured(cases, runs, 0).results(0.0)}
+    of_tasks = Measured(cases, runs, 0).results(0.0)
+    assert [Result.read(r.record(), runs) for r in of_tasks] == of_tasks
+    results = {(r.task, r.decoder): r for r in of_tasks + means(of_tasks)}
     assert results["x", plain].tokens_per_second == [2, 4]
-    assert results["x", way].speedup == [2, 1] and results["y", way].speedup == [4, 2]
-    assert results["x", way].rounds_speedup == [2, 1]
-    assert results["x", way].differing == [] and results["y", way].differing == ["y/0"]
-    assert results["x", way].prefill_share == 0.25 and results["x", way].host_share == 0.25
-    whole = results[MEAN, way]
+    assert results["x", decoder].speedup == [2, 1] and results["y", decoder].speedup == [4, 2]
+    assert results["x", decoder].rounds_speedup == [2, 1]
+    assert results["x", decoder].differing == [] and results["y", decoder].differing == ["y/0"]
+    assert results["x", decoder].prefill_share == 0.25 and results["x", decoder].host_share == 0.25
+    whole = results[MEAN, decoder]
     assert whole.speedup == [3, 1.5] and whole.tokens_per_second == [6, 6]
     assert whole.acceptance_length == (1.5 + 2.5) / 2
     assert whole.acceptance_by_depth == [0.75, 1 / 3]
@@ -99,15 +139,17 @@ def test_a_result_counts_tokens_seconds_and_differences():
 
 
 def test_trees_of_a_sweep_have_equal_budgets():
-    way = Way("a", "best_first:16", Path("folder"))
-    assert [point.way.tree for point in ablation("nodes", way, 7)] == [
+    decoder = DecoderSpec("a", "best_first:16", Path("folder"))
+    assert [point.decoder.tree for point in ablation("nodes", decoder, 7)] == [
         f"best_first:{n}" for n in (4, 8, 12, 16, 24, 32)
     ]
-    assert [point.value for point in ablation("levels", way, 7)] == list(range(1, 8))
-    kinds = [point.way.tree for point in ablation("tree", way, 7)]
+    assert [point.value for point in ablation("levels", decoder, 7)] == list(range(1, 8))
+    kinds = [point.decoder.tree for point in ablation("tree", decoder, 7)]
     assert kinds == ["chain", "best_first:8", "backbone:2", "best_first:15", "backbone:4", "best_first:29"]
-    few = dataclasses.replace(way, tree="best_first:4")  # reaches three levels, which the other kinds are not cut to
-    assert [point.way.tree for point in ablation("tree", few, 7)] == kinds
+    few = dataclasses.replace(
+        decoder, tree="best_first:4"
+    )  # reaches three levels, which the other kinds are not cut to
+    assert [point.decoder.tree for point in ablation("tree", few, 7)] == kinds
     assert [point.value for point in ablation("levels", few, 7)] == [1, 2, 3]
 
 
@@ -119,11 +161,13 @@ def test_a_sweep_over_slots_reports_each_way_and_plots_it(talkative, tasks, tmp_
     assert "best_first:4" in capsys.readouterr().out
     assert (tmp_path / "results/slots.png").read_bytes().startswith(b"\x89PNG")
     points = json.loads((tmp_path / "results/results.json").read_text())["points"]
-    assert [(p["slots"], p["way"]) for p in points] == [(n, way) for n in (1, 2) for way in ("plain", "a best_first:4")]
+    assert [(p["slots"], p["decoder"]) for p in points] == [
+        (n, decoder) for n in (1, 2) for decoder in ("plain", "a best_first:4")
+    ]
     for p in points:
         assert p["differing"] == 0 and p["requests"] == 8
         assert len(p["tokens_per_second"]) == 2 and 0 < p["host_share"] < 1
-        assert p["ratio"]["median"] == 1 if p["way"] == "plain" else p["ratio"]["median"] > 0
+        assert p["ratio"]["median"] == 1 if p["decoder"] == "plain" else p["ratio"]["median"] > 0
     assert points[2]["memory"]["target_cache"] == 2 * points[0]["memory"]["target_cache"]
 
 
@@ -144,7 +188,7 @@ def test_a_sweep_over_slots_counts_what_differs_in_any_repeat(talkative, tasks, 
     generate, calls = Engine.generate, itertools.count()
 
     def mistaken(engine: Engine, *asked) -> list[Completion]:
-        """With a mistake in the third answer of the drafter's first timed repeat: both ways warm up before that."""
+        """With a mistake in the third answer of the drafter's first timed repeat: both decoders warm up before that."""
         found = generate(engine, *asked)
         if next(calls) == 3:
             found[2] = dataclasses.replace(found[2], tokens=[*found[2].tokens, 1])
@@ -156,7 +200,7 @@ def test_a_sweep_over_slots_counts_what_differs_in_any_repeat(talkative, tasks, 
     argv += ["--max-new", 12, "--repeats", 2, "--results", tmp_path / "results"]
     assert run(*argv) == 1
     points = json.loads((tmp_path / "results/results.json").read_text())["points"]
-    assert [(point["way"], point["differing"]) for point in points] == [("plain", 0), ("a best_first:4", 1)]
+    assert [(point["decoder"], point["differing"]) for point in points] == [("plain", 0), ("a best_first:4", 1)]
 
 
 def test_files_of_one_name_are_tasks_of_their_own(tasks, tmp_path):

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fasteagle_jax.cli import VERBS, main
+from fasteagle_jax.commands.terminal import program
 
 
 def test_help_lists_every_verb(capsys):
@@ -59,3 +61,22 @@ def test_a_program_beside_the_package_is_its_command(program):
 
     module = importlib.import_module(program)
     assert module.main.__module__.startswith("fasteagle_jax.commands.")
+
+
+@pytest.mark.parametrize("given, folder", [(None, "compiled"), ("elsewhere", "elsewhere")])
+def test_programs_keep_what_they_compile_unless_a_folder_is_set(given, folder, tmp_path, monkeypatch):
+    import jax
+
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("FASTEAGLE_CACHE", str(tmp_path))
+    try:
+        for keeps_compiled in (False, True):
+            jax.config.update("jax_compilation_cache_dir", given)
+            assert program(lambda argv: 0, keeps_compiled)([]) == 0
+            found = jax.config.jax_compilation_cache_dir
+            if given is None and keeps_compiled:
+                assert Path(found).parent == tmp_path / folder
+            else:
+                assert found == given
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -7,7 +7,9 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -157,6 +159,32 @@ def test_the_table_keeps_what_is_compiled_and_goes_on_past_what_is_not(monkeypat
         "| llama31_8b | v5e:2x4 | plain, batch 1 | 1.0 of 16.0 GiB | 1.25 | 1.50 | 1.0 | memory |",
         "| llama31_8b | v5e:2x4 | train, 8192 | no: the compiler crashed | | | | |",
     ]
+
+
+def test_the_table_needs_the_package_alone(tmp_path):
+    """It read configs/NAME.py by a relative path, which an installed wheel does not have."""
+    home, empty = tmp_path / "site", tmp_path / "empty"
+    for folder in (home, empty):
+        folder.mkdir()
+    (home / "fasteagle_jax").symlink_to(Path(tables.__file__).parents[1])
+    code = """
+import sys
+from pathlib import Path
+from fasteagle_jax.commands.compile_check import main
+Path("compiler").write_text("#!/bin/sh\\necho $* >> commands; echo 'error: does not fit' >&2; exit 2\\n")
+Path("compiler").chmod(0o755)
+sys.executable = str(Path("compiler").resolve())
+assert main(["--table", "figures"]) == 0
+words = Path("commands").read_text().splitlines()[0].split()
+main([*words[words.index("compile") + 1 :], "--topology", "v5e:3x3", "--json", "other.json"])
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=empty, env=os.environ | {"PYTHONPATH": str(home)}, capture_output=True, text=True
+    )
+    assert "| llama33_70b | v5p:2x2x4 | train, 8192 | no: does not fit" in done.stdout, done.stderr
+    # The configuration that a child is given is found there too: only the slice is not.
+    assert "topology 'v5e:3x3' is not known" in done.stderr
 
 
 def test_the_compiler_of_a_slice_leaves_this_machines_accelerators_alone(complaint, monkeypatch):

@@ -25,12 +25,13 @@ from fasteagle_jax.decoding.state import NO_TOKEN, Statistics, Stop, make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.drafters.base import DrafterConfig, default_config
 from fasteagle_jax.drafters.fasteagle import FastEagle
+from fasteagle_jax.drafters.simulated import Simulated
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.training.init import init_drafter
 from fasteagle_jax.training.losses import LossConfig
 from fasteagle_jax.training.optimizer import OptimizerConfig, make_optimizer
 from fasteagle_jax.training.step import TrainState, make_train_step
-from tests.tiny_models import OracleDrafter, tiny_config, tiny_target, wrong_drafter
+from tests.tiny_models import oracle_drafter, tiny_config, tiny_target
 
 N, MAX_NEW, CHUNK, V = 3, 24, 16, 40
 TREES = ["chain", "backbone:4", "best_first:12"]
@@ -115,10 +116,8 @@ def sequences(answers: list[list[int]]) -> jax.Array:
     return jnp.asarray(whole)
 
 
-def oracle(answers: list[list[int]], share_of_mistakes: float = 0.0) -> OracleDrafter:
-    known = sequences(answers)
-    mistakes = np.random.default_rng(1).random(known.shape) < share_of_mistakes
-    return OracleDrafter(known, V, N, jnp.asarray(mistakes))
+def oracle(answers: list[list[int]], share_of_mistakes: float = 0.0) -> Simulated:
+    return oracle_drafter(sequences(answers), V, N, 1 - share_of_mistakes)
 
 
 def drafter_config(**changes) -> DrafterConfig:
@@ -184,7 +183,7 @@ def test_an_oracle_has_all_its_guesses_accepted_in_every_round(target, plain, tr
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_a_drafter_that_is_always_wrong_costs_rounds_and_changes_nothing(target, plain, tree, sampling):
-    drafter = wrong_drafter(sequences(plain[sampling]), V, N)
+    drafter = oracle(plain[sampling], 1.0)
     tokens, statistics = speculate(target, drafter, SAMPLINGS[sampling], tree)
     assert tokens == plain[sampling]
     assert statistics.rounds.tolist() == [MAX_NEW - 1] * B and not statistics.accepted_at.any()

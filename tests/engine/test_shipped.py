@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny_folder import make_drafter, make_target
 
-from fasteagle_jax.bench.decoders import find_drafters, parse_ways
+from fasteagle_jax.bench.decoders import find_drafters, parse_decoders
 from fasteagle_jax.drafters.files import TENSORS, load_drafter
 from fasteagle_jax.engine import shipped
 from fasteagle_jax.engine.engine import Engine
@@ -25,10 +25,10 @@ def test_a_target_is_loaded_with_the_drafter_that_comes_for_it(tmp_path, monkeyp
     with pytest.raises(UserError, match="no folder .*nowhere: name a drafter's folder"):
         Engine.load(str(mine), tmp_path / "nowhere", **sizes)
 
-    ways = parse_ways(["a=shipped@chain"], "best_first:16")
-    assert [way.folder for way in find_drafters(ways, str(mine))] == [None, folder]
+    decoders = parse_decoders(["a=shipped@chain"], "best_first:16")
+    assert [decoder.folder for decoder in find_drafters(decoders, str(mine))] == [None, folder]
     with pytest.raises(UserError, match="no drafter comes with this program for .*other"):
-        find_drafters(ways, str(other))
+        find_drafters(decoders, str(other))
 
 
 @pytest.mark.real
