@@ -328,11 +328,11 @@ def memory(
 
 def compiled_round(engine: Engine) -> Any:
     """The compiler's own account of the memory of the engine's rounds, all slots in use."""
-    slots = jax.eval_shape(lambda: engine._empty(engine.num_slots))
+    slots, _ = engine.runner.shapes(engine.num_slots)
     lowered = device.advance.lower(
         engine.target,
         engine.drafter,
-        engine._vocab,
+        engine.runner.vocab,
         slots,
         np.zeros(engine.num_slots, bool),
         np.int32(1),

@@ -24,8 +24,8 @@ from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh
 from fasteagle_jax.engine.detokenizer import TextStream
-from fasteagle_jax.engine.engine import Engine, Piece
-from fasteagle_jax.engine.requests import Completion, SamplingParams
+from fasteagle_jax.engine.engine import Engine
+from fasteagle_jax.engine.requests import Completion, Piece, SamplingParams
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets.loading import open_checkpoint

@@ -84,6 +84,14 @@ class RequestStatistics:
 
 
 @dataclasses.dataclass(frozen=True)
+class Piece:
+    """Some text of an answer under way."""
+
+    text: str
+    depth: int  # at which the last token in it was accepted as a guess, 0 for the target's own
+
+
+@dataclasses.dataclass(frozen=True)
 class Completion:
     """An answer."""
 

@@ -36,8 +36,8 @@ class Slots(NamedTuple):
     stop: Stop
 
 
-class Request(NamedTuple):
-    """What the device needs to know of one request; arrays of one row."""
+class DeviceRequest(NamedTuple):
+    """A request as the programs take it; arrays of one row."""
 
     length: jax.Array  # int32 [1], of the prompt
     sampling: Sampling
@@ -103,7 +103,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
-def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, request: Request) -> Slots:
+def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, request: DeviceRequest) -> Slots:
     """The slots with a prefilled request in slot int32 [], its first token chosen."""
     state = slots.state
     one = prompts.first_state(
@@ -157,10 +157,10 @@ def advance(
 
 
 @jax.jit
-def take_rows(slots: Slots, rows: jax.Array, taken: jax.Array) -> Slots:
-    """New slots, one for each of `rows` int32 [B']; those not `taken` bool [B'] are free."""
+def take_rows(slots: Slots, rows: jax.Array, in_use: jax.Array) -> Slots:
+    """New slots, one for each of `rows` int32 [B']; those not `in_use` bool [B'] are free."""
     new = jax.tree.map(lambda x, dim: jnp.take(x, rows, axis=dim), slots, _batch_dims(slots))
-    return constrain_all(new._replace(state=new.state._replace(done=new.state.done | ~taken)), AXES)
+    return constrain_all(new._replace(state=new.state._replace(done=new.state.done | ~in_use)), AXES)
 
 
 def _batch_dims(slots: Slots) -> Any:
@@ -174,9 +174,8 @@ def _batch_dims(slots: Slots) -> Any:
             return dims._replace(k=1, v=1)
         return dims
 
-    state, its = slots.state, dims.state
-    its = its._replace(
-        target_cache=stacked(state.target_cache, its.target_cache),
-        drafter_cache=stacked(state.drafter_cache, its.drafter_cache),
-    )
-    return dims._replace(state=its)
+    caches = {
+        name: stacked(getattr(slots.state, name), getattr(dims.state, name))
+        for name in ("target_cache", "drafter_cache")
+    }
+    return dims._replace(state=dims.state._replace(**caches))

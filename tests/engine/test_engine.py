@@ -28,8 +28,7 @@ from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.engine.detokenizer import decode
-from fasteagle_jax.engine.engine import Piece
-from fasteagle_jax.engine.requests import sample_seed
+from fasteagle_jax.engine.requests import Piece, sample_seed
 from fasteagle_jax.engine.sizes import prompt_buckets, row_counts
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.targets.tokenizer import load_tokenizer
@@ -363,7 +362,7 @@ def test_with_a_window_the_drafters_cache_does_not_grow_with_the_length(target, 
 
 def test_the_stated_memory_of_the_caches_is_what_is_taken(target, drafter, tokenizer):
     engine = make_engine(target, drafter, tokenizer)
-    state = engine._empty(engine.num_slots).state
+    state = engine.runner.empty_slots(engine.num_slots).state
     for name in ("target_cache", "drafter_cache"):
         taken = sum(x.nbytes for x in jax.tree.leaves(getattr(state, name)))
         assert getattr(engine.memory, name) == taken
@@ -378,8 +377,8 @@ def test_numbers_of_buckets_and_rows_are_few():
 def test_a_conversation_goes_on_without_prefilling_what_was_said_before(target, drafter, tokenizer, monkeypatch):
     engine = make_engine(target, drafter, tokenizer)
     firsts = []
-    run = engine._run_prefill
-    monkeypatch.setattr(engine, "_run_prefill", lambda *args: firsts.append(args[3]) or run(*args))
+    run = engine.runner.prefill
+    monkeypatch.setattr(engine.runner, "prefill", lambda *args: firsts.append(args[3]) or run(*args))
     said = list(range(5 * CHUNK + 3))
     params = SamplingParams(temperature=0, max_new_tokens=4)
     list(engine.stream(said, params))
@@ -392,13 +391,13 @@ def test_a_conversation_goes_on_without_prefilling_what_was_said_before(target, 
 def test_a_common_beginning_is_prefilled_once(target, drafter, tokenizer, monkeypatch):
     engine = make_engine(target, drafter, tokenizer)
     chunks = []
-    run = engine._run_prefill
+    run = engine.runner.prefill
 
     def counting(begun, prompt, bucket, first, drafts):
         chunks.append(-(-len(prompt) // CHUNK) - first)
         return run(begun, prompt, bucket, first, drafts)
 
-    monkeypatch.setattr(engine, "_run_prefill", counting)
+    monkeypatch.setattr(engine.runner, "prefill", counting)
     system = list(range(10 * CHUNK + 3))
     params = SamplingParams(temperature=0, max_new_tokens=4)
     together = engine.generate([system + [200 + i] * 5 for i in range(6)], params)

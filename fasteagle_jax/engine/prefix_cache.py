@@ -1,0 +1,44 @@
+"""The prefix cache: prefilled beginnings of prompts, kept for the prompts to come that begin alike."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+
+from fasteagle_jax.decoding.prefill import Prefilled
+
+CAPACITY = 4  # prefixes kept; the least recently used one is evicted first
+
+
+class PrefixCache:
+    """Prefixes of whole chunks by their tokens, and each bucket's empty one."""
+
+    def __init__(self, chunk: int, empty_prefix: Callable[[int], Prefilled]) -> None:
+        """An empty cache; `empty_prefix` makes the empty caches of a bucket."""
+        self._chunk, self._empty_prefix = chunk, empty_prefix
+        self._empty: dict[int, Prefilled] = {}  # by bucket
+        self._kept: collections.OrderedDict[tuple[int, bool, tuple[int, ...]], Prefilled] = collections.OrderedDict()
+
+    def lookup(self, prompt: tuple[int, ...], bucket: int, drafts: bool) -> tuple[Prefilled, int]:
+        """The longest prefix of a prompt that is kept, and its number of chunks, which leave at least a token over."""
+        for n in range((len(prompt) - 1) // self._chunk, 0, -1):
+            if (key := (bucket, drafts, prompt[: n * self._chunk])) in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key], n
+        if bucket not in self._empty:
+            self._empty[bucket] = self._empty_prefix(bucket)
+        return self._empty[bucket], 0
+
+    def insert(self, tokens: tuple[int, ...], bucket: int, drafts: bool, prefix: Prefilled) -> None:
+        """Keeps the prefix of `tokens`, a whole number of chunks."""
+        self._kept[bucket, drafts, tokens] = prefix
+        if len(self._kept) > CAPACITY:
+            self._kept.popitem(last=False)
+
+
+def common_chunks(a: tuple[int, ...], b: tuple[int, ...], chunk: int) -> int:
+    """The number of whole chunks that two prompts begin with alike, each having at least a token after them."""
+    n = 0
+    while (n + 1) * chunk < min(len(a), len(b)) and a[n * chunk : (n + 1) * chunk] == b[n * chunk : (n + 1) * chunk]:
+        n += 1
+    return n
