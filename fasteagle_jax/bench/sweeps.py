@@ -28,6 +28,7 @@ from fasteagle_jax.bench.prompts import Models
 from fasteagle_jax.bench.runner import MEAN, Result
 from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.decoding.acceptance import Acceptance
+from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.engine import slots as device
 from fasteagle_jax.engine.engine import Engine
@@ -142,14 +143,8 @@ def throughput(
 ) -> Outcome:
     """Measures tokens a second over args.slots and prints the table."""
     check_trained(ways)
-    params = SamplingParams(
-        temperature=args.temperature[0],
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-        max_new_tokens=args.max_new,
-    )
+    sampling = from_options(args) | {"temperature": args.temperature[0]}
+    params = SamplingParams(**sampling, max_new_tokens=args.max_new)
     found = []
     for slots in tqdm(args.slots, unit="number of slots", disable=None):
         engines = {way: _engine(args, models, drafters, slots, way) for way in ways}

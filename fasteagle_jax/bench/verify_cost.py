@@ -22,6 +22,7 @@ from fasteagle_jax.bench.prompts import CHUNK, Models, pad
 from fasteagle_jax.bench.sweeps import Outcome, check_trained, machine
 from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.decoding.sampling import Sampling, choose, make_sampling
+from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.speculative import advance, start
 from fasteagle_jax.decoding.state import State, make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
@@ -64,7 +65,7 @@ def rows(
     check_trained(ways)
     trained = drafters[ways[1].folder]  # type: ignore[index]
     prompts, lengths = pad(prompts_asked[:1])
-    sampling = make_sampling(1, args.temperature[0], args.top_k, args.top_p, args.seed, args.min_p)
+    sampling = make_sampling(1, **from_options(args) | {"temperature": args.temperature[0]})
     max_new = args.max_len - prompts.shape[1]
     if max_new <= (most := ROUNDS * (trained.num_levels + 1)):  # a row that is done would be timed doing nothing
         raise UserError(

@@ -60,6 +60,7 @@ from fasteagle_jax.commands.models import add_target_options, load_models
 from fasteagle_jax.commands.terminal import Parser, add_filter_options, program, whole
 from fasteagle_jax.data.sources import Prompt
 from fasteagle_jax.decoding.sampling import Sampling, make_sampling
+from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.drafters.simulated import parse_rates
@@ -169,7 +170,7 @@ def bench(args: argparse.Namespace) -> int:
         raise UserError(f"--sweep {args.sweep[0]} is of one temperature: give --temperature one number")
     check_new(args.results)
     for temperature in args.temperature:
-        make_sampling(1, temperature, args.top_k, args.top_p, args.seed, args.min_p)
+        make_sampling(1, **from_options(args) | {"temperature": temperature})
     ways = find_drafters(ways, args.target)
     tasks = read_tasks(args.tasks, args.prompts_folder, args.limit)
     models = load_models(args, None)
@@ -240,7 +241,7 @@ def _compare(
 
             def sampling(index: int, temperature: float = temperature) -> Sampling:
                 seed = (args.seed + index) % 2**32
-                return make_sampling(1, temperature, args.top_k, args.top_p, seed, args.min_p)
+                return make_sampling(1, **from_options(args) | {"temperature": temperature, "seed": seed})
 
             conversations = []
             for case in contest.conversations(tasks, sampling):

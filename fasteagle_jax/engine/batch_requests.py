@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
-from fasteagle_jax.decoding.sampling import MAX_SEED
+from fasteagle_jax.decoding.sampling_fields import FIELDS, SamplingField
 from fasteagle_jax.engine.requests import Prompt, SamplingParams
 from fasteagle_jax.errors import UserError
 
@@ -178,7 +178,7 @@ def _request(line: Line, fields: Mapping[str, Any], url: str | None, defaults: S
             if not isinstance(value, str | None):
                 raise _Bad("invalid_value", f"{name} is {_shown(value)}: give a text")
         elif field != "metadata":
-            raise _Bad("unknown_field", f"{_shown(name)} is unknown: leave it out")
+            raise _Bad("unknown_field", f"{_shown(name)} is unknown: leave it out, or give {', '.join(_SAMPLING)}")
     try:
         params = dataclasses.replace(defaults, **given)
     except UserError as error:
@@ -271,6 +271,11 @@ def _whole(least: int, most: int = 2**31 - 1) -> Callable[[str, Any], int]:
     return check
 
 
+def _sampling_value(row: SamplingField) -> Callable[[str, Any], float]:
+    """A check of type; SamplingParams checks the range of numbers that are not whole."""
+    return _number if row.python_type is float else _whole(int(min([row.least, *row.aliases])), int(row.most))
+
+
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise _Bad("invalid_value", f"{name} is {_shown(value)}: give true or false")
@@ -291,11 +296,7 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 _SAMPLING: dict[str, tuple[str, Callable[[str, Any], Any]]] = {  # field: SamplingParams' name for it, its check
-    "temperature": ("temperature", _number),
-    "top_k": ("top_k", _whole(-1)),
-    "top_p": ("top_p", _number),
-    "min_p": ("min_p", _number),
-    "seed": ("seed", _whole(0, MAX_SEED)),
+    **{name: (name, _sampling_value(row)) for name, row in FIELDS.items()},
     "max_tokens": ("max_new_tokens", _whole(1)),
     "max_completion_tokens": ("max_new_tokens", _whole(1)),
     "max_new_tokens": ("max_new_tokens", _whole(1)),

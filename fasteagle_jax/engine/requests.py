@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from fasteagle_jax.decoding.sampling import check
+from fasteagle_jax.decoding.sampling_fields import FIELDS
 from fasteagle_jax.errors import UserError
 
 MAX_STOP_TOKENS = 16  # of a request, the target's own end tokens included
@@ -19,19 +19,24 @@ Message = Mapping[str, str]  # {"role", "content"}
 Prompt = str | Sequence[int] | Sequence[Message]  # plain text, token ids, or a chat conversation
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
+_record: Any = dataclasses.dataclass(frozen=True)  # Any: mypy cannot know the table's fields
+
+_SamplingFields: Any = dataclasses.make_dataclass(
+    "_SamplingFields", [(name, row.python_type, row.default) for name, row in FIELDS.items()], frozen=True
+)
+
+
+@_record
+class SamplingParams(_SamplingFields):
     """How a request is answered. The same prompt, params and seed give the same tokens, in any company.
+
+    Besides the fields below it has those of `sampling_fields.FIELDS`: temperature (0 is greedy), top_k, top_p, min_p
+    and seed.
 
     Filters apply to logits / temperature in the order top-k, top-p, min-p. Sample i of `n` has a seed of its own, made
     of `seed` and i; sample 0 has `seed` itself.
     """
 
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # 0 or -1: all
-    top_p: float = 1.0
-    min_p: float = 0.0  # keep tokens of at least this share of the most probable one's probability
-    seed: int = 0
     max_new_tokens: int = 256
     stop: Sequence[str] = ()  # the answer ends before the first of these strings; its tokens end with the one that
     # completed it
@@ -44,14 +49,14 @@ class SamplingParams:
         set_field = object.__setattr__  # the dataclass is frozen
         set_field(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         set_field(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        if self.top_k == -1:
-            set_field(self, "top_k", 0)
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "n"):
+        for name in (*FIELDS, "max_new_tokens", "n"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise UserError(f"{name} is {value!r}: give a number")
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
-            check(name, getattr(self, name))
+        for name, row in FIELDS.items():
+            value = getattr(self, name)
+            set_field(self, name, row.aliases.get(value, value))
+            row.check(getattr(self, name))
         for name in ("max_new_tokens", "n"):
             value = getattr(self, name)
             if not 1 <= value < 2**31 or value != int(value):

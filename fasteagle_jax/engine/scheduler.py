@@ -14,6 +14,7 @@ import numpy as np
 
 from fasteagle_jax.decoding.prefill import Prefilled
 from fasteagle_jax.decoding.sampling import Sampling
+from fasteagle_jax.decoding.sampling_fields import FIELDS
 from fasteagle_jax.decoding.state import NO_STOP, State, Stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import TreeSelector
@@ -112,16 +113,12 @@ def to_device_request(request: Request) -> DeviceRequest:
     def row(value: Any, dtype: Any) -> Any:
         return np.asarray([value], dtype)
 
+    sampling = {name: [getattr(params, name)] for name in FIELDS}
+    sampling["seed"] = [sample_seed(params.seed, request.sample)]
     spare = MAX_STOP_TOKENS - len(request.stop_tokens)
     return DeviceRequest(
         length=row(len(request.prompt), np.int32),
-        sampling=Sampling(
-            temperature=row(params.temperature, np.float32),
-            top_k=row(params.top_k, np.int32),
-            top_p=row(params.top_p, np.float32),
-            min_p=row(params.min_p, np.float32),
-            seed=row(sample_seed(params.seed, request.sample), np.uint32),
-        ),
+        sampling=Sampling.of(sampling),
         stop=Stop(row(request.max_new, np.int32), row([*request.stop_tokens, *[NO_STOP] * spare], np.int32)),
         wants_logprobs=row(params.logprobs, bool),
     )

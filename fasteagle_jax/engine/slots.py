@@ -16,7 +16,7 @@ from fasteagle_jax.decoding import prefill as prompts
 from fasteagle_jax.decoding import state as decoding_state
 from fasteagle_jax.decoding.interfaces import Accepted, VocabWeights
 from fasteagle_jax.decoding.prefill import Prefilled
-from fasteagle_jax.decoding.sampling import Sampling
+from fasteagle_jax.decoding.sampling import Sampling, make_sampling
 from fasteagle_jax.decoding.speculative import decode_rounds
 from fasteagle_jax.decoding.state import NO_STOP, State, Stop
 from fasteagle_jax.decoding.tree import TreeSpec
@@ -71,9 +71,8 @@ def empty_slots(
         row(jnp.int32),
         ~row(bool),
     )
-    sampling = Sampling(row(jnp.float32), row(jnp.int32), row(jnp.float32) + 1, row(jnp.float32), row(jnp.uint32))
     stop = Stop(row(jnp.int32), row(jnp.int32, num_stop_tokens) + NO_STOP)
-    return constrain_all(Slots(state, sampling, stop), AXES)
+    return constrain_all(Slots(state, make_sampling(batch), stop), AXES)
 
 
 @functools.partial(jax.jit, static_argnames=("num_slots", "drafter_slots", "most_written"))

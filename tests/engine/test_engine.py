@@ -22,6 +22,7 @@ from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.packing import PackedData
 from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.sampling_fields import FIELDS
 from fasteagle_jax.decoding.speculative import generate_jit
 from fasteagle_jax.decoding.state import make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
@@ -62,9 +63,8 @@ def say(target):
 
     def say(prompt, params: SamplingParams, sample: int, stop_tokens: tuple[int, ...]) -> list[int]:
         tokens, lengths = pad_prompts([list(prompt) + [0] * (MAX_LEN - len(prompt))], CHUNK)
-        sampling = make_sampling(
-            1, params.temperature, params.top_k, params.top_p, sample_seed(params.seed, sample), params.min_p
-        )
+        fields = {name: getattr(params, name) for name in FIELDS}
+        sampling = make_sampling(1, **fields | {"seed": sample_seed(params.seed, sample)})
         limit = min(params.max_new_tokens, MAX_LEN - len(prompt))
         stop = make_stop(1, limit, (*stop_tokens, *[-2] * (4 - len(stop_tokens))))
         made = generate_jit(
