@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import collections
+import hashlib
+import itertools
 from collections.abc import Callable
+
+import numpy as np
 
 from fasteagle_jax.decoding.prefill import Prefilled
 
@@ -17,12 +21,13 @@ class PrefixCache:
         """An empty cache; `empty_prefix` makes the empty caches of a bucket."""
         self._chunk, self._empty_prefix = chunk, empty_prefix
         self._empty: dict[int, Prefilled] = {}  # by bucket
-        self._kept: collections.OrderedDict[tuple[int, bool, tuple[int, ...]], Prefilled] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[tuple[int, bool, bytes], Prefilled] = collections.OrderedDict()
 
     def lookup(self, prompt: tuple[int, ...], bucket: int, drafts: bool) -> tuple[Prefilled, int]:
         """The longest prefix of a prompt that is kept, and its number of chunks, which leave at least a token over."""
-        for n in range((len(prompt) - 1) // self._chunk, 0, -1):
-            if (key := (bucket, drafts, prompt[: n * self._chunk])) in self._kept:
+        digests = chunk_digests(prompt[:-1], self._chunk)
+        for n in range(len(digests), 0, -1):
+            if (key := (bucket, drafts, digests[n - 1])) in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key], n
         if bucket not in self._empty:
@@ -31,9 +36,19 @@ class PrefixCache:
 
     def insert(self, tokens: tuple[int, ...], bucket: int, drafts: bool, prefix: Prefilled) -> None:
         """Keeps the prefix of `tokens`, a whole number of chunks."""
-        self._kept[bucket, drafts, tokens] = prefix
+        self._kept[bucket, drafts, chunk_digests(tokens, self._chunk)[-1]] = prefix
         if len(self._kept) > CAPACITY:
             self._kept.popitem(last=False)
+
+
+def chunk_digests(tokens: tuple[int, ...], chunk: int) -> list[bytes]:
+    """A digest for each whole chunk, of its tokens and of the digest before it: of all tokens up to there."""
+    whole = len(tokens) // chunk
+    pieces = np.asarray(tokens[: whole * chunk], np.int32).reshape(whole, chunk)
+    digests = itertools.accumulate(
+        pieces, lambda before, ids: hashlib.sha256(before + ids.tobytes()).digest(), initial=b""
+    )
+    return list(digests)[1:]
 
 
 def common_chunks(a: tuple[int, ...], b: tuple[int, ...], chunk: int) -> int:
