@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from fasteagle_jax.decoding.state import make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.fasteagle import FastEagle
+from fasteagle_jax.engine import slots
 from fasteagle_jax.engine.detokenizer import decode
 from fasteagle_jax.engine.requests import Piece, sample_seed
 from fasteagle_jax.engine.sizes import prompt_buckets, row_counts
@@ -366,6 +368,41 @@ def test_the_stated_memory_of_the_caches_is_what_is_taken(target, drafter, token
     for name in ("target_cache", "drafter_cache"):
         taken = sum(x.nbytes for x in jax.tree.leaves(getattr(state, name)))
         assert getattr(engine.memory, name) == taken
+
+
+def test_log_probabilities_cost_nothing_if_nobody_wants_them(target, drafter, tokenizer):
+    """The logits of the accepted path were gathered every round: they are made in a branch of the program alone."""
+    engine = make_engine(target, drafter, tokenizer)
+    runner, batch = engine.runner, engine.runner.shapes(4)[0]
+    args = (runner.target, runner.drafter, runner.vocab, batch, np.zeros(4, bool), np.int32(1), np.asarray(False))
+    text = slots.advance.lower(*args, tree=engine.trees[0], shared_noise=True).compile().as_text()
+    path_logits = f"= f32[4,{N + 1},{target.config.vocab_size}]"
+    computations = {lines[0].split()[0]: lines for lines in computations_of(text)}
+    branches = [
+        name
+        for lines in computations.values()
+        for line in lines
+        if "conditional(" in line and "/commit/cond" in line
+        for name in re.findall(r"%[\w.\-]+", line.split("branch_computations=")[1].split("}")[0])
+    ]
+    inside = set()
+    while branches:
+        inside.add(name := branches.pop())
+        called = re.findall(r"%[\w.\-]+", " ".join(line.split("), ", 1)[-1] for line in computations[name][1:]))
+        branches += [name for name in called if name in computations and name not in inside]
+    making = [name for name, lines in computations.items() if any(path_logits in line for line in lines)]
+    assert making and set(making) <= inside
+
+
+def computations_of(text: str) -> list[list[str]]:
+    """The lines of each computation of a compiled program, its name first."""
+    found: list[list[str]] = []
+    for line in text.splitlines():
+        if line.endswith("{") and line.startswith(("%", "ENTRY")):
+            found.append([line.removeprefix("ENTRY ")])
+        elif line.startswith(" ") and found:
+            found[-1].append(line)
+    return found
 
 
 def test_numbers_of_buckets_and_rows_are_few():
