@@ -192,7 +192,7 @@ class Scheduler:
         self.batch: Batch | None = None
 
     def steps(self) -> Iterator[Step]:
-        """Admissions and a device call at a time, until all requests are answered."""
+        """Admissions, and rounds unless an admission ended an answer, until all requests are answered."""
         while True:
             started = time.perf_counter()
             self._read_ahead()
@@ -210,9 +210,10 @@ class Scheduler:
                 self._resize(num_rows)
             assert self.batch is not None
             tree = self._choose_tree(self.batch)
-            admission_seconds = self._admit(self.batch, tree)
-            finished, round_seconds = self._advance(self.batch, tree)
-            yield Step(finished, time.perf_counter() - started, admission_seconds + round_seconds)
+            finished, device_seconds = self._admit(self.batch, tree)
+            if not finished:
+                finished, device_seconds = self._advance(self.batch, tree, device_seconds)
+            yield Step(finished, time.perf_counter() - started, device_seconds)
 
     def _read_ahead(self) -> None:
         num_missing = LOOKAHEAD * self.row_counts[0] - len(self.waiting)
@@ -236,10 +237,14 @@ class Scheduler:
 
     # --- admission ----------------------------------------------------------------------------------------------
 
-    def _admit(self, batch: Batch, tree: TreeSpec | None) -> float:
-        """Prefills waiting requests into free rows; returns the seconds spent waiting for the device."""
+    def _admit(self, batch: Batch, tree: TreeSpec | None) -> tuple[list[Request], float]:
+        """Prefills waiting requests into free rows.
+
+        Returns those that end with their first token, and the seconds spent waiting for the device.
+        """
         seconds = 0.0
-        for row in batch.free[: len(self.waiting)]:
+        rows = batch.free[: len(self.waiting)]
+        for row in rows:
             request = self.waiting.popleft()
             request.started = time.perf_counter()
             prefilled = self._prefill(request, drafts=tree is not None)
@@ -247,7 +252,8 @@ class Scheduler:
             batch.slots = self.runner.admit(batch.slots, row, prefilled, to_device_request(request))
             batch.requests[row], batch.ended[row] = request, False
             seconds += time.perf_counter() - called  # prefill is neither the host's time nor a tree's
-        return seconds
+        finished = self._read_results(batch, 0, time.perf_counter())[2] if rows else []
+        return finished, seconds
 
     def _prefill(self, request: Request, *, drafts: bool) -> Prefilled:
         """The prompt in caches of its bucket; the prefix that it shares with waiting requests is kept for them.
@@ -271,8 +277,8 @@ class Scheduler:
 
     # --- rounds -------------------------------------------------------------------------------------------------
 
-    def _advance(self, batch: Batch, tree: TreeSpec | None) -> tuple[list[Request], float]:
-        """Runs rounds; returns the requests that are finished and the seconds spent waiting for the device."""
+    def _advance(self, batch: Batch, tree: TreeSpec | None, seconds: float) -> tuple[list[Request], float]:
+        """Runs rounds; returns the requests that are finished and `seconds` with those spent waiting for the device."""
         reads_text = any(request is not None and request.text is not None for request in batch.requests)
         called = time.perf_counter()
         batch.slots, num_rounds, compiled = self.runner.advance(
@@ -292,7 +298,7 @@ class Scheduler:
             tokens=new_tokens,
             seconds=None if compiled else now - called,
         )
-        return finished, now - called
+        return finished, seconds + now - called
 
     def _read_results(self, batch: Batch, num_rounds: int, now: float) -> tuple[int, int, list[Request]]:
         """Frees the rows that are done after `num_rounds` rounds.

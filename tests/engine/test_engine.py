@@ -235,6 +235,25 @@ def test_completions_come_as_they_are_finished(target, drafter, tokenizer):
     assert order == [1, 2, 3, 0]
 
 
+def test_an_answer_that_ends_with_its_first_token_is_handed_out_before_any_round(
+    target, drafter, tokenizer, monkeypatch
+):
+    """The device call that followed went on for up to 16 rounds: rows that are done from the start did not end it."""
+    engine = make_engine(target, drafter, tokenizer)
+    advance, calls = engine.runner.advance, []
+    monkeypatch.setattr(engine.runner, "advance", lambda *args, **more: calls.append(1) or advance(*args, **more))
+    long = SamplingParams(temperature=0, max_new_tokens=MAX_NEW, ignore_eos=True)
+    (reference,) = engine.generate([[1, 2]], long)
+    short = dataclasses.replace(long, max_new_tokens=1)
+    stopped = dataclasses.replace(long, stop_token_ids=[reference.tokens[0]])
+    calls.clear()
+    completions = engine.complete([[1, 2]] * 3, [long, short, stopped])
+    first = [next(completions), next(completions)]
+    assert [(c.prompt_index, c.finish_reason, len(c.tokens)) for c in first] == [(1, "length", 1), (2, "stop", 1)]
+    assert not calls
+    assert next(completions).tokens == reference.tokens
+
+
 # --- text -------------------------------------------------------------------------------------------------------
 
 
