@@ -29,7 +29,7 @@ from fasteagle_jax.engine.detokenizer import TextStream
 from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.prefix_cache import PrefixCache
 from fasteagle_jax.engine.requests import MAX_STOP_TOKENS, Completion, Piece, Prompt, SamplingParams
-from fasteagle_jax.engine.scheduler import Batch, Request, Scheduler
+from fasteagle_jax.engine.scheduler import Request, Scheduler, to_device_request
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.engine.sizes import (
     available_everywhere,
@@ -333,12 +333,18 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles ahead of time what requests of any kind will need, and measures the trees: minutes."""
         self.measure()
-        for bucket in self.runner.buckets:
-            prompt = (1,) * min(bucket, self.max_len - 2)
+        runner, prompt = self.runner, (0,)
+        request = to_device_request(self.requests(0, prompt, SamplingParams())[0])
+        for bucket in runner.buckets:
+            prefix, _ = self.prefix_cache.lookup(prompt, bucket, False)
+            for drafts in {tree is not None for tree in self.trees}:
+                prefilled = runner.prefill(prefix, prompt, bucket, 0, drafts)
             for rows in self.row_counts:
-                self._probe([prompt], rows, self.trees[0], max_new=2)
-        for a, b in itertools.permutations(self.row_counts, 2):
-            Batch(self.runner.empty_slots(a), [None] * a).resized(b, self.runner)
+                runner.admit(runner.empty_slots(rows), 0, prefilled, request)
+        for rows, tree in itertools.product(self.row_counts, self.trees):
+            runner.advance(runner.empty_slots(rows), [True] * rows, tree, rounds=0, until_one_is_done=False)
+        for old, new in itertools.permutations(self.row_counts, 2):
+            runner.take_rows(runner.empty_slots(old), [], new)
 
     def _measure(self, rows: int) -> None:
         """Measures the trees that have not been measured for so many rows, if there is a choice."""

@@ -254,6 +254,29 @@ def test_an_answer_that_ends_with_its_first_token_is_handed_out_before_any_round
     assert next(completions).tokens == reference.tokens
 
 
+@pytest.mark.parametrize("tree", ["auto", "best_first:8", None], ids=str)
+def test_after_warm_up_no_request_compiles_anything(target, drafter, tokenizer, compilations, monkeypatch, tree):
+    """Under "auto" the drafting prefill of all buckets but the first was left to the first request of that size."""
+    engine = make_engine(target, drafter, tokenizer, slots=8, tree=tree)
+    engine.warm_up()
+    assert compilations
+    trees = itertools.cycle(engine.trees)
+    monkeypatch.setattr(engine._tree_selector, "choose", lambda rows: next(trees))
+    compilations.clear()
+    lengths = [1, CHUNK, *[size + more for size in engine.runner.buckets[:-1] for more in (0, 1)], MAX_LEN - 1]
+    for num_requests in (1, 2, 3, 8):
+        for length in lengths:
+            params = SamplingParams(max_new_tokens=3, logprobs=length == 1, min_p=0.1 * (length == CHUNK))
+            engine.generate([list(range(7, 7 + length % 200)) + [7] * (length - length % 200)] * num_requests, params)
+    params = [SamplingParams(max_new_tokens=limit, ignore_eos=True) for limit in (40, 1, 1, 1, 1, 1, 1, 1)]
+    engine.generate([[1, 2]] * 8, params)  # 8 rows, then 2
+    requests = (engine.requests(i, [1, 2], params[0])[0] for i in range(8))
+    engine.stream_pieces([5] * 100, params[0])
+    for _ in engine.serve(itertools.chain(itertools.islice(requests, 1), requests)):
+        pass
+    assert compilations == []
+
+
 # --- text -------------------------------------------------------------------------------------------------------
 
 
