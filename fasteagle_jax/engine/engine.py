@@ -125,7 +125,7 @@ class Engine:
             mesh=mesh,
         )
         self.prefix_cache = PrefixCache(chunk, self.runner.empty_prefix)
-        self.memory = memory_needed(self.runner, slots)
+        self.memory = memory_needed(self.runner, self.row_counts)
         loaded = self.memory.target + self.memory.drafter  # weights that are there already
         free = available_everywhere(mesh)
         self.memory.check(None if free is None else free + loaded, "lower slots or max_len, or use bfloat16")

@@ -66,16 +66,21 @@ def row_counts(slots: int, data: int = 1) -> tuple[int, ...]:
     return tuple(data * count for count in counts)
 
 
-def memory_needed(runner: ModelRunner, slots: int) -> Memory:
-    """What an engine takes of each device, from shapes alone."""
+def memory_needed(runner: ModelRunner, row_counts: tuple[int, ...]) -> Memory:
+    """What an engine takes of each device, from shapes alone.
+
+    While the number of rows changes, and while trees are measured for another number, two batches are alive: at most
+    those of the two largest of `row_counts`.
+    """
     target, drafter, mesh = runner.target, runner.drafter, runner.mesh
-    batch, prefixes = runner.shapes(slots)
+    batch, prefixes = runner.shapes(row_counts[0])
+    second = runner.shapes(row_counts[1])[0] if len(row_counts) > 1 else None
     prefix_sizes = [bytes_of(prefix, mesh, AXES) for prefix in prefixes]
     embedding = {"embedding": target.embedding[...]}
     vocab = embedding if drafter is None else jax.eval_shape(drafter.vocab_weights, target)
     own_vocab = bytes_of(vocab, mesh, llama.AXES) - bytes_of(embedding, mesh, llama.AXES)
     nodes = max(1 if tree is None else tree.num_nodes(runner.num_levels) for tree in runner.trees)
-    logits = {"logits": jax.ShapeDtypeStruct((slots, nodes, target.config.vocab_size), jnp.float32)}
+    logits = {"logits": jax.ShapeDtypeStruct((row_counts[0], nodes, target.config.vocab_size), jnp.float32)}
     return Memory(
         target=bytes_of(target, mesh, llama.AXES),
         drafter=bytes_of(drafter, mesh, table.AXES) + own_vocab,
@@ -83,4 +88,5 @@ def memory_needed(runner: ModelRunner, slots: int) -> Memory:
         drafter_cache=bytes_of(batch.state.drafter_cache, mesh, AXES),
         prefill=sum(prefix_sizes) + prefix_cache.CAPACITY * prefix_sizes[-1],
         work=LOGITS_BUFFERS_PER_ROUND * bytes_of(logits, mesh, {"logits": ("rows", None, "vocab")}),
+        resizing=bytes_of(second, mesh, AXES),
     )

@@ -27,6 +27,7 @@ from fasteagle_jax.decoding.sampling_fields import FIELDS
 from fasteagle_jax.decoding.speculative import generate_jit
 from fasteagle_jax.decoding.state import make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.devices.memory import bytes_of
 from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.engine import slots
@@ -410,6 +411,25 @@ def test_the_stated_memory_of_the_caches_is_what_is_taken(target, drafter, token
     for name in ("target_cache", "drafter_cache"):
         taken = sum(x.nbytes for x in jax.tree.leaves(getattr(state, name)))
         assert getattr(engine.memory, name) == taken
+
+
+def test_the_stated_memory_holds_two_batches_while_rows_are_resized(target, drafter, tokenizer):
+    """By the compiler's account; only the batch of all slots was stated."""
+    engine = make_engine(target, drafter, tokenizer, slots=16)
+    batches = {rows: engine.runner.shapes(rows)[0] for rows in engine.row_counts}
+    memory, caches = engine.memory, {}
+    for rows, batch in batches.items():
+        caches[rows] = bytes_of((batch.state.target_cache, batch.state.drafter_cache))
+    stated = memory.target_cache + memory.drafter_cache + memory.resizing
+    for old, new in itertools.permutations(engine.row_counts, 2):
+        rows, in_use = np.zeros(new, np.int32), np.zeros(new, bool)
+        account = slots.take_rows.lower(batches[old], rows, in_use).compile().memory_analysis()
+        other_arrays = bytes_of(batches[old]) - caches[old] + bytes_of(batches[new]) - caches[new]
+        alive = account.argument_size_in_bytes + account.output_size_in_bytes + account.temp_size_in_bytes
+        assert 0.95 * alive < stated + other_arrays
+        assert stated < 1.05 * alive
+    assert "resizing" in str(memory)
+    assert make_engine(target, drafter, tokenizer, slots=4).memory.resizing == 0  # always 4 rows
 
 
 def test_log_probabilities_cost_nothing_if_nobody_wants_them(target, drafter, tokenizer):
