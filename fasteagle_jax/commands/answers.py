@@ -108,7 +108,7 @@ def mesh_named(text: str | None) -> Mesh | None:
 
 
 def sampling_params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
-    """--max-new and the options of `add_sampling_options`; UserError for values that cannot be."""
+    """--max-new and the options of `add_sampling_options`; UserError for values out of range."""
     return SamplingParams(**from_options(args), max_new_tokens=args.max_new, stop=stop)
 
 

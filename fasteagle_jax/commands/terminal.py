@@ -1,4 +1,4 @@
-"""What all programs share at the terminal: options with one-line errors, exit codes, a dtype by its name.
+"""Parts of all command-line programs: options with one-line errors, exit codes, a dtype by its name.
 
 Exit codes: 0 done, 2 something the user can mend (one line on stderr says what), 130 interrupted.
 """

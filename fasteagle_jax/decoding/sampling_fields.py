@@ -48,40 +48,15 @@ class SamplingField:
 
 MAX_SEED = 2**32 - 1
 
+_TOP_K = "keep the K most probable tokens; 0 for all"
+_TOP_P = "then keep P of the mass; 1 for all"
+_MIN_P = "then keep tokens of at least P times the most probable one's probability; 0 for all"
+
 _ROWS = (
     SamplingField("temperature", 1.0, "float32", 0, math.inf, "0 or more", "X", "0 is greedy"),
-    SamplingField(
-        "top_k",
-        0,
-        "int32",
-        0,
-        2**31 - 1,
-        "a whole number, 0 for all",
-        "K",
-        "keep the K most probable tokens; 0 for all",
-        aliases={-1: 0},  # vLLM's
-    ),
-    SamplingField(
-        "top_p",
-        1.0,
-        "float32",
-        0,
-        1,
-        "above 0 and at most 1",
-        "P",
-        "then keep P of the mass; 1 for all",
-        excludes_least=True,
-    ),
-    SamplingField(
-        "min_p",
-        0.0,
-        "float32",
-        0,
-        1,
-        "0 to 1",
-        "P",
-        "then keep tokens of at least P times the most probable one's probability; 0 for all",
-    ),
+    SamplingField("top_k", 0, "int32", 0, 2**31 - 1, "a whole number, 0 for all", "K", _TOP_K, aliases={-1: 0}),
+    SamplingField("top_p", 1.0, "float32", 0, 1, "above 0 and at most 1", "P", _TOP_P, excludes_least=True),
+    SamplingField("min_p", 0.0, "float32", 0, 1, "0 to 1", "P", _MIN_P),
     SamplingField("seed", 0, "uint32", 0, MAX_SEED, f"0 to {MAX_SEED}", "N", "another seed, other samples (default 0)"),
 )
 

@@ -45,7 +45,7 @@ from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.targets.loading import load_target, open_checkpoint
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 
-ROUNDS = 16  # that the device runs at most before the host looks
+ROUNDS = 16  # of a device call at most, before the host reads results
 
 WARM_UP = ("The capital of France is", "def fibonacci(n):", "Once upon a time, there was", "Water boils when")
 
@@ -55,8 +55,8 @@ log = logging.getLogger(__name__)
 class Engine:
     """A target with a drafter or without, and slots for requests.
 
-    On a mesh the models are split over `tensor` and `fsdp`, the rows over `data`, their heads over `tensor`. Where it
-    has several processes' devices, each of them calls the engine with the same requests and gets the same answers.
+    On a mesh the models are split over `tensor` and `fsdp`, the rows over `data`, their heads over `tensor`. If it has
+    several processes' devices, each of them calls the engine with the same requests and gets the same answers.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Engine:
         fingerprint: str = "",
         mesh: Mesh | None = None,
     ) -> None:
-        """An engine of models at hand; `load` makes one by names.
+        """An engine of loaded models; `load` makes one by names.
 
         Args:
           target, drafter: the models; without a drafter decoding is plain.
@@ -92,7 +92,7 @@ class Engine:
             put there if they are not. None for one device.
 
         Raises:
-          UserError: sizes that cannot be, do not fit into memory, or that the mesh does not divide.
+          UserError: sizes that are out of range, do not fit into memory, or that the mesh does not divide.
         """
         positions = target.config.max_positions
         self.max_len = min(positions, 2048) if max_len is None else max_len
@@ -114,16 +114,9 @@ class Engine:
         elif drafter is not None and tree is not None:
             self.trees = (TreeSpec.parse(tree) if isinstance(tree, str) else tree,)
         self._tree_selector = TreeSelector(self.trees)
-        self.runner = ModelRunner(
-            target,
-            drafter,
-            self.trees,
-            buckets=prompt_buckets(self.max_len, chunk),
-            max_len=self.max_len,
-            chunk=chunk,
-            shared_noise=shared_noise,
-            mesh=mesh,
-        )
+        buckets = prompt_buckets(self.max_len, chunk)
+        sizes: dict[str, Any] = {"buckets": buckets, "max_len": self.max_len, "chunk": chunk}
+        self.runner = ModelRunner(target, drafter, self.trees, **sizes, shared_noise=shared_noise, mesh=mesh)
         self.prefix_cache = PrefixCache(chunk, self.runner.empty_prefix)
         self.memory = memory_needed(self.runner, self.row_counts)
         loaded = self.memory.target + self.memory.drafter  # weights that are there already
@@ -193,8 +186,8 @@ class Engine:
         """How many programs the engine compiles at most, whatever it is asked."""
         rows, buckets = len(self.row_counts), len(self.runner.buckets)
         changes = rows * (rows - 1)
-        # Two tie the drafter to the target. A bucket has its empty caches and a prefill with and without the drafter,
-        # rows their empty slots.
+        # Two make the drafter's vocabulary weights. A bucket has its empty caches and a prefill with and without the
+        # drafter, a number of rows its empty slots.
         return 2 + 3 * buckets + rows * (1 + buckets + len(self.trees)) + changes
 
     # --- asking -------------------------------------------------------------------------------------------------
@@ -217,7 +210,7 @@ class Engine:
     def complete(
         self, prompts: Prompt | Iterable[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Completion]:
-        """The answers as they are finished. Arguments and errors are those of `generate`."""
+        """The answers as they finish. Arguments and errors are those of `generate`."""
         listed = _prompts(prompts)
         if sampling is None or isinstance(sampling, SamplingParams):
             params = [sampling or SamplingParams()] * len(listed)
@@ -235,7 +228,7 @@ class Engine:
                 yield piece.text
 
     def stream_pieces(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[Piece | Completion]:
-        """As `stream`, token by token with the depth at which each was accepted; at last the Completion."""
+        """The pieces of `stream`, a token each, with the depth at which it was accepted; at last the Completion."""
         params = sampling or SamplingParams()
         if params.n != 1:
             raise UserError(f"n is {params.n}: one answer is streamed at a time")
@@ -254,22 +247,15 @@ class Engine:
             raise UserError(f"prompt {index} has {len(stop)} stop tokens: give at most {MAX_STOP_TOKENS}")
         max_new = min(int(params.max_new_tokens), self.max_len - len(tokens))
         needs_text = streamed or bool(params.stop)
-        return [
-            Request(
-                index,
-                sample,
-                tokens,
-                params,
-                stop,
-                max_new,
-                TextStream(self.tokenizer, tuple(params.stop)) if needs_text else None,
-                streamed,
-            )
-            for sample in range(params.n)
-        ]
+
+        def text() -> TextStream | None:
+            return TextStream(self.tokenizer, tuple(params.stop)) if needs_text else None
+
+        parts = (tokens, params, stop, max_new)
+        return [Request(index, sample, *parts, text(), streamed) for sample in range(params.n)]
 
     def encode(self, prompt: Prompt, name: str) -> tuple[int, ...]:
-        """The tokens of a prompt; UserError with its name where they cannot be answered."""
+        """The tokens of a prompt; UserError with its name if they cannot be answered."""
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
         elif len(prompt) and isinstance(prompt[0], dict):
@@ -279,11 +265,9 @@ class Engine:
                 raise UserError(f"{name}: {error}") from error
         else:
             tokens = list(prompt)
-            bad = [
-                t for t in tokens if not isinstance(t, (int, np.integer)) or not 0 <= t < self.target.config.vocab_size
-            ]
-            if bad:
-                raise UserError(f"{name} holds {bad[0]!r}: give token ids below {self.target.config.vocab_size}")
+            vocab_size = self.target.config.vocab_size
+            if bad := [t for t in tokens if not isinstance(t, (int, np.integer)) or not 0 <= t < vocab_size]:
+                raise UserError(f"{name} holds {bad[0]!r}: give token ids below {vocab_size}")
         if not tokens:
             raise UserError(f"{name} is empty: give it some text")
         if len(tokens) >= self.max_len:
@@ -295,30 +279,19 @@ class Engine:
         return tuple(int(t) for t in tokens)
 
     def serve(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """The answers to requests as they are finished; requests are read as slots become free.
+        """The answers to requests as they finish; requests are read as slots become free.
 
-        Of those that wait, the one of the lowest number is next: a conversation that goes on overtakes new ones.
+        Of those that wait, the one of the lowest prompt index is next: a conversation's next prompt overtakes new ones.
         """
-        for completions in self._serve(iter(requests), rounds=ROUNDS):
-            yield from completions
+        return itertools.chain.from_iterable(self._serve(iter(requests), rounds=ROUNDS))
 
     def _serve(self, requests: Iterator[Request], *, rounds: int) -> Iterator[list[Completion]]:
-        """After each call of the device, of up to `rounds` rounds, the answers that are finished."""
-        scheduler = Scheduler(
-            requests,
-            self.runner,
-            self.prefix_cache,
-            self._tree_selector,
-            self.row_counts,
-            rounds=rounds,
-            measure=self._measure,
-        )
-        num_levels = self.runner.num_levels
-        for step in scheduler.steps():
+        """The answers that each device call, of up to `rounds` rounds, finishes."""
+        parts = (requests, self.runner, self.prefix_cache, self._tree_selector, self.row_counts)
+        context = (self.tokenizer, self.eos_token_ids, self.runner.num_levels)
+        for step in Scheduler(*parts, rounds=rounds, measure=self._measure).steps():
             started = time.perf_counter()
-            completions = [
-                request.completion(self.tokenizer, self.eos_token_ids, num_levels) for request in step.finished
-            ]
+            completions = [request.completion(*context) for request in step.finished]
             self.seconds += step.seconds + time.perf_counter() - started
             self.device_seconds += step.device_seconds
             yield completions
@@ -326,12 +299,12 @@ class Engine:
     # --- before any request -------------------------------------------------------------------------------------
 
     def measure(self) -> None:
-        """Measures the trees of "auto" for every number of rows, which else waits until such a number is needed."""
+        """Measures the trees of "auto" for every number of rows, instead of when such a number is first needed."""
         for rows in self.row_counts:
             self._measure(rows)
 
     def warm_up(self) -> None:
-        """Compiles ahead of time what requests of any kind will need, and measures the trees: minutes."""
+        """Compiles every program that requests may need, and measures the trees: minutes."""
         self.measure()
         runner, prompt = self.runner, (0,)
         request = to_device_request(self.requests(0, prompt, SamplingParams())[0])
@@ -347,7 +320,7 @@ class Engine:
             runner.take_rows(runner.empty_slots(old), [], new)
 
     def _measure(self, rows: int) -> None:
-        """Measures the trees that have not been measured for so many rows, if there is a choice."""
+        """Measures the trees not yet measured for this number of rows, if there is a choice."""
         if len(self.trees) == 1:
             return
         prompts = [self.tokenizer.encode(text)[: self.max_len // 2] for text in WARM_UP[:rows]]
@@ -357,7 +330,7 @@ class Engine:
             log.info("%d rows, %s: %.1f tokens/s a row", rows, tree or "plain", self._tree_selector.speed(rows, tree))
 
     def _probe(self, prompts: Sequence[Sequence[int]], rows: int, tree: TreeSpec | None, max_new: int) -> None:
-        """Answers prompts in so many rows with a given tree, whose speed is recorded."""
+        """Answers prompts in a batch of `rows` with a given tree, whose speed is recorded."""
         params = SamplingParams(temperature=0, max_new_tokens=max_new, ignore_eos=True)
         requests = [self.requests(i, prompt, params)[0] for i, prompt in enumerate(prompts)]
         parts = (iter(requests), self.runner, self.prefix_cache, self._tree_selector, (rows,))

@@ -25,7 +25,7 @@ from fasteagle_jax.targets import llama
 
 
 class ModelRunner:
-    """A target with a drafter or without, on its devices; calls of its compiled programs."""
+    """The models on their devices, and calls of their compiled programs."""
 
     def __init__(
         self,
@@ -43,9 +43,14 @@ class ModelRunner:
         self.buckets, self.chunk, self.shared_noise = buckets, chunk, shared_noise
         self.num_levels = 0 if drafter is None else drafter.num_levels
         self._most_levels = max((tree.num_levels(self.num_levels) for tree in trees if tree), default=0)
-        self._most_written = max(chunk, 1 + self.num_levels)
-        self._cache_slots = max_len + self._most_written
         self._compiled_rounds: set[tuple[int, TreeSpec | None]] = set()
+        most_written = max(chunk, 1 + self.num_levels)  # tokens of a row at a time
+        sizes = {"most_written": most_written, "drafter_slots": max_len + most_written}
+        self._init_prefill = functools.partial(device.init_prefill, target, drafter, **sizes)
+        sizes = {"most_written": most_written, "num_slots": max_len + most_written}
+        self._empty_slots = functools.partial(
+            device.empty_slots, target, drafter, num_stop_tokens=MAX_STOP_TOKENS, **sizes
+        )
 
     @functools.cached_property
     def vocab(self) -> VocabWeights | None:
@@ -62,24 +67,24 @@ class ModelRunner:
     def empty_slots(self, rows: int) -> device.Slots:
         """Free slots, B = `rows`."""
         with self._on_mesh():
-            return self._empty_slots(rows)
+            return self._empty_slots(batch=rows)
 
     def empty_prefix(self, bucket: int) -> Prefilled:
         """Empty caches for prompts of a bucket."""
         with self._on_mesh():
-            return self._empty_prefix(bucket)
+            return self._init_prefill(num_slots=bucket)
 
     def shapes(self, rows: int) -> tuple[device.Slots, list[Prefilled]]:
         """Shapes of `empty_slots` and of each bucket's `empty_prefix`; nothing is compiled."""
-        prefixes = [jax.eval_shape(functools.partial(self._empty_prefix, bucket)) for bucket in self.buckets]
-        return jax.eval_shape(functools.partial(self._empty_slots, rows)), prefixes
+        prefixes = [jax.eval_shape(functools.partial(self._init_prefill, num_slots=n)) for n in self.buckets]
+        return jax.eval_shape(functools.partial(self._empty_slots, batch=rows)), prefixes
 
     def prefill(
         self, prefix: Prefilled, prompt: tuple[int, ...], bucket: int, start_chunk: int, drafts: bool
     ) -> Prefilled:
         """The prompt in caches of its bucket, given its first `start_chunk` chunks in `prefix`.
 
-        Without `drafts` it is left out of the drafter's cache: cheaper, and drafts to come do without it.
+        Without `drafts` it is left out of the drafter's cache, which is cheaper; later drafts then do without it.
         """
         padded = np.zeros((1, bucket), np.int32)
         padded[0, : len(prompt)] = prompt
@@ -118,22 +123,3 @@ class ModelRunner:
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which programs find the mesh, if there is one."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-    def _empty_slots(self, rows: int) -> device.Slots:
-        return device.empty_slots(
-            self.target,
-            self.drafter,
-            batch=rows,
-            num_slots=self._cache_slots,
-            most_written=self._most_written,
-            num_stop_tokens=MAX_STOP_TOKENS,
-        )
-
-    def _empty_prefix(self, bucket: int) -> Prefilled:
-        return device.init_prefill(
-            self.target,
-            self.drafter,
-            num_slots=bucket,
-            drafter_slots=self._cache_slots,
-            most_written=self._most_written,
-        )

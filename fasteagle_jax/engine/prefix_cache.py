@@ -1,4 +1,4 @@
-"""The prefix cache: prefilled beginnings of prompts, kept for the prompts to come that begin alike."""
+"""The prefix cache: prefilled prefixes of prompts, kept for later prompts that share them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from fasteagle_jax.decoding.prefill import Prefilled
 
-CAPACITY = 4  # prefixes kept; the least recently used one is evicted first
+CAPACITY = 4  # prefixes; the least recently used one is evicted first
 
 
 class PrefixCache:
@@ -21,28 +21,28 @@ class PrefixCache:
         """An empty cache; `empty_prefix` makes the empty caches of a bucket."""
         self._chunk, self._empty_prefix = chunk, empty_prefix
         self._empty: dict[int, Prefilled] = {}  # by bucket
-        self._kept: collections.OrderedDict[tuple[int, bool, bytes], Prefilled] = collections.OrderedDict()
+        self._cached: collections.OrderedDict[tuple[int, bool, bytes], Prefilled] = collections.OrderedDict()
 
     def lookup(self, prompt: tuple[int, ...], bucket: int, drafts: bool) -> tuple[Prefilled, int]:
-        """The longest prefix of a prompt that is kept, and its number of chunks, which leave at least a token over."""
+        """The longest cached prefix that leaves at least one token of the prompt, and its number of chunks."""
         digests = chunk_digests(prompt[:-1], self._chunk)
         for n in range(len(digests), 0, -1):
-            if (key := (bucket, drafts, digests[n - 1])) in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key], n
+            if (key := (bucket, drafts, digests[n - 1])) in self._cached:
+                self._cached.move_to_end(key)
+                return self._cached[key], n
         if bucket not in self._empty:
             self._empty[bucket] = self._empty_prefix(bucket)
         return self._empty[bucket], 0
 
     def insert(self, tokens: tuple[int, ...], bucket: int, drafts: bool, prefix: Prefilled) -> None:
         """Keeps the prefix of `tokens`, a whole number of chunks."""
-        self._kept[bucket, drafts, chunk_digests(tokens, self._chunk)[-1]] = prefix
-        if len(self._kept) > CAPACITY:
-            self._kept.popitem(last=False)
+        self._cached[bucket, drafts, chunk_digests(tokens, self._chunk)[-1]] = prefix
+        if len(self._cached) > CAPACITY:
+            self._cached.popitem(last=False)
 
 
 def chunk_digests(tokens: tuple[int, ...], chunk: int) -> list[bytes]:
-    """A digest for each whole chunk, of its tokens and of the digest before it: of all tokens up to there."""
+    """A hash chain: each whole chunk's digest is of its tokens and the digest before it, so of all tokens so far."""
     whole = len(tokens) // chunk
     pieces = np.asarray(tokens[: whole * chunk], np.int32).reshape(whole, chunk)
     digests = itertools.accumulate(
@@ -52,7 +52,7 @@ def chunk_digests(tokens: tuple[int, ...], chunk: int) -> list[bytes]:
 
 
 def common_chunks(a: tuple[int, ...], b: tuple[int, ...], chunk: int) -> int:
-    """The number of whole chunks that two prompts begin with alike, each having at least a token after them."""
+    """The number of whole chunks that two prompts share as a prefix, each having at least one token after it."""
     n = 0
     while (n + 1) * chunk < min(len(a), len(b)) and a[n * chunk : (n + 1) * chunk] == b[n * chunk : (n + 1) * chunk]:
         n += 1

@@ -1,6 +1,6 @@
-"""What is asked of the engine and what comes back.
+"""Requests of the engine and their answers.
 
-N levels of the drafter. Names and meanings follow vLLM's `SamplingParams` and `CompletionOutput` where those have one.
+N levels of the drafter. Names and meanings follow vLLM's `SamplingParams` and `CompletionOutput` as far as they go.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _SamplingFields: Any = dataclasses.make_dataclass(
 
 @_record
 class SamplingParams(_SamplingFields):
-    """How a request is answered. The same prompt, params and seed give the same tokens, in any company.
+    """Settings of a request. The same prompt and settings give the same tokens, whatever else is in the batch.
 
     Besides the fields below it has those of `sampling_fields.FIELDS`: temperature (0 is greedy), top_k, top_p, min_p
     and seed.
 
-    Filters apply to logits / temperature in the order top-k, top-p, min-p. Sample i of `n` has a seed of its own, made
-    of `seed` and i; sample 0 has `seed` itself.
+    Filters apply to logits / temperature in the order top-k, top-p, min-p. Sample i of `n` has a seed of its own, a
+    hash of `seed` and i; sample 0 has `seed` itself.
     """
 
     max_new_tokens: int = 256
     stop: Sequence[str] = ()  # the answer ends before the first of these strings; its tokens end with the one that
     # completed it
     stop_token_ids: Sequence[int] = ()  # besides the target's own; kept in the tokens
-    ignore_eos: bool = False  # go on after the target's own end tokens
+    ignore_eos: bool = False  # continue after the target's own end tokens
     n: int = 1  # samples
     logprobs: bool = False  # of the emitted tokens, under the target's softmax before temperature and filters
 
@@ -76,11 +76,11 @@ def sample_seed(seed: int, sample: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class RequestStatistics:
-    """What answering took."""
+    """Rounds and seconds of an answer."""
 
     rounds: int  # target passes after prefill
     accepted_at: tuple[int, ...]  # [N], rounds in which the guess of each depth was accepted
-    seconds: float  # from the start of its prefill to its last token, in company
+    seconds: float  # from the start of its prefill to its last token, the rest of the batch included
 
     @property
     def acceptance_length(self) -> float:
@@ -90,7 +90,7 @@ class RequestStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Some text of an answer under way."""
+    """Some text of an unfinished answer."""
 
     text: str
     depth: int  # at which the last token in it was accepted as a guess, 0 for the target's own
@@ -108,5 +108,5 @@ class Completion:
     depths: tuple[int, ...]  # of each token: the depth at which its guess was accepted, 0 for the target's own
     finish_reason: Literal["stop", "length"]
     stop_reason: int | str | None  # the stop token or string that ended it
-    logprobs: tuple[float, ...] | None  # of each token, where asked for
+    logprobs: tuple[float, ...] | None  # of each token, if asked for
     statistics: RequestStatistics

@@ -32,7 +32,7 @@ from fasteagle_jax.engine.requests import (
 )
 from fasteagle_jax.engine.slots import DeviceRequest, Slots
 
-ROUNDS_BETWEEN_TEXT = 4  # of a device call while the host has to look for stop strings
+ROUNDS_BETWEEN_TEXT = 4  # of a device call at most while the host checks stop strings or streams text
 
 LOOKAHEAD = 4  # waiting requests read ahead, for each slot: common prefixes are looked for among them
 
@@ -133,7 +133,7 @@ class Batch:
     def __init__(self, slots: Slots, requests: list[Request | None]) -> None:
         self.slots = slots
         self.requests = requests  # by row
-        self.ended = [request is None for request in requests]  # by row: done, whatever the device thinks
+        self.ended = [request is None for request in requests]  # by row: the host counts it as done
 
     @property
     def active(self) -> list[int]:
@@ -145,16 +145,9 @@ class Batch:
         """Rows without one."""
         return [row for row, request in enumerate(self.requests) if request is None]
 
-    def resized(self, num_rows: int, runner: ModelRunner) -> Batch:
-        """The requests in a batch of another number of rows."""
-        active = self.active
-        spare: list[Request | None] = [None] * (num_rows - len(active))
-        slots = runner.take_rows(self.slots, active, num_rows)
-        return Batch(slots, [self.requests[row] for row in active] + spare)
-
 
 class Step(NamedTuple):
-    """What a step of a Scheduler brought."""
+    """Outcome of a step of a Scheduler."""
 
     finished: list[Request]
     seconds: float
@@ -162,7 +155,7 @@ class Step(NamedTuple):
 
 
 class Scheduler:
-    """Requests that wait and the batch of those under way, for one call of the engine."""
+    """The waiting requests and the batch, for one call of the engine."""
 
     def __init__(
         self,
@@ -221,10 +214,14 @@ class Scheduler:
         self.waiting = collections.deque(sorted(self.waiting, key=lambda request: request.prompt_index))
 
     def _resize(self, num_rows: int) -> None:
+        requests: list[Request | None] = [None] * num_rows
         if self.batch is None:
-            self.batch = Batch(self.runner.empty_slots(num_rows), [None] * num_rows)
+            slots = self.runner.empty_slots(num_rows)
         else:
-            self.batch = self.batch.resized(num_rows, self.runner)
+            active = self.batch.active
+            requests[: len(active)] = [self.batch.requests[row] for row in active]
+            slots = self.runner.take_rows(self.batch.slots, active, num_rows)
+        self.batch = Batch(slots, requests)
 
     def _choose_tree(self, batch: Batch) -> TreeSpec | None:
         if self.measure is None:

@@ -1,7 +1,7 @@
-"""The device's side of continuous batching: a fixed number of slots that requests pass through.
+"""Compiled programs of continuous batching: a fixed number of slots that requests pass through.
 
 B slots · P prompt slots of a bucket · S cache slots · N levels.
-Every function is one compiled program for the shapes it is given; which these are is the engine's business.
+Every function is one compiled program for each combination of shapes; `model_runner` chooses the shapes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import constrain_all
 from fasteagle_jax.nn.kv_cache import Cache, Ring
 
-# The logical axes of slots and of what is prefilled. What the host reads between calls is whole everywhere.
+# The logical axes of slots and of prefilled caches. Arrays that the host reads between calls are replicated.
 READ = ("emitted", "depths", "logprobs", "num_emitted", "done")
 AXES = {name: axes for name, axes in decoding_state.AXES.items() if name not in READ}
 
 
 class Slots(NamedTuple):
-    """The requests under way, a row each; free rows are done."""
+    """The active requests, a row each; free rows are done."""
 
     state: State
     sampling: Sampling
@@ -49,18 +49,18 @@ class DeviceRequest(NamedTuple):
 def empty_slots(
     target: Any, drafter: Any | None, *, batch: int, num_slots: int, most_written: int, num_stop_tokens: int
 ) -> Slots:
-    """`batch` free slots for requests of up to `num_slots` tokens, prompt and answer and slack together."""
+    """`batch` free slots for requests of up to `num_slots` tokens: prompt, answer and slack."""
     num_levels = 0 if drafter is None else drafter.num_levels
-    nothing = prompts.init_prefill(target, drafter, batch, num_slots, most_written)
+    empty = prompts.init_prefill(target, drafter, batch, num_slots, most_written)
 
     def row(dtype: Any, *shape: int) -> jax.Array:
         return jnp.zeros((batch, *shape), dtype)
 
     state = State(
-        nothing.target_cache,
-        nothing.drafter_cache,
+        empty.target_cache,
+        empty.drafter_cache,
         Accepted(
-            row(nothing.features.dtype, num_levels + 1, nothing.features.shape[1]),
+            row(empty.features.dtype, num_levels + 1, empty.features.shape[1]),
             row(jnp.int32, num_levels + 1),
             row(jnp.int32),
         ),
@@ -79,7 +79,7 @@ def empty_slots(
 def init_prefill(
     target: Any, drafter: Any | None, *, num_slots: int, drafter_slots: int, most_written: int
 ) -> Prefilled:
-    """`prefill.init_prefill` of one row, compiled."""
+    """Compiled `prefill.init_prefill` of one row."""
     return constrain_all(prompts.init_prefill(target, drafter, 1, num_slots, most_written, drafter_slots), AXES)
 
 
@@ -96,7 +96,7 @@ def prefill(
     chunk: int,
     num_levels: int,
 ) -> Prefilled:
-    """`prefill.prefill`, compiled; `prefix` stays as it is."""
+    """Compiled `prefill.prefill`; `prefix` is not donated: the prefix cache keeps it."""
     sizes = {"chunk": chunk, "num_levels": num_levels}
     return constrain_all(prompts.prefill(target, drafter, vocab, prefix, prompt, length, start_chunk, **sizes), AXES)
 
@@ -138,7 +138,7 @@ def advance(
     tree: TreeSpec | None,
     shared_noise: bool,
 ) -> tuple[Slots, jax.Array]:
-    """The slots after up to `rounds` int32 [] rounds, and how many there were; rows `ended` bool [B] are done."""
+    """The slots after up to `rounds` int32 [] rounds, and the number of rounds; rows `ended` bool [B] are done."""
     state = slots.state._replace(done=slots.state.done | ended)
     state, ran = decode_rounds(
         target,
@@ -163,7 +163,7 @@ def take_rows(slots: Slots, rows: jax.Array, in_use: jax.Array) -> Slots:
 
 
 def _batch_dims(slots: Slots) -> Any:
-    """The dimension of each array that the rows are along: 1 in stacks of layers, else 0."""
+    """The batch dimension of each array: 1 in stacks of layers, else 0."""
     dims = jax.tree.map(lambda _: 0, slots)
 
     def stacked(cache: Any, dims: Any) -> Any:
