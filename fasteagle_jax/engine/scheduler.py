@@ -205,7 +205,8 @@ class Scheduler:
             tree = self._choose_tree(self.batch)
             finished, device_seconds = self._admit(self.batch, tree)
             if not finished:
-                finished, device_seconds = self._advance(self.batch, tree, device_seconds)
+                finished, round_seconds = self._advance(self.batch, tree)
+                device_seconds += round_seconds
             yield Step(finished, time.perf_counter() - started, device_seconds)
 
     def _read_ahead(self) -> None:
@@ -274,8 +275,8 @@ class Scheduler:
 
     # --- rounds -------------------------------------------------------------------------------------------------
 
-    def _advance(self, batch: Batch, tree: TreeSpec | None, seconds: float) -> tuple[list[Request], float]:
-        """Runs rounds; returns the requests that are finished and `seconds` with those spent waiting for the device."""
+    def _advance(self, batch: Batch, tree: TreeSpec | None) -> tuple[list[Request], float]:
+        """Runs rounds; returns the requests that are finished and the seconds spent waiting for the device."""
         reads_text = any(request is not None and request.text is not None for request in batch.requests)
         called = time.perf_counter()
         batch.slots, num_rounds, compiled = self.runner.advance(
@@ -295,7 +296,7 @@ class Scheduler:
             tokens=new_tokens,
             seconds=None if compiled else now - called,
         )
-        return finished, seconds + now - called
+        return finished, now - called
 
     def _read_results(self, batch: Batch, num_rounds: int, now: float) -> tuple[int, int, list[Request]]:
         """Frees the rows that are done after `num_rounds` rounds.
