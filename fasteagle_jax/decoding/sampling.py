@@ -25,7 +25,7 @@ def _named_tuple() -> Any:
     return collections.namedtuple("Sampling", list(FIELDS))  # type: ignore[misc]  # mypy wants the names spelt out
 
 
-_Fields = _named_tuple()
+_Fields: Any = _named_tuple()
 
 
 class Sampling(_Fields):
