@@ -15,7 +15,7 @@ import numpy as np
 from fasteagle_jax.decoding.prefill import Prefilled
 from fasteagle_jax.decoding.sampling import Sampling
 from fasteagle_jax.decoding.sampling_fields import FIELDS
-from fasteagle_jax.decoding.state import NO_STOP, State, Stop
+from fasteagle_jax.decoding.state import NO_STOP, Stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import TreeSelector
 from fasteagle_jax.devices.sharding import process_values
@@ -61,14 +61,14 @@ class Request:
     started: float = 0.0
     finished: float = 0.0
 
-    def append(self, emitted: Emitted, row: int) -> bool:
-        """Appends the new tokens; returns whether a stop string ends the answer, which then ends with its token."""
+    def append(self, tokens: np.ndarray, depths: np.ndarray, logprobs: np.ndarray) -> bool:
+        """Appends the new ones of all emitted tokens; returns whether a stop string ends the answer with its token."""
         for i in range(len(self.tokens), self.num_emitted):
-            token, depth = int(emitted.tokens[row, i]), int(emitted.depths[row, i])
+            token, depth = int(tokens[i]), int(depths[i])
             self.tokens.append(token)
             self.depths.append(depth)
             if self.params.logprobs:
-                self.logprobs.append(float(emitted.logprobs[row, i]))
+                self.logprobs.append(float(logprobs[i]))
             if self.text is not None:
                 self.pieces.append(Piece(self.text.push(token), depth))
                 if self.text.stopped_by is not None:
@@ -96,14 +96,6 @@ class Request:
             tuple(self.logprobs) if self.params.logprobs else None,
             RequestStatistics(self.depths.count(0) - 1, accepted_at, self.finished - self.started),
         )
-
-
-class Emitted:
-    """The emitted tokens of all rows, copied from the device."""
-
-    def __init__(self, state: State) -> None:
-        parts = (state.emitted, state.depths, state.logprobs)
-        self.tokens, self.depths, self.logprobs = (np.array(part) for part in jax.device_get(parts))
 
 
 def to_device_request(request: Request) -> DeviceRequest:
@@ -305,7 +297,7 @@ class Scheduler:
         """
         state = batch.slots.state
         num_emitted, done = jax.device_get((state.num_emitted, state.done))
-        emitted: Emitted | None = None
+        emitted: Any = None  # fetched if a row needs it
         new_tokens, row_rounds, finished = 0, 0, []
         for row, request in enumerate(batch.requests):
             if request is None:
@@ -314,8 +306,8 @@ class Scheduler:
             request.num_emitted, request.rounds = int(num_emitted[row]), request.rounds + num_rounds
             ended = False
             if request.text is not None or done[row]:
-                emitted = emitted or Emitted(state)
-                ended = request.append(emitted, row)
+                emitted = emitted or jax.device_get((state.emitted, state.depths, state.logprobs))
+                ended = request.append(*(array[row] for array in emitted))
             if done[row]:
                 request.rounds = request.depths.count(0) - 1  # it may have ended before the last round
             new_tokens += request.num_emitted - before[0]
