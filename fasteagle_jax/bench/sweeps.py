@@ -28,6 +28,7 @@ from fasteagle_jax.bench.prompts import Models
 from fasteagle_jax.bench.runner import MEAN, Result
 from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.decoding.acceptance import Acceptance
+from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.engine import slots as device
 from fasteagle_jax.engine.engine import Engine
@@ -143,14 +144,8 @@ def throughput(
 ) -> Outcome:
     """Measures tokens a second over args.slots and prints the table."""
     check_trained(decoders)
-    params = SamplingParams(
-        temperature=args.temperature[0],
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-        max_new_tokens=args.max_new,
-    )
+    sampling = from_options(args) | {"temperature": args.temperature[0]}
+    params = SamplingParams(**sampling, max_new_tokens=args.max_new)
     progress = Progress(len(args.slots) * args.repeats * len(decoders), "run")
 
     def measure(slots: int) -> list[dict[str, Any]]:
@@ -346,11 +341,11 @@ def memory(
 
 def compiled_round(engine: Engine) -> Any:
     """The compiler's memory analysis of the engine's rounds, all slots in use."""
-    slots = jax.eval_shape(lambda: engine._empty(engine.num_slots))
+    slots, _ = engine.runner.shapes(engine.num_slots)
     lowered = device.advance.lower(
         engine.target,
         engine.drafter,
-        engine._vocab,
+        engine.runner.vocab,
         slots,
         np.zeros(engine.num_slots, bool),
         np.int32(1),

@@ -24,6 +24,7 @@ from fasteagle_jax.bench.sweeps import Outcome, check_trained, machine
 from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import Sampling, choose, make_sampling
+from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.speculative import advance, start
 from fasteagle_jax.decoding.state import State, make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
@@ -67,7 +68,7 @@ def rows(
     check_trained(decoders)
     trained = drafters[decoders[1].folder]  # type: ignore[index]
     prompts, lengths = pad_prompts(first_turns[:1], prompt_slots(len(first_turns[0])))
-    sampling = make_sampling(1, args.temperature[0], args.top_k, args.top_p, args.seed, args.min_p)
+    sampling = make_sampling(1, **from_options(args) | {"temperature": args.temperature[0]})
     max_new = args.max_len - prompts.shape[1]
     if max_new <= (most := ROUNDS * (trained.num_levels + 1)):  # a row that is done would be timed doing nothing
         raise UserError(

@@ -21,12 +21,13 @@ from fasteagle_jax.bench.timing import Stopwatch
 from fasteagle_jax.commands.models import add_target_options
 from fasteagle_jax.commands.terminal import add_sampling_options, whole
 from fasteagle_jax.decoding.acceptance import Acceptance
+from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh
 from fasteagle_jax.engine.detokenizer import TextStream
-from fasteagle_jax.engine.engine import Engine, Piece
-from fasteagle_jax.engine.requests import Completion, SamplingParams
+from fasteagle_jax.engine.engine import Engine
+from fasteagle_jax.engine.requests import Completion, Piece, SamplingParams
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets.loading import open_checkpoint
@@ -108,16 +109,8 @@ def mesh_named(text: str | None) -> Mesh | None:
 
 
 def sampling_params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
-    """--max-new and the options of `add_sampling_options`; UserError for values that cannot be."""
-    return SamplingParams(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-        max_new_tokens=args.max_new,
-        stop=stop,
-    )
+    """--max-new and the options of `add_sampling_options`; UserError for values out of range."""
+    return SamplingParams(**from_options(args), max_new_tokens=args.max_new, stop=stop)
 
 
 def load_engine(args: argparse.Namespace, tree: TreeSpec | str | None, slots: int) -> Engine:

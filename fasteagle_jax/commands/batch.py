@@ -57,6 +57,7 @@ from fasteagle_jax.commands.terminal import (
 )
 from fasteagle_jax.data.manifest import manifest_path, read_manifest
 from fasteagle_jax.data.shares import Share, join
+from fasteagle_jax.decoding.sampling_fields import from_options, recorded
 from fasteagle_jax.engine.batch_records import AnswerFile, answer_record, refusal_record
 from fasteagle_jax.engine.batch_requests import BatchRequest, Refusal, numbered, read_requests
 from fasteagle_jax.engine.engine import Engine
@@ -117,7 +118,8 @@ def answer_file(args: argparse.Namespace) -> int:
             "max_len": engine.max_len,
             "input": {"sha256": digest},
             "defaults": {
-                name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed", "max_new")
+                **recorded(from_options(args), always=("temperature", "top_k", "top_p", "min_p", "seed")),
+                "max_new": args.max_new,
             },
             "share": share._asdict(),
         }

@@ -63,6 +63,7 @@ from fasteagle_jax.commands.models import add_target_options, load_models
 from fasteagle_jax.commands.terminal import Parser, add_filter_options, program, whole
 from fasteagle_jax.data.sources import Prompt
 from fasteagle_jax.decoding.sampling import Sampling, make_sampling
+from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.drafters.files import TENSORS
@@ -179,7 +180,7 @@ def bench(args: argparse.Namespace) -> int:
     if args.results is not None:
         import matplotlib.figure  # noqa: F401  # which draws at the end: a missing one is found out now
     for temperature in args.temperature:
-        make_sampling(1, temperature, args.top_k, args.top_p, args.seed, args.min_p)
+        make_sampling(1, **from_options(args) | {"temperature": temperature})
     decoders = find_drafters(decoders, args.target)
     tasks = read_tasks(args.tasks, args.prompts_folder, args.limit)
     models = load_models(args, None)
@@ -249,7 +250,7 @@ def _compare(
 
     def sampling(index: int, temperature: float) -> Sampling:
         seed = (args.seed + index) % 2**32
-        return make_sampling(1, temperature, args.top_k, args.top_p, seed, args.min_p)
+        return make_sampling(1, **from_options(args) | {"temperature": temperature, "seed": seed})
 
     def measure(task: str, temperature: float, first: int) -> dict[str, Any]:
         """A task for JSON; the seed of its first case is that of case `first` of all."""

@@ -31,8 +31,8 @@ from fasteagle_jax.commands.answers import (
 )
 from fasteagle_jax.commands.terminal import Parser, program
 from fasteagle_jax.data.sources import Message
-from fasteagle_jax.engine.engine import Engine, Piece
-from fasteagle_jax.engine.requests import Completion, SamplingParams
+from fasteagle_jax.engine.engine import Engine
+from fasteagle_jax.engine.requests import Completion, Piece, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets.tokenizer import encode_chat
 

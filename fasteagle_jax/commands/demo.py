@@ -35,6 +35,7 @@ from fasteagle_jax.decoding import speculative as decoding
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_sampling_options(parser, temperature=0.0)
     args = parser.parse_args(argv)
     tree = TreeSpec.parse(args.tree) if args.tree else default_tree(jax.default_backend())
-    make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
+    make_sampling(1, **from_options(args))
 
     drafter: Path | None
     if args.train:
@@ -186,7 +187,7 @@ def race_all(models: Models, tree: TreeSpec, args: Any) -> bool:
     """Answers every question with both decoders and prints the sums; True if all answers are identical."""
     console = Console()
     runners = (Runner("plain", models, None, tree), Runner(f"speculative, {tree}", models, models.drafter, tree))
-    sampling = make_sampling(1, args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
+    sampling = make_sampling(1, **from_options(args))
     stop = decoding.make_stop(1, args.max_new, models.stop_tokens)
     seconds, tokens, all_same, total = [0.0, 0.0], 0, True, None
     warm = encode_chat(models.tokenizer, [{"role": "user", "content": QUESTIONS[0]}])

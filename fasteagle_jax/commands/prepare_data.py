@@ -36,7 +36,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fasteagle_jax.commands.answers import add_draft_options, tree_named
+from fasteagle_jax.commands.answers import Took, add_draft_options, tree_named
 from fasteagle_jax.commands.models import add_target_options
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, add_share_options, dtype_named, program, whole
 from fasteagle_jax.data.answering import AHEAD, MIN_ANSWER, Dialogue, Outcome, Rules, Sample, answer_all
@@ -44,6 +44,7 @@ from fasteagle_jax.data.conversations import Conversation, ConversationWriter
 from fasteagle_jax.data.manifest import damaged, manifest_path, read_manifest
 from fasteagle_jax.data.shares import join
 from fasteagle_jax.data.sources import HeldOut, read_dialogues, read_prompts
+from fasteagle_jax.decoding.sampling_fields import from_options, recorded
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import SamplingParams
 from fasteagle_jax.errors import UserError
@@ -125,12 +126,11 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError(f"--max-length is {args.max_length}, but the target has {positions} positions: lower it")
     tokenizer, dtype = load_tokenizer(checkpoint.path), dtype_named(args.dtype)
     rules = _rules(args, tokenizer, sources, held_out)
-    filters = ("top_k", "top_p", "min_p") if args.min_p else ("top_k", "top_p")  # manifests older than --min-p lack it
     settings = {
         "target": fingerprint(checkpoint),
         "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "sources": [source.named for source in sources],
-        "sampling": {name: getattr(args, name) for name in ("temperature", *filters, "seed")},
+        "sampling": recorded(from_options(args), always=("temperature", "top_k", "top_p", "seed")),
         "dtype": jnp.dtype(dtype).name,
         "max_length": args.max_length,
         "max_new": args.max_new,
@@ -280,14 +280,7 @@ def params_of(args: argparse.Namespace, dialogue: Dialogue) -> SamplingParams:
     seed = answer_seed(args.seed, dialogue.id, dialogue.speaker)
     if not dialogue.turns:  # a question that the target writes: the options are for answers
         return SamplingParams(temperature=1.0, seed=seed, max_new_tokens=args.max_new)
-    return SamplingParams(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=seed,
-        max_new_tokens=args.max_new,
-    )
+    return SamplingParams(**from_options(args) | {"seed": seed}, max_new_tokens=args.max_new)
 
 
 def answer_seed(seed: int, id: str, speaker: str) -> int:

@@ -1,4 +1,4 @@
-"""What all programs share at the terminal: options with one-line errors, exit codes, a dtype by its name.
+"""Parts of all command-line programs: options with one-line errors, exit codes, a dtype by its name.
 
 Exit codes: 0 done, 2 something the user can mend (one line on stderr says what), 130 interrupted.
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from fasteagle_jax.decoding.sampling_fields import FIELDS, SamplingField
 from fasteagle_jax.devices.chips import set_libtpu_flags
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import cache_folder
@@ -148,26 +149,22 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def add_sampling_options(parser: Any, temperature: float) -> None:
-    """Adds --temperature, --top-k, --top-p, --min-p and --seed, whose values `sampling.make_sampling` checks."""
+    """Adds an option for each sampling field, to be read with `sampling_fields.from_options`."""
     group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--temperature", type=float, default=temperature, metavar="X", help=f"0 is greedy (default {temperature:g})"
-    )
+    row = FIELDS["temperature"]
+    _add_sampling_option(group, row, temperature, f"{row.help} (default {temperature:g})")
     add_filter_options(group)
 
 
 def add_filter_options(group: Any) -> None:
-    """Adds --top-k, --top-p, --min-p and --seed."""
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens; 0 for all")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="then keep P of the mass; 1 for all")
-    group.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="then keep tokens of at least P times the most probable one's probability; 0 for all",
-    )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other samples (default 0)")
+    """Adds an option for each sampling field but temperature."""
+    for name, row in FIELDS.items():
+        if name != "temperature":
+            _add_sampling_option(group, row, row.default, row.help)
+
+
+def _add_sampling_option(group: Any, row: SamplingField, default: float, help: str) -> None:
+    group.add_argument(row.option, type=row.python_type, default=default, metavar=row.metavar, help=help)
 
 
 def add_dtype_option(parser: Any, note: str) -> None:

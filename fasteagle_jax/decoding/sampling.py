@@ -2,81 +2,59 @@
 
 B rows · M nodes · V vocabulary.
 The token at absolute position p of a request is argmax(filtered(logits / temperature) + G[p]) with Gumbel noise G[p]
-that
-is a function of (seed, p, token id) alone, which draws from the filtered softmax (the Gumbel-max trick); at
-temperature 0
-it is argmax(logits). The choice depends on nothing but the verified prefix and the seed, so speculation cannot
-change it.
+that is a function of (seed, p, token id) alone, which draws from the filtered softmax (the Gumbel-max trick); at
+temperature 0 it is argmax(logits). The choice depends on nothing but the verified prefix and the seed, so speculation
+cannot change it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fasteagle_jax.decoding.sampling_fields import FIELDS
 from fasteagle_jax.errors import UserError
 
-MAX_SEED = 2**32 - 1
+
+def _named_tuple() -> Any:
+    return collections.namedtuple("Sampling", list(FIELDS))  # type: ignore[misc]  # mypy wants the names spelt out
 
 
-class Sampling(NamedTuple):
-    """How each row picks tokens; all arrays [B]. `make_sampling` checks values and fills in defaults."""
-
-    temperature: jax.Array  # float32, 0 = greedy
-    top_k: jax.Array  # int32, keep the k largest (and those equal to the k-th), 0 = all
-    top_p: jax.Array  # float32, then keep the smallest set of largest ones with this much of the mass, 1 = all
-    min_p: jax.Array  # float32, of these keep the ones at least this much of the largest's probability, 0 = all
-    seed: jax.Array  # uint32
+_Fields: Any = _named_tuple()
 
 
-def make_sampling(
-    batch: int,
-    temperature: float | list[float] = 0.0,
-    top_k: int | list[int] = 0,
-    top_p: float | list[float] = 1.0,
-    seed: int | list[int] = 0,
-    min_p: float | list[float] = 0.0,
-) -> Sampling:
-    """A Sampling for `batch` rows from one value for all or a list of one a row; UserError for a bad value."""
+class Sampling(_Fields):
+    """How each row picks tokens: an array [B] a row of sampling_fields.FIELDS, by its name."""
 
-    def rows(name: str, value: Any) -> list[Any]:
-        values = list(value) if isinstance(value, (list, tuple)) else [value] * batch
-        if len(values) != batch:
-            raise UserError(f"{name} has {len(values)} values for {batch} rows: give one, or one a row")
-        return values
+    __slots__ = ()
 
-    given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    values = {name: rows(name, value) for name, value in given.items()}
-    for name, of_rows in values.items():
-        for value in of_rows:
-            check(name, value)
-    return Sampling(
-        temperature=jnp.asarray(values["temperature"], jnp.float32),
-        top_k=jnp.asarray([int(k) for k in values["top_k"]], jnp.int32),
-        top_p=jnp.asarray(values["top_p"], jnp.float32),
-        min_p=jnp.asarray(values["min_p"], jnp.float32),
-        seed=jnp.asarray([int(s) for s in values["seed"]], jnp.uint32),
-    )
+    @classmethod
+    def of(cls, values: Mapping[str, Sequence[float]]) -> Sampling:
+        """Arrays of NumPy's, which compile nothing, from each field's values."""
+        return cls(**{name: np.asarray(values[name], field.dtype) for name, field in FIELDS.items()})
 
 
-_GOOD: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda t: 0 <= t < math.inf, "0 or more"),
-    "top_k": (lambda k: 0 <= k < 2**31 and k == int(k), "a whole number, 0 for all"),
-    "top_p": (lambda p: 0 < p <= 1, "above 0 and at most 1"),
-    "min_p": (lambda p: 0 <= p <= 1, "0 to 1"),
-    "seed": (lambda s: 0 <= s <= MAX_SEED and s == int(s), f"0 to {MAX_SEED}"),
-}
+def make_sampling(batch: int, temperature: float | Sequence[float] = 0.0, **fields: Any) -> Sampling:
+    """A Sampling for `batch` rows, each field given one value for all or one a row; greedy unless told otherwise.
 
-
-def check(name: str, value: float) -> None:
-    """Raises UserError for a value that the field `name` of a Sampling cannot have. No device is touched."""
-    good, remedy = _GOOD[name]
-    if not good(value):
-        raise UserError(f"{name} is {value}: it must be {remedy}")
+    Raises UserError for a field that does not exist or a value that it cannot have.
+    """
+    if unknown := [name for name in fields if name not in FIELDS]:
+        raise UserError(f"{unknown[0]} is no sampling field: give {', '.join(FIELDS)}")
+    values: dict[str, list[Any]] = {}
+    for name, field in FIELDS.items():
+        value = temperature if name == "temperature" else fields.get(name, field.default)
+        values[name] = list(value) if isinstance(value, (list, tuple)) else [value] * batch
+        if len(values[name]) != batch:
+            raise UserError(f"{name} has {len(values[name])} values for {batch} rows: give one, or one a row")
+        for each in values[name]:
+            field.check(each)
+    return jax.tree.map(jnp.asarray, Sampling.of(values))
 
 
 # --- noise ------------------------------------------------------------------------------------------------------

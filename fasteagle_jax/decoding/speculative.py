@@ -86,7 +86,7 @@ def decode_round(
         depths = jnp.where(index == count[:, None] - 1, 0, index + 1)
         new_entries: tuple[Any, ...] = jnp.where(real, picked, NO_TOKEN), jnp.where(real, depths, NO_TOKEN), None
         if state.logprobs is not None:
-            new_entries = *new_entries[:2], token_logprobs(_at(logits, path.nodes), picked, state.wants_logprobs)
+            new_entries = *new_entries[:2], token_logprobs(logits, picked, state.wants_logprobs, path.nodes)
         emitted, depths, logprobs = _write((state.emitted, state.depths, state.logprobs), new_entries, slot)
         num_emitted = state.num_emitted + count
         done = state.done | (until_stop <= count) | (num_emitted >= stop.max_new)

@@ -94,12 +94,18 @@ def is_stop(tokens: jax.Array, stop: Stop) -> jax.Array:
     return (tokens[..., None] == stop.tokens[:, None]).any(axis=-1)
 
 
-def token_logprobs(logits: jax.Array, tokens: jax.Array, wants_logprobs: jax.Array) -> jax.Array:
-    """float32 [B, T], log-probability of tokens int32 [B, T] under the target's own softmax; 0 if nobody asks."""
+def token_logprobs(
+    logits: jax.Array, tokens: jax.Array, wants_logprobs: jax.Array, nodes: jax.Array | None = None
+) -> jax.Array:
+    """float32 [B, T], log-probability of tokens int32 [B, T] under the target's own softmax; 0 if nobody asks.
+
+    The logits are [B, T, V], or, given `nodes` int32 [B, T], those of [B, M, V] there.
+    """
 
     def compute() -> jax.Array:
-        own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return own - jax.nn.logsumexp(logits, axis=-1)
+        before = logits if nodes is None else jnp.take_along_axis(logits, nodes[..., None], axis=1)
+        own = jnp.take_along_axis(before, tokens[..., None], axis=-1)[..., 0]
+        return own - jax.nn.logsumexp(before, axis=-1)
 
     return jax.lax.cond(wants_logprobs.any(), compute, lambda: jnp.zeros(tokens.shape))
 

@@ -1,8 +1,8 @@
-"""Which draft tree pays: by default, and by measurement (`tree="auto"`).
+"""Selection of the draft tree: by default, and by measurement (`tree="auto"`).
 
 A shape's speed is tokens a round and row over seconds a round. The tokens depend on drafter, target and text, the
-seconds on the machine and on the number of rows computed; both are measured, and go on being measured while in use.
-Nothing here can change a token of any answer.
+seconds on the machine and on the number of rows computed; both are measured, at first and while in use. The selection
+cannot change a token of any answer.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 from fasteagle_jax.decoding.tree import TreeSpec
 
-EMA_DECAY = 0.95  # of a mean, what a further round or call leaves of the older ones
+EMA_DECAY = 0.95  # of the means, a device call
 RETRY_ROUNDS = 256  # after which a shape that lost is measured again, if it was close
-CLOSE = 0.8  # of the best one's speed
+CLOSE = 0.8  # as a share of the best one's speed
 
-# Of a target's pass over so many rows, in passes over one: batch 1, float32, by `fasteagle bench --sweep rows`.
+# Seconds of a target's pass by rows, relative to one row: batch 1, float32, by `fasteagle bench --sweep rows`.
 PASS_COSTS = {"cpu": {2: 1.17, 4: 1.18, 8: 1.44, 16: 1.87, 32: 3.17}}
 BEARABLE = 1.25  # passes over one row that a default tree's pass may cost
 
@@ -27,9 +27,9 @@ def affordable_nodes(costs: Mapping[int, float]) -> int:
 
 
 def default_tree(platform: str) -> TreeSpec:
-    """What to draft for a single request, over before "auto" would have measured, on a JAX platform.
+    """The tree for a single request on a JAX platform, which ends before "auto" would have measured.
 
-    Where no costs are listed, a pass is bound by reading the weights and TreeSpec()'s nodes cost next to nothing.
+    If no costs are listed, a pass is bound by reading the weights, and the nodes of TreeSpec() cost next to nothing.
     """
     costs = PASS_COSTS.get(platform)
     return TreeSpec() if costs is None else TreeSpec("best_first", nodes=affordable_nodes(costs))
@@ -45,7 +45,7 @@ def shapes(num_levels: int) -> tuple[TreeSpec | None, ...]:
 
 @dataclasses.dataclass
 class _Mean:
-    """A mean in which the newest values weigh most."""
+    """An exponential moving average."""
 
     total: float = 0.0
     weight: float = 0.0
@@ -60,7 +60,7 @@ class _Mean:
 
 
 class TreeSelector:
-    """The measurements of each shape, and the choice they lead to."""
+    """Measurements of each shape, and the choice of the fastest."""
 
     def __init__(self, trees: tuple[TreeSpec | None, ...]) -> None:
         self.trees = trees
@@ -71,7 +71,7 @@ class TreeSelector:
     def record(
         self, rows: int, tree: TreeSpec | None, *, rounds: int, row_rounds: int, tokens: int, seconds: float | None
     ) -> None:
-        """Takes a call of the device down.
+        """Records a device call.
 
         Args:
           rows: rows computed, whether they held a request or not.
@@ -79,7 +79,7 @@ class TreeSelector:
           rounds: of the call.
           row_rounds: rounds of all rows that held a request, added up.
           tokens: those rows' new tokens.
-          seconds: of the call; None where it is not to be counted, compilation being in it.
+          seconds: of the call; None if it is not to be counted because it includes compilation.
         """
         self._tokens[tree].add(tokens, row_rounds)
         if seconds is not None and rounds:
@@ -88,16 +88,16 @@ class TreeSelector:
             self._unused_for[other] = 0 if other == tree else self._unused_for[other] + rounds
 
     def unmeasured(self, rows: int) -> list[TreeSpec | None]:
-        """The shapes of which nothing is known for so many rows."""
+        """The shapes not yet measured for this number of rows."""
         return [t for t in self.trees if (rows, t) not in self._seconds or not self._tokens[t].weight]
 
     def speed(self, rows: int, tree: TreeSpec | None) -> float:
-        """Tokens a second and row; nan where not measured."""
+        """Tokens a second and row; nan if not measured."""
         seconds = self._seconds.get((rows, tree), _Mean())
         return self._tokens[tree].value / seconds.value
 
     def choose(self, rows: int) -> TreeSpec | None:
-        """The fastest shape for so many rows; now and then one that was nearly as fast. All must be measured."""
+        """The fastest shape for this number of rows, at times a close one, to measure it anew. All must be measured."""
         speeds = {tree: self.speed(rows, tree) for tree in self.trees}
         best = max(self.trees, key=lambda tree: speeds[tree])
         for tree in self.trees:

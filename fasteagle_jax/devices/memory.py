@@ -25,8 +25,9 @@ class Memory:
     drafter: int  # weights
     target_cache: int  # of all slots
     drafter_cache: int  # of all slots
-    prefill: int  # caches of prompts under way and of shared beginnings
+    prefill: int  # caches of prompts under way and of the prefix cache
     work: int  # logits and activations of a round, estimated
+    resizing: int = 0  # a second batch, alive while the number of rows changes
 
     @property
     def total(self) -> int:
@@ -41,6 +42,7 @@ class Memory:
             "drafter cache": self.drafter_cache,
             "prefill": self.prefill,
             "work": self.work,
+            "resizing": self.resizing,
         }
         return f"{_gib(self.total)}: " + ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
 

@@ -1,4 +1,4 @@
-"""The lines of a batch file: what they ask for, the records that answer them, and the file these are appended to.
+"""Records that answer the lines of a batch file, and the file that they are appended to.
 
 A line is OpenAI's, {"custom_id", "method": "POST", "url", "body"}, or simple: {"prompt"} or {"messages"}, and an "id"
 if wanted. The sampling fields, in the body or beside the prompt, are OpenAI's and vLLM's; a field that would change an
@@ -47,7 +47,7 @@ def refusal_record(refusal: Refusal) -> dict[str, Any]:
 def answer_record(
     request: BatchRequest, completions: Sequence[Completion], tokenizer: Any, target: str
 ) -> dict[str, Any]:
-    """The record of a line and its n answers; `target` names the model where the line does not."""
+    """The record of a line and its n answers; `target` names the model if the line does not."""
     completions = sorted(completions, key=lambda completion: completion.sample)
     line = request.line
     statistics = _statistics(completions)
@@ -62,15 +62,15 @@ def answer_record(
             "error": None,
         }
     is_chat = request.url == CHAT
-    made = sum(len(completion.tokens) for completion in completions)
-    asked = completions[0].prompt_tokens
+    num_new = sum(len(completion.tokens) for completion in completions)
+    num_prompt = completions[0].prompt_tokens
     body = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-line-{line.number}",
         "object": "chat.completion" if is_chat else "text_completion",
         "created": int(time.time()),
         "model": request.model or target,
         "choices": [(_chat_choice if is_chat else _text_choice)(completion, tokenizer) for completion in completions],
-        "usage": {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made},
+        "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new},
     }
     response = {"status_code": 200, "request_id": f"line-{line.number}", "body": body}
     return _openai_record(line, response, None, statistics)
@@ -92,13 +92,13 @@ def _openai_record(line: Line, response: Any, error: Any, statistics: Any) -> di
 
 
 def _statistics(completions: Sequence[Completion]) -> dict[str, Any]:
-    of = [completion.statistics for completion in completions]
-    counts = Acceptance.total(of)
+    statistics = [completion.statistics for completion in completions]
+    counts = Acceptance.total(statistics)
     return {
         "rounds": counts.rounds,
         "accepted_at": list(counts.accepted_at),
         "acceptance_length": round(counts.length, 4) if counts.rounds else None,
-        "seconds": round(max(its.seconds for its in of), 4),
+        "seconds": round(max(sample.seconds for sample in statistics), 4),
     }
 
 
@@ -165,7 +165,7 @@ class _Written(NamedTuple):
 
 
 class AnswerFile(LineFile):
-    """Appends records to a file of JSON lines and resumes where a killed run stopped.
+    """Appends records to a file of JSON lines; resumes a killed run.
 
     `done` holds the lines that are answered. On opening, a torn last line is cut off; a whole line that is no answer to
     one of the lines `numbers` raises UserError with file and line. For one process at a time, which is enforced.

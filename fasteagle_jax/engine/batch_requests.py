@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
-from fasteagle_jax.decoding.sampling import MAX_SEED
+from fasteagle_jax.decoding.sampling_fields import FIELDS, SamplingField
 from fasteagle_jax.engine.requests import Prompt, SamplingParams
 from fasteagle_jax.errors import UserError
 
@@ -29,7 +29,7 @@ Code = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """Where a request stands, and what its record is to repeat."""
+    """Position of a request in its file, and the id that its record repeats."""
 
     number: int  # from 1; blank lines count
     is_simple: bool = False
@@ -38,7 +38,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class BatchRequest:
-    """What a line asks for."""
+    """A line as a request."""
 
     line: Line
     prompt: Prompt
@@ -49,7 +49,7 @@ class BatchRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Why a line cannot be answered."""
+    """Error of a line that cannot be answered."""
 
     line: Line
     code: Code
@@ -74,9 +74,9 @@ def numbered(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 def read_requests(
     file: Iterable[bytes], defaults: SamplingParams, is_wanted: Callable[[int], bool] = lambda number: True
 ) -> Iterator[BatchRequest | Refusal]:
-    """What the lines of wanted numbers ask for, `defaults` holding for what they leave out.
+    """The requests of the lines of wanted numbers; `defaults` are for fields that they leave out.
 
-    The others are read for their custom_ids alone: of several lines with the same, the first has it.
+    The other lines are read for their custom_ids alone, of which each belongs to the first line that has it.
     """
     owners: dict[str, int] = {}
     for number, raw in numbered(file):
@@ -150,12 +150,12 @@ def _envelope(record: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
 
 
 def _request(line: Line, fields: Mapping[str, Any], url: str | None, defaults: SamplingParams) -> BatchRequest:
-    """What the fields of a body (`url`) or of a simple line ask for."""
+    """The request of the fields of a body (`url`) or of a simple line."""
     prompts = {CHAT: ("messages",), TEXT: ("prompt",), None: ("messages", "prompt")}[url]
-    where = "" if url is None else "body."
+    prefix = "" if url is None else "body."
     given: dict[str, Any] = {}
     for field, value in fields.items():
-        name = where + field
+        name = prefix + field
         if field in prompts:
             continue
         if field == "id" and url is None:
@@ -178,21 +178,21 @@ def _request(line: Line, fields: Mapping[str, Any], url: str | None, defaults: S
             if not isinstance(value, str | None):
                 raise _Bad("invalid_value", f"{name} is {_shown(value)}: give a text")
         elif field != "metadata":
-            raise _Bad("unknown_field", f"{_shown(name)} is unknown: leave it out")
+            raise _Bad("unknown_field", f"{_shown(name)} is unknown: leave it out, or give {', '.join(_SAMPLING)}")
     try:
         params = dataclasses.replace(defaults, **given)
     except UserError as error:
-        raise _Bad("invalid_value", where + str(error)) from None
-    return BatchRequest(line, _prompt(fields, prompts, where), params, url, fields.get("model"))
+        raise _Bad("invalid_value", prefix + str(error)) from None
+    return BatchRequest(line, _prompt(fields, prompts, prefix), params, url, fields.get("model"))
 
 
-def _prompt(fields: Mapping[str, Any], names: Sequence[str], where: str) -> Prompt:
-    here = [name for name in names if fields.get(name) is not None]
-    if len(here) != 1:
-        what = " and ".join(where + name for name in here) or " or ".join(where + name for name in names)
-        raise _Bad("invalid_value", f"{what} {'are both there: give one' if here else 'is missing: give it'}")
-    name, value = where + here[0], fields[here[0]]
-    if here[0] == "messages":
+def _prompt(fields: Mapping[str, Any], names: Sequence[str], prefix: str) -> Prompt:
+    given = [name for name in names if fields.get(name) is not None]
+    if len(given) != 1:
+        what = " and ".join(prefix + name for name in given) or " or ".join(prefix + name for name in names)
+        raise _Bad("invalid_value", f"{what} {'are both there: give one' if given else 'is missing: give it'}")
+    name, value = prefix + given[0], fields[given[0]]
+    if given[0] == "messages":
         return _messages(name, value)
     if isinstance(value, list) and value and all(map(is_whole, value)):
         return value
@@ -271,6 +271,11 @@ def _whole(least: int, most: int = 2**31 - 1) -> Callable[[str, Any], int]:
     return check
 
 
+def _sampling_value(row: SamplingField) -> Callable[[str, Any], float]:
+    """A check of the type, and of the range if numbers are whole; SamplingParams checks the others' range."""
+    return _number if row.python_type is float else _whole(int(min([row.least, *row.aliases])), int(row.most))
+
+
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise _Bad("invalid_value", f"{name} is {_shown(value)}: give true or false")
@@ -291,11 +296,7 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 _SAMPLING: dict[str, tuple[str, Callable[[str, Any], Any]]] = {  # field: SamplingParams' name for it, its check
-    "temperature": ("temperature", _number),
-    "top_k": ("top_k", _whole(-1)),
-    "top_p": ("top_p", _number),
-    "min_p": ("min_p", _number),
-    "seed": ("seed", _whole(0, MAX_SEED)),
+    **{name: (name, _sampling_value(row)) for name, row in FIELDS.items()},
     "max_tokens": ("max_new_tokens", _whole(1)),
     "max_completion_tokens": ("max_new_tokens", _whole(1)),
     "max_new_tokens": ("max_new_tokens", _whole(1)),

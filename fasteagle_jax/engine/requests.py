@@ -1,6 +1,6 @@
-"""What is asked of the engine and what comes back.
+"""Requests of the engine and their answers.
 
-N levels of the drafter. Names and meanings follow vLLM's `SamplingParams` and `CompletionOutput` where those have one.
+N levels of the drafter. Names and meanings follow vLLM's `SamplingParams` and `CompletionOutput` as far as they go.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from fasteagle_jax.decoding.acceptance import Acceptance
-from fasteagle_jax.decoding.sampling import check
+from fasteagle_jax.decoding.sampling_fields import FIELDS
 from fasteagle_jax.errors import UserError
 
 MAX_STOP_TOKENS = 16  # of a request, the target's own end tokens included
@@ -20,24 +20,29 @@ Message = Mapping[str, str]  # {"role", "content"}
 Prompt = str | Sequence[int] | Sequence[Message]  # plain text, token ids, or a chat conversation
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """How a request is answered. The same prompt, params and seed give the same tokens, in any company.
+_record: Any = dataclasses.dataclass(frozen=True)  # Any: mypy cannot know the table's fields
 
-    Filters apply to logits / temperature in the order top-k, top-p, min-p. Sample i of `n` has a seed of its own, made
-    of `seed` and i; sample 0 has `seed` itself.
+_SamplingFields: Any = dataclasses.make_dataclass(
+    "_SamplingFields", [(name, row.python_type, row.default) for name, row in FIELDS.items()], frozen=True
+)
+
+
+@_record
+class SamplingParams(_SamplingFields):
+    """Settings of a request. The same prompt and settings give the same tokens, whatever else is in the batch.
+
+    Besides the fields below it has those of `sampling_fields.FIELDS`: temperature (0 is greedy), top_k, top_p, min_p
+    and seed.
+
+    Filters apply to logits / temperature in the order top-k, top-p, min-p. Sample i of `n` has a seed of its own, a
+    hash of `seed` and i; sample 0 has `seed` itself.
     """
 
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # 0 or -1: all
-    top_p: float = 1.0
-    min_p: float = 0.0  # keep tokens of at least this share of the most probable one's probability
-    seed: int = 0
     max_new_tokens: int = 256
     stop: Sequence[str] = ()  # the answer ends before the first of these strings; its tokens end with the one that
     # completed it
     stop_token_ids: Sequence[int] = ()  # besides the target's own; kept in the tokens
-    ignore_eos: bool = False  # go on after the target's own end tokens
+    ignore_eos: bool = False  # continue after the target's own end tokens
     n: int = 1  # samples
     logprobs: bool = False  # of the emitted tokens, under the target's softmax before temperature and filters
 
@@ -45,14 +50,14 @@ class SamplingParams:
         set_field = object.__setattr__  # the dataclass is frozen
         set_field(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         set_field(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        if self.top_k == -1:
-            set_field(self, "top_k", 0)
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "n"):
+        for name in (*FIELDS, "max_new_tokens", "n"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise UserError(f"{name} is {value!r}: give a number")
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
-            check(name, getattr(self, name))
+        for name, row in FIELDS.items():
+            value = getattr(self, name)
+            set_field(self, name, row.aliases.get(value, value))
+            row.check(getattr(self, name))
         for name in ("max_new_tokens", "n"):
             value = getattr(self, name)
             if not 1 <= value < 2**31 or value != int(value):
@@ -72,10 +77,18 @@ def sample_seed(seed: int, sample: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class RequestStatistics(Acceptance):
-    """The acceptance and the time of one request."""
+    """The acceptance and the time of one answer."""
 
-    seconds: float  # from the start of its prefill to its last token, in company
+    seconds: float  # from the start of its prefill to its last token, the rest of the batch included
     acceptance_length = Acceptance.length  # tau
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Some text of an unfinished answer."""
+
+    text: str
+    depth: int  # at which the last token in it was accepted as a guess, 0 for the target's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,5 +103,5 @@ class Completion:
     depths: tuple[int, ...]  # of each token: the depth at which its guess was accepted, 0 for the target's own
     finish_reason: Literal["stop", "length"]
     stop_reason: int | str | None  # the stop token or string that ended it
-    logprobs: tuple[float, ...] | None  # of each token, where asked for
+    logprobs: tuple[float, ...] | None  # of each token, if asked for
     statistics: RequestStatistics

@@ -12,10 +12,10 @@ SHIPPED = "shipped"
 FOLDER = Path(__file__).parents[1] / "drafters" / "weights"
 
 
-def shipped(mark: str) -> Path | None:
-    """The folder of the drafter for the target of a fingerprint; None where none comes with the package."""
+def shipped(target_fingerprint: str) -> Path | None:
+    """The folder of the drafter for the target of a fingerprint; None if none comes with the package."""
     for config in sorted(FOLDER.glob("*/config.json")):
-        if read_config(config.parent)[1] == mark:
+        if read_config(config.parent)[1] == target_fingerprint:
             return config.parent
     return None
 
@@ -23,7 +23,7 @@ def shipped(mark: str) -> Path | None:
 def drafter_folder(drafter: str | Path | None, checkpoint: Checkpoint) -> Path | None:
     """The folder that a drafter is read from: `shipped` is the target's that comes with the package, if one does.
 
-    Raises UserError where there is no such folder.
+    Raises UserError if there is no such folder.
     """
     if drafter is None:
         return None

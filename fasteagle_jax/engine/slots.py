@@ -1,7 +1,7 @@
-"""The device's side of continuous batching: a fixed number of slots that requests pass through.
+"""Compiled programs of continuous batching: a fixed number of slots that requests pass through.
 
 B slots · P prompt slots of a bucket · S cache slots · N levels.
-Every function is one compiled program for the shapes it is given; which these are is the engine's business.
+Every function is one compiled program for each combination of shapes; `model_runner` chooses the shapes.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from fasteagle_jax.decoding import prefill as prompts
 from fasteagle_jax.decoding import state as decoding_state
 from fasteagle_jax.decoding.interfaces import Accepted, VocabWeights
 from fasteagle_jax.decoding.prefill import Prefilled
-from fasteagle_jax.decoding.sampling import Sampling
+from fasteagle_jax.decoding.sampling import Sampling, make_sampling
 from fasteagle_jax.decoding.speculative import decode_rounds
 from fasteagle_jax.decoding.state import NO_STOP, State, Stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import constrain_all
 from fasteagle_jax.nn.kv_cache import Cache, Ring
 
-# The logical axes of slots and of what is prefilled. What the host reads between calls is whole everywhere.
+# The logical axes of slots and of prefilled caches. Arrays that the host reads between calls are replicated.
 READ = ("emitted", "depths", "logprobs", "num_emitted", "done")
 AXES = {name: axes for name, axes in decoding_state.AXES.items() if name not in READ}
 
 
 class Slots(NamedTuple):
-    """The requests under way, a row each; free rows are done."""
+    """The active requests, a row each; free rows are done."""
 
     state: State
     sampling: Sampling
     stop: Stop
 
 
-class Request(NamedTuple):
-    """What the device needs to know of one request; arrays of one row."""
+class DeviceRequest(NamedTuple):
+    """A request as the programs take it; arrays of one row."""
 
     length: jax.Array  # int32 [1], of the prompt
     sampling: Sampling
@@ -49,18 +49,18 @@ class Request(NamedTuple):
 def empty_slots(
     target: Any, drafter: Any | None, *, batch: int, num_slots: int, most_written: int, num_stop_tokens: int
 ) -> Slots:
-    """`batch` free slots for requests of up to `num_slots` tokens, prompt and answer and slack together."""
+    """`batch` free slots for requests of up to `num_slots` tokens: prompt, answer and slack."""
     num_levels = 0 if drafter is None else drafter.num_levels
-    nothing = prompts.init_prefill(target, drafter, batch, num_slots, most_written)
+    empty = prompts.init_prefill(target, drafter, batch, num_slots, most_written)
 
     def row(dtype: Any, *shape: int) -> jax.Array:
         return jnp.zeros((batch, *shape), dtype)
 
     state = State(
-        nothing.target_cache,
-        nothing.drafter_cache,
+        empty.target_cache,
+        empty.drafter_cache,
         Accepted(
-            row(nothing.features.dtype, num_levels + 1, nothing.features.shape[1]),
+            row(empty.features.dtype, num_levels + 1, empty.features.shape[1]),
             row(jnp.int32, num_levels + 1),
             row(jnp.int32),
         ),
@@ -71,16 +71,15 @@ def empty_slots(
         row(jnp.int32),
         ~row(bool),
     )
-    sampling = Sampling(row(jnp.float32), row(jnp.int32), row(jnp.float32) + 1, row(jnp.float32), row(jnp.uint32))
     stop = Stop(row(jnp.int32), row(jnp.int32, num_stop_tokens) + NO_STOP)
-    return constrain_all(Slots(state, sampling, stop), AXES)
+    return constrain_all(Slots(state, make_sampling(batch), stop), AXES)
 
 
 @functools.partial(jax.jit, static_argnames=("num_slots", "drafter_slots", "most_written"))
 def init_prefill(
     target: Any, drafter: Any | None, *, num_slots: int, drafter_slots: int, most_written: int
 ) -> Prefilled:
-    """`prefill.init_prefill` of one row, compiled."""
+    """Compiled `prefill.init_prefill` of one row."""
     return constrain_all(prompts.init_prefill(target, drafter, 1, num_slots, most_written, drafter_slots), AXES)
 
 
@@ -97,13 +96,13 @@ def prefill(
     chunk: int,
     num_levels: int,
 ) -> Prefilled:
-    """`prefill.prefill`, compiled; `prefix` stays as it is."""
+    """Compiled `prefill.prefill`; `prefix` is not donated: the prefix cache keeps it."""
     sizes = {"chunk": chunk, "num_levels": num_levels}
     return constrain_all(prompts.prefill(target, drafter, vocab, prefix, prompt, length, start_chunk, **sizes), AXES)
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
-def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, request: Request) -> Slots:
+def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, request: DeviceRequest) -> Slots:
     """The slots with a prefilled request in slot int32 [], its first token chosen."""
     state = slots.state
     one = prompts.first_state(
@@ -139,7 +138,7 @@ def advance(
     tree: TreeSpec | None,
     shared_noise: bool,
 ) -> tuple[Slots, jax.Array]:
-    """The slots after up to `rounds` int32 [] rounds, and how many there were; rows `ended` bool [B] are done."""
+    """The slots after up to `rounds` int32 [] rounds, and the number of rounds; rows `ended` bool [B] are done."""
     state = slots.state._replace(done=slots.state.done | ended)
     state, ran = decode_rounds(
         target,
@@ -157,14 +156,14 @@ def advance(
 
 
 @jax.jit
-def take_rows(slots: Slots, rows: jax.Array, taken: jax.Array) -> Slots:
-    """New slots, one for each of `rows` int32 [B']; those not `taken` bool [B'] are free."""
+def take_rows(slots: Slots, rows: jax.Array, in_use: jax.Array) -> Slots:
+    """New slots, one for each of `rows` int32 [B']; those not `in_use` bool [B'] are free."""
     new = jax.tree.map(lambda x, dim: jnp.take(x, rows, axis=dim), slots, _batch_dims(slots))
-    return constrain_all(new._replace(state=new.state._replace(done=new.state.done | ~taken)), AXES)
+    return constrain_all(new._replace(state=new.state._replace(done=new.state.done | ~in_use)), AXES)
 
 
 def _batch_dims(slots: Slots) -> Any:
-    """The dimension of each array that the rows are along: 1 in stacks of layers, else 0."""
+    """The batch dimension of each array: 1 in stacks of layers, else 0."""
     dims = jax.tree.map(lambda _: 0, slots)
 
     def stacked(cache: Any, dims: Any) -> Any:
@@ -174,9 +173,8 @@ def _batch_dims(slots: Slots) -> Any:
             return dims._replace(k=1, v=1)
         return dims
 
-    state, its = slots.state, dims.state
-    its = its._replace(
-        target_cache=stacked(state.target_cache, its.target_cache),
-        drafter_cache=stacked(state.drafter_cache, its.drafter_cache),
-    )
-    return dims._replace(state=its)
+    caches = {
+        name: stacked(getattr(slots.state, name), getattr(dims.state, name))
+        for name in ("target_cache", "drafter_cache")
+    }
+    return dims._replace(state=dims.state._replace(**caches))

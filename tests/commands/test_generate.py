@@ -9,7 +9,7 @@ import pytest
 from fasteagle_jax.commands.answers import COLOURS, Screen
 from fasteagle_jax.commands.generate import main
 from fasteagle_jax.data.sources import read_prompts
-from fasteagle_jax.engine.engine import Piece
+from fasteagle_jax.engine.requests import Piece
 from fasteagle_jax.targets.tokenizer import load_tokenizer
 from tests.tiny_folder import make_drafter, make_target
 

@@ -14,7 +14,8 @@ import pytest
 from scipy import stats
 
 from fasteagle_jax.decoding import sampling as library
-from fasteagle_jax.decoding.sampling import MAX_SEED, Sampling, make_sampling
+from fasteagle_jax.decoding.sampling import Sampling, make_sampling
+from fasteagle_jax.decoding.sampling_fields import FIELDS, MAX_SEED
 from fasteagle_jax.errors import UserError
 
 FALSE_ALARM = 1e-4  # of a statistical test; some twenty are made
@@ -201,7 +202,7 @@ def test_a_draw_has_the_law_of_the_filtered_softmax(temperature, top_k, top_p, m
     law /= law.sum()
     shape = (8, num_draws // 8)  # eight seeds, many positions
     positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-    sampling = make_sampling(8, temperature, top_k, top_p, list(range(8)), min_p)
+    sampling = make_sampling(8, temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=list(range(8)))
     drawn = np.asarray(choose(jnp.broadcast_to(jnp.asarray(logits), (*shape, 9)), positions, sampling)).ravel()
     counts = np.bincount(drawn, minlength=9)
     assert counts[kept].sum() == num_draws  # none from outside
@@ -237,8 +238,13 @@ def test_a_bad_value_is_a_user_error_that_names_it(bad):
         make_sampling(2, **bad)
 
 
+def test_an_unknown_field_is_a_user_error_that_lists_what_there_is():
+    with pytest.raises(UserError, match=f"top_a is no sampling field: give {', '.join(FIELDS)}"):
+        make_sampling(2, top_a=0.5)
+
+
 def test_one_value_serves_all_rows_and_a_list_each_its_own():
-    sampling = make_sampling(2, 0.5, [0, 3], 0.9, [1, MAX_SEED], min_p=0.25)
+    sampling = make_sampling(2, 0.5, top_k=[0, 3], top_p=0.9, seed=[1, MAX_SEED], min_p=0.25)
     expected = ([0.5, 0.5], [0, 3], [0.9, 0.9], [0.25, 0.25], [1, MAX_SEED])
     dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.uint32)
     for array, values, dtype in zip(sampling, expected, dtypes, strict=True):

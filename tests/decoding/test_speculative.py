@@ -534,7 +534,7 @@ def test_sampled_text_has_the_law_of_the_target_whatever_the_coupling():
         for prefix, row in logits.items():
             law[prefix] *= filtered_softmax(row, temperature, top_k, top_p).reshape(-1, *[1] * (2 - len(prefix)))
         assert abs(law.sum() - 1) < 1e-9
-        sampling = make_sampling(num_seeds, temperature, top_k, top_p, list(range(num_seeds)))
+        sampling = make_sampling(num_seeds, temperature, top_k=top_k, top_p=top_p, seed=list(range(num_seeds)))
         made = generate(
             target, drafter, [prompt] * num_seeds, sampling, max_new=3, tree=TreeSpec("best_first", 6), chunk=2
         )

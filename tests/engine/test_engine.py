@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,16 @@ from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.packing import PackedData
 from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.sampling_fields import FIELDS
 from fasteagle_jax.decoding.speculative import generate_jit
 from fasteagle_jax.decoding.state import make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.devices.memory import bytes_of
 from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.fasteagle import FastEagle
+from fasteagle_jax.engine import slots
 from fasteagle_jax.engine.detokenizer import decode
-from fasteagle_jax.engine.engine import Piece
-from fasteagle_jax.engine.requests import sample_seed
+from fasteagle_jax.engine.requests import Piece, sample_seed
 from fasteagle_jax.engine.sizes import prompt_buckets, row_counts
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.targets.tokenizer import load_tokenizer
@@ -63,9 +66,8 @@ def say(target):
 
     def say(prompt, params: SamplingParams, sample: int, stop_tokens: tuple[int, ...]) -> list[int]:
         tokens, lengths = pad_prompts([list(prompt) + [0] * (MAX_LEN - len(prompt))], CHUNK)
-        sampling = make_sampling(
-            1, params.temperature, params.top_k, params.top_p, sample_seed(params.seed, sample), params.min_p
-        )
+        fields = {name: getattr(params, name) for name in FIELDS}
+        sampling = make_sampling(1, **fields | {"seed": sample_seed(params.seed, sample)})
         limit = min(params.max_new_tokens, MAX_LEN - len(prompt))
         stop = make_stop(1, limit, (*stop_tokens, *[-2] * (4 - len(stop_tokens))))
         made = generate_jit(
@@ -234,6 +236,63 @@ def test_completions_come_as_they_are_finished(target, drafter, tokenizer):
     assert order == [1, 2, 3, 0]
 
 
+def test_an_answer_that_ends_with_its_first_token_is_handed_out_before_any_round(
+    target, drafter, tokenizer, monkeypatch
+):
+    """The device call that followed went on for up to 16 rounds: rows that are done from the start did not end it."""
+    engine = make_engine(target, drafter, tokenizer)
+    advance, calls = engine.runner.advance, []
+    monkeypatch.setattr(engine.runner, "advance", lambda *args, **more: calls.append(1) or advance(*args, **more))
+    long = SamplingParams(temperature=0, max_new_tokens=MAX_NEW, ignore_eos=True)
+    (reference,) = engine.generate([[1, 2]], long)
+    short = dataclasses.replace(long, max_new_tokens=1)
+    stopped = dataclasses.replace(long, stop_token_ids=[reference.tokens[0]])
+    calls.clear()
+    completions = engine.complete([[1, 2]] * 3, [long, short, stopped])
+    first = [next(completions), next(completions)]
+    assert [(c.prompt_index, c.finish_reason, len(c.tokens)) for c in first] == [(1, "length", 1), (2, "stop", 1)]
+    assert not calls
+    assert next(completions).tokens == reference.tokens
+
+
+@pytest.mark.parametrize("tree", ["auto", "best_first:8", None], ids=str)
+def test_after_warm_up_no_request_compiles_anything(target, drafter, tokenizer, compilations, monkeypatch, tree):
+    """Under "auto" the drafting prefill of all buckets but the first was left to the first request of that size."""
+    jax.clear_caches()  # of the programs that other tests compiled
+    engine = make_engine(target, drafter, tokenizer, slots=8, tree=tree)
+    engine.warm_up()
+    assert 0 < len(compilations) <= engine.most_programs
+    trees = itertools.cycle(engine.trees)
+    monkeypatch.setattr(engine._tree_selector, "choose", lambda rows: next(trees))
+    compilations.clear()
+    lengths = [1, CHUNK, *[size + more for size in engine.runner.buckets[:-1] for more in (0, 1)], MAX_LEN - 1]
+    for num_requests in (1, 2, 3, 8):
+        for length in lengths:
+            params = SamplingParams(max_new_tokens=3, logprobs=length == 1, min_p=0.1 * (length == CHUNK))
+            engine.generate([list(range(7, 7 + length % 200)) + [7] * (length - length % 200)] * num_requests, params)
+    params = [SamplingParams(max_new_tokens=limit, ignore_eos=True) for limit in (40, 1, 1, 1, 1, 1, 1, 1)]
+    engine.generate([[1, 2]] * 8, params)  # 8 rows, then 2
+    list(engine.stream_pieces([5] * 100, params[0]))
+    list(engine.serve(Later([engine.requests(i, [1, 2], params[0])[0] for i in range(8)])))  # 2 rows, then 8
+    assert compilations == []
+
+
+class Later:
+    """An iterator over requests of which all but the first come when that is under way."""
+
+    def __init__(self, requests: list) -> None:
+        self.requests, self.calls = requests, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.calls += 1
+        if self.calls == 2 or not self.requests:
+            raise StopIteration
+        return self.requests.pop(0)
+
+
 # --- text -------------------------------------------------------------------------------------------------------
 
 
@@ -363,10 +422,64 @@ def test_with_a_window_the_drafters_cache_does_not_grow_with_the_length(target, 
 
 def test_the_stated_memory_of_the_caches_is_what_is_taken(target, drafter, tokenizer):
     engine = make_engine(target, drafter, tokenizer)
-    state = engine._empty(engine.num_slots).state
+    state = engine.runner.empty_slots(engine.num_slots).state
     for name in ("target_cache", "drafter_cache"):
         taken = sum(x.nbytes for x in jax.tree.leaves(getattr(state, name)))
         assert getattr(engine.memory, name) == taken
+
+
+def test_the_stated_memory_holds_two_batches_while_rows_are_resized(target, drafter, tokenizer):
+    """By the compiler's account; only the batch of all slots was stated."""
+    engine = make_engine(target, drafter, tokenizer, slots=16)
+    batches = {rows: engine.runner.shapes(rows)[0] for rows in engine.row_counts}
+    memory, caches = engine.memory, {}
+    for rows, batch in batches.items():
+        caches[rows] = bytes_of((batch.state.target_cache, batch.state.drafter_cache))
+    stated = memory.target_cache + memory.drafter_cache + memory.resizing
+    for old, new in itertools.permutations(engine.row_counts, 2):
+        rows, in_use = np.zeros(new, np.int32), np.zeros(new, bool)
+        account = slots.take_rows.lower(batches[old], rows, in_use).compile().memory_analysis()
+        other_arrays = bytes_of(batches[old]) - caches[old] + bytes_of(batches[new]) - caches[new]
+        alive = account.argument_size_in_bytes + account.output_size_in_bytes + account.temp_size_in_bytes
+        assert 0.95 * alive < stated + other_arrays
+        assert stated < 1.05 * alive
+    assert "resizing" in str(memory)
+    assert make_engine(target, drafter, tokenizer, slots=4).memory.resizing == 0  # always 4 rows
+
+
+def test_log_probabilities_cost_nothing_if_nobody_wants_them(target, drafter, tokenizer):
+    """The logits of the accepted path were gathered every round: they are made in a branch of the program alone."""
+    engine = make_engine(target, drafter, tokenizer)
+    runner, batch = engine.runner, engine.runner.shapes(4)[0]
+    args = (runner.target, runner.drafter, runner.vocab, batch, np.zeros(4, bool), np.int32(1), np.asarray(False))
+    text = slots.advance.lower(*args, tree=engine.trees[0], shared_noise=True).compile().as_text()
+    path_logits = f"= f32[4,{N + 1},{target.config.vocab_size}]"
+    computations = {lines[0].split()[0]: lines for lines in computations_of(text)}
+    branches = [
+        name
+        for lines in computations.values()
+        for line in lines
+        if "conditional(" in line and "/commit/cond" in line
+        for name in re.findall(r"%[\w.\-]+", line.split("branch_computations=")[1].split("}")[0])
+    ]
+    inside = set()
+    while branches:
+        inside.add(name := branches.pop())
+        called = re.findall(r"%[\w.\-]+", " ".join(line.split("), ", 1)[-1] for line in computations[name][1:]))
+        branches += [name for name in called if name in computations and name not in inside]
+    making = [name for name, lines in computations.items() if any(path_logits in line for line in lines)]
+    assert making and set(making) <= inside
+
+
+def computations_of(text: str) -> list[list[str]]:
+    """The lines of each computation of a compiled program, its name first."""
+    found: list[list[str]] = []
+    for line in text.splitlines():
+        if line.endswith("{") and line.startswith(("%", "ENTRY")):
+            found.append([line.removeprefix("ENTRY ")])
+        elif line.startswith(" ") and found:
+            found[-1].append(line)
+    return found
 
 
 def test_numbers_of_buckets_and_rows_are_few():
@@ -378,8 +491,8 @@ def test_numbers_of_buckets_and_rows_are_few():
 def test_a_conversation_goes_on_without_prefilling_what_was_said_before(target, drafter, tokenizer, monkeypatch):
     engine = make_engine(target, drafter, tokenizer)
     firsts = []
-    run = engine._run_prefill
-    monkeypatch.setattr(engine, "_run_prefill", lambda *args: firsts.append(args[3]) or run(*args))
+    run = engine.runner.prefill
+    monkeypatch.setattr(engine.runner, "prefill", lambda *args: firsts.append(args[3]) or run(*args))
     said = list(range(5 * CHUNK + 3))
     params = SamplingParams(temperature=0, max_new_tokens=4)
     list(engine.stream(said, params))
@@ -392,13 +505,13 @@ def test_a_conversation_goes_on_without_prefilling_what_was_said_before(target, 
 def test_a_common_beginning_is_prefilled_once(target, drafter, tokenizer, monkeypatch):
     engine = make_engine(target, drafter, tokenizer)
     chunks = []
-    run = engine._run_prefill
+    run = engine.runner.prefill
 
     def counting(begun, prompt, bucket, first, drafts):
         chunks.append(-(-len(prompt) // CHUNK) - first)
         return run(begun, prompt, bucket, first, drafts)
 
-    monkeypatch.setattr(engine, "_run_prefill", counting)
+    monkeypatch.setattr(engine.runner, "prefill", counting)
     system = list(range(10 * CHUNK + 3))
     params = SamplingParams(temperature=0, max_new_tokens=4)
     together = engine.generate([system + [200 + i] * 5 for i in range(6)], params)

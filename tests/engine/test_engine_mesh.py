@@ -187,12 +187,12 @@ def test_no_collective_moves_a_cache_or_a_weight(target, drafters):
     tokenizer = load_tokenizer(loaded.checkpoint.path)
     engine = Engine(loaded.model, drafter, tokenizer, (), slots=16, max_len=1000, tree=TREE, mesh=mesh)
     with jax.set_mesh(mesh):
-        empty = jax.eval_shape(lambda: engine._empty(16))
+        empty, _ = engine.runner.shapes(16)
         placed = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), empty, shardings(mesh, empty, slots.AXES)
         )
         ended, one, until = np.zeros(16, bool), np.int32(1), np.asarray(False)
-        models = engine.target, engine.drafter, engine._vocab
+        models = engine.target, engine.drafter, engine.runner.vocab
         lowered = slots.advance.lower(*models, placed, ended, one, until, tree=TREE, shared_noise=True)
         compiled = lowered.compile()
     found = collectives(compiled.as_text())
@@ -211,8 +211,7 @@ def test_no_collective_moves_a_cache_or_a_weight(target, drafters):
 
 def test_the_stated_memory_is_what_each_device_holds(target, drafters):
     engine = load(target, drafters["fasteagle"], SPLIT, slots=16)
-    with jax.set_mesh(engine.mesh):
-        state = engine._empty(16).state
+    state = engine.runner.empty_slots(16).state
 
     def held(tree: Any) -> set[int]:
         sizes = dict.fromkeys(jax.devices(), 0)
@@ -225,7 +224,7 @@ def test_the_stated_memory_is_what_each_device_holds(target, drafters):
     assert held(state.target_cache) == {memory.target_cache}
     assert held(state.drafter_cache) == {memory.drafter_cache}
     assert held(engine.target) == {memory.target}
-    assert held((engine.drafter, engine._vocab.head)) == {memory.drafter - engine._vocab.token_ids.nbytes}
+    assert held((engine.drafter, engine.runner.vocab.head)) == {memory.drafter - engine.runner.vocab.token_ids.nbytes}
     assert memory.target_cache < load(target, None, slots=16).memory.target_cache / 3.9
 
 

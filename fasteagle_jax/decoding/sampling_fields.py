@@ -1,0 +1,76 @@
+"""The table of sampling fields, which everything that names them is made from.
+
+A row makes a field of `engine.requests.SamplingParams`, a field of a batch file's lines, an option of the programs and
+an array of `decoding.sampling.Sampling`; what the field does is up to `sampling.choose`. Importing this loads no JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from fasteagle_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingField:
+    """A row of the table: a number that each request, and so each row of a batch, has."""
+
+    name: str  # also OpenAI's name, and with dashes that of the option
+    default: float  # of a request
+    dtype: str  # of the device's array
+    least: float
+    most: float
+    accepts: str  # the values in words
+    metavar: str
+    help: str  # of the option
+    excludes_least: bool = False
+    aliases: Mapping[float, float] = dataclasses.field(default_factory=dict)  # further values, and what they stand for
+
+    @property
+    def python_type(self) -> type[int] | type[float]:
+        """The type of a value in Python."""
+        return float if self.dtype.startswith("float") else int
+
+    @property
+    def option(self) -> str:
+        """The option of the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    def check(self, value: float) -> None:
+        """Raises UserError for a value that the field cannot have."""
+        in_range = self.least <= value <= self.most and not (self.excludes_least and value == self.least)
+        if not in_range or math.isinf(value) or (self.python_type is int and value != int(value)):
+            raise UserError(f"{self.name} is {value}: it must be {self.accepts}")
+
+
+MAX_SEED = 2**32 - 1
+
+_TOP_K = "keep the K most probable tokens; 0 for all"
+_TOP_P = "then keep P of the mass; 1 for all"
+_MIN_P = "then keep tokens of at least P times the most probable one's probability; 0 for all"
+
+_ROWS = (
+    SamplingField("temperature", 1.0, "float32", 0, math.inf, "0 or more", "X", "0 is greedy"),
+    SamplingField("top_k", 0, "int32", 0, 2**31 - 1, "a whole number, 0 for all", "K", _TOP_K, aliases={-1: 0}),
+    SamplingField("top_p", 1.0, "float32", 0, 1, "above 0 and at most 1", "P", _TOP_P, excludes_least=True),
+    SamplingField("min_p", 0.0, "float32", 0, 1, "0 to 1", "P", _MIN_P),
+    SamplingField("seed", 0, "uint32", 0, MAX_SEED, f"0 to {MAX_SEED}", "N", "another seed, other samples (default 0)"),
+)
+
+FIELDS = {row.name: row for row in _ROWS}
+
+
+def from_options(args: Any) -> dict[str, Any]:
+    """The fields' values in a program's parsed arguments."""
+    return {name: getattr(args, name) for name in FIELDS}
+
+
+def recorded(values: Mapping[str, Any], always: Collection[str]) -> dict[str, Any]:
+    """The values as a manifest records them: without those at their default, except the fields that it has `always`.
+
+    So a new field leaves the manifests of older runs as they are.
+    """
+    return {name: value for name, value in values.items() if name in always or value != FIELDS[name].default}

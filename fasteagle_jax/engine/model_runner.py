@@ -1,0 +1,124 @@
+"""The models with the compiled programs that an engine runs, and the sizes that they are compiled for.
+
+Programs: one prefill for each bucket of prompt lengths, with and without the drafter; for each number of rows computed
+(the slots, a quarter of them while no more are in use, and so on) one `advance` a tree, one `admit` a bucket, and one
+`take_rows` for each change to another number of rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from fasteagle_jax.decoding.interfaces import VocabWeights
+from fasteagle_jax.decoding.prefill import Prefilled
+from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.devices.sharding import shardings
+from fasteagle_jax.engine import slots as device
+from fasteagle_jax.engine.requests import MAX_STOP_TOKENS
+
+
+class ModelRunner:
+    """The models on their devices, and calls of their compiled programs."""
+
+    def __init__(
+        self,
+        target: Any,
+        drafter: Any | None,
+        trees: tuple[TreeSpec | None, ...],
+        *,
+        buckets: tuple[int, ...],
+        max_len: int,
+        chunk: int,
+        shared_noise: bool,
+        mesh: Mesh | None,
+    ) -> None:
+        self.target, self.drafter, self.trees, self.mesh = target, drafter, trees, mesh
+        self.buckets, self.chunk, self.shared_noise = buckets, chunk, shared_noise
+        self.num_levels = 0 if drafter is None else drafter.num_levels
+        self._most_levels = max((tree.num_levels(self.num_levels) for tree in trees if tree), default=0)
+        self._compiled_rounds: set[tuple[int, TreeSpec | None]] = set()
+        most_written = max(chunk, 1 + self.num_levels)  # tokens of a row at a time
+        sizes = {"most_written": most_written, "drafter_slots": max_len + most_written}
+        self._init_prefill = functools.partial(device.init_prefill, target, drafter, **sizes)
+        sizes = {"most_written": most_written, "num_slots": max_len + most_written}
+        self._empty_slots = functools.partial(
+            device.empty_slots, target, drafter, num_stop_tokens=MAX_STOP_TOKENS, **sizes
+        )
+
+    @functools.cached_property
+    def vocab(self) -> VocabWeights | None:
+        """The target's weights that the drafter shares; the embedding is the target's own array."""
+        vocab = None if self.drafter is None else self.drafter.vocab_weights(self.target)
+        return vocab if self.mesh is None else jax.device_put(vocab, shardings(self.mesh, vocab, device.AXES))
+
+    def bucket(self, length: int) -> int:
+        """The smallest bucket for a prompt of `length` tokens."""
+        return next(size for size in self.buckets if size >= length)
+
+    # --- programs -----------------------------------------------------------------------------------------------
+
+    def empty_slots(self, rows: int) -> device.Slots:
+        """Free slots, B = `rows`."""
+        with self._on_mesh():
+            return self._empty_slots(batch=rows)
+
+    def empty_prefix(self, bucket: int) -> Prefilled:
+        """Empty caches for prompts of a bucket."""
+        with self._on_mesh():
+            return self._init_prefill(num_slots=bucket)
+
+    def shapes(self, rows: int) -> tuple[device.Slots, list[Prefilled]]:
+        """Shapes of `empty_slots` and of each bucket's `empty_prefix`; nothing is compiled."""
+        prefixes = [jax.eval_shape(functools.partial(self._init_prefill, num_slots=n)) for n in self.buckets]
+        return jax.eval_shape(functools.partial(self._empty_slots, batch=rows)), prefixes
+
+    def prefill(
+        self, prefix: Prefilled, prompt: tuple[int, ...], bucket: int, start_chunk: int, drafts: bool
+    ) -> Prefilled:
+        """The prompt in caches of its bucket, given its first `start_chunk` chunks in `prefix`.
+
+        Without `drafts` it is left out of the drafter's cache, which is cheaper; later drafts then do without it.
+        """
+        padded = np.zeros((1, bucket), np.int32)
+        padded[0, : len(prompt)] = prompt
+        length = np.asarray([len(prompt)], np.int32)
+        args = (self.target, self.drafter, self.vocab, prefix, padded, length, np.int32(start_chunk))
+        with self._on_mesh():
+            return device.prefill(*args, chunk=self.chunk, num_levels=self._most_levels if drafts else 0)
+
+    def admit(self, slots: device.Slots, row: int, prefilled: Prefilled, request: device.DeviceRequest) -> device.Slots:
+        """The slots with a prefilled request in a row, its first token chosen; waits for the device."""
+        with self._on_mesh():
+            slots = device.admit(self.target, slots, np.int32(row), prefilled, request)
+        return jax.block_until_ready(slots)
+
+    def advance(
+        self, slots: device.Slots, ended: list[bool], tree: TreeSpec | None, *, rounds: int, until_one_is_done: bool
+    ) -> tuple[device.Slots, int, bool]:
+        """The slots after up to `rounds` rounds, how many there were, and whether they had to be compiled first."""
+        key = (len(ended), tree)
+        compiles = key not in self._compiled_rounds
+        self._compiled_rounds.add(key)
+        args = (self.target, self.drafter, self.vocab, slots, np.asarray(ended), np.int32(rounds))
+        with self._on_mesh():
+            slots, num_rounds = device.advance(
+                *args, np.asarray(until_one_is_done), tree=tree, shared_noise=self.shared_noise
+            )
+        return slots, int(num_rounds), compiles
+
+    def take_rows(self, slots: device.Slots, rows: list[int], num_rows: int) -> device.Slots:
+        """New slots of `num_rows` rows, the first ones copied from `rows`, the others free."""
+        spare = num_rows - len(rows)
+        in_use = np.asarray([True] * len(rows) + [False] * spare)
+        with self._on_mesh():
+            return device.take_rows(slots, np.asarray(rows + [0] * spare, np.int32), in_use)
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Context in which programs find the mesh, if there is one."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

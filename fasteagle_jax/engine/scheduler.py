@@ -1,0 +1,319 @@
+"""Continuous batching on the host: admission of requests to rows, resizing of the batch, rounds, results."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fasteagle_jax.decoding.prefill import Prefilled
+from fasteagle_jax.decoding.sampling import Sampling
+from fasteagle_jax.decoding.sampling_fields import FIELDS
+from fasteagle_jax.decoding.state import NO_STOP, Stop
+from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.decoding.tree_selection import TreeSelector
+from fasteagle_jax.devices.sharding import process_values
+from fasteagle_jax.engine.detokenizer import TextStream, decode
+from fasteagle_jax.engine.model_runner import ModelRunner
+from fasteagle_jax.engine.prefix_cache import PrefixCache, common_chunks
+from fasteagle_jax.engine.requests import (
+    MAX_STOP_TOKENS,
+    Completion,
+    Piece,
+    RequestStatistics,
+    SamplingParams,
+    sample_seed,
+)
+from fasteagle_jax.engine.slots import DeviceRequest, Slots
+
+ROUNDS_BETWEEN_TEXT = 4  # of a device call at most while the host checks stop strings or streams text
+
+LOOKAHEAD = 4  # waiting requests read ahead, for each slot: common prefixes are looked for among them
+
+
+# --- requests ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A request, waiting or in a row, with the tokens emitted so far."""
+
+    prompt_index: int
+    sample: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    stop_tokens: tuple[int, ...]
+    max_new: int
+    text: TextStream | None  # if text is needed before the end
+    streamed: bool
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    depths: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    pieces: list[Piece] = dataclasses.field(default_factory=list)
+    num_emitted: int = 1  # after prefill; `tokens` may lag behind if nobody reads text
+    rounds: int = 0
+    started: float = 0.0
+    finished: float = 0.0
+
+    def append(self, tokens: np.ndarray, depths: np.ndarray, logprobs: np.ndarray) -> bool:
+        """Appends the new ones of all emitted tokens; returns whether a stop string ends the answer with its token."""
+        for i in range(len(self.tokens), self.num_emitted):
+            token, depth = int(tokens[i]), int(depths[i])
+            self.tokens.append(token)
+            self.depths.append(depth)
+            if self.params.logprobs:
+                self.logprobs.append(float(logprobs[i]))
+            if self.text is not None:
+                self.pieces.append(Piece(self.text.push(token), depth))
+                if self.text.stopped_by is not None:
+                    self.depths[-1] = 0  # the path is cut here: as at a stop token, the last counts as the target's
+                    return True
+        return False
+
+    def completion(self, tokenizer: Any, eos: Sequence[int], num_levels: int) -> Completion:
+        """The finished answer."""
+        stopped_by = None if self.text is None else self.text.stopped_by
+        by_token = self.tokens[-1] in self.stop_tokens
+        reason = stopped_by if stopped_by is not None else self.tokens[-1] if by_token else None
+        if self.text is not None and (rest := self.text.finish()):
+            self.pieces.append(Piece(rest, self.depths[-1]))
+        accepted_at = tuple(self.depths.count(depth) for depth in range(1, num_levels + 1))
+        return Completion(
+            self.prompt_index,
+            self.sample,
+            len(self.prompt),
+            decode(tokenizer, self.tokens) if self.text is None else self.text.text,
+            tuple(self.tokens),
+            tuple(self.depths),
+            "stop" if stopped_by is not None or by_token else "length",
+            None if reason in eos else reason,
+            tuple(self.logprobs) if self.params.logprobs else None,
+            RequestStatistics(self.depths.count(0) - 1, accepted_at, self.finished - self.started),
+        )
+
+
+def to_device_request(request: Request) -> DeviceRequest:
+    """A request as the device's programs take it; numpy arrays, which compile nothing."""
+    params = request.params
+
+    def row(value: Any, dtype: Any) -> Any:
+        return np.asarray([value], dtype)
+
+    sampling = {name: [getattr(params, name)] for name in FIELDS}
+    sampling["seed"] = [sample_seed(params.seed, request.sample)]
+    spare = MAX_STOP_TOKENS - len(request.stop_tokens)
+    return DeviceRequest(
+        length=row(len(request.prompt), np.int32),
+        sampling=Sampling.of(sampling),
+        stop=Stop(row(request.max_new, np.int32), row([*request.stop_tokens, *[NO_STOP] * spare], np.int32)),
+        wants_logprobs=row(params.logprobs, bool),
+    )
+
+
+# --- the batch --------------------------------------------------------------------------------------------------
+
+
+class Batch:
+    """Slots and the requests in their rows."""
+
+    def __init__(self, slots: Slots, requests: list[Request | None]) -> None:
+        self.slots = slots
+        self.requests = requests  # by row
+        self.ended = [request is None for request in requests]  # by row: the host counts it as done
+
+    @property
+    def active(self) -> list[int]:
+        """Rows with a request."""
+        return [row for row, request in enumerate(self.requests) if request is not None]
+
+    @property
+    def free(self) -> list[int]:
+        """Rows without one."""
+        return [row for row, request in enumerate(self.requests) if request is None]
+
+
+class Step(NamedTuple):
+    """Outcome of a step of a Scheduler."""
+
+    finished: list[Request]
+    seconds: float
+    device_seconds: float  # of these, waiting for the device
+
+
+class Scheduler:
+    """The waiting requests and the batch, for one call of the engine."""
+
+    def __init__(
+        self,
+        requests: Iterator[Request],
+        runner: ModelRunner,
+        prefix_cache: PrefixCache,
+        tree_selector: TreeSelector,
+        row_counts: Sequence[int],
+        *,
+        rounds: int,
+        measure: Callable[[int], None] | None = None,
+        tree: TreeSpec | None = None,
+    ) -> None:
+        """A scheduler of requests, which are read as rows become free.
+
+        Args:
+          requests: of those that wait, the one of the lowest prompt index is next.
+          runner, prefix_cache, tree_selector: the engine's.
+          row_counts: the numbers of rows that may be computed, the largest first.
+          rounds: the most of a device call.
+          measure: is called with a number of rows before these are first used; then tree_selector chooses the tree.
+          tree: of all rounds, without `measure`.
+        """
+        self.requests, self.waiting = requests, collections.deque[Request]()
+        self.runner, self.prefix_cache, self.tree_selector = runner, prefix_cache, tree_selector
+        self.row_counts, self.rounds, self.measure, self.tree = row_counts, rounds, measure, tree
+        self.batch: Batch | None = None
+
+    def steps(self) -> Iterator[Step]:
+        """Admissions, and rounds unless an admission ended an answer, until all requests are answered."""
+        while True:
+            started = time.perf_counter()
+            self._read_ahead()
+            num_active = 0 if self.batch is None else len(self.batch.active)
+            if not self.waiting and not num_active:
+                return
+            # Rows are given up only while no request waits for one.
+            needed = min(num_active + len(self.waiting), self.row_counts[0])
+            num_rows = min(n for n in self.row_counts if n >= needed)
+            current = 0 if self.batch is None else len(self.batch.requests)
+            if num_rows > current or (num_rows < current and not self.waiting):
+                if self.measure is not None:
+                    self.measure(num_rows)
+                    started = time.perf_counter()
+                self._resize(num_rows)
+            assert self.batch is not None
+            tree = self._choose_tree(self.batch)
+            finished, device_seconds = self._admit(self.batch, tree)
+            if not finished:
+                finished, round_seconds = self._advance(self.batch, tree)
+                device_seconds += round_seconds
+            yield Step(finished, time.perf_counter() - started, device_seconds)
+
+    def _read_ahead(self) -> None:
+        num_missing = LOOKAHEAD * self.row_counts[0] - len(self.waiting)
+        self.waiting.extend(itertools.islice(self.requests, num_missing))
+        self.waiting = collections.deque(sorted(self.waiting, key=lambda request: request.prompt_index))
+
+    def _resize(self, num_rows: int) -> None:
+        requests: list[Request | None] = [None] * num_rows
+        if self.batch is None:
+            slots = self.runner.empty_slots(num_rows)
+        else:
+            active = self.batch.active
+            requests[: len(active)] = [self.batch.requests[row] for row in active]
+            slots = self.runner.take_rows(self.batch.slots, active, num_rows)
+        self.batch = Batch(slots, requests)
+
+    def _choose_tree(self, batch: Batch) -> TreeSpec | None:
+        if self.measure is None:
+            return self.tree
+        trees = self.tree_selector.trees
+        if len(trees) == 1:
+            return trees[0]
+        fastest = trees.index(self.tree_selector.choose(len(batch.requests)))
+        return trees[int(process_values(self.runner.mesh, fastest)[0])]  # all processes by the first one's clock
+
+    # --- admission ----------------------------------------------------------------------------------------------
+
+    def _admit(self, batch: Batch, tree: TreeSpec | None) -> tuple[list[Request], float]:
+        """Prefills waiting requests into free rows.
+
+        Returns those that end with their first token, and the seconds spent waiting for the device.
+        """
+        seconds = 0.0
+        rows = batch.free[: len(self.waiting)]
+        for row in rows:
+            request = self.waiting.popleft()
+            request.started = time.perf_counter()
+            prefilled = self._prefill(request, drafts=tree is not None)
+            called = time.perf_counter()
+            batch.slots = self.runner.admit(batch.slots, row, prefilled, to_device_request(request))
+            batch.requests[row], batch.ended[row] = request, False
+            seconds += time.perf_counter() - called  # prefill is neither the host's time nor a tree's
+        finished = self._read_results(batch, 0, time.perf_counter())[2] if rows else []
+        return finished, seconds
+
+    def _prefill(self, request: Request, *, drafts: bool) -> Prefilled:
+        """The prompt in caches of its bucket; the prefix that it shares with waiting requests is kept for them.
+
+        Of a streamed request, all whole chunks are kept: the conversation's next prompt begins with them.
+        """
+        prompt, chunk = request.prompt, self.runner.chunk
+        bucket = self.runner.bucket(len(prompt))
+        prefix, num_chunks = self.prefix_cache.lookup(prompt, bucket, drafts)
+        if request.streamed:
+            common = (len(prompt) - 1) // chunk
+        else:
+            others = [other.prompt for other in self.waiting if len(other.prompt) <= bucket]
+            common = max((common_chunks(prompt, other, chunk) for other in others), default=0)
+        if common > num_chunks:
+            tokens = prompt[: common * chunk]
+            prefix = self.runner.prefill(prefix, tokens, bucket, num_chunks, drafts)
+            self.prefix_cache.insert(tokens, bucket, drafts, prefix)
+            num_chunks = common
+        return self.runner.prefill(prefix, prompt, bucket, num_chunks, drafts)
+
+    # --- rounds -------------------------------------------------------------------------------------------------
+
+    def _advance(self, batch: Batch, tree: TreeSpec | None) -> tuple[list[Request], float]:
+        """Runs rounds; returns the requests that are finished and the seconds spent waiting for the device."""
+        reads_text = any(request is not None and request.text is not None for request in batch.requests)
+        called = time.perf_counter()
+        batch.slots, num_rounds, compiled = self.runner.advance(
+            batch.slots,
+            batch.ended,
+            tree,
+            rounds=min(self.rounds, ROUNDS_BETWEEN_TEXT) if reads_text else self.rounds,
+            until_one_is_done=bool(self.waiting),
+        )
+        now = time.perf_counter()
+        new_tokens, row_rounds, finished = self._read_results(batch, num_rounds, now)
+        self.tree_selector.record(
+            len(batch.requests),
+            tree,
+            rounds=num_rounds,
+            row_rounds=row_rounds,
+            tokens=new_tokens,
+            seconds=None if compiled else now - called,
+        )
+        return finished, now - called
+
+    def _read_results(self, batch: Batch, num_rounds: int, now: float) -> tuple[int, int, list[Request]]:
+        """Frees the rows that are done after `num_rounds` rounds.
+
+        Returns the number of new tokens, the rounds that they took (rows added up), and the finished requests.
+        """
+        state = batch.slots.state
+        num_emitted, done = jax.device_get((state.num_emitted, state.done))
+        emitted: Any = None  # fetched if a row needs it
+        new_tokens, row_rounds, finished = 0, 0, []
+        for row, request in enumerate(batch.requests):
+            if request is None:
+                continue
+            before = request.num_emitted, request.rounds
+            request.num_emitted, request.rounds = int(num_emitted[row]), request.rounds + num_rounds
+            ended = False
+            if request.text is not None or done[row]:
+                emitted = emitted or jax.device_get((state.emitted, state.depths, state.logprobs))
+                ended = request.append(*(array[row] for array in emitted))
+            if done[row]:
+                request.rounds = request.depths.count(0) - 1  # it may have ended before the last round
+            new_tokens += request.num_emitted - before[0]
+            row_rounds += request.rounds - before[1]
+            if done[row] or ended:
+                request.finished = now
+                finished.append(request)
+                batch.requests[row], batch.ended[row] = None, True
+        return new_tokens, row_rounds, finished
