@@ -11,9 +11,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.files import save_drafter
-from fasteagle_jax.drafters.table import class_of
+from fasteagle_jax.drafters.table import class_of, default_config
 from fasteagle_jax.targets.loading import load_target
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

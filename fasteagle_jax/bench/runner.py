@@ -23,7 +23,7 @@ from fasteagle_jax.data.sources import Prompt
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import Sampling
-from fasteagle_jax.decoding.speculative import advance, start
+from fasteagle_jax.decoding.speculative import advance, num_levels_of, start
 from fasteagle_jax.decoding.state import State, Statistics, Stop, make_stop, slots_needed
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.drafters.simulated import simulated
@@ -85,9 +85,7 @@ class Comparison:
         """The State after prefill, the rows of the vocabulary that the drafter reads, and the Stop."""
         prompts, lengths = pad_prompts([list(tokens)], prompt_slots(len(tokens)))
         stop = make_stop(1, self.max_new, self.models.stop_tokens)
-        # All trees of so many levels share one program of prefill.
-        num_levels = None if drafter is None else tree.num_levels(drafter.num_levels)
-        sizes: dict[str, Any] = dict(max_new=self.max_new, tree=TreeSpec("chain", levels=num_levels), chunk=CHUNK)
+        sizes: dict[str, Any] = dict(max_new=self.max_new, num_levels=num_levels_of(drafter, tree), chunk=CHUNK)
         state, vocab = start(self.models.target, drafter, prompts, lengths, sampling, stop, **sizes)
         return state, vocab, stop
 

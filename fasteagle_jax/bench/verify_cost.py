@@ -25,7 +25,7 @@ from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import Sampling, choose, make_sampling
 from fasteagle_jax.decoding.sampling_fields import from_options
-from fasteagle_jax.decoding.speculative import advance, start
+from fasteagle_jax.decoding.speculative import advance, num_levels_of, start
 from fasteagle_jax.decoding.state import State, make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import shapes
@@ -79,7 +79,7 @@ def rows(
 
     def prefill(tree: TreeSpec | None) -> tuple[Any, State, Any]:
         drafter = None if tree is None else trained
-        sizes: dict[str, Any] = {"max_new": max_new, "tree": tree or TreeSpec(), "chunk": CHUNK}
+        sizes: dict[str, Any] = {"max_new": max_new, "num_levels": num_levels_of(drafter, tree), "chunk": CHUNK}
         return (drafter, *start(models.target, drafter, prompts, lengths, sampling, stop, **sizes))
 
     def time_rounds(tree: TreeSpec | None) -> float:

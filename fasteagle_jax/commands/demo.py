@@ -145,7 +145,7 @@ class Runner:
             sampling,
             stop,
             max_new=max_new,
-            tree=self.tree,
+            num_levels=decoding.num_levels_of(self.drafter, self.tree),
             chunk=CHUNK,
         )
         self.seconds = 0.0

@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fasteagle_jax.commands.terminal import Parser, program, whole
-from fasteagle_jax.drafters.base import DrafterConfig, default_config
-from fasteagle_jax.drafters.eagle3 import Eagle3
+from fasteagle_jax.drafters.base import DrafterConfig
+from fasteagle_jax.drafters.eagle3 import Eagle3, Eagle3Config
 from fasteagle_jax.drafters.files import fill, save_drafter
+from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_new, first_line, read_json
 from fasteagle_jax.nn.rope import RopeConfig
@@ -67,7 +68,7 @@ def import_drafter(args: argparse.Namespace) -> None:
 
 def eagle3_config(
     raw: Mapping[str, Any], tensors: Mapping[str, np.ndarray], target: LlamaConfig, levels: int
-) -> DrafterConfig:
+) -> Eagle3Config:
     """The sizes of a published drafter from its config.json, in either form, for a target of these sizes."""
     sizes = dict(raw.get("transformer_layer_config") or raw)  # speculators' form nests them
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")

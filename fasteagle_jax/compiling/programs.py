@@ -23,7 +23,7 @@ from fasteagle_jax.compiling.hlo_cost import Cost, cost
 from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.decoding import state as decoding_state
 from fasteagle_jax.decoding.sampling import make_sampling
-from fasteagle_jax.decoding.speculative import decode_rounds, start
+from fasteagle_jax.decoding.speculative import decode_rounds, num_levels_of, start
 from fasteagle_jax.decoding.state import Stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.chips import CHIPS, GIB, SLICES, Chip, chip
@@ -358,12 +358,12 @@ def _start(
     stop: Any,
 ) -> Any:
     """`speculative.start` with as many new tokens as fill the slots."""
-    num_levels = 0 if drafter is None else decoding.tree.num_levels(drafter.num_levels)  # type: ignore[union-attr]
+    num_levels = num_levels_of(drafter, decoding.tree)
     max_new = decoding.slots - decoding.chunk - num_levels - 1
     if max_new < decoding.chunk:
         raise UserError(f"{decoding.slots} cache slots are too few for chunks of {decoding.chunk}: use more")
-    tree = decoding.tree or TreeSpec()
-    return start(target, drafter, prompts, lengths, sampling, stop, max_new=max_new, tree=tree, chunk=decoding.chunk)
+    sizes = {"max_new": max_new, "num_levels": num_levels, "chunk": decoding.chunk}
+    return start(target, drafter, prompts, lengths, sampling, stop, **sizes)
 
 
 def _whole(vocab: Any, target: Any) -> Any:

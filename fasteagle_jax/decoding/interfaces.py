@@ -1,4 +1,4 @@
-"""What decoding and training ask of a target and of a drafter: two small protocols.
+"""What decoding and training ask of a target and of a drafter: small protocols.
 
 B rows · T tokens · A newly accepted tokens · N levels · H hidden width · F feature layers · V draft vocabulary.
 """
@@ -11,6 +11,7 @@ import jax
 
 from fasteagle_jax.decoding.sampling import Sampling
 from fasteagle_jax.decoding.tree import Draft, TreeSpec
+from fasteagle_jax.nn.attention import Past
 from fasteagle_jax.nn.linear import LogitMap, head_logits
 
 
@@ -42,11 +43,52 @@ class Ranking(NamedTuple):
     shared_noise: bool  # rank with the target's own noise at temperature > 0
 
 
+class Target(Protocol):
+    """A frozen language model in one forward pass (see targets.decoder.DecoderTarget, which families build on)."""
+
+    config: Any  # vocab_size, hidden_size, num_layers, num_kv_heads, max_positions and the sizes of a layer
+    activation_dtype: Any
+    embedding: Any  # a variable [V, H]
+    norm: Any  # the final norm, a nn.norm.RMSNorm
+    logit_map: LogitMap  # from the head's products to logits: decoding, the loss and drafters all use it
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, visible: Any, cache: Any = None, feature_layers: Any = ()
+    ) -> Any:
+        """A targets.decoder.TargetOutput of tokens int32 [B, Q] at positions int32 [B, Q]."""
+        ...
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits float32 [..., V] of the final hidden states [..., H]."""
+        ...
+
+    def head_rows(self) -> jax.Array:
+        """The head [V, H]."""
+        ...
+
+    def empty_cache(self, batch: int, num_slots: int) -> Any:
+        """A nn.kv_cache.Cache of all layers with nothing in it."""
+        ...
+
+    def layer(self, index: int) -> Any:
+        """One decoder layer, which drafters may start from."""
+        ...
+
+    def keys_values(self, index: int, inputs: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The keys and values [B, K, Q, D] that a layer makes of its inputs [B, Q, H]."""
+        ...
+
+
 class Drafter(Protocol):
-    """A model that guesses the tokens after the pending one."""
+    """A model that guesses the tokens after the pending one.
+
+    `context` is what it sees of the target's own cache: for each of `context_layers`, a nn.attention.Past that holds
+    the committed positions, those before the pending token.
+    """
 
     num_levels: int  # N: no draft is deeper
     feature_layers: tuple[int, ...]  # whose inputs in the target it reads
+    context_layers: tuple[int, ...]  # whose keys and values in the target it reads
 
     def vocab_weights(self, target: Any) -> VocabWeights:
         """The target's rows that it needs, gathered once."""
@@ -56,7 +98,9 @@ class Drafter(Protocol):
         """Its own cache for rows of up to `num_slots` positions, holding nothing; one write brings `most_written`."""
         ...
 
-    def extend(self, vocab: VocabWeights, new: Accepted, cache: Any, num_levels: int) -> Any:
+    def extend(
+        self, vocab: VocabWeights, new: Accepted, cache: Any, num_levels: int, context: tuple[Past, ...] = ()
+    ) -> Any:
         """The cache with the accepted tokens in it and no draft made (prefill); drafts to come have `num_levels`."""
         ...
 
@@ -65,7 +109,58 @@ class Drafter(Protocol):
         ...
 
     def draft(
-        self, vocab: VocabWeights, new: Accepted, cache: Any, tree: TreeSpec, ranking: Ranking
+        self,
+        vocab: VocabWeights,
+        new: Accepted,
+        cache: Any,
+        tree: TreeSpec,
+        ranking: Ranking,
+        context: tuple[Past, ...] = (),
     ) -> tuple[Draft, Any]:
         """A Draft rooted at each row's pending token, and the cache with the accepted tokens in it."""
+        ...
+
+
+class TrainableDrafter(Drafter, Protocol):
+    """A drafter that is trained; parameters are its nnx.Param leaves."""
+
+    config: Any  # a drafters.base.DrafterConfig
+    token_ids: Any  # a variable int32 [V], the draft vocabulary; None if it is the target's
+    feature_scale: Any  # a variable float32 [F*H], by which features are multiplied
+
+    def start_from(self, target: Any, feature_rms: jax.Array, *, layers: bool) -> None:
+        """Sets its first weights from the target's, with `layers` its layers' too.
+
+        `feature_rms` float32 [F] are the features' root mean squares.
+        """
+        ...
+
+    def hidden_states(
+        self,
+        embedding: jax.Array,
+        features: jax.Array,
+        next_tokens: jax.Array,
+        positions: jax.Array,
+        visible: Any,
+        *,
+        context: tuple[tuple[jax.Array, jax.Array], ...] = (),
+        remat: Any = None,
+    ) -> tuple[Any, Any]:
+        """The head's input at every level and position of packed rows: N of [B, T, H], as a stack or a list.
+
+        Entry i - 1 at stream position t is the guess for token x[t+1+i]; what comes second is the drafter's own.
+
+        Args:
+          embedding: the target's [V, H].
+          features: of the target g[t] [B, T, F*H].
+          next_tokens: x[t+1] int32 [B, T].
+          positions: t int32 [B, T], counted from each segment's start.
+          visible: attention over packed rows (see nn.packed_attention.Packed), or a mask bool [B, T, T].
+          context: for each of `context_layers`, the target's keys and values [B, K, T, D] of the same positions.
+          remat: a policy of jax.checkpoint_policies, or None.
+        """
+        ...
+
+    def own_head(self) -> jax.Array | None:
+        """Its own head [V, H], which gets a gradient; None if it is the target's, frozen."""
         ...

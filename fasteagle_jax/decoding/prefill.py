@@ -13,7 +13,7 @@ import numpy as np
 
 from fasteagle_jax.decoding.interfaces import Accepted, VocabWeights
 from fasteagle_jax.decoding.sampling import Sampling, choose
-from fasteagle_jax.decoding.state import AXES, NO_TOKEN, State, Stop, is_stop, token_logprobs
+from fasteagle_jax.decoding.state import AXES, NO_TOKEN, State, Stop, context_of, is_stop, token_logprobs
 from fasteagle_jax.devices.sharding import constrain_all
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Cache, commit
@@ -105,7 +105,8 @@ def prefill(
         if num_levels == 0:
             drafter_cache = drafter.skip(known, drafter_cache)
         else:
-            drafter_cache = drafter.extend(vocab, known, drafter_cache, num_levels or drafter.num_levels)
+            levels, context = num_levels or drafter.num_levels, context_of(target_cache, drafter)
+            drafter_cache = drafter.extend(vocab, known, drafter_cache, levels, context)
         return constrain_all(Prefilled(target_cache, drafter_cache, hidden, features), AXES)
 
     # Without the barrier XLA knows that the caches are zeros and, where the loop has one turn, folds attention over

@@ -23,6 +23,7 @@ from fasteagle_jax.decoding.state import (
     Generation,
     State,
     Stop,
+    context_of,
     is_stop,
     make_stop,
     slots_needed,
@@ -59,7 +60,10 @@ def decode_round(
     with jax.named_scope("draft"):
         if drafts:
             ranking = Ranking(sampling, shared_noise)
-            draft, drafter_cache = drafter.draft(vocab, state.new, state.drafter_cache, tree, ranking)  # type: ignore[union-attr]
+            context = context_of(state.target_cache, drafter)
+            draft, drafter_cache = drafter.draft(  # type: ignore[union-attr]
+                vocab, state.new, state.drafter_cache, tree, ranking, context
+            )
         else:
             draft = root_only(state.new)
             drafter_cache = None if drafter is None else drafter.skip(state.new, state.drafter_cache)
@@ -183,14 +187,20 @@ def generate_jit(
     shared_noise: bool = True,
 ) -> Generation:
     """Prefill and all rounds in one compiled program; arguments as of `prefill` and `decode_round`."""
-    state, vocab = start(target, drafter, prompts, lengths, sampling, stop, max_new=max_new, tree=tree, chunk=chunk)
+    sizes = {"max_new": max_new, "num_levels": num_levels_of(drafter, tree), "chunk": chunk}
+    state, vocab = start(target, drafter, prompts, lengths, sampling, stop, **sizes)
     state, _ = decode_rounds(target, drafter, vocab, state, sampling, stop, tree=tree, shared_noise=shared_noise)
     tokens = state.emitted[:, :max_new]
     last = jnp.take_along_axis(tokens, state.num_emitted[:, None] - 1, axis=1)
     return Generation(tokens, state.num_emitted, is_stop(last, stop)[:, 0], state.statistics)
 
 
-@functools.partial(jax.jit, static_argnames=("max_new", "tree", "chunk"))
+def num_levels_of(drafter: Any | None, tree: TreeSpec | None) -> int:
+    """The number of levels that rounds with a tree draft; 0 for plain decoding."""
+    return 0 if drafter is None or tree is None else tree.num_levels(drafter.num_levels)
+
+
+@functools.partial(jax.jit, static_argnames=("max_new", "num_levels", "chunk"))
 def start(
     target: Any,
     drafter: Any | None,
@@ -200,12 +210,11 @@ def start(
     stop: Stop,
     *,
     max_new: int,
-    tree: TreeSpec,
+    num_levels: int,
     chunk: int,
 ) -> tuple[State, VocabWeights | None]:
     """The first State and the drafter's rows of the target, for a caller that looks on between rounds (`advance`)."""
     vocab = None if drafter is None else drafter.vocab_weights(target)
-    num_levels = 0 if drafter is None else tree.num_levels(drafter.num_levels)
     batch, prompt_slots = prompts.shape
     num_slots = slots_needed(prompt_slots, chunk, max_new, num_levels)
     prefix = init_prefill(target, drafter, batch, num_slots, max(chunk, num_levels + 1))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from fasteagle_jax.decoding.interfaces import Accepted
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn import kv_cache as cache
+from fasteagle_jax.nn.attention import Past
 from fasteagle_jax.nn.kv_cache import Cache
 
 NO_TOKEN = -1
@@ -66,6 +67,11 @@ class State(NamedTuple):
         accepted_at = ((self.depths[..., None] == at) & real[..., None]).sum(axis=1)
         own = ((self.depths == 0) & real).sum(axis=1)
         return Statistics(jnp.maximum(own - 1, 0), accepted_at)
+
+
+def context_of(target_cache: Cache, drafter: Any) -> tuple[Past, ...]:
+    """What a drafter sees of the target's cache: a Past for each of its `context_layers`."""
+    return tuple(target_cache.layer(layer) for layer in drafter.context_layers)
 
 
 class Stop(NamedTuple):

@@ -6,7 +6,7 @@ B rows · T stream positions · F feature layers · H hidden width · V draft vo
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def check_features(feature_layers: tuple[int, ...], num_layers: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
-    """Sizes and switches of a drafter; `hidden_size` and `vocab_size` are its target's."""
+    """Sizes of a drafter, which a kind adds its own to; `hidden_size` and `vocab_size` are its target's."""
 
     hidden_size: int  # H
     intermediate_size: int
@@ -43,12 +43,10 @@ class DrafterConfig:
     vocab_size: int
     draft_vocab_size: int  # rows of the head it guesses among; vocab_size for all
     feature_layers: tuple[int, ...]  # the target's layers whose inputs it reads
-    kind: str = "fasteagle"
+    kind: str = ""  # of drafters.table.CLASSES
     num_levels: int = 7  # N
     rms_norm_eps: float = 1e-5
     rope: RopeConfig = RopeConfig()
-    reinject: bool = False  # add the fused input again before every level
-    correction: int | None = None  # R, hidden units that correct a guess by the token before it; None for none
     window: int | None = None  # W: a position sees itself and the W - 1 before it; None for all
 
     def __post_init__(self) -> None:
@@ -60,8 +58,6 @@ class DrafterConfig:
             raise UserError(
                 f"draft_vocab_size is {self.draft_vocab_size}: it must be 1 to the target's {self.vocab_size}"
             )
-        if self.correction is not None and (not isinstance(self.correction, int) or self.correction < 1):
-            raise UserError(f"drafter correction is {self.correction!r}: give a number of units, or None for none")
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise UserError(
                 f"drafter window is {self.window!r}: give a whole number of at least 1, or None for no limit"
@@ -70,6 +66,20 @@ class DrafterConfig:
             raise UserError("feature_layers is empty: name at least one of the target's layers")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"drafter num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+
+    # --- its number of operations (see training.flops) ---
+
+    trains_head: ClassVar[bool] = False  # has a head of its own, which gets a gradient
+
+    @property
+    def level_parameters(self) -> int:
+        """Elements of the matrices that a level multiplies with, heads aside: those of a decoder layer."""
+        return layer_config(self).matrix_size
+
+    @property
+    def input_parameters(self) -> int:
+        """Elements of the matrices that make the levels' input."""
+        return len(self.feature_layers) * self.hidden_size**2
 
 
 class Constant(nnx.Variable):
@@ -80,6 +90,8 @@ class DrafterModule(nnx.Module):
     """A drafter that reads features [F*H] at every stream position and keeps its keys and values in a Ring."""
 
     architecture: str  # its name in a config.json
+    Config: Any = DrafterConfig  # of its kind
+    context_layers: tuple[int, ...] = ()  # of the target, whose keys and values it reads
 
     def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any):
         c = config
@@ -116,13 +128,16 @@ class DrafterModule(nnx.Module):
         return as_ring(empty_cache(num_layers, batch, c.num_kv_heads, slots, c.head_dim, dtype, stacked=stacked))
 
     def stored(self) -> list[NamedVariable]:
-        """Every tensor that is stored, of the unstacked form; by default all, by their places in the module."""
+        """Every tensor that is stored, of the unstacked form; by default all, by their places in the module.
+
+        `feature_scale` is not among them: files have it folded into fc.weight.
+        """
         nodes = list(nnx.iter_graph(self))
         turned = {id(node.weight) for _, node in nodes if isinstance(node, Linear) and not node.by_rows}
         return [
             NamedVariable(".".join(map(str, path)), node, id(node) in turned)
             for path, node in nodes
-            if isinstance(node, nnx.Variable)
+            if isinstance(node, nnx.Variable) and node is not self.feature_scale
         ]
 
     def published(self) -> dict[str, Any]:
@@ -196,24 +211,3 @@ def rank(logits: jax.Array, positions: jax.Array, ids: jax.Array, ranking: Ranki
         return jnp.where(sampled[:, None, None], scaled + noise, scaled)
 
     return jax.nn.log_softmax(jax.lax.cond(sampled.any(), perturbed, lambda: logits), axis=-1)
-
-
-def default_config(target_config: Any, **changes: Any) -> DrafterConfig:
-    """The DrafterConfig whose sizes are the target's, with `changes`; UserError where the target has no such layers."""
-    c = target_config
-    last = c.num_layers - 1
-    sizes = dict(
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_heads=c.num_heads,
-        num_kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        rms_norm_eps=c.rms_norm_eps,
-        rope=c.rope,
-        vocab_size=c.vocab_size,
-        draft_vocab_size=c.vocab_size,
-        feature_layers=tuple(min(max(f, 0), last) for f in (2, c.num_layers // 2, c.num_layers - 3)),
-    )
-    config = dataclasses.replace(DrafterConfig(**sizes), **changes)
-    check_features(config.feature_layers, c.num_layers)
-    return config

@@ -9,8 +9,9 @@ N runs in a row, over a tree that grows by the f best nodes a level.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,6 @@ from fasteagle_jax.drafters.base import (
     pending,
     rank,
 )
-from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.attention import MASKED, Attention, Past, attention, by_kv_head, by_token
 from fasteagle_jax.nn.embedding import embed
 from fasteagle_jax.nn.kv_cache import Ring, commit_ring, seen_in_ring
@@ -58,18 +58,29 @@ _STORED = {  # name in the file: place in the drafter
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Eagle3Config(DrafterConfig):
+    """Sizes of EAGLE-3."""
+
+    kind: str = "eagle3"
+
+    trains_head: ClassVar[bool] = True
+
+    @property
+    def level_parameters(self) -> int:
+        """As of DrafterConfig, but q, k and v read 2 H."""
+        extra = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return super().level_parameters + self.hidden_size * extra
+
+
 class Eagle3(DrafterModule):
     """The drafter. Its head is its own and trained; the embedding is the target's."""
 
     architecture = "LlamaForCausalLMEagle3"
+    Config = Eagle3Config
 
-    def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
+    def __init__(self, config: Eagle3Config, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
         c = config
-        if c.reinject or c.correction:
-            raise UserError(
-                "reinject and correction are of FastEagle's levels, EAGLE-3 has none: "
-                "set drafter.reinject=False drafter.correction=None"
-            )
         hidden, eps = c.hidden_size, c.rms_norm_eps
         keys = iter(jax.random.split(key, 9))
         super().__init__(c, next(keys), dtype)
@@ -176,6 +187,7 @@ class Eagle3(DrafterModule):
         positions: jax.Array,
         visible: jax.Array | Packed,
         *,
+        context: tuple[Any, ...] = (),
         remat: Any = None,
     ) -> tuple[Any, None]:
         """The head's input at every level and position: training-time test.
@@ -206,12 +218,20 @@ class Eagle3(DrafterModule):
 
     # --- decoding -----------------------------------------------------------------------------------------------
 
-    def extend(self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int) -> Ring:
+    def extend(
+        self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int, context: tuple[Past, ...] = ()
+    ) -> Ring:
         """The cache with the accepted tokens' stream positions in it, whatever the number of levels."""
         return self._advance(vocab, new, cache)[1]
 
     def draft(
-        self, vocab: VocabWeights, new: Accepted, cache: Ring, tree: TreeSpec, ranking: Ranking
+        self,
+        vocab: VocabWeights,
+        new: Accepted,
+        cache: Ring,
+        tree: TreeSpec,
+        ranking: Ranking,
+        context: tuple[Past, ...] = (),
     ) -> tuple[Draft, Ring]:
         """A tree rooted at the pending token (see interfaces.Drafter), grown level by level (see tree.grow)."""
         num_levels = tree.num_levels(self.num_levels)

@@ -12,6 +12,7 @@ guess by the token before it on its path, outside of the cascade (as the later T
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from fasteagle_jax.drafters.base import (
     pending,
     rank,
 )
+from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.attention import Attend, Cached, Past
 from fasteagle_jax.nn.embedding import embed
 from fasteagle_jax.nn.kv_cache import Ring, commit_ring, seen_in_ring
@@ -58,10 +60,35 @@ _LEVEL = {  # name in the file: place in a Level
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class FastEagleConfig(DrafterConfig):
+    """Sizes and switches of the cascade."""
+
+    kind: str = "fasteagle"
+    reinject: bool = False  # add the fused input again before every level
+    correction: int | None = None  # R, hidden units that correct a guess by the token before it; None for none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.correction is not None and (not isinstance(self.correction, int) or self.correction < 1):
+            raise UserError(f"drafter correction is {self.correction!r}: give a number of units, or None for none")
+
+    @property
+    def level_parameters(self) -> int:
+        """As of DrafterConfig, with reinjection H^2 and with a correction 3 H R more."""
+        extra = self.hidden_size * self.reinject + 3 * (self.correction or 0)
+        return super().level_parameters + self.hidden_size * extra
+
+    @property
+    def input_parameters(self) -> int:
+        """As of DrafterConfig, and the projection of [g, e], 2 H^2."""
+        return super().input_parameters + 2 * self.hidden_size**2
+
+
 class Correction(nnx.Module):
     """What the token before a guess adds to the state that it is read from: one hidden layer of R units."""
 
-    def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any):
+    def __init__(self, config: FastEagleConfig, key: jax.Array, dtype: Any):
         hidden, width = config.hidden_size, config.correction
         assert width is not None
         key_state, key_token = jax.random.split(key)
@@ -81,7 +108,7 @@ class Correction(nnx.Module):
 class Level(nnx.Module):
     """One level of the cascade: a decoder layer, the norm before the head, and optionally the input added again."""
 
-    def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any):
+    def __init__(self, config: FastEagleConfig, key: jax.Array, dtype: Any):
         hidden = config.hidden_size
         self.layer = DecoderLayer(layer_config(config), key, dtype)
         self.norm = RMSNorm(hidden, config.rms_norm_eps, dtype)
@@ -93,8 +120,10 @@ class FastEagle(DrafterModule):
     """The drafter. `levels` is one stacked Level (leading axis N) or, unstacked, a list of N of them."""
 
     architecture = "FastEagleDrafter"
+    Config = FastEagleConfig
+    config: FastEagleConfig
 
-    def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
+    def __init__(self, config: FastEagleConfig, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
         c = config
         key_fc, key_input, key_levels = jax.random.split(key, 3)
         super().__init__(c, key_fc, dtype)
@@ -159,6 +188,7 @@ class FastEagle(DrafterModule):
         cache: Ring | None = None,
         num_levels: int | None = None,
         *,
+        context: tuple[Any, ...] = (),
         remat: Any = None,
         apply_correction: bool = True,
     ) -> tuple[Any, Any]:
@@ -235,12 +265,20 @@ class FastEagle(DrafterModule):
             h = self.correction(h, e, eps)
         return level.norm(h)
 
-    def extend(self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int) -> Ring:
+    def extend(
+        self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int, context: tuple[Past, ...] = ()
+    ) -> Ring:
         """The cache of the first levels with the accepted tokens' stream positions in it."""
         return self._advance(vocab, new, cache, num_levels)[1]
 
     def draft(
-        self, vocab: VocabWeights, new: Accepted, cache: Ring, tree: TreeSpec, ranking: Ranking
+        self,
+        vocab: VocabWeights,
+        new: Accepted,
+        cache: Ring,
+        tree: TreeSpec,
+        ranking: Ranking,
+        context: tuple[Past, ...] = (),
     ) -> tuple[Draft, Ring]:
         """A tree rooted at the pending token (see interfaces.Drafter).
 

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.devices.sharding import make_on, place
 from fasteagle_jax.drafters.base import DrafterConfig, check_features
-from fasteagle_jax.drafters.table import CLASSES, class_of
+from fasteagle_jax.drafters.table import CLASSES, class_named, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import new_folder, sha256
 from fasteagle_jax.nn.linear import to_rows
@@ -147,12 +147,13 @@ def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
     path = folder / "config.json"
     if "target_fingerprint" not in raw:
         raise UserError(f"{path} names no target: bring the drafter in with fasteagle import")
-    fields = {field.name for field in dataclasses.fields(DrafterConfig)}
+    kind_config = class_named(raw.get("kind", "fasteagle")).Config
+    fields = {field.name for field in dataclasses.fields(kind_config)}
     sizes = {name: value for name, value in raw.items() if name in fields}
     try:
         sizes["rope"] = RopeConfig(**sizes["rope"])
         sizes["feature_layers"] = tuple(sizes["feature_layers"])
-        return DrafterConfig(**sizes), str(raw["target_fingerprint"])
+        return kind_config(**sizes), str(raw["target_fingerprint"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): copy the drafter again") from None
 

@@ -39,6 +39,7 @@ class Simulated:
     seed: jax.Array  # uint32 [B]
     vocab_size: int = dataclasses.field(metadata=dict(static=True))
     feature_layers: tuple[int, ...] = dataclasses.field(default=(0,), metadata=dict(static=True))  # read, not used
+    context_layers: tuple[int, ...] = dataclasses.field(default=(), metadata=dict(static=True))
 
     @property
     def num_levels(self) -> int:
@@ -53,7 +54,7 @@ class Simulated:
         """A Cache that is a position and nothing else."""
         return Cache([], [], jnp.zeros((batch,), jnp.int32))
 
-    def extend(self, vocab: VocabWeights, new: Accepted, cache: Cache, num_levels: int) -> Cache:
+    def extend(self, vocab: VocabWeights, new: Accepted, cache: Cache, num_levels: int, context: Any = ()) -> Cache:
         """The position after the accepted tokens."""
         return self.skip(new, cache)
 
@@ -62,7 +63,7 @@ class Simulated:
         return cache._replace(length=cache.length + new.count)
 
     def draft(
-        self, vocab: VocabWeights, new: Accepted, cache: Cache, tree: TreeSpec, ranking: Ranking
+        self, vocab: VocabWeights, new: Accepted, cache: Cache, tree: TreeSpec, ranking: Ranking, context: Any = ()
     ) -> tuple[Draft, Cache]:
         """The sequence's next tokens, or wrong ones from the first mistake on, as a tree (see interfaces.Drafter)."""
         cache = self.skip(new, cache)

@@ -1,14 +1,15 @@
 """The drafters there are: a newcomer's is a file of its own and a line here.
 
-A class takes (DrafterConfig, key, dtype, *, stacked) and is an `interfaces.Drafter`; training asks of it besides
-`start_from`, `hidden_states` and `own_head`, as FastEagle has them; files ask for `unstacked` and `stacked_form`.
+A class takes (its `Config`, key, dtype, *, stacked) and is an `interfaces.Drafter`; one that is trained is an
+`interfaces.TrainableDrafter`; files ask for `unstacked`, `stacked_form` and `stored`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from fasteagle_jax.drafters.base import DrafterConfig
+from fasteagle_jax.drafters.base import DrafterConfig, check_features
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.errors import UserError
@@ -16,8 +17,33 @@ from fasteagle_jax.errors import UserError
 CLASSES: dict[str, Any] = {"fasteagle": FastEagle, "eagle3": Eagle3}  # by DrafterConfig.kind
 
 
+def class_named(kind: str) -> Any:
+    """The class of a kind of drafters; UserError, listing all, for one that is not known."""
+    if kind not in CLASSES:
+        raise UserError(f"drafter kind {kind!r} is not known: use one of {', '.join(CLASSES)}")
+    return CLASSES[kind]
+
+
 def class_of(config: DrafterConfig) -> Any:
-    """The class of a drafter's kind; UserError for one that is not known."""
-    if config.kind not in CLASSES:
-        raise UserError(f"drafter kind {config.kind!r} is not known: use one of {', '.join(CLASSES)}")
-    return CLASSES[config.kind]
+    """The class of the drafter of a configuration; UserError for a kind that is not known."""
+    return class_named(config.kind)
+
+
+def default_config(target_config: Any, kind: str = "fasteagle", **changes: Any) -> Any:
+    """The configuration of a kind whose sizes are the target's, with `changes`.
+
+    Raises UserError for a kind or a size that there is not, and for feature layers that the target does not have.
+    """
+    c = target_config
+    last = c.num_layers - 1
+    sizes = {name: getattr(c, name) for name in ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads")}
+    sizes |= {name: getattr(c, name) for name in ("head_dim", "rms_norm_eps", "rope", "vocab_size")}
+    sizes["draft_vocab_size"] = c.vocab_size
+    sizes["feature_layers"] = tuple(min(max(f, 0), last) for f in (2, c.num_layers // 2, c.num_layers - 3))
+    kind_config = class_named(kind).Config
+    known = [field.name for field in dataclasses.fields(kind_config)]
+    if unknown := [name for name in changes if name not in known]:
+        raise UserError(f"a drafter of kind {kind} has no {', '.join(unknown)}: it has {', '.join(known)}")
+    config = kind_config(**(sizes | {"kind": kind} | changes))
+    check_features(config.feature_layers, c.num_layers)
+    return config

@@ -21,7 +21,7 @@ from fasteagle_jax.decoding.speculative import decode_rounds
 from fasteagle_jax.decoding.state import NO_STOP, State, Stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import constrain_all
-from fasteagle_jax.nn.kv_cache import Cache, Ring
+from fasteagle_jax.nn import kv_cache
 
 # The logical axes of slots and of prefilled caches. Arrays that the host reads between calls are replicated.
 READ = ("emitted", "depths", "logprobs", "num_emitted", "done")
@@ -116,13 +116,7 @@ def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, requ
         wants_logprobs=request.wants_logprobs,
     )
     new = Slots(one, request.sampling, request.stop)
-
-    def insert(into: jax.Array, row: jax.Array, dim: int) -> jax.Array:
-        start = [jnp.zeros((), jnp.int32)] * into.ndim
-        start[dim] = slot
-        return jax.lax.dynamic_update_slice(into, row.astype(into.dtype), start)  # a prompt's cache is shorter
-
-    return constrain_all(jax.tree.map(insert, slots, new, _batch_dims(slots)), AXES)
+    return constrain_all(kv_cache.insert_row(slots, new, slot), AXES)
 
 
 @functools.partial(jax.jit, static_argnames=("tree", "shared_noise"), donate_argnames=("slots",))
@@ -158,23 +152,5 @@ def advance(
 @jax.jit
 def take_rows(slots: Slots, rows: jax.Array, in_use: jax.Array) -> Slots:
     """New slots, one for each of `rows` int32 [B']; those not `in_use` bool [B'] are free."""
-    new = jax.tree.map(lambda x, dim: jnp.take(x, rows, axis=dim), slots, _batch_dims(slots))
+    new = kv_cache.take_rows(slots, rows)
     return constrain_all(new._replace(state=new.state._replace(done=new.state.done | ~in_use)), AXES)
-
-
-def _batch_dims(slots: Slots) -> Any:
-    """The batch dimension of each array: 1 in stacks of layers, else 0."""
-    dims = jax.tree.map(lambda _: 0, slots)
-
-    def stacked(cache: Any, dims: Any) -> Any:
-        if isinstance(cache, Ring) and not isinstance(cache.k, list):
-            return dims._replace(k=1, v=1, positions=1)
-        if isinstance(cache, Cache) and not isinstance(cache.k, list):
-            return dims._replace(k=1, v=1)
-        return dims
-
-    caches = {
-        name: stacked(getattr(slots.state, name), getattr(dims.state, name))
-        for name in ("target_cache", "drafter_cache")
-    }
-    return dims._replace(state=dims.state._replace(**caches))

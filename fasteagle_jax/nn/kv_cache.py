@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fasteagle_jax.devices.sharding import by_shard
-from fasteagle_jax.nn.attention import cache_storage_dtype, to_cache_storage
+from fasteagle_jax.nn.attention import Past, cache_storage_dtype, to_cache_storage
 
 NOTHING = -1  # the position of a slot that holds none
 # The logical axes of a cache's arrays by name (see sharding.RULES), a stack's first dimension left out.
@@ -43,6 +43,15 @@ class Cache(NamedTuple):
     def layers(self) -> Any:
         """One (k, v) a layer, in the cache's own form (stacked or list), for `run_layers`."""
         return list(zip(self.k, self.v, strict=True)) if isinstance(self.k, list) else (self.k, self.v)
+
+    @property
+    def batch_dims(self) -> Cache:
+        """The batch dimension of each array, in the cache's form: 1 in stacks of layers, else 0."""
+        return _batch_dims(self, "k", "v")
+
+    def layer(self, index: int) -> Past:
+        """What queries after all committed tokens see of one layer."""
+        return Past(self.k[index], self.v[index], self.seen(), self.filled())
 
     def seen(self) -> jax.Array:
         """bool [B, 1, S], True for the filled slots, which every query sees."""
@@ -117,6 +126,11 @@ class Ring(NamedTuple):
         """One (k, v, positions) a layer, in the ring's own form (stacked or list), for `run_layers`."""
         parts = (self.k, self.v, self.positions)
         return list(zip(*parts, strict=True)) if isinstance(self.k, list) else parts
+
+    @property
+    def batch_dims(self) -> Ring:
+        """The batch dimension of each array, in the ring's form: 1 in stacks of layers, else 0."""
+        return _batch_dims(self, "k", "v", "positions")
 
     def filled(self) -> jax.Array | None:
         """int32 [], for `Past.filled`; None for a stack, which a scan reads in one go."""
@@ -193,6 +207,42 @@ def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:
 
     # Left to the compiler, a turn whose row may be anybody's would bring the devices' shards together.
     return by_shard(write_rows, _AXES_BY_DIMS, tuple(slots), tuple(tokens), starts)
+
+
+def _batch_dims(cache: Any, *stacks: str) -> Any:
+    dims = jax.tree.map(lambda _: 0, cache)
+    return dims if isinstance(cache.k, list) else dims._replace(**dict.fromkeys(stacks, 1))
+
+
+def insert_row(batch: Any, row: Any, slot: jax.Array) -> Any:
+    """A pytree of a batch's arrays [B, ...] and caches with one row, of the same structure, at slot int32 [].
+
+    A row's arrays may be shorter than the batch's, as a prompt's cache is.
+    """
+
+    def insert(into: jax.Array, part: jax.Array, dim: int) -> jax.Array:
+        start = [jnp.zeros((), jnp.int32)] * into.ndim
+        start[dim] = slot
+        return jax.lax.dynamic_update_slice(into, part.astype(into.dtype), start)
+
+    return jax.tree.map(insert, batch, row, batch_dims(batch))
+
+
+def take_rows(batch: Any, rows: jax.Array) -> Any:
+    """A pytree of a batch's arrays [B, ...] and caches with `rows` int32 [B'] of it."""
+    return jax.tree.map(lambda x, dim: jnp.take(x, rows, axis=dim), batch, batch_dims(batch))
+
+
+def batch_dims(batch: Any) -> Any:
+    """The batch dimension of each array of a pytree: what a cache in it says, else 0."""
+
+    def has_own(part: Any) -> bool:
+        return hasattr(part, "batch_dims")
+
+    def of(part: Any) -> Any:
+        return part.batch_dims if has_own(part) else jax.tree.map(lambda _: 0, part)
+
+    return jax.tree.map(of, batch, is_leaf=has_own)
 
 
 def _take_tokens(x: jax.Array, token_indices: jax.Array) -> jax.Array:

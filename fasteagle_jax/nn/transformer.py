@@ -38,6 +38,12 @@ class LayerConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
 
+    @property
+    def matrix_size(self) -> int:
+        """Elements of a layer's matrices."""
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return self.hidden_size * (2 * heads + 2 * kv_heads + 3 * self.intermediate_size)
+
 
 class DecoderLayer(nnx.Module):
     """A Llama decoder layer: RMSNorm, grouped-query attention, RMSNorm, SwiGLU, each added to its input.

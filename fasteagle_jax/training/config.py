@@ -14,7 +14,8 @@ import jax
 
 from fasteagle_jax.data.manifest import differences
 from fasteagle_jax.devices.sharding import MeshShape
-from fasteagle_jax.drafters.base import DrafterConfig, default_config
+from fasteagle_jax.drafters.base import DrafterConfig
+from fasteagle_jax.drafters.table import CLASSES, class_named, default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import read_json
 from fasteagle_jax.nn.packed_attention import KINDS
@@ -55,6 +56,9 @@ class DrafterChoice:
     from_target: bool = False  # start each level, or EAGLE-3's one layer, from the target's last layer
     start: str = ""  # start from the drafter in this folder: its weights, draft vocabulary and first levels
     scale_features: bool = True  # divide each feature by its root mean square, measured on the first batch
+
+
+KIND_FIELDS = {"reinject", "correction"}  # of DrafterChoice, of some kinds alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,10 +273,14 @@ def changes_since(old: dict[str, Any], config: RunConfig) -> list[str]:
 
 def drafter_config(choice: DrafterChoice, target_config: LlamaConfig) -> DrafterConfig:
     """The sizes of the drafter of a run for a target of these sizes."""
-    changes: dict[str, Any] = {
-        name: getattr(choice, name) for name in ("kind", "num_levels", "reinject", "correction", "window")
-    }
-    for name in ("draft_vocab_size", "intermediate_size", "feature_layers"):
-        if getattr(choice, name) is not None:
-            changes[name] = getattr(choice, name)
+    known = {field.name for field in dataclasses.fields(class_named(choice.kind).Config)}
+    # What is at its default, None for the target's sizes, need not be of the kind.
+    changes = {name: value for name, value in vars(choice).items() if value is not None and name in known}
+    for field in dataclasses.fields(choice):
+        if field.name in KIND_FIELDS - known and getattr(choice, field.name) != field.default:
+            kinds = ", ".join(kind for kind, c in CLASSES.items() if field.name in c.Config.__dataclass_fields__)
+            raise UserError(
+                f"drafter.{field.name} is of drafters of kind {kinds}, not {choice.kind}: "
+                f"set drafter.{field.name}={field.default}"
+            )
     return default_config(target_config, **changes)

@@ -5,9 +5,11 @@ N levels · L layers · H hidden width · F feature layers · T tokens a row · 
 
 from __future__ import annotations
 
+from typing import Any
+
 from fasteagle_jax.devices.chips import chip
 from fasteagle_jax.drafters.base import DrafterConfig
-from fasteagle_jax.targets.llama import LlamaConfig
+from fasteagle_jax.nn.transformer import LayerConfig
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -16,7 +18,7 @@ def peak_flops(device_kind: str) -> float | None:
     return None if known is None else known.flops
 
 
-def flops_per_token(target: LlamaConfig, drafter: DrafterConfig, length: int, share: float) -> float:
+def flops_per_token(target: Any, drafter: DrafterConfig, length: int, share: float) -> float:
     """Operations of a training step for each token, from the numbers of parameters.
 
     A product with a matrix of P parameters takes 2 P a token forward and 4 P backward (Kaplan et al., arXiv 2001.08361,
@@ -30,21 +32,12 @@ def flops_per_token(target: LlamaConfig, drafter: DrafterConfig, length: int, sh
     with the heads frozen, so that backward has one product and not two; EAGLE-3's head is not, and its level reads 2 H.
     Norms, softmax and recomputation are left out.
     """
-    hidden, levels, width = target.hidden_size, drafter.num_levels, drafter.num_heads * drafter.head_dim
-    layer = _layer(target)
+    layer_sizes = (target.hidden_size, target.intermediate_size, target.num_heads, target.num_kv_heads, target.head_dim)
+    layer = LayerConfig(*layer_sizes, target.rms_norm_eps).matrix_size
     forward = target.num_layers * (2 * layer + 4 * length * target.num_heads * target.head_dim)
-    level, inputs, of_own = _layer(drafter), len(drafter.feature_layers) + 2, 0
-    level += hidden * (hidden * drafter.reinject + 3 * (drafter.correction or 0))
-    if drafter.kind == "eagle3":
-        level += hidden * (drafter.num_heads + 2 * drafter.num_kv_heads) * drafter.head_dim
-        inputs, of_own = len(drafter.feature_layers), 2
-    both_ways = 6 * (levels * level + inputs * hidden**2) + levels * 12 * length * width
+    levels, width = drafter.num_levels, drafter.num_heads * drafter.head_dim
+    both_ways = 6 * (levels * drafter.level_parameters + drafter.input_parameters) + levels * 12 * length * width
     reduced = drafter.draft_vocab_size < drafter.vocab_size
-    heads = hidden * (2 * target.vocab_size + ((4 + of_own) * levels + 2 * reduced) * drafter.draft_vocab_size)
+    passes = (6 if drafter.trains_head else 4) * levels + 2 * reduced
+    heads = target.hidden_size * (2 * target.vocab_size + passes * drafter.draft_vocab_size)
     return forward + both_ways + share * heads
-
-
-def _layer(config: LlamaConfig | DrafterConfig) -> int:
-    """Parameters of a decoder layer's matrices."""
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return config.hidden_size * (2 * heads + 2 * kv_heads + 3 * config.intermediate_size)

@@ -62,14 +62,14 @@ def drafter_from(
 
     Raises UserError for sizes that differ.
     """
-    free: dict[str, Any] = {
-        "window": config.window,
-        "num_levels": min(config.num_levels, trained.config.num_levels),
-        "correction": trained.config.correction or config.correction,
-    }
-    if (found := dataclasses.replace(trained.config, **free)) != config:
-        old, new = dataclasses.asdict(found), dataclasses.asdict(config)
-        wrong = ", ".join(f"{name} {old[name]} instead of {new[name]}" for name in new if old[name] != new[name])
+    old, new = dataclasses.asdict(trained.config), dataclasses.asdict(config)
+    old |= {"window": config.window, "num_levels": min(config.num_levels, trained.config.num_levels)}
+    if old.get("correction", 0) is None:  # None of its own: the new one's may be another
+        old["correction"] = new.get("correction")
+    if old != new:
+        wrong = ", ".join(
+            f"{name} {old.get(name)} instead of {new[name]}" for name in new if old.get(name) != new[name]
+        )
         raise UserError(f"the drafter to start from has {wrong}: set the run's drafter sizes to its own")
     drafter = class_of(config)(config, jax.random.key(0), stacked=False)
     # In the layout of the file: the two models may hold a matrix in different ones.

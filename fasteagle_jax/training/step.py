@@ -90,12 +90,21 @@ def _loss_at(
 ) -> tuple[jax.Array, LevelMetrics]:
     """The loss and metrics of rows; level i's loss is multiplied by `level_share[i - 1]`, None for 1."""
     batch = rows.batch
-    out = rows.values or target_outputs(target, batch, drafter.feature_layers, options.attention)
+    layers = drafter.feature_layers + drafter.context_layers
+    out = rows.values or target_outputs(target, batch, layers, options.attention)
+    # The inputs of the context layers come after the features.
+    width = len(drafter.feature_layers) * target.config.hidden_size
+    features, inputs = (
+        out.features[..., :width],
+        jnp.split(out.features[..., width:], len(drafter.context_layers) or 1, -1),
+    )
+    context = tuple(
+        target.keys_values(layer, x, batch.positions) for layer, x in zip(drafter.context_layers, inputs, strict=False)
+    )
     next_tokens = jnp.roll(batch.tokens, -1, axis=1)  # wrong at a segment's end, where no loss looks
     attend = Packed(batch.segments, drafter.config.window, options.attention)
-    hidden, _ = drafter.hidden_states(
-        target.embedding[...], out.features, next_tokens, batch.positions, attend, remat=REMAT[options.remat]
-    )
+    stream = target.embedding[...], features, next_tokens, batch.positions, attend
+    hidden, _ = drafter.hidden_states(*stream, context=context, remat=REMAT[options.remat])
     head = target.head_rows()
     token_ids = None if drafter.token_ids is None else drafter.token_ids[...]
     places = batch.positions, rows.picked, rows.real

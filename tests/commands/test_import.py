@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.commands.import_drafter import main
-from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
+from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.loading import load_target
 

@@ -11,11 +11,11 @@ from jax._src.cudnn import fused_attention_stablehlo  # has no public name to st
 from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
-from fasteagle_jax.decoding.speculative import decode_round
+from fasteagle_jax.decoding.speculative import decode_round, num_levels_of
 from fasteagle_jax.decoding.state import make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
-from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.fasteagle import FastEagle
+from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn import packed_attention as packed
 from fasteagle_jax.nn import transformer as layers
@@ -49,7 +49,17 @@ def test_a_decode_round_lowers_for_cuda(monkeypatch) -> None:
     prompts, lengths = pad_prompts([[1, 2], [3]], 8)
 
     def start(target, drafter):
-        return start(target, drafter, prompts, lengths, sampling, stop, max_new=16, tree=tree, chunk=8)
+        return start(
+            target,
+            drafter,
+            prompts,
+            lengths,
+            sampling,
+            stop,
+            max_new=16,
+            num_levels=num_levels_of(drafter, tree),
+            chunk=8,
+        )
 
     state, vocab = jax.eval_shape(start, target, drafter)
     graph, leaves = (

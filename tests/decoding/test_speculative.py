@@ -6,6 +6,7 @@ through `start` and `advance`; `generate` itself has tests of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
@@ -20,12 +21,13 @@ from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.packing import PackedData
 from fasteagle_jax.decoding.prefill import first_state, init_prefill, prefill
 from fasteagle_jax.decoding.sampling import Sampling, make_sampling
-from fasteagle_jax.decoding.speculative import advance, decode_rounds, generate, start
+from fasteagle_jax.decoding.speculative import advance, decode_rounds, generate, num_levels_of, start
 from fasteagle_jax.decoding.state import NO_TOKEN, Statistics, Stop, make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
-from fasteagle_jax.drafters.base import DrafterConfig, default_config
+from fasteagle_jax.drafters.base import DrafterConfig
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.simulated import Simulated
+from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.training.init import init_drafter
 from fasteagle_jax.training.losses import LossConfig
@@ -78,9 +80,7 @@ def speculate(
         row[: len(prompt)] = prompt
     lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
     stop = stop or stop_at(batch=batch)
-    # `start` takes no more than its levels from the tree, so that one program serves all.
-    levels = TreeSpec(levels=tree.levels)
-    sizes = dict(max_new=MAX_NEW, tree=levels, chunk=chunk)
+    sizes = dict(max_new=MAX_NEW, num_levels=num_levels_of(drafter, tree), chunk=chunk)
     state, vocab = start(target, drafter, jnp.asarray(padded), lengths, sampling, stop, **sizes)
     while not state.done.all():
         rounds = jnp.asarray(step, jnp.int32)
@@ -122,7 +122,7 @@ def oracle(answers: list[list[int]], share_of_mistakes: float = 0.0) -> Simulate
 
 def drafter_config(**changes) -> DrafterConfig:
     sizes = default_config(tiny_config(num_layers=3), num_levels=N, feature_layers=FEATURES)
-    return DrafterConfig(**(vars(sizes) | changes))
+    return dataclasses.replace(sizes, **changes)
 
 
 def random_drafter(**changes) -> FastEagle:
@@ -279,7 +279,7 @@ def test_decoding_in_steps_is_decoding_at_once(target, plain, random_fasteagle):
 
 
 def test_advance_runs_no_more_rounds_than_asked_for(target, plain):
-    sizes = dict(max_new=MAX_NEW, tree=TreeSpec(), chunk=CHUNK)
+    sizes = dict(max_new=MAX_NEW, num_levels=N, chunk=CHUNK)
     lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
     prompts = sequences(plain["mixed"])[:, :32]
     drafter, sampling, stop = oracle(plain["mixed"]), SAMPLINGS["mixed"], stop_at()
@@ -300,7 +300,7 @@ def test_plain_rounds_in_between_leave_a_drafter_able_to_go_on(target, plain, tr
     """And trees of different depths in turn: none of it shows in the tokens."""
     stop, sampling = stop_at(), SAMPLINGS["mixed"]
     lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
-    models, sizes = (target, trained_fasteagle), dict(max_new=MAX_NEW, tree=TreeSpec(), chunk=CHUNK)
+    models, sizes = (target, trained_fasteagle), dict(max_new=MAX_NEW, num_levels=N, chunk=CHUNK)
     state, vocab = start(*models, sequences(plain["mixed"])[:, :32], lengths, sampling, stop, **sizes)
     drafted = []
     for tree, rounds in [
@@ -392,7 +392,7 @@ def test_between_rounds_the_caches_hold_what_one_pass_over_the_text_gives(target
     """Wrong features or keys in the drafter's cache would make guesses worse and nothing else would tell."""
     lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
     whole, stop, best_first = sequences(plain["mixed"]), stop_at(), TreeSpec.parse("best_first:12")
-    models, sizes = (target, trained_fasteagle), dict(max_new=MAX_NEW, tree=TreeSpec(), chunk=CHUNK)
+    models, sizes = (target, trained_fasteagle), dict(max_new=MAX_NEW, num_levels=N, chunk=CHUNK)
     state, vocab = start(*models, whole[:, :32], lengths, SAMPLINGS["mixed"], stop, **sizes)
     rounds = jnp.asarray(7, jnp.int32)
     state = advance(*models, vocab, state, SAMPLINGS["mixed"], stop, rounds, tree=best_first, shared_noise=True)

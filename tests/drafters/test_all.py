@@ -23,8 +23,9 @@ from fasteagle_jax.decoding.speculative import advance, start
 from fasteagle_jax.decoding.state import State, make_stop
 from fasteagle_jax.decoding.tree import Draft, TreeSpec, build
 from fasteagle_jax.drafters import table
-from fasteagle_jax.drafters.base import DrafterConfig, DrafterModule, default_config, draft_ids, rank
+from fasteagle_jax.drafters.base import DrafterConfig, DrafterModule, draft_ids, rank
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
+from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Cache
 from fasteagle_jax.nn.linear import head_logits
@@ -60,11 +61,11 @@ class LinearHeads(DrafterModule):
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Cache:
         return Cache([], [], jnp.zeros((batch,), jnp.int32))  # a position and nothing else
 
-    def extend(self, vocab: VocabWeights, new: Accepted, cache: Cache, num_levels: int) -> Cache:
+    def extend(self, vocab: VocabWeights, new: Accepted, cache: Cache, num_levels: int, context: Any = ()) -> Cache:
         return cache._replace(length=cache.length + new.count)
 
     def draft(
-        self, vocab: VocabWeights, new: Accepted, cache: Cache, tree: TreeSpec, ranking: Ranking
+        self, vocab: VocabWeights, new: Accepted, cache: Cache, tree: TreeSpec, ranking: Ranking, context: Any = ()
     ) -> tuple[Draft, Cache]:
         cache = self.extend(vocab, new, cache, self.num_levels)
         row, last = jnp.arange(len(new.count)), jnp.maximum(new.count - 1, 0)
@@ -132,7 +133,7 @@ STOP = make_stop(4, MAX_NEW)
 def speculate(target, drafter, tree: TreeSpec) -> State:
     """The State at the end; all trees share the prefill's program."""
     prompts, lengths = pad_prompts(PROMPTS, CHUNK)
-    sizes = dict(max_new=MAX_NEW, tree=TreeSpec(), chunk=CHUNK)
+    sizes = dict(max_new=MAX_NEW, num_levels=N, chunk=CHUNK)
     state, vocab = start(target, drafter, prompts, lengths, SAMPLING, STOP, **sizes)
     return advance(target, drafter, vocab, state, SAMPLING, STOP, jnp.int32(MAX_NEW), tree=tree)
 

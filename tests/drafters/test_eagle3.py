@@ -16,8 +16,8 @@ from fasteagle_jax.decoding.interfaces import Accepted, Ranking
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.tree import CANDIDATES, TreeSpec
 from fasteagle_jax.drafters import eagle3
-from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.eagle3 import Eagle3
+from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.nn import packed_attention as packed
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.nn.rope import rotate, rotation

@@ -16,9 +16,9 @@ from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.state import AXES
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights
-from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
+from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.attention import Cached
 from fasteagle_jax.nn.kv_cache import NOTHING

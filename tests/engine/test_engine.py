@@ -28,8 +28,8 @@ from fasteagle_jax.decoding.speculative import generate_jit
 from fasteagle_jax.decoding.state import make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.memory import bytes_of
-from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.fasteagle import FastEagle
+from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.engine import slots
 from fasteagle_jax.engine.detokenizer import decode
 from fasteagle_jax.engine.requests import Piece, sample_seed

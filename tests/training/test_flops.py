@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import pytest
 
-from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.fasteagle import FastEagle
+from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.training.flops import flops_per_token, peak_flops
 from tests.tiny_models import tiny_config, tiny_target
 

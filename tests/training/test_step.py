@@ -13,8 +13,8 @@ from flax import nnx
 
 from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.packing import Batch, PackedData
-from fasteagle_jax.drafters.base import default_config
 from fasteagle_jax.drafters.fasteagle import FastEagle
+from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.attention import Cached
 from fasteagle_jax.nn.linear import to_columns
@@ -104,8 +104,8 @@ def test_a_drafter_of_other_sizes_cannot_start_from_the_target() -> None:
     with pytest.raises(UserError, match="from_target"):
         sizes = default_config(target.config, kind="eagle3", intermediate_size=8)
         init_drafter(sizes, target, jax.random.key(0))
-    with pytest.raises(UserError, match="reinject=False"):
-        init_drafter(default_config(target.config, kind="eagle3", reinject=True), target, jax.random.key(0))
+    with pytest.raises(UserError, match="kind eagle3 has no reinject: it has hidden_size"):
+        default_config(target.config, kind="eagle3", reinject=True)
 
 
 def test_training_never_consumes_the_target() -> None:
