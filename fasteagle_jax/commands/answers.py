@@ -57,7 +57,7 @@ def add_answer_options(parser: Any, max_new: int) -> None:
 
 
 def add_engine_options(parser: Any, default_tree: str) -> None:
-    """Adds --target, --dtype, --drafter, --tree, --max-len and --mesh, to be read with `load_engine`."""
+    """Adds --target, --dtype, --drafter, --strict, --tree, --max-len and --mesh, to be read with `load_engine`."""
     group = parser.add_argument_group("models")
     add_target_options(group)
     add_draft_options(group, default_tree)
@@ -76,12 +76,15 @@ def add_engine_options(parser: Any, default_tree: str) -> None:
 
 
 def add_draft_options(parser: Any, default_tree: str) -> None:
-    """Adds --drafter and --tree, to be read with `tree_named`."""
+    """Adds --drafter, --strict and --tree, to be read with `tree_named`."""
     parser.add_argument(
         "--drafter",
         default=SHIPPED,
         metavar="FOLDER",
         help="default: the one that comes with this program for the target, if one does; else decoding is plain",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a drafter that was trained for other weights of the same sizes"
     )
     parser.add_argument(
         "--tree",
@@ -125,6 +128,7 @@ def load_engine(args: argparse.Namespace, tree: TreeSpec | str | None, slots: in
         tree=tree,
         mesh=mesh_named(args.mesh),
         dtype=args.dtype,
+        strict=args.strict,
     )
     if len(engine.trees) > 1:
         print("measuring which tree is the fastest", file=sys.stderr)

@@ -105,9 +105,8 @@ def answer_file(args: argparse.Namespace) -> int:
     # --- the engine -------------------------------------------------------------------------------------------
     dtype = dtype_named(args.dtype)
     mesh = mesh_named(args.mesh)
-    engine = Engine.load(
-        args.target, args.drafter, slots=args.slots, max_len=args.max_len, tree=tree, mesh=mesh, dtype=dtype
-    )
+    options = {"slots": args.slots, "max_len": args.max_len, "strict": args.strict}
+    engine = Engine.load(args.target, args.drafter, **options, tree=tree, mesh=mesh, dtype=dtype)
     template = str(engine.tokenizer.chat_template or "")
     with args.input.open("rb") as requests:
         digest, numbers = _survey(requests, share)

@@ -145,9 +145,8 @@ def prepare(args: argparse.Namespace) -> None:
     manifest = Manifest.of(output, settings)
     engine = None
     if args.prompts:  # dialogues need no weights
-        engine = Engine.load(
-            args.target, args.drafter, slots=args.slots, max_len=args.max_length, tree=tree, dtype=dtype
-        )
+        options = {"slots": args.slots, "max_len": args.max_length, "strict": args.strict}
+        engine = Engine.load(args.target, args.drafter, **options, tree=tree, dtype=dtype)
 
     # --- sample by sample -------------------------------------------------------------------------------------
     with writing(output), ConversationWriter(output) as writer:

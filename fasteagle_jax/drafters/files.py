@@ -3,8 +3,8 @@
 A drafter's class says under which names its tensors are stored, and which of them torch's way around, [out, in].
 EAGLE-3's have the names that its authors gave them, and a reduced draft vocabulary as they store it: `d2t`, offsets
 from draft ids to the target's, and `t2d`, a mask; its config.json has their keys beside ours. The target's frozen head
-and embedding are not stored. `config.json` names the target by a fingerprint of its weights, so that a drafter is never
-used with another, and holds the SHA-256 of model.safetensors, so that a damaged file is found out.
+and embedding are not stored. `config.json` names the target by a fingerprint of its weights, so that use with another
+is noticed, and holds the SHA-256 of model.safetensors, so that a damaged file is found out.
 
 Matrices may be stored smaller than they are computed with: in bfloat16, or in int8 with a float32 scale a row (an
 output), under the matrix's name and `.scale`, except those whose relative error would exceed MAX_INT8_RELATIVE_ERROR,
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,8 @@ TENSORS = "model.safetensors"
 STORAGE = ("float32", "bfloat16", "int8")
 MAX_INT8_RELATIVE_ERROR = 0.01  # root mean square of what rounding to int8 adds, over that of the matrix
 _SCALE = ".scale"
+
+log = logging.getLogger(__name__)
 
 
 def save_drafter(
@@ -78,11 +81,13 @@ def load_drafter(
     *,
     stacked: bool | None = None,
     mesh: Mesh | None = None,
+    strict: bool = False,
 ) -> Any:
     """The drafter in `folder`, for the target of this configuration and fingerprint.
 
-    `stacked` and `mesh` are as of targets.loading.load_target. Raises UserError for a folder that is not a drafter, a
-    damaged file, or a drafter for another target.
+    `stacked` and `mesh` are as of targets.loading.load_target. A target of the same sizes but of other weights (a
+    fine-tune, other storage) is a warning: what is decoded stays exact, and fewer guesses may be accepted. `strict`
+    makes it a UserError, as a folder that is not a drafter, a damaged file, or a target of other sizes always are.
     """
     folder = Path(folder)
     raw = _raw(folder)
@@ -97,10 +102,10 @@ def load_drafter(
             )
     check_features(config.feature_layers, target_config.num_layers)
     if made_for != fingerprint:
-        raise UserError(
-            f"the drafter in {folder} was trained for target {made_for}, this one's weights are {fingerprint}: "
-            "use that target, or train a drafter for this one"
-        )
+        difference = f"the drafter in {folder} was trained for target {made_for}, this one's weights are {fingerprint}"
+        if strict:
+            raise UserError(f"{difference}: use that target, or train a drafter for this one")
+        log.warning("%s: answers stay exact, but fewer guesses may be accepted", difference)
     try:
         found = sha256(path)
         if stated not in (None, found):

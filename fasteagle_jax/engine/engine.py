@@ -134,6 +134,7 @@ class Engine:
         tree: TreeSpec | str | None = "auto",
         mesh: Mesh | None = None,
         dtype: Any = None,
+        strict: bool = False,
     ) -> Self:
         """An engine of a target by its name and a drafter by its folder.
 
@@ -143,6 +144,7 @@ class Engine:
             target, if one does; None decodes plainly.
           slots, max_len, tree, mesh: as of `Engine`; the weights go straight into their shards.
           dtype: of weights and caches; None for float32 on a CPU and bfloat16 elsewhere.
+          strict: a drafter trained for other weights of the same sizes is an error, not a warning.
 
         Raises:
           UserError: models that cannot be had or do not fit each other; sizes that do not fit into memory, found out
@@ -168,7 +170,11 @@ class Engine:
         Memory(*weights, 0, 0, 0, 0).check(available_everywhere(mesh), "use bfloat16 or a larger device")
         loaded = load_target(target, dtype, mesh=mesh)
         tokenizer = load_tokenizer(loaded.checkpoint.path)
-        model = None if folder is None else load_drafter(folder, config, loaded.fingerprint, dtype, mesh=mesh)
+        model = (
+            None
+            if folder is None
+            else load_drafter(folder, config, loaded.fingerprint, dtype, mesh=mesh, strict=strict)
+        )
         return cls(
             loaded.model,
             model,

@@ -8,6 +8,7 @@ float32 and returns in the activation's dtype.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -126,7 +127,8 @@ class LayerContext(NamedTuple):
             if self.choice is None:
                 return visible.within(self.window)
             number, windows = self.choice
-            branches = [visible.within(window) for window in windows]
+            # lax.switch keeps weak references to its branches, which a tuple such as Packed does not take.
+            branches = [functools.partial(visible.within(window).__call__) for window in windows]
             return lambda q, k, v: jax.lax.switch(number, branches, q, k, v)
         if self.choice is None and self.window is None:
             return Cached(visible, past)

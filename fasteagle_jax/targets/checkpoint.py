@@ -58,15 +58,34 @@ class Checkpoint:
         return self.tensors[name]
 
 
+# The fields that the first fingerprints were made of, whatever their values. max_positions is none of them: a limit of
+# use, which users change, and no property of the weights.
+_FIRST_FIELDS = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+    "rms_norm_eps", "rope", "tie_embeddings", "attention_bias", "mlp_bias",
+    "theta", "kind", "factor", "low_freq_factor", "high_freq_factor", "original_max_positions",
+}  # fmt: skip
+
+
+def _identity(config: Any) -> dict[str, Any]:
+    """What of a configuration tells targets apart, in the order of its fields."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in _FIRST_FIELDS or (field.name != "max_positions" and value != field.default):
+            fields[field.name] = _identity(value) if dataclasses.is_dataclass(value) else value
+    return fields
+
+
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Sixteen hex digits that tell this target from others, alike for all file formats of the same values.
 
     Hashes the configuration, all names and shapes, and, in float32, the norm weights and the first rows of the
     embedding and of a head of its own: megabytes, not the whole model. A target of which only layers' matrices differ
-    (an adapter merged into it) has the same.
+    (an adapter merged into it) has the same. A field that a configuration gains later is left out at its default, so
+    that it changes no fingerprint.
     """
-    config = dataclasses.asdict(checkpoint.config)
-    del config["max_positions"]  # a limit of use, which users change, and no property of the weights
+    config = _identity(checkpoint.config)
     if config["rope"]["kind"] != "llama3":
         del config["rope"]["original_max_positions"]
     # A tied head may be stored or left out, and old files store the rotary frequencies: neither is a weight.

@@ -55,6 +55,7 @@ class DrafterChoice:
     window: int | None = None  # positions that a level attends to; None for all
     from_target: bool = False  # start each level, or EAGLE-3's one layer, from the target's last layer
     start: str = ""  # start from the drafter in this folder: its weights, draft vocabulary and first levels
+    strict: bool = False  # `start` must have been trained for this very target, not for one of the same sizes
     scale_features: bool = True  # divide each feature by its root mean square, measured on the first batch
 
 

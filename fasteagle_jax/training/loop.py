@@ -403,7 +403,8 @@ def _new_drafter(
     sizes = drafter_config(choice, target.config)
     parent = token_ids = None
     if choice.start:
-        parent = load_drafter(choice.start, target.config, loaded.fingerprint, stacked=False, mesh=mesh)
+        known = target.config, loaded.fingerprint
+        parent = load_drafter(choice.start, *known, stacked=False, mesh=mesh, strict=choice.strict)
     elif sizes.draft_vocab_size < target.config.vocab_size:
         counts = token_counts(conversations, target.config.vocab_size, assistant_only=True)
         counted = counts

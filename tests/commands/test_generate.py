@@ -234,7 +234,13 @@ def test_a_corrupt_prompt_is_named_by_file_and_line(complaint, target_folder, tm
     assert f"{path}:2: " in complaint(main, "--target", target_folder, "--input", path)
 
 
-def test_a_drafter_of_another_target_is_refused(complaint, target_folder, tmp_path):
+def test_a_drafter_of_another_target_gives_the_same_answers_and_is_refused_with_strict(
+    complaint, target_folder, tmp_path, capsys, caplog
+):
     other = make_drafter(tmp_path / "drafter", make_target(tmp_path / "other", seed=1))
-    said = complaint(main, "--target", target_folder, "--prompt", "a", "--drafter", other)
-    assert "was trained for target" in said
+    words = ["--target", str(target_folder), "--prompt", "a", "--drafter", str(other), "--max-new", "8"]
+    assert "was trained for target" in complaint(main, *words, "--strict")
+    assert main([*words, "--tree", "plain"]) == 0
+    plain = capsys.readouterr().out
+    assert main([*words, "--tree", "chain"]) == 0
+    assert capsys.readouterr().out == plain and "was trained for target" in caplog.text

@@ -35,7 +35,7 @@ def test_the_paired_inputs_and_the_head_of_eagle3_count() -> None:
     target = tiny_target(num_layers=3)
     config = default_config(target.config, kind="eagle3", num_levels=4)
     drafter = Eagle3(config, jax.random.key(0))
-    head, fc = drafter.head.size, drafter.fc.size
+    head, fc = drafter.head.size, drafter.fc.weight.size
     layer = num_matrix_parameters(drafter) - head - fc - drafter.feature_scale.size
     frozen = 2 * (num_matrix_parameters(target.layers) + target.head_rows().size)
     assert flops_per_token(target.config, config, 0, 1.0) == frozen + 6 * (4 * layer + fc) + 6 * 4 * head
