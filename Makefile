@@ -17,7 +17,7 @@ demo-train: $(VENV)/.installed-demo
 	$(BIN)/python -m infer.demo --train
 
 test: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow' -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow' -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # Repeats at length what others show in short.
 test-slow: $(VENV)/.installed-test

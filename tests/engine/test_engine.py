@@ -190,10 +190,9 @@ def compare(made: list[Completion], expected: dict[tuple[int, int], Expected], o
 @pytest.mark.parametrize(
     ("slots", "tree"),
     [
-        (1, "best_first:8"),
         (4, "best_first:8"),
         (4, "auto"),
-        *[pytest.param(*more, marks=pytest.mark.slow) for more in ((16, "best_first:8"), (1, "auto"), (16, "auto"))],
+        *[pytest.param(n, tree, marks=pytest.mark.slow) for n in (1, 16) for tree in ("best_first:8", "auto")],
     ],
 )
 def test_200_mixed_requests_are_answered_as_plain_decoding_answers_each_alone(
