@@ -21,7 +21,7 @@ test: $(VENV)/.installed-test
 
 # Repeats at length what others show in short.
 test-slow: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist load $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # Compiles for TPUs with libtpu; needs none.
 test-tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu
