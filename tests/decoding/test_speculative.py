@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy  # whose parts are imported where they are used
 from flax import nnx
-from scipy import stats
 
 from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.packing import PackedData
@@ -550,4 +550,4 @@ def test_sampled_text_has_the_law_of_the_target_whatever_the_coupling():
         if rare.any():
             observed, predicted = [*observed, counts[rare].sum()], [*predicted, expected[rare].sum()]
         assert len(observed) > 15
-        assert stats.chisquare(observed, predicted).pvalue > 1e-4
+        assert scipy.stats.chisquare(observed, predicted).pvalue > 1e-4
