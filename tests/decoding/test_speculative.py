@@ -198,8 +198,14 @@ def test_a_drafter_with_mistakes_is_lossless_at_every_accepted_length(target, pl
     assert statistics.rounds.sum() > at[0] > at[1] > at[2] > 0  # paths of 0, 1, 2 and 3 guesses all occur
 
 
-@pytest.mark.parametrize("shared_noise", [True, False], ids=["shared noise", "own ranking"])
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(
+    ("tree", "shared_noise"),
+    [
+        *[pytest.param(tree, True, id=f"{tree}-shared noise") for tree in TREES],
+        *[pytest.param(tree, False, id=f"{tree}-own ranking", marks=pytest.mark.slow) for tree in TREES[:2]],
+        pytest.param(TREES[2], False, id=f"{TREES[2]}-own ranking"),
+    ],
+)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("drafter", ["random_fasteagle", "trained_fasteagle"])
 def test_fasteagle_is_lossless(target, plain, drafter, sampling, tree, shared_noise, request):
