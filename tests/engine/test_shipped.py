@@ -69,4 +69,4 @@ def test_the_shipped_drafter_is_accepted_as_often_as_it_was():
         max_new=64,
         stop_tokens=stop_token_ids(tokenizer, path),
     )
-    assert found.length > 1.9, found
+    assert found.length > 2.1, found  # 2.27, of 83 rounds
