@@ -17,11 +17,11 @@ demo-train: $(VENV)/.installed-demo $(VENV)/.installed-train
 	$(BIN)/python -m infer.demo --train
 
 test: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow' -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow' -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # Repeats at length what others show in short.
 test-slow: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist load $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # Compiles for TPUs with libtpu; needs none.
 test-tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu

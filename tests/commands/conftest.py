@@ -6,9 +6,16 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import pytest
 
 from tests.tiny_folder import make_drafter, make_target
+
+
+@pytest.fixture(autouse=True)
+def kept_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was traced stays for the next test: sweeps and `ablate` forget all programs, of a process that ends soon."""
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
 
 
 @pytest.fixture(scope="session")

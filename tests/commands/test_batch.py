@@ -593,16 +593,13 @@ def test_an_output_has_one_writer(run, refused, tmp_path):
 # --- processes --------------------------------------------------------------------------------------------------
 
 
-def start(argv: list[str], cache: str, log: str) -> None:
-    """The program in a child: on a CPU, compiling into a cache that outlives it."""
+def start(argv: list[str], log: str) -> None:
+    """The program in a child, on a CPU."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", True)
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     sys.exit(main(argv))
 
 
@@ -630,7 +627,7 @@ def child(server, talkative, tmp_path):
         argv = ["--target", talkative[0], "--max-len", 256, "--slots", 4, "--max-new", 60]
         argv += ["--input", source, "--output", output, *options]
         log = tmp_path / f"child-{len(children)}.log"
-        process = server.Process(target=start, args=([str(x) for x in argv], str(tmp_path / "cache"), str(log)))
+        process = server.Process(target=start, args=([str(x) for x in argv], str(log)))
         process.start()
         process.log = log
         children.append(process)
@@ -676,7 +673,7 @@ def long_file(tmp_path):
     return write(tmp_path / "in.jsonl", *lines)
 
 
-@pytest.mark.parametrize("most", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_each_request_is_answered_once_and_as_without(child, long_file, tmp_path, most):
     reference, path = tmp_path / "reference.jsonl", tmp_path / "out.jsonl"
     assert ended(child(long_file, reference)) == 0
@@ -717,6 +714,7 @@ def test_ctrl_c_says_how_far_it_is_and_the_same_command_goes_on(child, long_file
     assert list(read(path)) == list(range(1, total + 1))
 
 
+@pytest.mark.slow  # the lines' shares have a test of their own, two processes the engine's
 def test_two_processes_share_the_lines(child, long_file, tmp_path):
     with socket.socket() as sock:
         sock.bind(("localhost", 0))

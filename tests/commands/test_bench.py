@@ -155,7 +155,7 @@ def test_trees_of_a_sweep_have_equal_budgets():
 
 def test_a_sweep_over_slots_reports_each_way_and_plots_it(talkative, tasks, tmp_path, capsys):
     argv = ["--target", talkative[0], "--drafters", f"a={talkative[1]}@best_first:4", "--tasks", "sums"]
-    argv += ["--prompts-folder", tasks, "--limit", 3, "--sweep", "slots", "--slots", 1, 2, "--max-len", 256]
+    argv += ["--prompts-folder", tasks, "--limit", 3, "--sweep", "slots", "--slots", 1, 2, "--max-len", 128]
     argv += ["--max-new", 12, "--repeats", 2, "--results", tmp_path / "results"]
     assert run(*argv) == 0
     assert "best_first:4" in capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_a_sweep_over_slots_counts_what_differs_in_any_repeat(talkative, tasks, 
 
     monkeypatch.setattr(Engine, "generate", mistaken)
     argv = ["--target", talkative[0], "--drafters", f"a={talkative[1]}@best_first:4", "--tasks", "sums"]
-    argv += ["--prompts-folder", tasks, "--limit", 3, "--sweep", "slots", "--slots", 1, "--max-len", 256]
+    argv += ["--prompts-folder", tasks, "--limit", 3, "--sweep", "slots", "--slots", 1, "--max-len", 128]
     argv += ["--max-new", 12, "--repeats", 2, "--results", tmp_path / "results"]
     assert run(*argv) == 1
     points = json.loads((tmp_path / "results/results.json").read_text())["points"]

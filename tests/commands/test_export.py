@@ -29,7 +29,7 @@ def run(tmp_path_factory, target_folder) -> Path:
         tokens = [rng.integers(256, size=40).tolist() for _ in range(20)]
         writer.append([Conversation.of(str(i), t, [[4, 40]]) for i, t in enumerate(tokens)])
     changes = [f"target={target_folder}", f"data={folder / 'data.jsonl'}", "steps=6", "save_every=2", "keep=2"]
-    assert train(["--config", str(CONFIG), "--run", str(folder / "run"), *changes]) == 0
+    assert train(["--config", str(CONFIG), "--run", str(folder / "run"), *changes, "tensorboard=False"]) == 0
     return folder / "run"
 
 
@@ -52,7 +52,7 @@ def test_the_best_checkpoint_is_exported_with_its_average(talkative, tmp_path):
         writer.append([Conversation.of("a", list(range(40)), [[4, 40]])])
     changes = ["steps=3", "optimizer.ema=0.9", f"evaluation.prompts={questions}", "evaluation.every=1"]
     changes += [f"target={target}", f"data={tmp_path / 'data.jsonl'}", "evaluation.trees=chain", "evaluation.max_new=4"]
-    assert train(["--config", str(CONFIG), "--run", str(tmp_path / "run"), *changes]) == 0
+    assert train(["--config", str(CONFIG), "--run", str(tmp_path / "run"), *changes, "tensorboard=False"]) == 0
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         step, _ = checkpoints.best()
     for name, which in (("best", ["--best"]), ("last", [])):
@@ -66,7 +66,7 @@ def test_the_best_checkpoint_is_exported_with_its_average(talkative, tmp_path):
 def test_an_eagle3_run_is_exported(run, target_folder, tmp_path):
     changes = [f"target={target_folder}", f"data={run.parent / 'data.jsonl'}", "steps=2", "drafter.kind=eagle3"]
     changes += ["drafter.reinject=False", "drafter.correction=None", "loss.within_draft=True"]
-    assert train(["--config", str(CONFIG), "--run", str(tmp_path / "run"), *changes]) == 0
+    assert train(["--config", str(CONFIG), "--run", str(tmp_path / "run"), *changes, "tensorboard=False"]) == 0
     assert main(["--run", str(tmp_path / "run"), "--output", str(tmp_path / "drafter")]) == 0
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "drafter" / file).read_bytes() == (tmp_path / "run" / "drafter" / file).read_bytes()

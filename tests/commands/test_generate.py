@@ -9,6 +9,7 @@ import pytest
 from fasteagle_jax.commands.answers import COLOURS, Screen
 from fasteagle_jax.commands.generate import main
 from fasteagle_jax.data.sources import read_prompts
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.engine.requests import Piece
 from fasteagle_jax.targets.tokenizer import load_tokenizer
 from tests.tiny_folder import make_drafter, make_target
@@ -48,7 +49,9 @@ def test_a_mesh_changes_no_answer(generate, talkative):
     assert generate(*asked, "--mesh", "2,2,2")[0] == generate(*asked)[0]
 
 
-def test_for_several_prompts_the_tree_is_measured_and_for_one_it_is_not(generate, talkative):
+def test_for_several_prompts_the_tree_is_measured_and_for_one_it_is_not(generate, talkative, monkeypatch):
+    few = (None, TreeSpec("best_first", nodes=4))  # the engine's test of auto has them all
+    monkeypatch.setattr("fasteagle_jax.engine.engine.shapes", lambda num_levels: few)
     target, drafter = talkative
     asked = ["--prompt", "Why?", "--target", target, "--max-new", 40]
     models = ["--drafter", drafter]

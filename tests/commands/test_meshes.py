@@ -82,9 +82,9 @@ def evaluation(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def one_device(target_folder, data_file, evaluation, tmp_path_factory) -> Path:
+def one_device(target_folder, data_file, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("meshes") / "one"
-    train(config(*changes(target_folder, data_file, "", *evaluation)), run, quiet=True)
+    train(config(*changes(target_folder, data_file)), run, quiet=True)
     assert losses(run)[-1, 0] < 0.9 * losses(run)[0, 0]
     return run
 
@@ -109,25 +109,36 @@ def assert_same_drafter(run: Path, other: Path) -> None:
         np.testing.assert_allclose(value, theirs[name], rtol=1e-2, atol=2e-3, err_msg=name)
 
 
-# Those that split by one axis alone are parts of the others.
-@pytest.mark.parametrize("mesh", [*(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[:2]), *MESHES[2:]])
+# The last one splits by every axis.
+@pytest.mark.parametrize("mesh", [*(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[:3]), MESHES[3]])
 def test_twenty_steps_on_a_mesh_are_those_on_one_device(one_device, run_on, mesh):
     run = run_on(mesh)
     np.testing.assert_allclose(losses(run), losses(one_device), **CLOSE)
     assert_same_drafter(run, one_device)
 
 
-def test_recomputation_and_accumulation_change_nothing_but_rounding(one_device, target_folder, data_file, tmp_path):
+@pytest.mark.parametrize("mesh", ["", pytest.param(MESHES[3], marks=pytest.mark.slow)])
+def test_recomputation_and_accumulation_change_nothing_but_rounding(
+    one_device, target_folder, data_file, tmp_path, mesh
+):
     more = ["remat=dots", "accumulate=2"]
-    train(config(*changes(target_folder, data_file, "data=2 fsdp=2 tensor=2", *more)), tmp_path / "run", quiet=True)
+    train(config(*changes(target_folder, data_file, mesh, *more)), tmp_path / "run", quiet=True)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(one_device), **CLOSE)
 
 
-def test_a_checkpoint_goes_on_on_other_meshes(one_device, run_on, target_folder, data_file, tmp_path):
-    """Eight devices, then four, then one; and on the same mesh bitwise."""
-    parts, mesh, start = tmp_path / "parts", "data=1 fsdp=4 tensor=2", 0
+@pytest.mark.parametrize(
+    ("mesh", "others"),
+    [
+        (MESHES[3], [(1, "", STEPS)]),
+        pytest.param(MESHES[2], [(4, "data=2 fsdp=1 tensor=2", 16), (1, "", STEPS)], marks=pytest.mark.slow),
+    ],
+    ids=["8 and 1", "8 and 4 and 1"],
+)
+def test_a_checkpoint_goes_on_on_other_meshes(one_device, run_on, target_folder, data_file, tmp_path, mesh, others):
+    """Eight devices, then fewer; and on the same mesh bitwise."""
+    parts, start = tmp_path / "parts", 0
     whole = run_on(mesh)
-    for num_devices, next_mesh, steps in ((8, mesh, 10), (4, "data=2 fsdp=1 tensor=2", 16), (1, "", STEPS)):
+    for num_devices, next_mesh, steps in ((8, mesh, 10), *others):
         run = config(*changes(target_folder, data_file, next_mesh))
         with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
             patch.setattr(loop, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:num_devices]))
@@ -196,10 +207,12 @@ def test_two_processes_of_four_devices_are_one_device(one_device, target_folder,
     said = run_two_processes(PROCESS, ["--config", str(CONFIG), "--run", str(run)], [*words, *evaluation, *then])
     assert [out.splitlines()[-1] for out, _ in said] == ["[(0, 2), (2, 4)]", "[(4, 6), (6, 8)]"]
     assert "resume    from step 10" in said[0][1]
+    alone = tmp_path / "alone"
+    train(config(*changes(target_folder, data_file, "", *evaluation)), alone, quiet=True)
     for folder in (run, resumed):
         np.testing.assert_allclose(losses(folder), losses(one_device), **CLOSE)
         assert_same_drafter(folder, one_device)
-    one, two = (json.loads((f / "metrics.jsonl").read_text().splitlines()[-1])[TAU] for f in (one_device, run))
+    one, two = (json.loads((f / "metrics.jsonl").read_text().splitlines()[-1])[TAU] for f in (alone, run))
     # Rounding may turn a guess of the drafter, of some thirty; the text is the target's in any case.
     assert one > 1.3 and two == pytest.approx(one, abs=0.05)
 
@@ -226,10 +239,11 @@ def test_meshes_that_do_not_fit_are_user_errors(target_folder, data_file, tmp_pa
 # --- features stored before -------------------------------------------------------------------------------------
 
 
-def test_training_on_stored_features_is_training_on_the_target(one_device, target_folder, data_file, tmp_path):
+@pytest.mark.parametrize("mesh", ["", pytest.param(MESHES[3], marks=pytest.mark.slow)])
+def test_training_on_stored_features_is_training_on_the_target(one_device, target_folder, data_file, tmp_path, mesh):
     words = ["--config", CONFIG, "--output", tmp_path / "features", "--store", "float32"]
     assert prepare_features.main([*map(str, words), *changes(target_folder, data_file)]) == 0
-    words = changes(target_folder, data_file, "data=2 fsdp=2 tensor=2", f"features={tmp_path / 'features'}")
+    words = changes(target_folder, data_file, mesh, f"features={tmp_path / 'features'}")
     train(config(*words), tmp_path / "run", quiet=True)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(one_device), **CLOSE)
 

@@ -48,10 +48,10 @@ ENVIRONMENT = os.environ | {
 POISON = 77  # a token for which `poisoned` has no finite embedding
 
 
-@pytest.fixture
-def data_file(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty conversations in which a token is followed by the next one."""
-    path = tmp_path / "data.jsonl"
+    path = tmp_path_factory.mktemp("trainer") / "data.jsonl"
     rng = np.random.default_rng(0)
     samples = []
     for i in range(40):
@@ -63,8 +63,20 @@ def data_file(tmp_path: Path) -> Path:
 
 
 def command(target: Path, data: Path, run: Path | epath.Path, *changes: str) -> list[str]:
-    """The program's arguments."""
-    return ["--config", str(CONFIG), "--run", str(run), f"target={target}", f"data={data}", *changes]
+    """The program's arguments. Without TensorBoard's writer, which takes seconds to import torch where there is one."""
+    return [
+        *("--config", str(CONFIG), "--run", str(run)),
+        *(f"target={target}", f"data={data}", "tensorboard=False", *changes),
+    ]
+
+
+# Runs of as many steps share their compiled train step: what does not matter stays as the configuration has it.
+@pytest.fixture(scope="module")
+def finished(target_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twelve steps with all its checkpoints, to be copied."""
+    run = tmp_path_factory.mktemp("trainer") / "finished"
+    assert main(command(target_folder, data_file, run, "keep=4")) == 0
+    return run
 
 
 def start(arguments: list[str], largest_file: int | None = None) -> subprocess.Popen[str]:
@@ -79,7 +91,7 @@ def start(arguments: list[str], largest_file: int | None = None) -> subprocess.P
 
 
 # Each word is a life of the same command: SIGNAL:STEP:DELAY, sent so many seconds after a step's batch was asked for.
-# They are forked from a process that has imported everything and started nothing, and share what they compile.
+# They are forked from a process that has imported everything and started nothing.
 LIVES = """
 import os, signal, sys, threading
 from fasteagle_jax.commands import ablate, train_drafter
@@ -100,13 +112,12 @@ for word in sys.argv[1].split(","):
 """
 
 
-def lead_lives(lives: list[tuple[str, int, float]], arguments: list[str], cache: Path) -> list[str]:
+def lead_lives(lives: list[tuple[str, int, float]], arguments: list[str]) -> list[str]:
     """Runs the program once a life; the signal and the exit code of each."""
     words = ",".join(f"{name}:{step}:{delay}" for name, step, delay in lives)
-    sharing = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     process = subprocess.run(
         [sys.executable, "-c", LIVES, words, *arguments],
-        env=ENVIRONMENT | sharing,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=240,
@@ -141,7 +152,7 @@ def test_training_lowers_the_loss_and_leaves_a_drafter_metrics_a_plot_and_a_trac
     run = tmp_path / "run"
     talker = make_target(tmp_path / "talker", stop_rate=-9.0)  # its greedy answers do not end with their first token
     changes = ["steps=30", f"evaluation.prompts={questions}", "evaluation.every=15", "evaluation.max_new=8"]
-    assert main([*command(talker, data_file, run, *changes), "--profile", "20:21"]) == 0
+    assert main([*command(talker, data_file, run, *changes, "tensorboard=True"), "--profile", "20:21"]) == 0
     said = capsys.readouterr().err  # no terminal: lines, and few of them
     assert "\r" not in said and sum("step/s" in line or "s/step" in line for line in said.splitlines()) < 10
     assert re.search(r"^100%.* 30/30 .*loss .*tokens/s", said, re.MULTILINE) and "step 15: tau chain" in said
@@ -180,7 +191,7 @@ def test_kills_and_preemptions_leave_the_run_that_nobody_disturbed(
     steps = sorted(int(step) for step in rng.integers(1, 12 * kills, kills))
     names = ["SIGTERM" if i % 2 else "SIGKILL" for i in range(kills)]
     lives = [(name, step, float(rng.uniform(0, 0.05))) for name, step in zip(names, steps, strict=True)]
-    ends = lead_lives(lives, command(target_folder, data_file, killed, *changes), tmp_path / "programs")
+    ends = lead_lives(lives, command(target_folder, data_file, killed, *changes))
     assert ends == [f"{name} {0 if name == 'SIGTERM' else -signal.SIGKILL}" for name in names]
     assert not (killed / "drafter").exists()
     assert main(command(target_folder, data_file, killed, *changes)) == 0
@@ -200,7 +211,6 @@ def test_sigterm_saves_ends_with_0_and_an_evaluation_cut_short_is_made_up_for(
         f"evaluation.prompts={questions}",
         "evaluation.every=3",
         "evaluation.max_new=4",
-        "steps=5",
         "evaluation.trees=chain",
     ]
     evaluate = loop.measure_acceptance
@@ -217,12 +227,12 @@ def test_sigterm_saves_ends_with_0_and_an_evaluation_cut_short_is_made_up_for(
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["3"] and not (run / "drafter").exists()
     assert not any(name.startswith("tau") for name in records(run)[-1])
     # The first evaluation of a run is to be its best one.
-    more = itertools.cycle([Acceptance(2, (2, 2, 2)), Acceptance(2, (0, 0, 0))])
+    more = itertools.cycle([Acceptance(2, (2, 2, 2)), *[Acceptance(2, (0, 0, 0))] * 3])  # of four evaluations a run
     monkeypatch.setattr(loop, "measure_acceptance", lambda *args, **options: evaluate(*args, **options) + next(more))
     for folder in (run, whole):
         assert main(command(target, data_file, folder, *changes)) == 0
     measured = [[{name: r[name] for name in r if name.startswith("tau")} for r in records(f)] for f in (run, whole)]
-    assert measured[0] == measured[1] and [bool(m) for m in measured[0]] == [False, False, True, False, True]
+    assert measured[0] == measured[1] and [bool(m) for m in measured[0]] == [False, False, True] * 4
     best = []
     for folder in (run, whole):  # the evaluation made up for counts like any other
         with Checkpoints(folder / "checkpoints") as checkpoints:
@@ -316,24 +326,23 @@ def test_the_draft_vocabulary_is_of_the_most_frequent_tokens_of_the_corpus_named
 
 
 def test_a_changed_configuration_is_shown_and_needs_a_flag(
-    target_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target_folder: Path, data_file: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    assert main(command(target_folder, data_file, run, "steps=4")) == 0
+    run = copy_without_drafter(finished, tmp_path / "run")
+    longer = command(target_folder, data_file, run, "keep=4", "steps=14")
     capsys.readouterr()
-    assert main(command(target_folder, data_file, run, "steps=6")) == 2
+    assert main(longer) == 2
     said = capsys.readouterr().err
-    assert "steps 4, not 6" in said and "--allow-change" in said and said.count("\n") == 1
-    (run / "drafter").rename(tmp_path / "drafter-4")
-    assert main([*command(target_folder, data_file, run, "steps=6"), "--allow-change"]) == 0
-    assert len(losses(run)) == 6
+    assert "steps 12, not 14" in said and "--allow-change" in said and said.count("\n") == 1
+    assert main([*longer, "--allow-change"]) == 0
+    assert len(losses(run)) == 14
 
 
 def test_the_checkpoint_says_what_a_run_was_and_another_target_or_other_data_are_refused(
     target_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    assert main(command(target_folder, data_file, run, "steps=4")) == 0
+    run, data_file = tmp_path / "run", Path(shutil.copy(data_file, tmp_path))
+    assert main(command(target_folder, data_file, run)) == 0
     shutil.rmtree(run / "drafter")
 
     def complaint(*arguments: str) -> str:
@@ -344,21 +353,21 @@ def test_the_checkpoint_says_what_a_run_was_and_another_target_or_other_data_are
         return said
 
     (run / "config.json").unlink()  # the checkpoint holds the configuration
-    assert "steps 4, not 6" in complaint(*command(target_folder, data_file, run, "steps=6"))
+    assert "steps 12, not 6" in complaint(*command(target_folder, data_file, run, "steps=6"))
     same_name = tmp_path / "target"  # other weights where the target was
     shutil.copytree(target_folder, same_name)
     weights = load_file(same_name / "model.safetensors")
     weights["model.norm.weight"] *= 2
     save_file(weights, same_name / "model.safetensors")
-    other = command(same_name, data_file, run, "steps=4")
+    other = command(same_name, data_file, run)
     assert f"target {target_folder}, not {same_name}" in complaint(*other)
     assert "trains a drafter for target" in complaint(*other, "--allow-change")
     with ConversationWriter(data_file) as writer:
         writer.append([Conversation.of("one more", list(range(40)), [[4, 40]])])
-    assert "other data" in complaint(*command(target_folder, data_file, run, "steps=4"))
-    assert main([*command(target_folder, data_file, run, "steps=4"), "--allow-change"]) == 0
+    assert "other data" in complaint(*command(target_folder, data_file, run))
+    assert main([*command(target_folder, data_file, run), "--allow-change"]) == 0
     copy_without_drafter(run, tmp_path / "run2")
-    muon = command(target_folder, data_file, tmp_path / "run2", "steps=4", "optimizer.name=muon")
+    muon = command(target_folder, data_file, tmp_path / "run2", "optimizer.name=muon")
     assert main([*muon, "--allow-change"]) == 2
     assert "does not fit this configuration" in capsys.readouterr().err.splitlines()[-1]
 
@@ -371,11 +380,9 @@ def copy_without_drafter(run: Path, to: Path) -> Path:
 
 
 def test_a_run_of_before_checkpoints_had_records_goes_on_with_its_configuration(
-    target_folder: Path, data_file: Path, tmp_path: Path
+    target_folder: Path, data_file: Path, finished: Path, tmp_path: Path
 ) -> None:
-    whole, old = tmp_path / "whole", tmp_path / "old"
-    assert main(command(target_folder, data_file, whole, "keep=4")) == 0
-    copy_without_drafter(whole, old)
+    old = copy_without_drafter(finished, tmp_path / "old")
     kept = old / "checkpoints" / "8"
     for path in (old / "checkpoints").iterdir():
         if path != kept:
@@ -387,19 +394,19 @@ def test_a_run_of_before_checkpoints_had_records_goes_on_with_its_configuration(
     for name in ("name", "ema"):
         del config["optimizer"][name]
     (old / "config.json").write_text(json.dumps(config))
-    assert main(command(target_folder, data_file, old, "keep=4")) == 0
-    assert losses(old) == losses(whole)
+    assert main(command(target_folder, data_file, old, "keep=4", "tensorboard=True")) == 0
+    assert losses(old) == losses(finished)
 
 
 def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     target_folder: Path,
     data_file: Path,
+    finished: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole, full = tmp_path / "whole", tmp_path / "full"
-    assert main(command(target_folder, data_file, whole)) == 0
+    full = tmp_path / "full"
     process = start(command(target_folder, data_file, full), largest_file=30_000)
     said = process.communicate(timeout=240)[1]
     assert process.returncode == 2 and "cannot write a checkpoint" in said
@@ -411,7 +418,7 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     assert "no room for a checkpoint" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.undo()
     assert main(command(target_folder, data_file, full)) == 0
-    assert losses(full) == losses(whole)
+    assert losses(full) == losses(finished)
 
 
 class Bucket(MemoryFileSystem):
@@ -430,25 +437,23 @@ class Bucket(MemoryFileSystem):
 
 
 def test_a_run_in_a_bucket_goes_on_and_leaves_there_what_one_in_a_folder_leaves(
-    target_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target_folder: Path, data_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the checkpoints: Orbax writes these to buckets through clients of its own."""
-    here, there, kept = tmp_path / "here", epath.Path("gs://drafters/runs/there"), epath.Path(tmp_path / "kept")
-    changes = ["steps=4", "save_every=2", "tensorboard=False"]
-    assert main(command(target_folder, data_file, here, *changes)) == 0
+    there, kept = epath.Path("gs://drafters/runs/there"), epath.Path(tmp_path / "kept")
     monkeypatch.setattr(type(fsspec_backend), "_get_filesystem", lambda self, name: files[name])
     files = {"gcs": Bucket(), "file": LocalFileSystem()}
     monkeypatch.setattr(loop, "Checkpoints", lambda _, keep=None: Checkpoints(kept, keep))
     monkeypatch.setattr(loop, "newest_record", lambda _: newest_record(kept))
     with monkeypatch.context() as patch:
         patch.setattr(loop._Sigterm, "came_anywhere", lambda self: True)
-        assert main(command(target_folder, data_file, there, *changes)) == 0
+        assert main(command(target_folder, data_file, there, "keep=4")) == 0
     assert len(records(there)) == 1 and not (there / "drafter").exists()
-    assert main(command(target_folder, data_file, there, *changes)) == 0
-    assert losses(there) == losses(here)
-    assert {path.name for path in there.iterdir()} == {path.name for path in here.iterdir()} - {"checkpoints"}
+    assert main(command(target_folder, data_file, there, "keep=4")) == 0
+    assert losses(there) == losses(finished)
+    assert {path.name for path in there.iterdir()} == {path.name for path in finished.iterdir()} - {"checkpoints"}
     for name in ("config.json", "drafter/model.safetensors", "drafter/config.json"):
-        assert (there / name).read_bytes() == (here / name).read_bytes()
+        assert (there / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_eagle3_trains_by_the_same_trainer_and_a_finished_run_is_not_overwritten(

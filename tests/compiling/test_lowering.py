@@ -11,14 +11,14 @@ from jax._src.cudnn import fused_attention_stablehlo  # has no public name to st
 from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
-from fasteagle_jax.decoding.speculative import decode_round, num_levels_of
+from fasteagle_jax.decoding.speculative import decode_round, num_levels_of, start
 from fasteagle_jax.decoding.state import make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn import attention, rope
 from fasteagle_jax.nn import packed_attention as packed
-from fasteagle_jax.nn import transformer as layers
 from fasteagle_jax.nn.transformer import stacks_are_faster
 from fasteagle_jax.targets.llama import Llama
 from fasteagle_jax.training.config import StepOptions
@@ -40,7 +40,8 @@ def exported(step, *args) -> str:
 
 
 def test_a_decode_round_lowers_for_cuda(monkeypatch) -> None:
-    monkeypatch.setattr(layers, "platform", lambda: "gpu")
+    for module in (attention, rope):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
     tree, dtype = TreeSpec("best_first", 8), jnp.bfloat16
     stacked = stacks_are_faster("gpu")
     target = jax.eval_shape(lambda: Llama(SIZES, jax.random.key(0), dtype, stacked=stacked))
@@ -48,20 +49,11 @@ def test_a_decode_round_lowers_for_cuda(monkeypatch) -> None:
     sampling, stop = make_sampling(2, 1.0), make_stop(2, 16)
     prompts, lengths = pad_prompts([[1, 2], [3]], 8)
 
-    def start(target, drafter):
-        return start(
-            target,
-            drafter,
-            prompts,
-            lengths,
-            sampling,
-            stop,
-            max_new=16,
-            num_levels=num_levels_of(drafter, tree),
-            chunk=8,
-        )
+    def begin(target, drafter):
+        sizes = dict(max_new=16, num_levels=num_levels_of(drafter, tree), chunk=8)
+        return start(target, drafter, prompts, lengths, sampling, stop, **sizes)
 
-    state, vocab = jax.eval_shape(start, target, drafter)
+    state, vocab = jax.eval_shape(begin, target, drafter)
     graph, leaves = (
         jax.tree.structure((target, drafter, vocab, state)),
         jax.tree.leaves((target, drafter, vocab, state)),

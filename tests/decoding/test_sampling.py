@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+import scipy  # whose parts are imported where they are used
 
 from fasteagle_jax.decoding import sampling as library
 from fasteagle_jax.decoding.sampling import Sampling, make_sampling
@@ -33,7 +33,7 @@ def noise() -> np.ndarray:
 
 
 def test_noise_has_gumbels_mean_and_variance(noise):
-    size, z = noise.size, stats.norm.isf(FALSE_ALARM / 2)
+    size, z = noise.size, scipy.stats.norm.isf(FALSE_ALARM / 2)
     variance = math.pi**2 / 6
     assert abs(noise.mean() - EULER) < z * math.sqrt(variance / size)
     # The fourth central moment of the Gumbel distribution is 5.4 variance^2, hence the variance's own error.
@@ -41,7 +41,7 @@ def test_noise_has_gumbels_mean_and_variance(noise):
 
 
 def test_noise_follows_gumbels_distribution(noise):
-    assert stats.kstest(noise.ravel(), stats.gumbel_r.cdf).pvalue > FALSE_ALARM
+    assert scipy.stats.kstest(noise.ravel(), scipy.stats.gumbel_r.cdf).pvalue > FALSE_ALARM
 
 
 def test_noise_follows_gumbels_distribution_in_the_tail_that_decides_an_argmax():
@@ -52,7 +52,7 @@ def test_noise_follows_gumbels_distribution_in_the_tail_that_decides_an_argmax()
         return library.gumbel_noise(jnp.uint32(7), position, ids).max()
 
     top = jax.jit(lambda: jax.lax.map(largest, jnp.arange(2000), batch_size=50))()
-    assert stats.kstest(np.asarray(top) - math.log(49152), stats.gumbel_r.cdf).pvalue > FALSE_ALARM
+    assert scipy.stats.kstest(np.asarray(top) - math.log(49152), scipy.stats.gumbel_r.cdf).pvalue > FALSE_ALARM
 
 
 # Neighbours in one coordinate, and where two change against or with each other.
@@ -74,9 +74,9 @@ SHIFTS = [
 def test_noise_of_neighbouring_seeds_positions_and_ids_is_independent(noise, shift):
     here = noise[tuple(slice(max(0, -s), 64 - max(0, s)) for s in shift)].ravel()
     there = noise[tuple(slice(max(0, s), 64 - max(0, -s)) for s in shift)].ravel()
-    edges = stats.gumbel_r.ppf(np.linspace(0, 1, 9)[1:-1])
+    edges = scipy.stats.gumbel_r.ppf(np.linspace(0, 1, 9)[1:-1])
     table = np.histogram2d(np.digitize(here, edges), np.digitize(there, edges), bins=8)[0]
-    assert stats.chi2_contingency(table).pvalue > FALSE_ALARM
+    assert scipy.stats.chi2_contingency(table).pvalue > FALSE_ALARM
 
 
 def test_no_two_streams_of_seed_and_position_share_a_piece():
@@ -206,7 +206,7 @@ def test_a_draw_has_the_law_of_the_filtered_softmax(temperature, top_k, top_p, m
     drawn = np.asarray(choose(jnp.broadcast_to(jnp.asarray(logits), (*shape, 9)), positions, sampling)).ravel()
     counts = np.bincount(drawn, minlength=9)
     assert counts[kept].sum() == num_draws  # none from outside
-    assert stats.chisquare(counts[kept], num_draws * law).pvalue > FALSE_ALARM
+    assert scipy.stats.chisquare(counts[kept], num_draws * law).pvalue > FALSE_ALARM
 
 
 @pytest.mark.parametrize(

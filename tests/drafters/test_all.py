@@ -172,6 +172,7 @@ def test_the_engine_answers_as_without_a_drafter(loaded, drafter, tokenizer, pla
     assert [list(answer.tokens) for answer in answers] == plain.tolist()
 
 
+@pytest.mark.slow  # the benchmark knows no kind of drafter; its own tests run FastEagle
 def test_the_newcomer_runs_in_the_benchmark(target_folder, drafters, tmp_path, capsys):
     """Beside a simulated one, in a sweep, whose points are benchmarks."""
     (tmp_path / "talk.jsonl").write_text(json.dumps({"turns": ["Hi?"]}) + "\n")

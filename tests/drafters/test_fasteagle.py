@@ -109,7 +109,14 @@ def chains(drafter, vocab, tokens, features):
     return jnp.stack(guesses)
 
 
-@pytest.mark.parametrize(("variant", "stacked"), FORMS.values(), ids=FORMS.keys())
+# The others pair every option and every form as well.
+REPEATING = ("reduced vocabulary and correction, list", "a window, stacked")
+
+
+@pytest.mark.parametrize(
+    ("variant", "stacked"),
+    [pytest.param(*form, id=name, marks=[pytest.mark.slow] * (name in REPEATING)) for name, form in FORMS.items()],
+)
 def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(target, stream, variant, stacked):
     tokens, features = stream
     drafter = make_drafter(**variant)

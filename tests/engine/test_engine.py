@@ -190,20 +190,20 @@ def compare(made: list[Completion], expected: dict[tuple[int, int], Expected], o
 
 
 @pytest.mark.parametrize(
-    ("slots", "tree"),
+    ("slots", "tree", "orders"),
     [
-        (1, "best_first:8"),
-        (4, "best_first:8"),
-        (4, "auto"),
-        *[pytest.param(*more, marks=pytest.mark.slow) for more in ((16, "best_first:8"), (1, "auto"), (16, "auto"))],
+        (4, "best_first:8", 2),
+        (4, "auto", 1),
+        *[pytest.param(n, tree, 2, marks=pytest.mark.slow) for n in (1, 16) for tree in ("best_first:8", "auto")],
     ],
 )
 def test_200_mixed_requests_are_answered_as_plain_decoding_answers_each_alone(
-    target, drafter, tokenizer, requests, expected, slots, tree, compilations
+    target, drafter, tokenizer, requests, expected, slots, tree, orders, compilations
 ):
     engine = make_engine(target, drafter, tokenizer, slots=slots, tree=tree)
     accepted = 0
-    for order in (list(range(len(requests))), random.Random(slots).sample(range(len(requests)), len(requests))):
+    as_they_are = list(range(len(requests)))
+    for order in (random.Random(slots).sample(as_they_are, len(requests)), as_they_are)[:orders]:
         made = engine.generate([requests[i][0] for i in order], [requests[i][1] for i in order])
         compare(made, expected, order)
         accepted += sum(sum(completion.statistics.accepted_at) for completion in made)
@@ -214,8 +214,8 @@ def test_200_mixed_requests_are_answered_as_plain_decoding_answers_each_alone(
 
 def test_without_a_drafter_it_is_a_plain_decoder_through_the_same_code(target, tokenizer, requests, expected):
     engine = make_engine(target, None, tokenizer)
-    made = engine.generate([prompt for prompt, _ in requests], [params for _, params in requests])
-    compare(made, expected, list(range(len(requests))))
+    made = engine.generate(*zip(*requests[:60], strict=True))
+    compare(made, {key: answer for key, answer in expected.items() if key[0] < 60}, list(range(60)))
     assert {completion.statistics.acceptance_length for completion in made if completion.statistics.rounds} == {1.0}
 
 

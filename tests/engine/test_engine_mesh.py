@@ -128,7 +128,7 @@ def test_on_eight_devices_answers_are_those_of_one(target, drafters, expected, s
 
 def test_two_processes_of_four_devices_answer_as_one_device(target, drafters, expected, tmp_path):
     """Also where their clocks disagree about the faster tree."""
-    script = "import sys; from tests.test_engine_mesh import one_of_two; one_of_two(sys.argv[1:])"
+    script = "import sys; from tests.engine.test_engine_mesh import one_of_two; one_of_two(sys.argv[1:])"
     run_two_processes(script, [str(target), str(drafters["fasteagle"]), str(tmp_path)])
     said = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
     assert said[0] == said[1]

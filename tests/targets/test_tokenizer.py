@@ -317,6 +317,7 @@ def test_the_default_targets_tokenizer_behaves_as_smollm2s():
 
 
 @pytest.mark.real
+@pytest.mark.slow  # torch reads the whole file for it; the test above knows the tokenizer by its ids
 def test_the_default_targets_tokenizer_agrees_with_transformers_own_reading():
     """Only with torch does transformers read a tokenizer out of a GGUF file."""
     pytest.importorskip("torch")

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 from etils import epath
-from tensorboardX.proto.event_pb2 import Event
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.training.metrics_log import Log, expected_length, plot, scalars
@@ -23,6 +22,8 @@ def record(step: int, **more: object) -> dict:
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Name: (step, value) of all scalars in TensorBoard's files: length, its checksum, an Event, its checksum."""
+    from tensorboardX.proto.event_pb2 import Event  # imports torch where there is one
+
     found: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(folder.glob("events.*")):
         raw = path.read_bytes()
