@@ -114,7 +114,8 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint {step} in {self._manager.directory} does not fit this configuration "
                 f"({name} is {there.get(name, 'absent')} instead of {here.get(name, 'absent')}): "
-                "use the configuration that it was saved with, or another run folder"
+                "use the configuration that it was saved with, or another run folder; of a run of an older version, "
+                "export the drafter with that version, and start from it (drafter.start)"
             )
         with self._failing_to_read(step):
             found = self._manager.restore(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(wanted)}))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from fasteagle_jax.devices.sharding import constrain
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.linear import head_logits
+from fasteagle_jax.nn.linear import LogitMap, head_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,7 @@ def level_loss(
     config: LossConfig,
     own_head: jax.Array | None = None,
     level_share: jax.Array | None = None,
+    logit_map: LogitMap = LogitMap(),  # noqa: B008  # immutable
 ) -> tuple[jax.Array, LevelMetrics]:
     """The loss float32 [] and metrics of N levels at the selected target positions.
 
@@ -93,6 +94,7 @@ def level_loss(
       config: the terms.
       own_head: [V, H] of a drafter that has one, which gets a gradient; None for one that uses the frozen head's rows.
       level_share: float32 [N], factors of the levels' losses, as a microbatch has them; None for 1.
+      logit_map: the target's, from the products with `head` to logits; a head of the drafter's own has none.
     """
     num_levels, (batch, size) = len(hidden), picked.shape
     levels = range(1, num_levels + 1)
@@ -124,7 +126,8 @@ def level_loss(
     if token_ids is not None:
         draft_head, in_draft = head[token_ids], jnp.zeros(head.shape[:1], bool).at[token_ids].set(True)
     unrolled = isinstance(hidden, list)  # as the levels are, see transformer.run_layers
-    loss, sums = _chunked(chosen, valid, at_target, weights, head, draft_head, in_draft, own_head, config, unrolled)
+    heads = head, draft_head, in_draft, own_head
+    loss, sums = _chunked(chosen, valid, at_target, weights, *heads, config, logit_map, unrolled)
     return loss, LevelMetrics(sums[0] / count, sums[1] / count, sums[2] / count, count)
 
 
@@ -139,7 +142,7 @@ def level_weights(num_levels: int, config: LossConfig) -> list[float]:
 # --- the scan over chunks, with its gradient --------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
 def _chunked(
     chosen: jax.Array,
     valid: jax.Array,
@@ -150,11 +153,12 @@ def _chunked(
     in_draft: jax.Array | None,
     own_head: jax.Array | None,
     config: LossConfig,
+    logit_map: LogitMap,
     unrolled: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted loss, and sums float32 [3, N] of each level's loss, hits and acceptance."""
-    args = (chosen, valid, at_target, weights, head, draft_head, in_draft, own_head, config, unrolled)
-    return _scan(*args, with_gradient=False)[0]
+    heads = head, draft_head, in_draft, own_head
+    return _scan(chosen, valid, at_target, weights, *heads, config, logit_map, unrolled, with_gradient=False)[0]
 
 
 def _chunked_forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
@@ -162,7 +166,9 @@ def _chunked_forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any
     return result, gradients
 
 
-def _chunked_backward(config: LossConfig, unrolled: bool, saved: tuple[Any, ...], cotangents: Any) -> tuple[Any, ...]:
+def _chunked_backward(
+    config: LossConfig, logit_map: LogitMap, unrolled: bool, saved: tuple[Any, ...], cotangents: Any
+) -> tuple[Any, ...]:
     grad_chosen, grad_own_head = (None if g is None else g * cotangents[0].astype(g.dtype) for g in saved)
     return (grad_chosen, None, None, None, None, None, None, grad_own_head)
 
@@ -180,6 +186,7 @@ def _scan(
     in_draft: jax.Array | None,
     own_head: jax.Array | None,
     config: LossConfig,
+    logit_map: LogitMap,
     unrolled: bool,
     *,
     with_gradient: bool,
@@ -192,8 +199,8 @@ def _scan(
 
     def one_chunk(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
         chosen_NBCH, valid_NBC, target_BCH = chunk
-        full = constrain(head_logits(target_BCH, head), "batch", None, "vocab")  # [B, C, target vocabulary]
-        kept = full if in_draft is None else head_logits(target_BCH, draft_head)
+        full = constrain(logit_map(head_logits(target_BCH, head)), "batch", None, "vocab")  # [B, C, target vocabulary]
+        kept = full if in_draft is None else logit_map(head_logits(target_BCH, draft_head))
         log_z = jax.nn.logsumexp(kept if config.within_draft else full, axis=-1, keepdims=True)
         p = jnp.exp(kept - log_z)  # [B, C, V]; sums to the draft vocabulary's share of the mass
         # Whether the draft vocabulary has the target's first choice: within one product, as two may round differently.
@@ -209,6 +216,7 @@ def _scan(
 
             def loss_of(hidden_BCH: jax.Array, drafter_head: jax.Array) -> tuple[jax.Array, jax.Array]:
                 logits = head_logits(hidden_BCH, drafter_head, trains_head)
+                logits = logits if own_head is not None else logit_map(logits)
                 logits = constrain(logits, "batch", None, "vocab")  # [B, C, V]
                 terms, stats = _terms(logits, hidden_BCH, target_BCH, p, best, config)
                 loss = jnp.where(valid_BC & counted, terms, 0).sum()

@@ -108,7 +108,8 @@ def _loss_at(
     head = target.head_rows()
     token_ids = None if drafter.token_ids is None else drafter.token_ids[...]
     places = batch.positions, rows.picked, rows.real
-    return level_loss(hidden, out.hidden, *places, head, token_ids, config, drafter.own_head(), level_share)
+    own_head, logit_map = drafter.own_head(), target.logit_map
+    return level_loss(hidden, out.hidden, *places, head, token_ids, config, own_head, level_share, logit_map)
 
 
 def make_train_step(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.linear import LogitMap
 from fasteagle_jax.training import losses
 from fasteagle_jax.training.losses import LossConfig, level_loss, select_positions
 
@@ -31,15 +32,15 @@ def inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
     return normal(0, N, B, T, H), normal(1, B, T, H), normal(2, V, H)
 
 
-def slow_loss(hidden, target_hidden, pairs, head, ids, config):
+def slow_loss(hidden, target_hidden, pairs, head, ids, config, logit_map=lambda products: products):
     """Loss and (loss, hits, acceptance) a level. `pairs` are (row, target position) that count."""
     losses, metrics = [], []
     for i in range(1, N + 1):
         # The segment must reach back i tokens.
         b, s = np.array([pair for pair in pairs if POSITIONS[pair] >= i]).T
         h, at_target = hidden[i - 1][b, s - i], target_hidden[b, s]
-        p_full = jax.nn.softmax(at_target @ head.T)
-        q, p = jax.nn.softmax(h @ head[ids].T), p_full[:, ids]
+        p_full = jax.nn.softmax(logit_map(at_target @ head.T))
+        q, p = jax.nn.softmax(logit_map(h @ head[ids].T)), p_full[:, ids]
         overlap = jnp.minimum(p, q).sum(axis=1)
         gap = jnp.abs(h - at_target)
         terms = config.cross_entropy * -(p * jnp.log(q)).sum(axis=1)
@@ -94,6 +95,24 @@ def test_loss_metrics_and_gradient_are_those_of_the_loss_that_makes_all_logits(c
     np.testing.assert_allclose(gradient, expected_gradient, **CLOSE)
     assert np.abs(gradient[N - 1]).max() > 1e-3
     assert config.last_level_only == (np.abs(gradient[0]).max() == 0)
+
+
+@pytest.mark.parametrize("ids", [None, np.array([0, 3, 4, 9, 17])], ids=["full", "reduced"])
+def test_a_targets_logit_map_is_in_its_own_logits_and_in_the_drafts(ids):
+    hidden, target_hidden, head = inputs()
+    picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
+    config, places = LossConfig(chunk=5), (jnp.asarray(POSITIONS), picked, real)
+    tokens = jnp.arange(V) if ids is None else jnp.asarray(ids)
+
+    def fast(hidden):
+        return level_loss(hidden, target_hidden, *places, head, ids, config, logit_map=LogitMap(0.5, 3.0))[0]
+
+    def slow(hidden):
+        capped = pairs_that_count(), head, tokens, config, lambda products: 3 * jnp.tanh(0.5 * products / 3)
+        return slow_loss(hidden, target_hidden, *capped)[0]
+
+    found, expected = jax.jit(jax.value_and_grad(fast))(hidden), jax.jit(jax.value_and_grad(slow))(hidden)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), found, expected)
 
 
 def test_a_stack_and_a_list_of_levels_have_one_loss_and_gradient():
