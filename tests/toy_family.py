@@ -20,6 +20,7 @@ from fasteagle_jax.targets import table
 from fasteagle_jax.targets.decoder import DecoderTarget
 from fasteagle_jax.targets.family import Family
 from fasteagle_jax.targets.llama import LLAMA, LlamaConfig
+from tests.tiny_models import tiny_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Toy(DecoderTarget):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         return super().embed(tokens) * self.config.hidden_size**0.5
+
+
+def tiny_toy(seed: int = 0, **changes: Any) -> Toy:
+    """A random Toy of `tiny_config(**changes)`."""
+    sizes = vars(tiny_config(**changes))
+    return jax.jit(lambda: Toy(ToyConfig(**sizes), jax.random.key(seed)))()
 
 
 TOY = Family(("ToyForCausalLM",), ToyConfig, Toy, LLAMA.top, LLAMA.layer)

@@ -34,6 +34,7 @@ from fasteagle_jax.training.losses import LossConfig
 from fasteagle_jax.training.optimizer import OptimizerConfig, make_optimizer
 from fasteagle_jax.training.step import TrainState, make_train_step
 from tests.tiny_models import oracle_drafter, tiny_config, tiny_target
+from tests.toy_family import tiny_toy
 
 N, MAX_NEW, CHUNK, V = 3, 24, 16, 40
 TREES = ["chain", "backbone:4", "best_first:12"]
@@ -97,9 +98,10 @@ def speculate(
 # --- models -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def target():
-    return tiny_target(num_layers=3)
+@pytest.fixture(scope="module", params=["llama", pytest.param("toy", marks=pytest.mark.slow)])
+def target(request):
+    """A Llama, and a newcomer's family with windows, rotary tables, an embedding and logits of its own."""
+    return tiny_target(num_layers=3) if request.param == "llama" else tiny_toy(num_layers=3)
 
 
 @pytest.fixture(scope="module")
