@@ -94,7 +94,7 @@ def test_a_stopped_bench_keeps_finished_tasks_and_resumes(talkative, tasks, tmp_
     assert any(line.startswith("4 of 12 answers; talk, tokens/s: plain ") for line in lines), lines
     assert [path.name for path in folder.iterdir()] == [progress.UNFINISHED]
     assert run(*argv, "--results", folder, "--max-new", 11) == 2
-    assert "was begun with max_new 12, not 11: use the same settings" in capsys.readouterr().err
+    assert "was begun with arguments.max_new 12, not 11: use the same settings" in capsys.readouterr().err
     kept = json.loads((folder / progress.UNFINISHED).read_text())["parts"]["temperature 1.0, talk"]
 
     assert run(*argv, "--results", folder) == 0

@@ -18,7 +18,6 @@ from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.loading import load_target
 
 IDS = np.arange(0, 259, 3)  # the draft vocabulary
-WEIGHTS = ["fc", "q", "k", "v", "o", "gate", "up", "down", "head", "norm", "hidden_norm", "embedding_norm", "mlp_norm"]
 SIZES = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -84,8 +83,12 @@ def test_both_families_come_in_with_every_weight(drafter, tensors, target_folder
     loaded = load_drafter(output, target.model.config, target.fingerprint, stacked=False)
     assert loaded.num_levels == 8 and loaded.config.draft_vocab_size == len(IDS)
     np.testing.assert_array_equal(loaded.token_ids[...], IDS)
-    for name in WEIGHTS:
-        np.testing.assert_array_equal(getattr(loaded, name)[...], getattr(drafter, name)[...], err_msg=name)
+    found, expected = (
+        {name: v[...].T if transposed else v[...] for name, v, transposed in d.stored()} for d in (loaded, drafter)
+    )
+    assert found.keys() == expected.keys() and len(found) == 14
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
     assert loaded.feature_layers == ((0, 1, 1) if family is speculators else drafter.feature_layers)
     assert loaded.config.rope == ROPE if family is speculators else loaded.config.rope.theta == 10_000
 

@@ -227,7 +227,7 @@ def test_sigterm_saves_ends_with_0_and_an_evaluation_cut_short_is_made_up_for(
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["3"] and not (run / "drafter").exists()
     assert not any(name.startswith("tau") for name in records(run)[-1])
     # The first evaluation of a run is to be its best one.
-    more = itertools.cycle([Acceptance(2, (2, 2, 2)), *[Acceptance(2, (0, 0, 0))] * 3])  # of four evaluations a run
+    more = itertools.cycle([Acceptance(99, (99, 99, 99)), *[Acceptance(2, (0, 0, 0))] * 3])  # of four evaluations a run
     monkeypatch.setattr(loop, "measure_acceptance", lambda *args, **options: evaluate(*args, **options) + next(more))
     for folder in (run, whole):
         assert main(command(target, data_file, folder, *changes)) == 0

@@ -14,7 +14,7 @@ import pytest
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate
 from fasteagle_jax.decoding.tree import TreeSpec
-from tests.tiny_models import OracleDrafter, tiny_target
+from tests.tiny_models import oracle_drafter, tiny_target
 
 B, N, V, MAX_NEW, CHUNK = 24, 3, 40, 32, 16
 SIZES = dict(num_layers=3, sharpness=6.0)
@@ -81,8 +81,7 @@ def test_near_ties_are_few(logits):
 )
 def test_answers_differ_from_exact_ones_at_near_ties_alone(rounded, expected, texts, logits, tree, stacked):
     target = rounded if stacked else rounded.unstacked()
-    mistakes = jnp.asarray(np.random.default_rng(1).random(texts.shape) < 0.3)
-    drafter = None if tree is None else OracleDrafter(jnp.asarray(texts), V, N, mistakes)
+    drafter = None if tree is None else oracle_drafter(jnp.asarray(texts), V, N, 0.7)
     shape = None if tree is None else TreeSpec.parse(tree)
     made = generate(target, drafter, PROMPTS, make_sampling(B), max_new=MAX_NEW, tree=shape, chunk=CHUNK)
     if tree is not None:
