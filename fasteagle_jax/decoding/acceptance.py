@@ -1,4 +1,4 @@
-"""Acceptance, as counted in real decoding.
+"""Acceptance counts and acceptance length of real decoding.
 
 B rows · N levels. Acceptance length tau = new tokens / target passes, the target's own token included; the token that
 prefill ends with is in neither count.
@@ -26,15 +26,15 @@ class Acceptance:
 
     @classmethod
     def of(cls, statistics: Statistics) -> Acceptance:
-        """The counts of all rows together."""
+        """The counts summed over all rows."""
         rounds, accepted_at = fetch((statistics.rounds, statistics.accepted_at))
         return cls(int(rounds.sum()), tuple(int(n) for n in accepted_at.sum(axis=0)))
 
     @classmethod
     def total(cls, counts: Sequence[Any]) -> Acceptance:
-        """The sum of what has `rounds` and `accepted_at`: Acceptance, RequestStatistics; at least one."""
-        accepted_at = zip(*(its.accepted_at for its in counts), strict=True)
-        return cls(sum(its.rounds for its in counts), tuple(map(sum, accepted_at)))
+        """The sum of at least one Acceptance or RequestStatistics: anything with `rounds` and `accepted_at`."""
+        accepted_at = zip(*(part.accepted_at for part in counts), strict=True)
+        return cls(sum(part.rounds for part in counts), tuple(map(sum, accepted_at)))
 
     def __add__(self, other: Acceptance) -> Acceptance:
         return Acceptance.total([self, other])
@@ -46,7 +46,7 @@ class Acceptance:
 
     @property
     def by_depth(self) -> tuple[float, ...]:
-        """The share of guesses of each depth accepted, of those whose predecessor was; nan where none was tried."""
+        """For each depth, the share of guesses accepted among those whose predecessor was; nan if there were none."""
         reached = (self.rounds, *self.accepted_at[:-1])
         return tuple(a / b if b else float("nan") for a, b in zip(self.accepted_at, reached, strict=False))
 
@@ -62,7 +62,7 @@ def measure_acceptance(
     temperature: float = 0.0,
     batch_size: int = 8,
 ) -> Acceptance:
-    """Acceptance of the real decode on token prompts, all rows seeded by their index."""
+    """The Acceptance of real decoding on token prompts; a row's seed is its index."""
     total = None
     longest = max(len(prompt) for prompt in prompts)
     chunk = min(64, longest)

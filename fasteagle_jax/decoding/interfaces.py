@@ -1,4 +1,4 @@
-"""What decoding and training ask of a target and of a drafter: small protocols.
+"""The protocols Target and Drafter: what decoding and training ask of a model.
 
 B rows · T tokens · A newly accepted tokens · N levels · H hidden width · F feature layers · V draft vocabulary.
 """
@@ -16,28 +16,28 @@ from fasteagle_jax.nn.linear import LogitMap, head_logits
 
 
 class VocabWeights(NamedTuple):
-    """The frozen rows that a drafter reads and writes tokens with."""
+    """The frozen embedding and head rows with which a drafter reads and writes tokens."""
 
     embedding: jax.Array  # [target vocabulary, H]
     head: jax.Array  # [V, H]
-    token_ids: jax.Array | None  # int32 [V], target id of each row of `head`; None if they are the same
+    token_ids: jax.Array | None  # int32 [V], target id of each row of `head`; None if the vocabularies are equal
     logit_map: LogitMap = LogitMap()  # from the head's products to logits
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Draft logits float32 [..., V] of the head's inputs [..., H]."""
+        """Draft logits float32 [..., V] of head inputs [..., H]."""
         return self.logit_map(head_logits(hidden, self.head))
 
 
 class Accepted(NamedTuple):
     """The A newest verified tokens of each row and the target features they were predicted from."""
 
-    features: jax.Array  # [B, A, F*H], of the tokens one before
+    features: jax.Array  # [B, A, F*H], of the token before each
     tokens: jax.Array  # int32 [B, A]; the last counted one is the pending token
     count: jax.Array  # type: ignore[assignment]  # int32 [B], how many of the A are real
 
 
 class Ranking(NamedTuple):
-    """How a drafter ranks its guesses: as the target will pick, or by probability alone."""
+    """How a drafter ranks its guesses: with the target's noise, or by probability alone."""
 
     sampling: Sampling
     shared_noise: bool  # rank with the target's own noise at temperature > 0
@@ -55,7 +55,7 @@ class Target(Protocol):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, visible: Any, cache: Any = None, feature_layers: Any = ()
     ) -> Any:
-        """A targets.decoder.TargetOutput of tokens int32 [B, Q] at positions int32 [B, Q]."""
+        """The targets.decoder.TargetOutput of tokens int32 [B, Q] at positions int32 [B, Q]."""
         ...
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -67,7 +67,7 @@ class Target(Protocol):
         ...
 
     def empty_cache(self, batch: int, num_slots: int) -> Any:
-        """A nn.kv_cache.Cache of all layers with nothing in it."""
+        """An empty nn.kv_cache.Cache of all layers, for rows of `num_slots` tokens."""
         ...
 
     def layer(self, index: int) -> Any:
@@ -75,7 +75,7 @@ class Target(Protocol):
         ...
 
     def keys_values(self, index: int, inputs: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The keys and values [B, K, Q, D] that a layer makes of its inputs [B, Q, H]."""
+        """The keys and values [B, K, Q, D] of a layer for its inputs [B, Q, H]."""
         ...
 
 
@@ -91,21 +91,21 @@ class Drafter(Protocol):
     context_layers: tuple[int, ...]  # whose keys and values in the target it reads
 
     def vocab_weights(self, target: Any) -> VocabWeights:
-        """The target's rows that it needs, gathered once."""
+        """The rows of the target that it needs, gathered once."""
         ...
 
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Any:
-        """Its own cache for rows of up to `num_slots` positions, holding nothing; one write brings `most_written`."""
+        """Its own empty cache for rows of up to `num_slots` positions, written at most `most_written` at a time."""
         ...
 
     def extend(
         self, vocab: VocabWeights, new: Accepted, cache: Any, num_levels: int, context: tuple[Past, ...] = ()
     ) -> Any:
-        """The cache with the accepted tokens in it and no draft made (prefill); drafts to come have `num_levels`."""
+        """The cache with the accepted tokens in it, and no draft (prefill); later drafts have `num_levels` levels."""
         ...
 
     def skip(self, new: Accepted, cache: Any) -> Any:
-        """The cache after the accepted tokens, without them: cheap, and drafts will be the poorer for it."""
+        """The cache past the accepted tokens, with these left out: cheap, but later drafts are worse."""
         ...
 
     def draft(
@@ -122,16 +122,16 @@ class Drafter(Protocol):
 
 
 class TrainableDrafter(Drafter, Protocol):
-    """A drafter that is trained; parameters are its nnx.Param leaves."""
+    """A drafter that can be trained; its parameters are its nnx.Param leaves."""
 
     config: Any  # a drafters.base.DrafterConfig
     token_ids: Any  # a variable int32 [V], the draft vocabulary; None if it is the target's
-    feature_scale: Any  # a variable float32 [F*H], by which features are multiplied
+    feature_scale: Any  # a variable float32 [F*H] that features are multiplied by
 
     def start_from(self, target: Any, feature_rms: jax.Array, *, layers: bool) -> None:
-        """Sets its first weights from the target's, with `layers` its layers' too.
+        """Initialises its weights from the target's, with `layers` those of its layers, too.
 
-        `feature_rms` float32 [F] are the features' root mean squares.
+        `feature_rms` float32 [F] is the root mean square of each feature.
         """
         ...
 
@@ -148,11 +148,11 @@ class TrainableDrafter(Drafter, Protocol):
     ) -> tuple[Any, Any]:
         """The head's input at every level and position of packed rows: N of [B, T, H], as a stack or a list.
 
-        Entry i - 1 at stream position t is the guess for token x[t+1+i]; what comes second is the drafter's own.
+        Entry i - 1 at stream position t is the guess for token x[t+1+i]. The second result is the drafter's own.
 
         Args:
           embedding: the target's [V, H].
-          features: of the target g[t] [B, T, F*H].
+          features: the target's g[t] [B, T, F*H].
           next_tokens: x[t+1] int32 [B, T].
           positions: t int32 [B, T], counted from each segment's start.
           visible: attention over packed rows (see nn.packed_attention.Packed), or a mask bool [B, T, T].
@@ -162,5 +162,5 @@ class TrainableDrafter(Drafter, Protocol):
         ...
 
     def own_head(self) -> jax.Array | None:
-        """Its own head [V, H], which gets a gradient; None if it is the target's, frozen."""
+        """Its own head [V, H], which gets a gradient; None if it uses the target's frozen one."""
         ...

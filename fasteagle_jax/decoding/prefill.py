@@ -20,12 +20,12 @@ from fasteagle_jax.nn.kv_cache import Cache, commit
 
 
 class Prefilled(NamedTuple):
-    """Prompts, or their beginnings of a whole number of chunks, in the caches."""
+    """Prompts, or prefixes of them that end with a chunk, in the caches."""
 
     target_cache: Cache
     drafter_cache: Any | None
-    hidden: jax.Array  # [B, H], the target's final hidden state of the last token
-    features: jax.Array  # [B, F*H], the target's features of the last token
+    hidden: jax.Array  # [B, H], the target's final hidden state at the last token
+    features: jax.Array  # [B, F*H], the target's features at the last token
 
 
 def init_prefill(
@@ -36,10 +36,10 @@ def init_prefill(
     most_written: int,
     drafter_slots: int | None = None,
 ) -> Prefilled:
-    """Where prefill begins: empty caches.
+    """Empty caches, from which prefill starts.
 
-    `num_slots` is for the target, `drafter_slots` for the drafter (None: the same), `most_written` how many tokens a
-    row is written at a time.
+    `num_slots` is the target's, `drafter_slots` the drafter's (None: equally many), and `most_written` the most tokens
+    that are written to a row at a time.
     """
     width, dtype = target.config.hidden_size, target.activation_dtype
     num_features = 0 if drafter is None else len(drafter.feature_layers)
@@ -63,17 +63,17 @@ def prefill(
     chunk: int,
     num_levels: int | None = None,
 ) -> Prefilled:
-    """The prompts in the caches, a chunk a forward pass.
+    """The prompts in the caches, one chunk a forward pass.
 
     Args:
       target, drafter, vocab: the models; drafter and vocab are None for plain decoding.
       prefix: the prompts' first `start_chunk` chunks, in caches that have slots for all.
       prompts: int32 [B, P], right-padded, P a multiple of `chunk`.
-      lengths: int32 [B], at least 1, and more than the chunks prefix.
-      start_chunk: the chunk to go on with.
-      chunk: C, tokens a forward pass takes. A prompt's chunks are the same wherever it goes on, so its numbers are.
-      num_levels: of the drafts to come, None for all of the drafter's. 0 leaves the prompts out of its cache: cheaper,
-        where nothing will be drafted.
+      lengths: int32 [B], at least 1, and longer than the prefix.
+      start_chunk: the chunk to resume with.
+      chunk: C, tokens a forward pass takes. Chunks do not depend on where prefill resumes, so results do not either.
+      num_levels: of later drafts, None for all of the drafter's. 0 leaves the prompts out of its cache, which is
+        cheaper if nothing will be drafted.
     """
     batch = prompts.shape[0]
     feature_layers = drafter.feature_layers if drafter is not None else ()
@@ -84,33 +84,33 @@ def prefill(
         tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)  # [B, C]
         positions = jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape)
         out = target(tokens, positions, causal, carry.target_cache, feature_layers)
-        here = jnp.clip(lengths - start, 0, chunk)  # tokens of each row in this chunk
-        target_cache = commit(carry.target_cache, out.fresh, here)
+        count = jnp.clip(lengths - start, 0, chunk)  # int32 [B], tokens of each row in this chunk
+        target_cache = commit(carry.target_cache, out.fresh, count)
 
-        at_last = jnp.maximum(here - 1, 0)[:, None, None]
-        any_here = (here > 0)[:, None]
-        hidden = jnp.where(any_here, jnp.take_along_axis(out.hidden, at_last, axis=1)[:, 0], carry.hidden)
+        last = jnp.maximum(count - 1, 0)[:, None, None]
+        in_chunk = (count > 0)[:, None]
+        hidden = jnp.where(in_chunk, jnp.take_along_axis(out.hidden, last, axis=1)[:, 0], carry.hidden)
         if drafter is None:
             return Prefilled(target_cache, None, hidden, carry.features)
-        features = jnp.where(any_here, jnp.take_along_axis(out.features, at_last, axis=1)[:, 0], carry.features)
-        # Stream position t of the drafter reads the token after it, x[t+1], and the features of t: from the second
-        # chunk on, those begin with the last of the chunk before, and nothing but the chunk's own tokens is read.
+        features = jnp.where(in_chunk, jnp.take_along_axis(out.features, last, axis=1)[:, 0], carry.features)
+        # Stream position t of the drafter reads the features of t and the next token x[t+1]. So after the first chunk
+        # features start with the previous chunk's last one, and only the chunk's own tokens are read.
         shifted = jnp.concatenate([carry.features[:, None], out.features[:, :-1]], axis=1)
-        known = Accepted(
+        new = Accepted(
             jnp.where(i == 0, out.features, shifted),
             jnp.where(i == 0, jnp.roll(tokens, -1, axis=1), tokens),
-            jnp.where(i == 0, jnp.maximum(here - 1, 0), here),
+            jnp.where(i == 0, jnp.maximum(count - 1, 0), count),
         )
         drafter_cache = carry.drafter_cache
         if num_levels == 0:
-            drafter_cache = drafter.skip(known, drafter_cache)
+            drafter_cache = drafter.skip(new, drafter_cache)
         else:
             levels, context = num_levels or drafter.num_levels, context_of(target_cache, drafter)
-            drafter_cache = drafter.extend(vocab, known, drafter_cache, levels, context)
+            drafter_cache = drafter.extend(vocab, new, drafter_cache, levels, context)
         return constrain_all(Prefilled(target_cache, drafter_cache, hidden, features), AXES)
 
-    # Without the barrier XLA knows that the caches are zeros and, where the loop has one turn, folds attention over
-    # them at compile time, which took minutes.
+    # Without the barrier XLA sees caches of zeros and, if the loop has one iteration, folds attention over them at
+    # compile time, which is very slow.
     prefix = jax.lax.optimization_barrier(prefix)
     num_chunks = (lengths.max() + chunk - 1) // chunk
     return jax.lax.fori_loop(start_chunk, num_chunks, take_chunk, prefix)
@@ -130,16 +130,18 @@ def first_state(
     """The State after prefill, with the first token chosen.
 
     Args:
-      target, prefilled, lengths, sampling, stop: per row.
+      target, prefilled: the model, and its caches with all prompts in them.
+      lengths: int32 [B], of the prompts.
+      sampling, stop: of each row.
       num_slots: of `emitted`; a round writes up to N past a row's last token.
       num_levels: N of the drafter, 0 for plain decoding.
-      wants_logprobs: bool [B], rows whose log-probabilities are wanted; None where they are never computed.
+      wants_logprobs: bool [B], rows whose log-probabilities are wanted; None if they are never computed.
     """
     batch = lengths.shape[0]
     logits = target.logits(prefilled.hidden[:, None])  # [B, 1, V]
     pending = choose(logits, lengths[:, None], sampling)  # [B, 1]
     slack = ((0, 0), (0, num_levels))
-    nothing = jnp.full((batch, num_slots), NO_TOKEN, jnp.int32)
+    empty = jnp.full((batch, num_slots), NO_TOKEN, jnp.int32)
     logprobs = None
     if wants_logprobs is not None:
         logprobs = jnp.zeros((batch, num_slots)).at[:, :1].set(token_logprobs(logits, pending, wants_logprobs))
@@ -151,8 +153,8 @@ def first_state(
             jnp.pad(pending, slack),
             jnp.ones((batch,), jnp.int32),
         ),
-        nothing.at[:, :1].set(pending),
-        nothing.at[:, :1].set(0),
+        empty.at[:, :1].set(pending),
+        empty.at[:, :1].set(0),
         logprobs,
         jnp.zeros((batch,), bool) if wants_logprobs is None else wants_logprobs,
         jnp.ones((batch,), jnp.int32),

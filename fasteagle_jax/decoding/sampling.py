@@ -1,9 +1,9 @@
-"""Choosing the next token: one rule for greedy, sampled and mixed batches.
+"""The choice of the next token: one rule for greedy, sampled and mixed batches.
 
 B rows · M nodes · V vocabulary.
-The token at absolute position p of a request is argmax(filtered(logits / temperature) + G[p]) with Gumbel noise G[p]
-that is a function of (seed, p, token id) alone, which draws from the filtered softmax (the Gumbel-max trick); at
-temperature 0 it is argmax(logits). The choice depends on nothing but the verified prefix and the seed, so speculation
+The token at absolute position p of a request is argmax(filtered(logits / temperature) + G[p]), where the Gumbel noise
+G[p] is a function of (seed, p, token id) alone. This samples from the filtered softmax (the Gumbel-max trick); at
+temperature 0 the token is argmax(logits). The choice depends only on the verified prefix and the seed, so speculation
 cannot change it.
 """
 
@@ -29,18 +29,18 @@ _Fields: Any = _named_tuple()
 
 
 class Sampling(_Fields):
-    """How each row picks tokens: an array [B] a row of sampling_fields.FIELDS, by its name."""
+    """How each row picks tokens: for each of sampling_fields.FIELDS, an array [B] under its name."""
 
     __slots__ = ()
 
     @classmethod
     def of(cls, values: Mapping[str, Sequence[float]]) -> Sampling:
-        """Arrays of NumPy's, which compile nothing, from each field's values."""
+        """A Sampling of NumPy arrays, which compile nothing, from each field's values."""
         return cls(**{name: np.asarray(values[name], field.dtype) for name, field in FIELDS.items()})
 
 
 def make_sampling(batch: int, temperature: float | Sequence[float] = 0.0, **fields: Any) -> Sampling:
-    """A Sampling for `batch` rows, each field given one value for all or one a row; greedy unless told otherwise.
+    """A Sampling for `batch` rows, from one value of a field for all or one a row; greedy by default.
 
     Raises UserError for a field that does not exist or a value that it cannot have.
     """
@@ -90,52 +90,52 @@ def gumbel_noise(seed: jax.Array, position: jax.Array, token_ids: jax.Array) -> 
 
 
 def choose(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
-    """The token int32 [B, M] that goes to `positions` int32 [B, M], given the logits float32 [B, M, V] before it."""
-    warm = sampling.temperature > 0  # [B]
+    """Tokens int32 [B, M] for `positions` int32 [B, M], chosen by logits float32 [B, M, V] of the token before each."""
+    sampled = sampling.temperature > 0  # bool [B]
 
     def draw() -> jax.Array:
-        scaled = logits / jnp.where(warm, sampling.temperature, 1.0)[:, None, None]
+        scaled = logits / jnp.where(sampled, sampling.temperature, 1.0)[:, None, None]
         noise = gumbel_noise(sampling.seed[:, None], positions, jnp.arange(logits.shape[-1]))
-        noise = jnp.where(warm[:, None, None], noise, 0.0)  # without it the best is the argmax, filtered or not
+        noise = jnp.where(sampled[:, None, None], noise, 0.0)  # greedy rows: their argmax, filtered or not
         filtering = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
         return jax.lax.cond(
-            (filtering & warm).any(),
+            (filtering & sampled).any(),
             lambda: _draw_filtered(scaled, noise, sampling),
             lambda: _first_argmax(scaled + noise),
         )
 
-    return jax.lax.cond(warm.any(), draw, lambda: _first_argmax(logits))
+    return jax.lax.cond(sampled.any(), draw, lambda: _first_argmax(logits))
 
 
 def _first_argmax(x: jax.Array) -> jax.Array:
-    """argmax over the last dimension, int32: a maximum and a minimum, which compile to faster code than jnp.argmax."""
+    """argmax int32 over the last dimension; a maximum and a minimum compile to faster code than jnp.argmax."""
     index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     return jnp.where(x == x.max(axis=-1, keepdims=True), index, x.shape[-1] - 1).min(axis=-1)
 
 
 def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling) -> jax.Array:
-    """argmax of scaled + noise [B, M, V] over the tokens that top-k, then top-p, then min-p leave, without a sort.
+    """argmax int32 [B, M] of scaled + noise [B, M, V] over what top-k, then top-p, then min-p keep, without a sort.
 
-    All filters keep a set that is closed upwards: with a token, all of at least its logit. So the unfiltered argmax is
-    tried first; if it is outside, nothing of its logit or less is inside, and the best of the rest is tried. A few
-    rounds settle every node. A token is inside top-k when fewer than k tokens are larger, inside top-p when those
-    larger hold less than p of the mass that top-k left, inside min-p by its own mass.
+    Every filter keeps a set that is closed upwards: with a token, all of at least its logit. So the unfiltered argmax
+    is tried first; if a filter drops it, all tokens of its logit or less are dropped, too, and the best of the rest is
+    tried. A few iterations decide all nodes. Top-k keeps a token if fewer than k logits are larger, top-p if the larger
+    ones hold less than p of the mass that top-k kept, min-p by the token's own mass.
     """
     vocab = scaled.shape[-1]
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)[:, None]  # [B, 1]
     p = sampling.top_p[:, None]
     largest = scaled.max(axis=-1)
-    least = largest + jnp.log(sampling.min_p)[:, None]  # [B, M], the smallest logit inside min-p
+    least = largest + jnp.log(sampling.min_p)[:, None]  # [B, M], the smallest logit that min-p keeps
     mass = jnp.exp(scaled - largest[..., None])
 
     both = (k < vocab) & (p < 1)
 
-    def left_by_top_k() -> jax.Array:
-        left = jnp.where(scaled >= _kth_largest(scaled, k)[..., None], mass, 0).sum(axis=-1)
-        return jnp.where(both, left, whole)  # a row's total does not depend on what other rows ask for
+    def kept_by_top_k() -> jax.Array:
+        kept = jnp.where(scaled >= _kth_largest(scaled, k)[..., None], mass, 0).sum(axis=-1)
+        return jnp.where(both, kept, whole)  # a row's total does not depend on other rows' filters
 
     whole = mass.sum(axis=-1)
-    total = jax.lax.cond(both.any(), left_by_top_k, lambda: whole)  # [B, M]
+    total = jax.lax.cond(both.any(), kept_by_top_k, lambda: whole)  # [B, M]
 
     def undecided(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return ~state[2].all()
@@ -149,10 +149,10 @@ def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling) -> j
         larger = scaled > logit
         num_larger = larger.sum(axis=-1)
         in_top_p = (jnp.where(larger, mass, 0).sum(axis=-1) < p * total) | (p >= 1)
-        # The largest is always inside, also where p * total underflows or logits are NaN: the loop must end.
-        inside = ((num_larger < k) & in_top_p & (logit[..., 0] >= least)) | (num_larger == 0)
+        # The largest is always kept, even if p * total underflows or logits are NaN: the loop must end.
+        kept = ((num_larger < k) & in_top_p & (logit[..., 0] >= least)) | (num_larger == 0)
         drawn = jnp.where(decided, drawn, candidate)
-        return jnp.where(inside, floor, logit[..., 0]), drawn, decided | inside
+        return jnp.where(kept, floor, logit[..., 0]), drawn, decided | kept
 
     shape = scaled.shape[:-1]
     start = (
@@ -160,12 +160,12 @@ def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling) -> j
         jnp.zeros(shape, jnp.int32),
         jnp.zeros(shape, bool),
     )
-    start = attempt(start)  # rows without a filter are settled here
+    start = attempt(start)  # decides rows without a filter
     return jax.lax.while_loop(undecided, attempt, start)[1]
 
 
 def _kth_largest(x: jax.Array, k: jax.Array) -> jax.Array:
-    """The k-th largest value [B, M] of x float32 [B, M, V], k int32 [B, 1]: bit by bit, 32 counting passes."""
+    """The k-th largest value float32 [B, M] of x float32 [B, M, V], k int32 [B, 1]: 32 counting passes, one a bit."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = jnp.uint32(0x80000000)
     ordered = jnp.where(bits & sign, ~bits, bits | sign)  # uint32 in the order of the floats

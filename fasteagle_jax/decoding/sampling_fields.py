@@ -1,7 +1,7 @@
-"""The table of sampling fields, which everything that names them is made from.
+"""The table of sampling fields.
 
-A row makes a field of `engine.requests.SamplingParams`, a field of a batch file's lines, an option of the programs and
-an array of `decoding.sampling.Sampling`; what the field does is up to `sampling.choose`. Importing this loads no JAX.
+Each entry becomes a field of `engine.requests.SamplingParams` and of a batch file's lines, a command-line option and an
+array of `decoding.sampling.Sampling`; `sampling.choose` implements it. Importing this module does not import JAX.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from fasteagle_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class SamplingField:
-    """A row of the table: a number that each request, and so each row of a batch, has."""
+    """An entry of the table: a number that every request has."""
 
-    name: str  # also OpenAI's name, and with dashes that of the option
+    name: str  # also OpenAI's; with dashes, the option's
     default: float  # of a request
     dtype: str  # of the device's array
     least: float
     most: float
-    accepts: str  # the values in words
+    accepts: str  # its values, in words for the error
     metavar: str
     help: str  # of the option
     excludes_least: bool = False
-    aliases: Mapping[float, float] = dataclasses.field(default_factory=dict)  # further values, and what they stand for
+    aliases: Mapping[float, float] = dataclasses.field(default_factory=dict)  # other values, and what they mean
 
     @property
     def python_type(self) -> type[int] | type[float]:
@@ -52,7 +52,7 @@ _TOP_K = "keep the K most probable tokens; 0 for all"
 _TOP_P = "then keep P of the mass; 1 for all"
 _MIN_P = "then keep tokens of at least P times the most probable one's probability; 0 for all"
 
-_ROWS = (
+_ENTRIES = (
     SamplingField("temperature", 1.0, "float32", 0, math.inf, "0 or more", "X", "0 is greedy"),
     SamplingField("top_k", 0, "int32", 0, 2**31 - 1, "a whole number, 0 for all", "K", _TOP_K, aliases={-1: 0}),
     SamplingField("top_p", 1.0, "float32", 0, 1, "above 0 and at most 1", "P", _TOP_P, excludes_least=True),
@@ -60,7 +60,7 @@ _ROWS = (
     SamplingField("seed", 0, "uint32", 0, MAX_SEED, f"0 to {MAX_SEED}", "N", "another seed, other samples (default 0)"),
 )
 
-FIELDS = {row.name: row for row in _ROWS}
+FIELDS = {field.name: field for field in _ENTRIES}
 
 
 def from_options(args: Any) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def from_options(args: Any) -> dict[str, Any]:
 
 
 def recorded(values: Mapping[str, Any], always: Collection[str]) -> dict[str, Any]:
-    """The values as a manifest records them: without those at their default, except the fields that it has `always`.
+    """The values that a manifest records: the fields in `always`, and others that are not at their default.
 
-    So a new field leaves the manifests of older runs as they are.
+    So a new field does not change the manifests of older runs.
     """
     return {name: value for name, value in values.items() if name in always or value != FIELDS[name].default}

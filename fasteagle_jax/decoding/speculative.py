@@ -1,9 +1,9 @@
-"""Decoding: prefill, rounds of draft - verify - commit, and `generate`, which is all of it as one jitted function.
+"""Speculative decoding: a round of draft - verify - commit, loops of rounds, and `generate`, jitted as a whole.
 
 B rows · P prompt slots · C tokens of a prefill chunk · M nodes · N levels · A = N + 1 tokens a round can accept.
 Between rounds, per row, with n committed tokens x[0..n-1] and the pending token x[n]:
-the target cache holds positions 0..n-1, the drafter cache stream positions up to the first not yet drafted from, and
-`new` the features and tokens since. Caches hold verified tokens only. Plain decoding is the same code with no drafter.
+the target cache holds positions 0..n-1, the drafter cache the stream positions that were drafted from, and `new` the
+features and tokens since. Caches hold verified tokens only. Plain decoding is the same code without a drafter.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def decode_round(
 ) -> State:
     """The State after one draft and one target pass; rows that are done do not change.
 
-    Without a tree the round is plain: one token, and the drafter, if there is one, skips it.
+    Without a tree it is a plain round of one token, which the drafter, if there is one, skips.
     """
-    num_accepted = state.new.tokens.shape[1]  # A of the state: a tree may bring fewer
-    drafts = drafter is not None and tree is not None
-    num_levels = tree.num_levels(drafter.num_levels) if drafts else 0  # type: ignore[union-attr]
+    num_accepted = state.new.tokens.shape[1]  # A of the state: a tree may accept fewer
+    is_drafted = drafter is not None and tree is not None
+    num_levels = tree.num_levels(drafter.num_levels) if is_drafted else 0  # type: ignore[union-attr]
 
     with jax.named_scope("draft"):
-        if drafts:
+        if is_drafted:
             ranking = Ranking(sampling, shared_noise)
             context = context_of(state.target_cache, drafter)
             draft, drafter_cache = drafter.draft(  # type: ignore[union-attr]
@@ -75,7 +75,7 @@ def decode_round(
         logits = target.logits(out.hidden)
         chosen = choose(logits, positions + 1, sampling)  # [B, M]
         path = walk(draft, chosen, num_levels)
-        picked = jnp.take_along_axis(chosen, path.nodes, axis=1)  # [B, N+1], this round's tokens, up to `accepted`
+        picked = jnp.take_along_axis(chosen, path.nodes, axis=1)  # [B, N+1], new tokens, valid up to `accepted`
 
     with jax.named_scope("commit"):
         index = jnp.arange(num_levels + 1)
@@ -114,12 +114,12 @@ def decode_round(
 
 
 def _at(x: jax.Array, nodes: jax.Array) -> jax.Array:
-    """x [B, M, X] at nodes int32 [B, A]: [B, A, X]."""
+    """The values [B, A, X] of x [B, M, X] at nodes int32 [B, A]."""
     return jnp.take_along_axis(x, nodes[..., None], axis=1)
 
 
 def _write(into: Any, new_entries: Any, slots: jax.Array) -> Any:
-    """Arrays [B, slots] with those new_entries [B, A] at slots int32 [B, A]."""
+    """Arrays [B, slots] with `new_entries` [B, A] written at `slots` int32 [B, A]."""
 
     def write(into: Any, new_entries: Any, slots: jax.Array) -> Any:
         row = jnp.arange(slots.shape[0])[:, None]
@@ -135,7 +135,7 @@ def root_only(new: Accepted) -> Draft:
     return Draft(root, jnp.full_like(root, NO_PARENT), jnp.zeros_like(root))
 
 
-# --- whole programs ---------------------------------------------------------------------------------------------
+# --- loops of rounds, and generate ------------------------------------------------------------------------------
 
 
 def decode_rounds(
@@ -151,28 +151,25 @@ def decode_rounds(
     tree: TreeSpec | None,
     shared_noise: bool = True,
 ) -> tuple[State, jax.Array]:
-    """The State after rounds until every row is done or `rounds` (int32) more of them, and how many there were.
+    """The State after rounds until every row is done, at most `rounds` (int32 []); and how many ran, int32 [].
 
-    Where `until_one_is_done`, the first row that becomes done is the end, too.
+    With `until_one_is_done` the first row that becomes done ends them, too.
     """
 
     def unfinished(carry: tuple[State, jax.Array]) -> jax.Array:
-        now, ran = carry
+        now, num_rounds = carry
         more = ~now.done.all() & ~(until_one_is_done & (now.done & ~state.done).any())
-        return more if rounds is None else more & (ran < rounds)
+        return more if rounds is None else more & (num_rounds < rounds)
 
-    def one(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
-        now, ran = carry
+    def step(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        now, num_rounds = carry
         now = decode_round(target, drafter, vocab, now, sampling, stop, tree=tree, shared_noise=shared_noise)
-        return constrain_all(now, AXES), ran + 1
+        return constrain_all(now, AXES), num_rounds + 1
 
-    return jax.lax.while_loop(unfinished, one, (state, jnp.zeros((), jnp.int32)))
-
-
-_STATIC = ("max_new", "tree", "chunk", "shared_noise")
+    return jax.lax.while_loop(unfinished, step, (state, jnp.zeros((), jnp.int32)))
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
+@functools.partial(jax.jit, static_argnames=("max_new", "tree", "chunk", "shared_noise"))
 def generate_jit(
     target: Any,
     drafter: Any | None,
@@ -186,7 +183,7 @@ def generate_jit(
     chunk: int,
     shared_noise: bool = True,
 ) -> Generation:
-    """Prefill and all rounds in one compiled program; arguments as of `prefill` and `decode_round`."""
+    """Prefill and all rounds in one compiled program; for the arguments see `prefill` and `decode_round`."""
     sizes = {"max_new": max_new, "num_levels": num_levels_of(drafter, tree), "chunk": chunk}
     state, vocab = start(target, drafter, prompts, lengths, sampling, stop, **sizes)
     state, _ = decode_rounds(target, drafter, vocab, state, sampling, stop, tree=tree, shared_noise=shared_noise)
@@ -196,7 +193,7 @@ def generate_jit(
 
 
 def num_levels_of(drafter: Any | None, tree: TreeSpec | None) -> int:
-    """The number of levels that rounds with a tree draft; 0 for plain decoding."""
+    """How many levels a round drafts with this tree; 0 for plain decoding."""
     return 0 if drafter is None or tree is None else tree.num_levels(drafter.num_levels)
 
 
@@ -213,7 +210,7 @@ def start(
     num_levels: int,
     chunk: int,
 ) -> tuple[State, VocabWeights | None]:
-    """The first State and the drafter's rows of the target, for a caller that looks on between rounds (`advance`)."""
+    """The State after prefill and the drafter's rows of the target, for a caller that runs rounds by `advance`."""
     vocab = None if drafter is None else drafter.vocab_weights(target)
     batch, prompt_slots = prompts.shape
     num_slots = slots_needed(prompt_slots, chunk, max_new, num_levels)
@@ -237,7 +234,7 @@ def advance(
     tree: TreeSpec,
     shared_noise: bool = True,
 ) -> State:
-    """The State after up to `rounds` more rounds; the one given is consumed."""
+    """The State after at most `rounds` (int32 []) more rounds; the given one is donated."""
     return decode_rounds(target, drafter, vocab, state, sampling, stop, rounds, tree=tree, shared_noise=shared_noise)[0]
 
 
@@ -253,16 +250,16 @@ def generate(
     chunk: int = 64,
     shared_noise: bool = True,
 ) -> Generation:
-    """New tokens for a batch of prompts: exactly those of plain decoding, whatever the drafter and the tree.
+    """New tokens for a batch of prompts: exactly those of plain decoding, for any drafter and tree.
 
     Args:
-      target: e.g. targets.llama.Llama.
-      drafter: None decodes plainly.
-      prompts: token ids, any lengths of at least 1.
-      sampling: per row, from `sampling.make_sampling`.
+      target: an interfaces.Target.
+      drafter: an interfaces.Drafter; None for plain decoding.
+      prompts: token ids, each prompt of at least one.
+      sampling: of each row, from `sampling.make_sampling`.
       max_new: the most new tokens, for all rows or one a row.
       stop_tokens: a row ends with the first of these, which is kept.
-      tree: what to draft; None for `pace.default_tree`.
+      tree: what to draft; None for `tree_selection.default_tree`.
       chunk: prompt tokens a forward pass of the prefill takes.
       shared_noise: let the drafter rank its guesses with the target's own noise at temperature > 0.
 

@@ -1,6 +1,6 @@
-"""What decoding keeps between rounds, what ends a row, and what comes out.
+"""The records of decoding: State between rounds, Stop conditions, the Generation returned.
 
-B rows · N levels · T tokens.
+B rows · N levels · T tokens · M nodes · V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ import jax.numpy as jnp
 
 from fasteagle_jax.decoding.interfaces import Accepted
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn import kv_cache as cache
 from fasteagle_jax.nn.attention import Past
+from fasteagle_jax.nn.kv_cache import AXES as CACHE_AXES
 from fasteagle_jax.nn.kv_cache import Cache
 
 NO_TOKEN = -1
-
-NO_STOP = -2  # fills a row's stop tokens up: no token has this id
-
-# The logical axes of what decoding keeps (see sharding.RULES).
-AXES = cache.AXES | {
+NO_STOP = -2  # padding of a row's stop tokens: no token has this id
+# The logical axes of a State's arrays by name (see sharding.RULES).
+AXES = CACHE_AXES | {
     "embedding": ("vocab", "embed"),
     "head": ("vocab", "embed"),
     "features": ("rows", None, None),
@@ -37,11 +35,11 @@ AXES = cache.AXES | {
 
 
 class Statistics(NamedTuple):
-    """What a row's rounds did."""
+    """Counts of each row's rounds."""
 
     rounds: jax.Array  # int32 [B], target passes after prefill
-    # int32 [B, N], rounds in which the guess of each depth was accepted and kept; where a row ends inside an accepted
-    # path, its last token counts as the target's own, so that tokens = 1 + rounds + sum(accepted_at)
+    # int32 [B, N], rounds in which the guess of each depth was accepted and kept; if a row ends inside an accepted path
+    # its last token counts as the target's own, so that tokens = 1 + rounds + sum(accepted_at).
     accepted_at: jax.Array
 
 
@@ -53,25 +51,22 @@ class State(NamedTuple):
     new: Accepted  # newly accepted tokens, the pending one last
     emitted: jax.Array  # int32 [B, slots], NO_TOKEN past `num_emitted`
     depths: jax.Array  # int32 [B, slots], the depth at which each was accepted, 0 for the target's own token
-    logprobs: jax.Array | None  # float32 [B, slots] of the emitted tokens, where `wants_logprobs`; None: never computed
+    logprobs: (
+        jax.Array | None
+    )  # float32 [B, slots] of emitted tokens, in rows of `wants_logprobs`; None: never computed
     wants_logprobs: jax.Array  # bool [B]
     num_emitted: jax.Array  # int32 [B]
     done: jax.Array  # bool [B]
 
     @property
     def statistics(self) -> Statistics:
-        """What the rounds did: each ends with one token of the target's own, as does prefill."""
+        """The Statistics so far: each round ends with one token of the target's own, as does prefill."""
         num_levels = self.new.tokens.shape[1] - 1
         real = jnp.arange(self.depths.shape[1]) < self.num_emitted[:, None]
         at = jnp.arange(1, num_levels + 1)
         accepted_at = ((self.depths[..., None] == at) & real[..., None]).sum(axis=1)
         own = ((self.depths == 0) & real).sum(axis=1)
         return Statistics(jnp.maximum(own - 1, 0), accepted_at)
-
-
-def context_of(target_cache: Cache, drafter: Any) -> tuple[Past, ...]:
-    """What a drafter sees of the target's cache: a Past for each of its `context_layers`."""
-    return tuple(target_cache.layer(layer) for layer in drafter.context_layers)
 
 
 class Stop(NamedTuple):
@@ -91,21 +86,26 @@ class Generation(NamedTuple):
 
 
 def slots_needed(prompt_slots: int, chunk: int, max_new: int, num_levels: int) -> int:
-    """Cache slots a row needs: its tokens, and slack for a write of a whole chunk or path past its end."""
+    """Cache slots of a row: its tokens, and slack for writing a whole chunk or path past its end."""
     return prompt_slots + max(chunk, max_new + num_levels + 1)
 
 
+def context_of(target_cache: Cache, drafter: Any) -> tuple[Past, ...]:
+    """What a drafter sees of the target's cache: a Past for each of its `context_layers`."""
+    return tuple(target_cache.layer(layer) for layer in drafter.context_layers)
+
+
 def is_stop(tokens: jax.Array, stop: Stop) -> jax.Array:
-    """bool [B, T] for tokens int32 [B, T]."""
+    """bool [B, T], True where a token of int32 [B, T] is one of its row's stop tokens."""
     return (tokens[..., None] == stop.tokens[:, None]).any(axis=-1)
 
 
 def token_logprobs(
     logits: jax.Array, tokens: jax.Array, wants_logprobs: jax.Array, nodes: jax.Array | None = None
 ) -> jax.Array:
-    """float32 [B, T], log-probability of tokens int32 [B, T] under the target's own softmax; 0 if nobody asks.
+    """Log-probabilities float32 [B, T] of tokens int32 [B, T] under the target's own softmax; 0 if no row wants them.
 
-    The logits are [B, T, V], or, given `nodes` int32 [B, T], those of [B, M, V] there.
+    `logits` are those before each token, [B, T, V], or with `nodes` int32 [B, T] those of all nodes, [B, M, V].
     """
 
     def compute() -> jax.Array:

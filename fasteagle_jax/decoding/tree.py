@@ -1,9 +1,9 @@
-"""Draft trees: which guesses the target checks in one pass.
+"""Draft trees: the guesses that the target verifies in one pass.
 
-B rows · M nodes, root included · N levels · V draft vocabulary · C candidates · f nodes of a level that grow · k
-children of each.
+B rows · M nodes, root included · N levels · V draft vocabulary · C candidates · f nodes of a level that are expanded ·
+k children of each.
 Node 0 is the root, the pending token, at depth 0; a node of depth d guesses the token d positions after it. A tree is
-plain arrays, parents before children; verification knows only these, never which builder made them.
+plain arrays, parents before children; verification knows only these, not which builder they are from.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fasteagle_jax.errors import UserError
 
 NO_PARENT = -1
 KINDS = ("chain", "backbone", "best_first")
-CANDIDATES = 10  # the most of f and k, as EAGLE-3 has it
+MAX_CANDIDATES = 10  # limit of f and of k, as in EAGLE-3
 _SIZES = {"chain": ("levels",), "backbone": ("width", "levels"), "best_first": ("nodes", "levels")}  # as written
 
 
 class Draft(NamedTuple):
-    """A tree of guesses a row."""
+    """One tree of guesses for each row."""
 
     tokens: jax.Array  # int32 [B, M]
     parents: jax.Array  # int32 [B, M], NO_PARENT for the root
@@ -36,12 +36,11 @@ class Draft(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TreeSpec:
-    """What shape of tree to draft; static, so each gets its own compiled program.
+    """The shape of tree to draft; static, so each gets its own compiled program.
 
-    `chain`: the best token of each level. `backbone` (FastEagle): the `width` best of each level, all children of
-    the level
-    above's best. `best_first`: the `nodes` - 1 nodes of highest probability (cf. DDTree, arXiv 2604.12989).
-    `levels` uses only the first levels of the drafter.
+    `chain`: the best token of each level. `backbone` (FastEagle): the `width` best tokens of each level, all children
+    of the best node one level up. `best_first`: the `nodes` - 1 most probable nodes (cf. DDTree, arXiv 2604.12989).
+    With `levels` only that many first levels of the drafter are used.
     """
 
     kind: str = "best_first"
@@ -74,24 +73,24 @@ class TreeSpec:
         return ":".join([self.kind, *(str(size) for size in sizes if size is not None)])
 
     def num_levels(self, drafter_levels: int) -> int:
-        """N as used: the drafter's levels, cut to `levels` and to the depth that so many nodes can reach."""
+        """N of the tree: the drafter's levels, at most `levels` and the depth that so many nodes can reach."""
         deepest = self.nodes - 1 if self.kind == "best_first" else drafter_levels
         return min(self.levels or drafter_levels, drafter_levels, deepest)
 
     def num_nodes(self, drafter_levels: int) -> int:
-        """M, or for a best-first tree of few levels the most it can be."""
+        """M, for a best-first tree of few levels an upper bound."""
         levels = self.num_levels(drafter_levels)
         return {"chain": levels + 1, "backbone": levels * self.width + 1, "best_first": self.nodes}[self.kind]
 
 
 def build(tree: TreeSpec, root: jax.Array, scores: jax.Array, token_ids: jax.Array | None = None) -> Draft:
-    """The Draft that `tree` makes of N levels of guesses.
+    """The Draft of the shape `tree` from N levels of guesses.
 
     Args:
       tree: the shape.
       root: int32 [B], the pending token.
       scores: float32 [B, N, V], each level's log-probabilities (at most 0).
-      token_ids: int32 [V], the target's id of each entry of a reduced draft vocabulary; None where they are the same.
+      token_ids: int32 [V], the target's id of each entry of a reduced draft vocabulary; None if they are equal.
     """
     num_levels = tree.num_levels(scores.shape[1])
     scores = scores[:, :num_levels]
@@ -101,9 +100,9 @@ def build(tree: TreeSpec, root: jax.Array, scores: jax.Array, token_ids: jax.Arr
 
 
 def _top_tokens(scores: jax.Array, k: int, token_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Scores and target ids [B, N, k] of the k best of each level, best first."""
-    # Without the barrier XLA's CPU compiler may move a slice of the values to before top_k, no longer sees what it is,
-    # and sorts the whole vocabulary: with 8 nodes, 14 ms of a [1, 7, 8192] instead of half of one.
+    """Scores float32 and target ids int32 [B, N, k] of the k best tokens of each level, best first."""
+    # Without the barrier XLA's CPU compiler may move a slice of the values into top_k, no longer recognises it and sorts
+    # the whole vocabulary.
     values, index = jax.lax.optimization_barrier(top_k(scores, k, "vocab"))
     return values, (index if token_ids is None else token_ids[index]).astype(jnp.int32)
 
@@ -113,7 +112,7 @@ def _backbone(width: int, root: jax.Array, scores: jax.Array, token_ids: jax.Arr
     width = min(width, vocab)
     _, guesses = _top_tokens(scores, width, token_ids)  # [B, N, k]
     tokens = jnp.concatenate([root[:, None], guesses.reshape(batch, -1)], axis=1)
-    # Level d's nodes are 1 + (d - 1) k ... d k; their parent is the first (best) node of level d - 1.
+    # The nodes of level d are 1 + (d - 1) k ... d k; their parent is the first (best) node of level d - 1.
     levels = np.arange(num_levels).repeat(width)
     parents = np.concatenate([[NO_PARENT], np.where(levels == 0, 0, 1 + (levels - 1) * width)])
     depths = np.concatenate([[0], levels + 1])
@@ -125,7 +124,7 @@ def _backbone(width: int, root: jax.Array, scores: jax.Array, token_ids: jax.Arr
 
 
 class _Candidates(NamedTuple):
-    """Every node that can be among the best `budget`, parents before children; C of them."""
+    """The C nodes that can be among the best `budget`, parents before children."""
 
     parent: np.ndarray  # [C], index of the parent candidate, NO_PARENT for children of the root
     level: np.ndarray  # [C], 0-based
@@ -136,23 +135,22 @@ class _Candidates(NamedTuple):
 def _candidates(budget: int, num_levels: int, vocab: int) -> _Candidates:
     """The static candidates of a best-first tree with `budget` nodes besides the root.
 
-    Levels are independent given the context, so a node is a tuple of ranks (r1, ..., rd), 1-based, and every tuple
-    no longer
-    and nowhere larger is at least as probable: r1 + r1 r2 + ... + r1...rd nodes, itself included. A node for which that
-    is more than the budget never needs to be chosen.
+    Levels are independent given the context, so a node is a tuple of 1-based ranks (r1, ..., rd), and every tuple that
+    is no longer and larger nowhere is at least as probable: r1 + r1 r2 + ... + r1...rd nodes, itself included. A node
+    for which that exceeds the budget never needs to be chosen.
     """
-    found: list[tuple[int, int, int]] = []
-    frontier = [(NO_PARENT, 1, 0)]  # candidate index, product of its ranks, nodes it implies
+    found: list[tuple[int, int, int]] = []  # parent, level, rank
+    frontier = [(NO_PARENT, 1, 0)]  # candidate index, product of its ranks, nodes at least as probable
     for level in range(num_levels):
-        reached = []
-        for parent, product, implied in frontier:
+        next_frontier = []
+        for parent, product, better in frontier:
             for rank in range(1, min(budget, vocab) + 1):
-                total = implied + product * rank
+                total = better + product * rank
                 if total > budget:
                     break
-                reached.append((len(found), product * rank, total))
+                next_frontier.append((len(found), product * rank, total))
                 found.append((parent, level, rank - 1))
-        frontier = reached
+        frontier = next_frontier
     parent, level_of, rank_of = np.asarray(found, np.int32).T
     return _Candidates(parent, level_of, rank_of)
 
@@ -163,15 +161,15 @@ def _best_first(nodes: int, root: jax.Array, scores: jax.Array, token_ids: jax.A
     budget = min(nodes - 1, len(table.parent))
     values, guesses = _top_tokens(scores, int(table.rank.max()) + 1, token_ids)  # [B, N, ranks]
 
-    # A child's score is its parent's plus a number of at most 0, so it is never larger, and top_k gives ties to the
-    # parent, which comes first: the chosen set is closed under parents.
+    # A child scores its parent's score plus at most 0, and top_k gives ties to the parent, which comes first: with each
+    # node its parent is chosen.
     total = values[:, 0, table.rank[table.level == 0]]  # [B, C of level 0]
     for level in range(1, int(table.level.max()) + 1):
-        here = table.level == level
-        own = values[:, level, table.rank[here]]
-        total = jnp.concatenate([total, total[:, table.parent[here]] + own], axis=1)
+        of_level = table.level == level
+        own = values[:, level, table.rank[of_level]]
+        total = jnp.concatenate([total, total[:, table.parent[of_level]] + own], axis=1)
     _, picked = top_k(total, budget)  # [B, M-1], best first
-    picked = jnp.sort(picked, axis=-1)  # by candidate index: parents before children, levels in order
+    picked = jnp.sort(picked, axis=-1)  # by candidate index: parents before children
 
     levels = jnp.asarray(table.level)[picked]
     flat = levels * guesses.shape[2] + jnp.asarray(table.rank)[picked]
@@ -180,28 +178,28 @@ def _best_first(nodes: int, root: jax.Array, scores: jax.Array, token_ids: jax.A
 
 
 def _draft_of(root: jax.Array, picked: jax.Array, parent: jax.Array, tokens: jax.Array, depths: jax.Array) -> Draft:
-    """The Draft of the root and of candidates [B, M-1], parents before children.
+    """The Draft of the root and the picked candidates [B, M-1], parents before children.
 
-    `picked` are their indices, ascending, and `parent` those of their parents, NO_PARENT below the root.
+    `picked` are their indices, ascending, `parent` those of their parents, NO_PARENT for children of the root.
     """
     is_parent = parent[:, :, None] == picked[:, None, :]  # [B, child, node]
-    places = jnp.where(parent == NO_PARENT, 0, 1 + jnp.argmax(is_parent, axis=-1))
+    parents = jnp.where(parent == NO_PARENT, 0, 1 + jnp.argmax(is_parent, axis=-1))
     zero = jnp.zeros((root.shape[0], 1), jnp.int32)
     return Draft(
         jnp.concatenate([root[:, None], tokens], axis=1),
-        jnp.concatenate([zero + NO_PARENT, places.astype(jnp.int32)], axis=1),
+        jnp.concatenate([zero + NO_PARENT, parents.astype(jnp.int32)], axis=1),
         jnp.concatenate([zero, depths], axis=1),
     )
 
 
-# --- trees grown level by level ---------------------------------------------------------------------------------
+# --- trees grown level by level, of guesses that depend on their path --------------------------------------------
 
 
 class _Scored(NamedTuple):
     """The candidates of a level."""
 
     tokens: jax.Array  # int32 [B, C]
-    parents: jax.Array  # int32 [B, C], places among all wants_logprobs nodes, the root being 0
+    parents: jax.Array  # int32 [B, C], indices among all scored nodes, 0 for the root
     score: jax.Array  # float32 [B, C], log-probabilities of the paths
     depth: int
 
@@ -215,67 +213,67 @@ def grow(
     guess: Callable[[Any, int], jax.Array],
     follow: Callable[[Any, jax.Array, jax.Array, int], Any],
 ) -> Draft:
-    """The Draft that `tree` makes of guesses that depend on the path to them.
+    """The Draft of the shape `tree` from guesses that depend on the path to them.
 
-    `best_first` is EAGLE-2's dynamic tree (arXiv 2406.16858, section 4): the best nodes of a level grow, and of all
-    that were scored on the way those of highest probability are kept; the best tree there is, up to CANDIDATES + 1
-    nodes. `backbone` and `chain` grow from each level's best node alone, and keep what they score.
+    `best_first` is EAGLE-2's dynamic tree (arXiv 2406.16858, section 4): the best nodes of each level are expanded, and
+    the most probable of all scored nodes are kept; this is the best tree of up to MAX_CANDIDATES + 1 nodes. `backbone`
+    and `chain` expand the best node of each level alone, and keep all that they score.
 
     Args:
       tree: the shape.
       root: int32 [B], the pending token.
-      num_levels: N, how deep.
+      num_levels: N, the depth.
       token_ids: int32 [V], the target's id of each entry of the draft vocabulary.
-      state: what the drafter knows at the root, of [B, 1] nodes.
-      guess: (state, depth) -> float32 [B, f, V], the log-probabilities (at most 0) of the tokens at `depth`, each below
-        one of f nodes.
-      follow: (state, parent, tokens, depth) -> the state at f' nodes of that depth, int32 [B, f'] each: which of the
-        nodes above is the parent, and its token.
+      state: the drafter's state at the root, of [B, 1] nodes.
+      guess: (state, depth) -> float32 [B, f, V], the log-probabilities (at most 0) of tokens at `depth` below each of
+        the state's f nodes.
+      follow: (state, parent, tokens, depth) -> the state at f' nodes of that depth, given by int32 [B, f'] each: the
+        index of the parent among the state's nodes, and the token.
     """
     batch = root.shape[0]
-    above = jnp.zeros((batch, 1))  # float32 [B, f], the scores of the nodes that grow
-    places = jnp.zeros((batch, 1), jnp.int32)
-    wants_logprobs: list[_Scored] = []
+    above = jnp.zeros((batch, 1))  # float32 [B, f], the scores of the expanded nodes
+    indices = jnp.zeros((batch, 1), jnp.int32)  # [B, f], theirs among all scored nodes
+    scored: list[_Scored] = []
     num_scored = 1  # the root is node 0
     for depth in range(1, num_levels + 1):
-        grown, children = _growth(tree, depth, len(token_ids))
+        expanded, children = _growth(tree, depth, len(token_ids))
         values, index = top_k(guess(state, depth), children, "vocab")  # [B, f, k]
         score = (above[..., None] + values).reshape(batch, -1)  # [B, f*k]
         tokens = token_ids[index].reshape(batch, -1).astype(jnp.int32)
-        wants_logprobs.append(_Scored(tokens, jnp.repeat(places, children, axis=1), score, depth))
+        scored.append(_Scored(tokens, jnp.repeat(indices, children, axis=1), score, depth))
         if depth == num_levels:
             break
-        above, best = top_k(score, min(grown, score.shape[1]))
+        above, best = top_k(score, min(expanded, score.shape[1]))
         state = follow(state, best // children, jnp.take_along_axis(tokens, best, axis=1), depth)
-        places = num_scored + best
+        indices = num_scored + best
         num_scored += score.shape[1]
-    return _chosen(root, wants_logprobs, tree.num_nodes(num_levels))
+    return _best_scored(root, scored, tree.num_nodes(num_levels))
 
 
 def _growth(tree: TreeSpec, depth: int, vocab: int) -> tuple[int, int]:
-    """How many nodes of a depth grow further, and how many children each node above has there.
+    """How many nodes of a depth are expanded, and how many children each expanded node one level up has there.
 
-    The r-th best of a depth d, or of its parent's children, stands for r - 1 others and d - 1 ancestors that are no
-    worse, and one that grows for a child besides.
+    The r-th best node of depth d, or of its parent's children, is kept only after r - 1 others and d - 1 ancestors,
+    which are no worse; a node is worth expanding only if there is room for a child besides.
     """
     if tree.kind == "best_first":
         room = tree.nodes - depth
-        return min(CANDIDATES, room - 1), min(CANDIDATES, room, vocab)
+        return min(MAX_CANDIDATES, room - 1), min(MAX_CANDIDATES, room, vocab)
     return 1, min(1 if tree.kind == "chain" else tree.width, vocab)
 
 
-def _chosen(root: jax.Array, wants_logprobs: Sequence[_Scored], num_nodes: int) -> Draft:
-    """The draft of the `num_nodes` - 1 best wants_logprobs nodes; all their parents are among them.
+def _best_scored(root: jax.Array, scored: Sequence[_Scored], num_nodes: int) -> Draft:
+    """The Draft of the `num_nodes` - 1 best scored nodes; all their parents are among them.
 
-    A child scores no more than its parent, and stands behind it, and top_k takes the first of equals.
+    A child scores no more than its parent and comes after it, and top_k takes the first of equals.
     """
-    tokens = jnp.concatenate([s.tokens for s in wants_logprobs], axis=1)  # [B, all]
-    parents = jnp.concatenate([s.parents for s in wants_logprobs], axis=1)
-    depths = jnp.concatenate([jnp.full(s.tokens.shape, s.depth, jnp.int32) for s in wants_logprobs], axis=1)
-    score = jnp.concatenate([s.score for s in wants_logprobs], axis=1)
+    tokens = jnp.concatenate([s.tokens for s in scored], axis=1)  # [B, all]
+    parents = jnp.concatenate([s.parents for s in scored], axis=1)
+    depths = jnp.concatenate([jnp.full(s.tokens.shape, s.depth, jnp.int32) for s in scored], axis=1)
+    score = jnp.concatenate([s.score for s in scored], axis=1)
     _, picked = top_k(score, min(num_nodes - 1, score.shape[1]))
     picked = jnp.sort(picked, axis=1)  # [B, M-1], parents before children
-    of_picked = (jnp.take_along_axis(x, picked, axis=1) for x in (parents - 1, tokens, depths))  # the root's place is 0
+    of_picked = (jnp.take_along_axis(x, picked, axis=1) for x in (parents - 1, tokens, depths))  # the root has index 0
     return _draft_of(root, picked, *of_picked)
 
 
@@ -283,7 +281,7 @@ def _chosen(root: jax.Array, wants_logprobs: Sequence[_Scored], num_nodes: int) 
 
 
 def visible_nodes(draft: Draft) -> jax.Array:
-    """bool [B, M, M], True where node i may see node j: itself and its ancestors.
+    """The mask bool [B, M, M], True where node i may see node j: itself and its ancestors.
 
     A root with children 1 and 2, and 3 below 1:    . 0 1 2 3
                                                     0 x
@@ -296,7 +294,7 @@ def visible_nodes(draft: Draft) -> jax.Array:
     seen = jnp.broadcast_to(nodes[:, None] == nodes, (*draft.parents.shape, num_nodes))
 
     def climb(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        seen, at = state  # the ancestor each node has climbed to, or NO_PARENT
+        seen, at = state  # int32 [B, M], the ancestor that each node has climbed to, or NO_PARENT
         seen = seen | (at[:, :, None] == nodes)
         above = jnp.take_along_axis(draft.parents, jnp.maximum(at, 0), axis=1)
         return seen, jnp.where(at == NO_PARENT, NO_PARENT, above)
@@ -307,12 +305,12 @@ def visible_nodes(draft: Draft) -> jax.Array:
 class Walk(NamedTuple):
     """The accepted path of each row."""
 
-    nodes: jax.Array  # int32 [B, N+1], from the root down; entries past `accepted` repeat the last node
+    nodes: jax.Array  # int32 [B, N+1], from the root down; the last accepted node repeats past `accepted`
     accepted: jax.Array  # int32 [B], accepted guesses, so accepted + 1 nodes are on the path
 
 
 def walk(draft: Draft, chosen: jax.Array, num_levels: int) -> Walk:
-    """From the root, down as long as some child holds the token int32 [B, M] that the target chose at its parent."""
+    """The Walk from the root down, while a child holds the token int32 [B, M] that the target chose at its parent."""
     agrees = draft.tokens[:, None, :] == chosen[:, :, None]  # [B, node, child]
     follows = agrees & (draft.parents[:, None, :] == jnp.arange(draft.tokens.shape[1])[:, None])
     step = jnp.where(follows.any(axis=-1), jnp.argmax(follows, axis=-1), NO_PARENT)  # [B, M]

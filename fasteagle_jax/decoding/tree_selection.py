@@ -1,8 +1,8 @@
-"""Selection of the draft tree: by default, and by measurement (`tree="auto"`).
+"""Selection of the draft tree: the default, and the fastest by measurement (`tree="auto"`).
 
 A shape's speed is tokens a round and row over seconds a round. The tokens depend on drafter, target and text, the
-seconds on the machine and on the number of rows computed; both are measured, at first and while in use. The selection
-cannot change a token of any answer.
+seconds on the machine and on the number of rows computed; both are measured, at first and in use. The selection cannot
+change a token of any answer.
 """
 
 from __future__ import annotations
@@ -12,31 +12,30 @@ from collections.abc import Mapping
 
 from fasteagle_jax.decoding.tree import TreeSpec
 
-EMA_DECAY = 0.95  # of the means, a device call
-RETRY_ROUNDS = 256  # after which a shape that lost is measured again, if it was close
-CLOSE = 0.8  # as a share of the best one's speed
-
+EMA_DECAY = 0.95  # of the means, per device call
+RETRY_ROUNDS = 256  # unused for so many, a shape is measured again if it was close
+CLOSE = 0.8  # from this share of the best speed on
 # Seconds of a target's pass by rows, relative to one row: batch 1, float32, by `fasteagle bench --sweep rows`.
 PASS_COSTS = {"cpu": {2: 1.17, 4: 1.18, 8: 1.44, 16: 1.87, 32: 3.17}}
-BEARABLE = 1.25  # passes over one row that a default tree's pass may cost
+BEARABLE = 1.25  # cost of a default tree's pass, relative to one row, at most
 
 
 def affordable_nodes(costs: Mapping[int, float]) -> int:
-    """The most rows whose pass costs at most BEARABLE, or the fewest listed."""
+    """The largest number of rows whose pass costs at most BEARABLE, or the smallest listed."""
     return max((rows for rows, cost in costs.items() if cost <= BEARABLE), default=min(costs))
 
 
 def default_tree(platform: str) -> TreeSpec:
-    """The tree for a single request on a JAX platform, which ends before "auto" would have measured.
+    """The TreeSpec for a single request, too short for "auto" to measure, on a JAX platform.
 
-    If no costs are listed, a pass is bound by reading the weights, and the nodes of TreeSpec() cost next to nothing.
+    On a platform without listed costs reading the weights bounds a pass, and the nodes of TreeSpec() cost little.
     """
     costs = PASS_COSTS.get(platform)
     return TreeSpec() if costs is None else TreeSpec("best_first", nodes=affordable_nodes(costs))
 
 
 def shapes(num_levels: int) -> tuple[TreeSpec | None, ...]:
-    """The trees to choose from for a drafter of N levels, from none (plain decoding) to large ones."""
+    """The trees to choose from for a drafter of N levels, from None (plain decoding) to a large one."""
     trees: list[TreeSpec | None] = [None]
     for nodes, levels in ((4, 3), (8, 4), (16, num_levels)):
         trees.append(TreeSpec("best_first", nodes=nodes, levels=min(levels, num_levels)))
@@ -60,13 +59,13 @@ class _Mean:
 
 
 class TreeSelector:
-    """Measurements of each shape, and the choice of the fastest."""
+    """Tokens and seconds measured for each shape, and the choice of the fastest."""
 
     def __init__(self, trees: tuple[TreeSpec | None, ...]) -> None:
         self.trees = trees
-        self._tokens = {tree: _Mean() for tree in trees}  # a round and row
-        self._seconds: dict[tuple[int, TreeSpec | None], _Mean] = {}  # a round of so many rows
-        self._unused_for = dict.fromkeys(trees, 0)  # rounds
+        self._tokens = {tree: _Mean() for tree in trees}  # per round and row
+        self._seconds: dict[tuple[int, TreeSpec | None], _Mean] = {}  # per round, by number of rows
+        self._unused_rounds = dict.fromkeys(trees, 0)
 
     def record(
         self, rows: int, tree: TreeSpec | None, *, rounds: int, row_rounds: int, tokens: int, seconds: float | None
@@ -74,18 +73,18 @@ class TreeSelector:
         """Records a device call.
 
         Args:
-          rows: rows computed, whether they held a request or not.
+          rows: rows computed, with a request or not.
           tree: the shape.
           rounds: of the call.
-          row_rounds: rounds of all rows that held a request, added up.
+          row_rounds: the sum of the rounds of all rows with a request.
           tokens: those rows' new tokens.
-          seconds: of the call; None if it is not to be counted because it includes compilation.
+          seconds: of the call; None if it is not to be counted, since it includes compilation.
         """
         self._tokens[tree].add(tokens, row_rounds)
         if seconds is not None and rounds:
             self._seconds.setdefault((rows, tree), _Mean()).add(seconds, rounds)
         for other in self.trees:
-            self._unused_for[other] = 0 if other == tree else self._unused_for[other] + rounds
+            self._unused_rounds[other] = 0 if other == tree else self._unused_rounds[other] + rounds
 
     def unmeasured(self, rows: int) -> list[TreeSpec | None]:
         """The shapes not yet measured for this number of rows."""
@@ -97,10 +96,10 @@ class TreeSelector:
         return self._tokens[tree].value / seconds.value
 
     def choose(self, rows: int) -> TreeSpec | None:
-        """The fastest shape for this number of rows, at times a close one, to measure it anew. All must be measured."""
+        """The fastest shape for this number of rows, at times a close one to measure it again; all must be measured."""
         speeds = {tree: self.speed(rows, tree) for tree in self.trees}
         best = max(self.trees, key=lambda tree: speeds[tree])
         for tree in self.trees:
-            if self._unused_for[tree] >= RETRY_ROUNDS and speeds[tree] >= CLOSE * speeds[best]:
+            if self._unused_rounds[tree] >= RETRY_ROUNDS and speeds[tree] >= CLOSE * speeds[best]:
                 return tree
         return best
