@@ -22,7 +22,7 @@ from fasteagle_jax.errors import UserError
 
 NO_PARENT = -1
 KINDS = ("chain", "backbone", "best_first")
-MAX_CANDIDATES = 10  # limit of f and of k, as in EAGLE-3
+CANDIDATES = 10  # limit of f and of k, as in EAGLE-3
 _SIZES = {"chain": ("levels",), "backbone": ("width", "levels"), "best_first": ("nodes", "levels")}  # as written
 
 
@@ -101,8 +101,8 @@ def build(tree: TreeSpec, root: jax.Array, scores: jax.Array, token_ids: jax.Arr
 
 def _top_tokens(scores: jax.Array, k: int, token_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Scores float32 and target ids int32 [B, N, k] of the k best tokens of each level, best first."""
-    # Without the barrier XLA's CPU compiler may move a slice of the values into top_k, no longer recognises it and sorts
-    # the whole vocabulary.
+    # Without the barrier XLA's CPU compiler may move a slice of the values to before top_k, which it then does not
+    # recognise: it sorts the whole vocabulary.
     values, index = jax.lax.optimization_barrier(top_k(scores, k, "vocab"))
     return values, (index if token_ids is None else token_ids[index]).astype(jnp.int32)
 
@@ -216,7 +216,7 @@ def grow(
     """The Draft of the shape `tree` from guesses that depend on the path to them.
 
     `best_first` is EAGLE-2's dynamic tree (arXiv 2406.16858, section 4): the best nodes of each level are expanded, and
-    the most probable of all scored nodes are kept; this is the best tree of up to MAX_CANDIDATES + 1 nodes. `backbone`
+    the most probable of all scored nodes are kept; this is the best tree of up to CANDIDATES + 1 nodes. `backbone`
     and `chain` expand the best node of each level alone, and keep all that they score.
 
     Args:
@@ -258,7 +258,7 @@ def _growth(tree: TreeSpec, depth: int, vocab: int) -> tuple[int, int]:
     """
     if tree.kind == "best_first":
         room = tree.nodes - depth
-        return min(MAX_CANDIDATES, room - 1), min(MAX_CANDIDATES, room, vocab)
+        return min(CANDIDATES, room - 1), min(CANDIDATES, room, vocab)
     return 1, min(1 if tree.kind == "chain" else tree.width, vocab)
 
 

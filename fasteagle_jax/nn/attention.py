@@ -1,4 +1,4 @@
-"""Attention of fresh queries over committed and fresh keys under one softmax, and how a cache stores its values.
+"""Attention of fresh queries over committed and fresh keys under one softmax, and the storage format of caches.
 
 B rows · Q query tokens · S cache slots · K heads of K/V · G query heads per K/V head · D head width.
 """
@@ -17,33 +17,33 @@ from fasteagle_jax.devices.sharding import platform
 from fasteagle_jax.nn.linear import Linear
 from fasteagle_jax.nn.rope import Rotation, rotate
 
-BLOCK = 128  # slots of a cache that attention reads at a time where it can stop early
+BLOCK = 128  # cache slots that attention reads at a time if it can stop early
 MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that max() stays finite too
 
 
 def cache_storage_dtype(dtype: Any) -> Any:
-    """The dtype in which a list's caches hold values of `dtype`: uint16, the bits, for bfloat16 on a CPU; else itself.
+    """The dtype in which unstacked caches store values of `dtype`: uint16, the bits, for bfloat16 on a CPU; else it.
 
-    XLA's CPU compiler knows bfloat16 in products alone: to write one row, or to read one block, it turned whole caches
-    into float32 and back, as often as a commit has rows.
+    XLA's CPU compiler supports bfloat16 in products alone: to write one row or to read one block it would convert whole
+    caches to float32 and back, once a row of a commit.
     """
     return jnp.uint16 if dtype == jnp.bfloat16 and platform() == "cpu" else dtype
 
 
 def to_cache_storage(values: jax.Array, dtype: Any) -> jax.Array:
-    """Values as a cache of `dtype` holds them."""
+    """Values as a cache of `dtype` stores them: their bits in uint16, or cast."""
     if dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), dtype)
     return values.astype(dtype)
 
 
 def from_cache_storage(cached: jax.Array) -> jax.Array:
-    """The values of what a cache holds."""
+    """The values that a cache's array stores, bfloat16 from uint16."""
     return jax.lax.bitcast_convert_type(cached, jnp.bfloat16) if cached.dtype == jnp.uint16 else cached
 
 
 def by_kv_head(q: jax.Array, num_kv_heads: int) -> jax.Array:
-    """Queries [B, Q, K*G, D] as `attention` takes them, [B, K, G*Q, D]."""
+    """Queries [B, Q, K*G, D] in the layout of `attention`, [B, K, G*Q, D]."""
     batch, num_tokens, heads, width = q.shape
     groups = heads // num_kv_heads
     q = q.reshape(batch, num_tokens, num_kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
@@ -51,7 +51,7 @@ def by_kv_head(q: jax.Array, num_kv_heads: int) -> jax.Array:
 
 
 def by_token(attended: jax.Array, num_tokens: int) -> jax.Array:
-    """What attention gave [B, K, G*Q, D], token by token: [B, Q, K*G, D]."""
+    """The output [B, K, G*Q, D] of `attention` in the layout of tokens, [B, Q, K*G, D]."""
     batch, kv_heads, _, width = attended.shape
     attended = attended.reshape(batch, kv_heads, -1, num_tokens, width).transpose(0, 3, 1, 2, 4)
     return attended.reshape(batch, num_tokens, -1, width)
@@ -60,10 +60,10 @@ def by_token(attended: jax.Array, num_tokens: int) -> jax.Array:
 class Past(NamedTuple):
     """One layer's committed keys and values, and who may see them."""
 
-    k: jax.Array  # [B, K, S, D], as `to_cache_storage` gives them
+    k: jax.Array  # [B, K, S, D] in a cache's storage format, as is v
     v: jax.Array
-    seen: jax.Array  # bool [B, Q, S] or, where all queries see the same slots, [B, 1, S]
-    # int32 [], no slot from here on is seen: the others are read block by block. None: all are read in one go.
+    seen: jax.Array  # bool [B, Q, S], or [B, 1, S] if all queries see the same slots
+    # int32 [], no slot from here on is seen: those before are read block by block. None: all are read at once.
     filled: jax.Array | None = None
 
 
@@ -73,7 +73,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
     Args:
       q: [B, K, G*Q, D], query head g of a K/V head and query token i in row g*Q + i.
       k, v: fresh keys and values [B, K, T, D].
-      visible: bool [B, Q, T], True where query i may see fresh key j; every query must see one, as a rule itself.
+      visible: bool [B, Q, T], True where query i may see fresh key j; every query must see one, usually its own.
       past: committed slots; None for none.
 
     Returns:
@@ -107,9 +107,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
         block = _block(past, i)
         old = _past_scores(q, block, groups)
         new_top = jnp.maximum(top, old.max(axis=-1, keepdims=True))
-        p, shrink = jnp.exp(old - new_top), jnp.exp(top - new_top)
+        p, rescale = jnp.exp(old - new_top), jnp.exp(top - new_top)
         own = jnp.einsum("bkms,bksd->bkmd", p.astype(block.v.dtype), block.v, preferred_element_type=jnp.float32)
-        return new_top, total * shrink + p.sum(axis=-1, keepdims=True), out * shrink + own
+        return new_top, total * rescale + p.sum(axis=-1, keepdims=True), out * rescale + own
 
     num_blocks = (past.filled + BLOCK - 1) // BLOCK  # type: ignore[operator]
     _, total, out = jax.lax.fori_loop(0, num_blocks, add_block, (top, total, out))
@@ -117,14 +117,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
 
 
 def _past_scores(q: jax.Array, past: Past, groups: int) -> jax.Array:
-    """Scores float32 [B, K, G*Q, S] of scaled queries over committed slots, MASKED where they are not seen."""
+    """Scores float32 [B, K, G*Q, S] of scaled queries over committed slots, MASKED where a slot is not seen."""
     seen = jnp.tile(past.seen, (1, groups if past.seen.shape[1] > 1 else 1, 1))  # [B, G*Q or 1, S]
     old = jnp.einsum("bkmd,bksd->bkms", q.astype(past.k.dtype), past.k, preferred_element_type=jnp.float32)
     return jnp.where(seen[:, None], old, MASKED)
 
 
 def _block(past: Past, i: jax.Array) -> Past:
-    """The BLOCK slots from i * BLOCK on; the last ones, those of earlier blocks unseen, where fewer are left."""
+    """The BLOCK slots from i * BLOCK on; if fewer are left, the last BLOCK ones, without those of earlier blocks."""
     start = jnp.minimum(i * BLOCK, past.k.shape[2] - BLOCK)
     k, v = (jax.lax.dynamic_slice_in_dim(part, start, BLOCK, axis=2) for part in (past.k, past.v))
     seen = jax.lax.dynamic_slice_in_dim(past.seen, start, BLOCK, axis=2)
@@ -133,8 +133,8 @@ def _block(past: Past, i: jax.Array) -> Past:
 
 # --- a layer's attention ----------------------------------------------------------------------------------------
 
-# Attention as a layer takes it, from q [B, Q, heads, D] and the layer's own fresh k and v [B, Q, K, D] to what they
-# give, in q's shape. Which keys and values a query sees besides or instead is its business.
+# The attention function that a layer is given: from q [B, Q, heads, D] and the layer's fresh k and v [B, Q, K, D] to
+# the attended values, in q's shape. It may add other keys and values, or replace the fresh ones.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -142,17 +142,17 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class Cached:
     """An Attend over a layer's committed slots and its fresh keys."""
 
-    visible: jax.Array  # bool [B, Q, Q], as of `attention`
+    visible: jax.Array  # bool [B, Q, Q], see `attention`
     past: Past | None = None
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """`attention`, token by token."""
+        """`attention` in the layout of an Attend."""
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, Q, D]
         return by_token(attention(by_kv_head(q, k.shape[1]), k, v, self.visible, self.past), q.shape[1])
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention of a stream with itself, from the normed stream to what is added to it."""
+    """Grouped-query self-attention, from the normed stream to what is added to the stream."""
 
     def __init__(
         self,
@@ -188,12 +188,12 @@ class Attention(nnx.Module):
 
         All are in the weights' (and so the cache's) dtype, whether a key is fresh or read back.
         """
-        # Or XLA's TPU compiler takes the split into heads into the product, and copies all layers' weights for it.
+        # Without the barrier XLA's TPU compiler fuses the split into heads with the product and copies all weights.
         q, k, v = jax.lax.optimization_barrier((self.q(x), self.k(x), self.v(x)))
         q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in (q, k, v))
         dtype = self.k.weight.dtype
         return rotate(q, rotation).astype(dtype), rotate(k, rotation).astype(dtype), v.astype(dtype)
 
     def output(self, attended: jax.Array) -> jax.Array:
-        """What is added to the stream [B, Q, H], of attended values [B, Q, heads, D]."""
+        """What is added to the stream [B, Q, H], from attended values [B, Q, heads, D]."""
         return self.o(attended.reshape(*attended.shape[:2], -1))

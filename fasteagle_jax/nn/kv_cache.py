@@ -1,8 +1,8 @@
-"""The KV caches: committed keys and values of a stack of layers.
+"""KV caches: the committed keys and values of a stack of layers.
 
 L layers · B rows · K heads of K/V · S slots · D head width · Q query tokens · M fresh tokens · A written tokens.
 A cache holds verified tokens only: a forward pass reads it, a commit writes it once afterwards, nothing is rolled back.
-`Cache` keeps every position, in its own slot; `Ring` the last ones, in a fixed number of slots.
+`Cache` keeps every position in its own slot, `Ring` the last positions in a fixed number of slots.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from fasteagle_jax.devices.sharding import by_shard
 from fasteagle_jax.nn.attention import Past, cache_storage_dtype, to_cache_storage
 
-NOTHING = -1  # the position of a slot that holds none
-# The logical axes of a cache's arrays by name (see sharding.RULES), a stack's first dimension left out.
+NOTHING = -1  # the position of an empty slot
+# The logical axes of a cache's arrays by name (see sharding.RULES), without the layers of a stack.
 AXES = {
     "k": ("rows", "kv_heads", None, None),
     "v": ("rows", "kv_heads", None, None),
@@ -41,16 +41,16 @@ class Cache(NamedTuple):
 
     @property
     def layers(self) -> Any:
-        """One (k, v) a layer, in the cache's own form (stacked or list), for `run_layers`."""
+        """(k, v) of the layers, as a stack or a list like the cache, for `run_layers`."""
         return list(zip(self.k, self.v, strict=True)) if isinstance(self.k, list) else (self.k, self.v)
 
     @property
     def batch_dims(self) -> Cache:
-        """The batch dimension of each array, in the cache's form: 1 in stacks of layers, else 0."""
+        """The batch dimension of each array, as a Cache: 1 in stacks of layers, else 0."""
         return _batch_dims(self, "k", "v")
 
     def layer(self, index: int) -> Past:
-        """What queries after all committed tokens see of one layer."""
+        """The Past of one layer for queries after all committed tokens."""
         return Past(self.k[index], self.v[index], self.seen(), self.filled())
 
     def seen(self) -> jax.Array:
@@ -58,7 +58,7 @@ class Cache(NamedTuple):
         return (jnp.arange(self.num_slots) < self.length[:, None])[:, None]
 
     def filled(self) -> jax.Array | None:
-        """int32 [], for `Past.filled`; None for a stack, which a scan reads in one go."""
+        """int32 [], for `Past.filled`; None for a stack, which a scan reads at once."""
         return self.length.max() if isinstance(self.k, list) else None
 
 
@@ -72,7 +72,7 @@ def empty_cache(
     *,
     stacked: bool = True,
 ) -> Cache:
-    """A Cache with nothing in it; a list of layers where `stacked` is False."""
+    """An empty Cache, as a stack or a list of layers."""
     shape = (batch, num_kv_heads, num_slots, head_dim)
     if not stacked:
         dtype = cache_storage_dtype(dtype)
@@ -89,10 +89,10 @@ def commit(cache: Cache, fresh: Any, counts: jax.Array, token_indices: jax.Array
     """The cache with `counts` of the fresh tokens appended to every row.
 
     Args:
-      cache: read and replaced; donate it for a write in place.
+      cache: donate it for a write in place.
       fresh: pair (k, v) of stacks of [B, K, M, D], as a forward pass returns them.
       counts: int32 [B], how many tokens each row gains.
-      token_indices: int32 [B, A], which fresh tokens in which order; None for all in theirs.
+      token_indices: int32 [B, A], the fresh tokens to append, in this order; None for all in theirs.
 
     All A tokens are written each time: those past the count are masked by `length` and overwritten later. An update's
     start is clamped to the end of the cache, so a row needs A slots of slack beyond its last token.
@@ -104,15 +104,15 @@ def commit(cache: Cache, fresh: Any, counts: jax.Array, token_indices: jax.Array
 
 
 class Ring(NamedTuple):
-    """Keys and values as in a Cache, of the last positions: where the slots end, writing begins anew at the first.
+    """Keys and values as in a Cache, of the last positions: after the last slot, writing resumes at the first.
 
-    Each slot knows its position, so that positions can be left out (`length` goes on without them) and the first
-    layers can be written without the others.
+    Each slot knows its position, so positions can be skipped (`length` still counts them), and the first layers can be
+    written without the others.
     """
 
     k: Any
     v: Any
-    positions: Any  # int32 [L, B, S] (or a list of L arrays [B, S]), NOTHING where the slot is empty
+    positions: Any  # int32 [L, B, S] (or a list of L arrays [B, S]), NOTHING in an empty slot
     cursor: jax.Array  # int32 [B], the slot to be written next
     length: jax.Array  # int32 [B], the position to be written next
 
@@ -123,50 +123,51 @@ class Ring(NamedTuple):
 
     @property
     def layers(self) -> Any:
-        """One (k, v, positions) a layer, in the ring's own form (stacked or list), for `run_layers`."""
+        """(k, v, positions) of the layers, as a stack or a list like the ring, for `run_layers`."""
         parts = (self.k, self.v, self.positions)
         return list(zip(*parts, strict=True)) if isinstance(self.k, list) else parts
 
     @property
     def batch_dims(self) -> Ring:
-        """The batch dimension of each array, in the ring's form: 1 in stacks of layers, else 0."""
+        """The batch dimension of each array, as a Ring: 1 in stacks of layers, else 0."""
         return _batch_dims(self, "k", "v", "positions")
 
     def filled(self) -> jax.Array | None:
-        """int32 [], for `Past.filled`; None for a stack, which a scan reads in one go."""
+        """int32 [], for `Past.filled`; None for a stack, which a scan reads at once."""
         return jnp.minimum(self.length.max(), self.num_slots) if isinstance(self.k, list) else None
 
 
 def ring_slots(num_slots: int, window: int | None, most_written: int) -> int:
     """S of a Ring for rows of up to `num_slots` positions of which a query sees the last `window` (None for all).
 
-    Up to `most_written` - 1 slots stay unused at the end of each turn, and as many are overwritten past a count.
+    Up to `most_written` - 1 slots stay unused at the end of each pass over the slots, and as many are overwritten past
+    a count.
     """
     return num_slots if window is None else min(num_slots, window + 2 * most_written)
 
 
 def as_ring(cache: Cache) -> Ring:
-    """An empty Cache's slots as a Ring with nothing in it."""
+    """An empty Ring of an empty Cache's slots."""
     positions = jax.tree.map(lambda k: jnp.full((*k.shape[:-3], k.shape[-2]), NOTHING, jnp.int32), cache.k)
     return Ring(cache.k, cache.v, positions, cache.length, cache.length)
 
 
 def seen_in_ring(positions: jax.Array, queries: jax.Array, window: int | None) -> jax.Array:
-    """bool [B, Q, S], or [B, 1, S] without a window: True where the query int32 [B, Q] sees the slot int32 [B, S].
+    """The mask bool [B, Q, S], or [B, 1, S] without a window, True where a query sees a slot.
 
-    Queries and slots are given by their positions.
+    Slots are given by their `positions` int32 [B, S], and `queries` int32 [B, Q] by theirs.
     """
-    held = positions[:, None] != NOTHING
+    occupied = positions[:, None] != NOTHING
     if window is None:
-        return held
-    return held & (queries[:, :, None] - positions[:, None] < window)
+        return occupied
+    return occupied & (queries[:, :, None] - positions[:, None] < window)
 
 
 def commit_ring(ring: Ring, fresh: Any, counts: jax.Array) -> Ring:
     """The ring with the first `counts` int32 [B] of the fresh tokens in it, at the positions from `length` on.
 
-    `fresh` is the pair (k, v) of stacks of [B, K, A, D] of the first layers, or all; the others keep what they have.
-    All A tokens are written, as by `commit`; the slots of those past the count hold nothing.
+    `fresh` is the pair (k, v) of stacks of [B, K, A, D] of the first layers, or of all; other layers do not change.
+    All A tokens are written, as by `commit`; the slots of those past the count are marked empty.
     """
     k, v = fresh
     num_tokens = k[0].shape[-2]
@@ -175,9 +176,9 @@ def commit_ring(ring: Ring, fresh: Any, counts: jax.Array) -> Ring:
     written = jnp.where(index < counts[:, None], ring.length[:, None] + index, NOTHING)  # [B, A]
     old = (ring.k, ring.v, ring.positions)
     if isinstance(k, list):
-        num = len(k)
-        new = _write([part[:num] for part in old], (k, v, [written] * num), starts)
-        new = [first + part[num:] for first, part in zip(new, old, strict=True)]
+        num_layers = len(k)
+        new = _write([part[:num_layers] for part in old], (k, v, [written] * num_layers), starts)
+        new = [first + part[num_layers:] for first, part in zip(new, old, strict=True)]
     else:
         positions = jnp.broadcast_to(written, (k.shape[0], *written.shape))
         new = _write(old, (k, v, positions), starts)
@@ -185,7 +186,7 @@ def commit_ring(ring: Ring, fresh: Any, counts: jax.Array) -> Ring:
 
 
 def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:
-    """Slots with each row's tokens written from its start on: [(L,) B, (K,) S, (D)] and S = A, int32 [B]."""
+    """Slots [(L,) B, (K,) S, (D)] with each row's tokens [(L,) B, (K,) A, (D)] written at its start int32 [B]."""
     stacked = not isinstance(slots[0], list)
     batch_dim = 1 if stacked else 0
 
@@ -194,7 +195,7 @@ def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:
             # One dynamic_update_slice a row stays in place; a scatter or a vmapped update would copy the whole cache.
             def write(into: jax.Array, tokens: jax.Array) -> jax.Array:
                 row = to_cache_storage(jax.lax.dynamic_slice_in_dim(tokens, b, 1, axis=batch_dim), into.dtype)
-                # XLA's TPU compiler fails where it sees that all rows of tokens go, in turn, to all rows of slots.
+                # Without the barrier XLA's TPU compiler fails: it sees that all rows of tokens go to all rows of slots.
                 row = jax.lax.optimization_barrier(row)
                 start = [jnp.zeros((), jnp.int32)] * into.ndim
                 start[batch_dim] = b
@@ -205,7 +206,7 @@ def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:
 
         return jax.lax.fori_loop(0, starts.shape[0], write_row, slots)
 
-    # Left to the compiler, a turn whose row may be anybody's would bring the devices' shards together.
+    # Without shard_map GSPMD would all-gather the slots: the loop index may address any row.
     return by_shard(write_rows, _AXES_BY_DIMS, tuple(slots), tuple(tokens), starts)
 
 
@@ -215,9 +216,9 @@ def _batch_dims(cache: Any, *stacks: str) -> Any:
 
 
 def insert_row(batch: Any, row: Any, slot: jax.Array) -> Any:
-    """A pytree of a batch's arrays [B, ...] and caches with one row, of the same structure, at slot int32 [].
+    """A pytree of a batch's arrays [B, ...] and caches with `row`, a pytree of one row [1, ...], at slot int32 [].
 
-    A row's arrays may be shorter than the batch's, as a prompt's cache is.
+    The row's arrays may be shorter than the batch's, as a prompt's cache is.
     """
 
     def insert(into: jax.Array, part: jax.Array, dim: int) -> jax.Array:
@@ -229,12 +230,12 @@ def insert_row(batch: Any, row: Any, slot: jax.Array) -> Any:
 
 
 def take_rows(batch: Any, rows: jax.Array) -> Any:
-    """A pytree of a batch's arrays [B, ...] and caches with `rows` int32 [B'] of it."""
+    """The `rows` int32 [B'] of a pytree of a batch's arrays [B, ...] and caches."""
     return jax.tree.map(lambda x, dim: jnp.take(x, rows, axis=dim), batch, batch_dims(batch))
 
 
 def batch_dims(batch: Any) -> Any:
-    """The batch dimension of each array of a pytree: what a cache in it says, else 0."""
+    """The batch dimension of each array of a pytree: that of a cache's `batch_dims`, else 0."""
 
     def has_own(part: Any) -> bool:
         return hasattr(part, "batch_dims")

@@ -1,4 +1,4 @@
-"""Matrix products, in the forms that each backend runs fastest, and the weights' layouts that go with them.
+"""Matrix products in the form that each backend runs fastest, and the weight layouts that go with them.
 
 A product runs in its weight's dtype, accumulates in float32 and returns in the activation's dtype.
 """
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-FEW_ROWS = 64  # up to which a CPU multiplies faster from the left (see _product_from_left)
-FEW_HEAD_ROWS = 32  # the same under a head, whose product is large itself, and is transposed once more
+FEW_ROWS = 64  # up to so many a CPU multiplies faster from the left (see _product_from_left)
+FEW_HEAD_ROWS = 32  # likewise under a head, whose product is large and transposed once more
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -23,7 +23,7 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _product_of_a_row(x: jax.Array, w: jax.Array) -> jax.Array:
-    # XLA's CPU compiler has no fast path for one bfloat16 row, and one eight times faster for two.
+    # XLA's CPU compiler has a fast path for two bfloat16 rows, and none for one.
     twice = jnp.concatenate([x.reshape(1, -1)] * 2)  # [2, in]
     return _product(twice, w)[:1].reshape(*x.shape[:-1], w.shape[1])
 
@@ -32,7 +32,7 @@ def _product_of_a_row(x: jax.Array, w: jax.Array) -> jax.Array:
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [..., in] times w [in, out], in x's dtype.
 
-    Also backwards: cotangents are rounded to w's dtype first, so that all three products take the fast path.
+    The backward pass rounds cotangents to w's dtype first, so that all three products take the fast path.
     """
     rows = math.prod(x.shape[:-1])
     x_w = x.astype(w.dtype)
@@ -63,9 +63,9 @@ def _product_of_rows(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _product_from_left(x: jax.Array, w: jax.Array) -> jax.Array:
-    # XLA's CPU compiler streams the left matrix row by row, which memory likes best: 0.7 of the time for 2 to 32 rows.
-    # It turns the product around again where it can see the transpositions, hence the barriers. In bfloat16 its fast
-    # path wants both matrices with their rows along what is summed.
+    # XLA's CPU compiler streams the left matrix row by row, the fastest order in memory. The barriers hide the
+    # transpositions, or it would swap the factors back. In bfloat16 its fast path needs both matrices contracted over
+    # their columns.
     if w.dtype == jnp.bfloat16:
         return jax.lax.optimization_barrier(jnp.einsum("oi,ni->on", w, x, preferred_element_type=jnp.float32)).T
     product = jnp.einsum("oi,in->on", w, jax.lax.optimization_barrier(x.T), preferred_element_type=jnp.float32)
@@ -73,7 +73,7 @@ def _product_from_left(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def matmul_by_rows(x: jax.Array, w: jax.Array, few: int) -> jax.Array:
-    """x [n, in] times w [out, in], float32 [n, out]."""
+    """float32 [n, out], x [n, in] times w [out, in]; a CPU multiplies up to `few` rows from the left."""
     num_rows = len(x)
     if num_rows == 1 and w.dtype == jnp.bfloat16:
         x = jnp.concatenate([x] * 2)  # as in _product_of_a_row
@@ -86,10 +86,10 @@ def matmul_by_rows(x: jax.Array, w: jax.Array, few: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def head_logits(hidden: jax.Array, head: jax.Array, trains_head: bool = False) -> jax.Array:
-    """float32 logits [..., V] of hidden states [..., H] under a head, one row [H] a token: [V, H].
+    """Products float32 [..., V] of hidden states [..., H] and a head [V, H], one row a token.
 
-    The head gets a gradient with `trains_head` alone. It is not `matmul` with head.T: XLA's CPU compiler has no fast
-    path for that in bfloat16.
+    The head gets a gradient only with `trains_head`. `matmul` with head.T would miss the bfloat16 fast path of XLA on a
+    CPU.
     """
     rows = hidden.reshape(-1, hidden.shape[-1]).astype(head.dtype)
     return matmul_by_rows(rows, head, FEW_HEAD_ROWS).reshape(*hidden.shape[:-1], head.shape[0])
@@ -115,7 +115,7 @@ head_logits.defvjp(_head_forward, _head_backward)
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class LogitMap:
-    """From a head's products to logits: `scale` times them, then within +-`soft_cap` by a tanh (None for no cap)."""
+    """The map from a head's products to logits: times `scale`, then a tanh into +-`soft_cap` (None for no cap)."""
 
     scale: float = 1.0
     soft_cap: float | None = None
@@ -127,14 +127,14 @@ class LogitMap:
 
 
 class RowWeight(nnx.Param):
-    """A frozen matrix in the layout [out, in], a row an output."""
+    """A frozen matrix in the layout [out, in], one row an output."""
 
 
 class Linear(nnx.Module):
-    """A matrix product, with a bias or without: the owner of its weight's layout and logical axes.
+    """A matrix product with an optional bias, which owns its weight's layout and logical axes.
 
-    `weight` is [in, out] (a stack of layers has leading dimensions), or a RowWeight [out, in]; `matrix` is [in, out]
-    for either. Its `axes`, beside the value, are the logical axes of its last two dimensions (see sharding.RULES).
+    `weight` is [in, out] (with a leading dimension in a stack of layers) or a RowWeight [out, in], `matrix` [in, out]
+    for either. The variable's `axes` are the logical axes of its last two dimensions (see sharding.RULES).
     """
 
     def __init__(
@@ -147,11 +147,11 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
     ):
-        """Random weights of variance 1 / num_in; zeros where `key` is None."""
+        """Random weights of variance 1 / num_in, or zeros if `key` is None."""
         shape = (num_in, num_out)
         value = jnp.zeros(shape, dtype) if key is None else jax.random.normal(key, shape, dtype) * num_in**-0.5
         self.weight = nnx.Param(value, axes=axes)
-        # A vector of the stream's width is whole everywhere, as norms are.
+        # A vector of the stream's width is replicated, as norms are.
         bias_axis = None if axes[1] == "embed" else axes[1]
         self.bias = nnx.Param(jnp.zeros((num_out,), dtype), axes=(bias_axis,)) if bias else None
 
@@ -175,36 +175,36 @@ class Linear(nnx.Module):
         return self.weight[...].mT if self.by_rows else self.weight[...]
 
     def set_matrix(self, value: jax.Array) -> None:
-        """Gives the weight the values of [..., in, out]."""
+        """Sets the weight from [..., in, out]."""
         self.weight[...] = value.mT if self.by_rows else value
 
-    def turn(self, kind: type[nnx.Param]) -> None:
-        """Gives a weight of two dimensions the layout of `kind`, RowWeight or nnx.Param, if it has the other one."""
+    def set_layout(self, kind: type[nnx.Param]) -> None:
+        """Stores an unstacked weight in the layout of `kind`, RowWeight or nnx.Param."""
         weight = self.weight
         if type(weight) is not kind and weight.ndim == 2:
             self.weight = kind(weight[...].T, axes=weight.axes[::-1])
 
 
 def rows_are_faster() -> bool:
-    """Whether this backend decodes faster with RowWeights than with [in, out]; where layers are not stacked."""
+    """Whether this backend decodes unstacked layers faster with RowWeights than with [in, out]."""
     return jax.default_backend() == "cpu"
 
 
 def to_rows(model: nnx.Module) -> None:
-    """Turns the unstacked weights of a model's Linears into RowWeights, if these are faster.
+    """Converts the unstacked weights of a model's Linears to RowWeights, if these are faster.
 
-    It is for decoding: a training step's many rows and gradients gain nothing from it.
+    Only decoding gains: a training step has many rows, and gradients.
     """
     if rows_are_faster():
-        _turn_all(model, RowWeight)
+        _set_layouts(model, RowWeight)
 
 
 def to_columns(model: nnx.Module) -> None:
     """Undoes `to_rows`."""
-    _turn_all(model, nnx.Param)
+    _set_layouts(model, nnx.Param)
 
 
-def _turn_all(model: nnx.Module, kind: type[nnx.Param]) -> None:
+def _set_layouts(model: nnx.Module, kind: type[nnx.Param]) -> None:
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
-            module.turn(kind)
+            module.set_layout(kind)

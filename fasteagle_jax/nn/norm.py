@@ -10,7 +10,7 @@ from flax import nnx
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm with a weight per channel, one at first."""
+    """RMSNorm with one weight per channel, initially 1."""
 
     def __init__(self, size: int, eps: float, dtype: Any = jnp.float32):
         self.eps = eps
@@ -22,7 +22,7 @@ class RMSNorm(nnx.Module):
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x divided by its root mean square over the last dimension, times `scale`; computed in float32, in x's dtype."""
+    """x [..., size] over its root mean square, times `scale` [size]; computed in float32, returned in x's dtype."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)

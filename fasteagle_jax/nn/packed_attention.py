@@ -1,8 +1,8 @@
-"""Attention over packed sequences, as training has it: whole texts side by side in a row, none of which sees another.
+"""Attention over packed rows, for training: each row holds several texts, which do not see one another.
 
 B rows · T tokens · K heads of K/V · G query heads per K/V head · D head width.
-No [T, T] scores of a whole row exist: on a TPU JAX's splash attention keeps them in tiles, on a GPU cuDNN does, and
-elsewhere (or where those do not take the shapes) XLA computes BLOCK queries at a time.
+The [T, T] scores of a row never exist whole: on a TPU JAX's splash attention keeps them in tiles, on a GPU cuDNN does,
+and elsewhere, or if these do not support the shapes, XLA computes BLOCK queries at a time.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line
 from fasteagle_jax.nn.attention import attention, by_kv_head, by_token
 
-BLOCK = 512  # queries
-TILE = 128  # queries of a block that read no key after the last of them
+BLOCK = 512  # queries whose scores are alive at once
+TILE = 128  # queries of a single block that read the keys up to their last one
 TILES = (512, 256, 128)  # of splash attention, in tokens
 KINDS = ("auto", "xla", "splash", "cudnn")
 
 
 class Packed(NamedTuple):
-    """Who sees whom in packed rows: a token itself and those before it, of its own segment and inside the window."""
+    """Causal attention within each segment of packed rows and, if there is one, a window."""
 
-    segments: jax.Array  # int32 [B, T], 0 is padding
-    window: int | None = None  # W: itself and the W - 1 before it; None for all
+    segments: jax.Array  # int32 [B, T], the text of each token, 0 for padding
+    window: int | None = None  # W: a token sees itself and the W - 1 before it; None for all
     kind: str = "auto"  # of KINDS
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """`packed_attention`, as layers take it."""
+        """`packed_attention`, as an Attend (see nn.attention)."""
         return packed_attention(q, k, v, self)
 
     def within(self, window: int | None) -> Packed:
-        """The same for keys of the last `window` positions alone, None for all."""
+        """This Packed with another window, None for all."""
         return self._replace(window=window)
 
     def visible(self, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
-        """bool [B, size, T], True where the query at start + i sees the key at j; for all queries by default."""
+        """The mask bool [B, size, T], True where the query at start + i sees the key at j; size None for the rest."""
         num_tokens = self.segments.shape[1]
         size = num_tokens if size is None else size
         query, key = (start + jnp.arange(size))[:, None], jnp.arange(num_tokens)
@@ -57,7 +57,7 @@ class Packed(NamedTuple):
 def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Array:
     """Softmax attention of q [B, T, K*G, D] over k and v [B, T, K, D]: [B, T, K*G, D] in v's dtype.
 
-    Raises UserError for an unknown kind, or one that does not take the shapes.
+    Raises UserError for an unknown kind, or one that does not support the shapes.
     """
     kind = packed.kind
     if kind not in KINDS:
@@ -80,7 +80,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.
 
 
 def _no_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> str:
-    """Why cuDNN does not take the arrays, in a few words; empty where it does."""
+    """The reason in a few words why cuDNN does not support the arrays; empty if it does."""
     if q.dtype == jnp.float32:
         return "it takes no float32"
     try:
@@ -92,12 +92,12 @@ def _no_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> str:
 
 
 def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: int = BLOCK) -> jax.Array:
-    """The same, by `in_blocks`."""
+    """Block-wise XLA fallback of `packed_attention`."""
     kv_heads = k.shape[2]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, D]
 
-    def attend(own: tuple[jax.Array, ...], start: jax.Array | int, num_keys: int) -> jax.Array:
-        (rows,) = own  # [B, Q, K*G, D]
+    def attend(queries: tuple[jax.Array, ...], start: jax.Array | int, num_keys: int) -> jax.Array:
+        (rows,) = queries  # [B, Q, K*G, D]
         size = rows.shape[1]
         visible = packed.visible(start, size)[:, :, :num_keys]
         return by_token(attention(by_kv_head(rows, kv_heads), k[:, :, :num_keys], v[:, :, :num_keys], visible), size)
@@ -110,28 +110,28 @@ def in_blocks(
     queries: tuple[jax.Array, ...],
     block: int = BLOCK,
 ) -> jax.Array:
-    """Causal attention of a row of T tokens, at most `block` queries at a time: [B, T, ...].
+    """Causal attention [B, T, ...] over rows of T tokens, at most `block` queries at a time.
 
-    A row of one block is taken in tiles, each over the keys up to its end: 5/8 of the products for four of them, and
-    less than half of the time on a CPU, whose caches hold their scores. Blocks of a longer row read all keys.
+    A row of one block is computed in tiles, each over the keys up to its end: this saves products, and a CPU's caches
+    hold a tile's scores. Blocks of a longer row read all keys.
 
     Args:
-      attend: (its part of `queries`, start, num_keys) -> [B, Q, ...], what the Q queries from `start` on get from the
-        first keys.
+      attend: (queries, start, num_keys) -> [B, Q, ...], attention of the Q queries from `start` on, arrays [B, Q, ...],
+        over the first `num_keys` keys.
       queries: arrays [B, T, ...].
       block: the most queries whose scores are alive at once.
     """
     num_tokens = queries[0].shape[1]
     if num_tokens <= block:
         tile = TILE if num_tokens % TILE == 0 else num_tokens
-        parts = zip(*(jnp.split(x, num_tokens // tile, axis=1) for x in queries), strict=True)
-        return jnp.concatenate([attend(own, i * tile, (i + 1) * tile) for i, own in enumerate(parts)], axis=1)
+        tiles = zip(*(jnp.split(x, num_tokens // tile, axis=1) for x in queries), strict=True)
+        return jnp.concatenate([attend(part, i * tile, (i + 1) * tile) for i, part in enumerate(tiles)], axis=1)
 
-    # A loop, since blocks side by side could all be alive at once. Scores are computed again in the backward pass: it
-    # would keep those of all blocks.
+    # A loop, since unrolled blocks could all be alive at once. The backward pass recomputes scores instead of keeping
+    # those of all blocks.
     def one_block(start: jax.Array | int, size: int = block) -> jax.Array:
-        own = tuple(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in queries)
-        return attend(own, start, num_tokens)
+        part = tuple(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in queries)
+        return attend(part, start, num_tokens)
 
     num_blocks, rest = divmod(num_tokens, block)
     blocks = jax.lax.map(jax.checkpoint(one_block), block * jnp.arange(num_blocks))
@@ -159,8 +159,8 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Arr
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
         return run(q, k, v, packed.segments)
-    # A kernel is not split by the compiler: every device gets its own rows and heads.
-    heads = spec(mesh, ("batch", None, "heads", None), k.shape)  # whole heads of K/V, and of q with them
+    # GSPMD does not split a kernel: each device computes its own rows and heads.
+    heads = spec(mesh, ("batch", None, "heads", None), k.shape)  # split by whole heads of K/V, and q with them
     rows = PartitionSpec(*spec(mesh, ("batch", None), packed.segments.shape))
     return jax.shard_map(run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
         q, k, v, packed.segments

@@ -36,9 +36,9 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Self:
-        """What a Hugging Face `config.json` (read into a dict) says of it, or its defaults.
+        """The RopeConfig of a Hugging Face `config.json` (read into a dict).
 
-        Reads both spellings of scaling: `rope_scaling` + `rope_theta` and, of newer files, `rope_parameters`.
+        Reads `rope_scaling` and `rope_theta`, or the `rope_parameters` of newer files.
         """
         scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         original = scaling.get("original_max_position_embeddings", hf.get("max_position_embeddings", 2048))
@@ -52,7 +52,7 @@ class RopeConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The keys of a `config.json` from which `from_hf` reads it."""
+        """The entries of a `config.json` that `from_hf` reads."""
         scaling = {
             "rope_type": self.kind,
             "factor": self.factor,
@@ -64,7 +64,7 @@ class RopeConfig:
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> jax.Array:
-    """Angle per position of each pair of channels, float32 [D/2].
+    """Angle per position of each pair of channels: float32 [D/2].
 
     `llama3` keeps short wavelengths, divides long ones by `factor` and blends in between (Llama 3.1 model card).
     """
@@ -80,29 +80,29 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> jax.Array:
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of each token's rotary angles, float32 [B, Q, 1, D/2] (one for all heads)."""
+    """Cosine and sine of each token's rotary angles, float32 [B, Q, 1, D/2], the same for all heads."""
 
     cos: jax.Array
     sin: jax.Array
 
 
 def rotation(positions: jax.Array, rope: RopeConfig | None, head_dim: int) -> Rotation:
-    """The Rotation of tokens at `positions` int32 [B, Q]; by no angle without `rope`."""
+    """The Rotation of tokens at `positions` int32 [B, Q]; the identity without `rope`."""
     if rope is None:
-        nothing = jnp.zeros((*positions.shape, 1, head_dim // 2))
-        return Rotation(nothing + 1, nothing)
+        zeros = jnp.zeros((*positions.shape, 1, head_dim // 2))
+        return Rotation(zeros + 1, zeros)
     angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
     if platform() != "cpu" or head_dim % 4:
         return Rotation(jnp.cos(angles), jnp.sin(angles))
-    # XLA's CPU compiler computes what it can fuse anew in every layer and for every head that reads it: a sixth of a
-    # training target's pass. What comes out of a loop it reads.
+    # XLA's CPU compiler would fuse these into every layer and head that reads them, and recompute them there. The
+    # results of a loop it does not fuse.
     halves = jnp.stack(jnp.split(angles, 2, axis=-1))
     cos, sin = jax.lax.map(lambda half: (jnp.cos(half), jnp.sin(half)), halves)
     return Rotation(jnp.concatenate([*cos], axis=-1), jnp.concatenate([*sin], axis=-1))
 
 
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
-    """x [B, Q, heads, D] with channel d and d + D/2 turned as a pair (Hugging Face's order), in x's dtype."""
+    """x [B, Q, heads, D] with channels d and d + D/2 rotated as a pair (Hugging Face's order), in x's dtype."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * by.cos - b * by.sin, b * by.cos + a * by.sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([a * by.cos - b * by.sin, b * by.cos + a * by.sin], axis=-1)
+    return rotated.astype(x.dtype)

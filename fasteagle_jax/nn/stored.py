@@ -1,4 +1,4 @@
-"""A model's tensors by the names that files store them under, one table a model."""
+"""A model's tensors by their names in files, from a table of names."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class NamedVariable(NamedTuple):
 
     name: str
     variable: nnx.Variable[Any]
-    transposed: bool = False  # the file has a Linear's weight as torch does, [out, in], the variable [in, out]
+    transposed: bool = False  # [out, in] in the file, as torch has a Linear's weight, and [in, out] in the variable
 
 
 def stored_tensors(model: Any, names: Mapping[str, str]) -> list[NamedVariable]:
-    """The tensors of the parts of a model that a table names: a name in files to the place of a part, `mlp.up`.
+    """The tensors of a model by a table from a part's name in files to its place in the model, such as `mlp.up`.
 
-    A part is a variable, stored as NAME.weight, or a module, whose `weight` and `bias` are stored under these. Parts
-    and biases that are None are left out.
+    A part is a variable, stored as NAME.weight, or a module, whose `weight` and `bias` are stored as NAME.weight and
+    NAME.bias. Parts and biases that are None are left out.
     """
     tensors = []
     for name, place in names.items():

@@ -1,4 +1,4 @@
-"""A decoder layer, and how stacks of layers are run.
+"""A decoder layer, what differs from layer to layer, and loops over layers.
 
 B rows · Q query tokens · H hidden width · K heads of K/V · D head width.
 Precision: norms, rotary angles and softmax are float32; a matrix product runs in its weight's dtype, accumulates in
@@ -21,9 +21,7 @@ from fasteagle_jax.nn.mlp import Mlp
 from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.rope import RopeConfig, Rotation, rotation
 
-NO_WINDOW = 2**30  # a window that no position is outside of
-
-# --- a decoder layer --------------------------------------------------------------------------------------------
+NO_WINDOW = 2**30  # larger than any distance of positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +69,12 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), fresh
 
 
+# --- layers of several kinds ------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What differs from layer to layer of one structure, beside the weights."""
+    """What may differ between layers of one structure, beside their weights."""
 
     rope: RopeConfig | None = RopeConfig()  # None: no rotation
     window: int | None = None  # W: a position sees itself and the W - 1 before it; None for all
@@ -82,12 +83,12 @@ class LayerKind:
 class LayerKinds:
     """The rotary tables and windows of a forward pass over layers of several kinds.
 
-    The layers of a list have their kind at hand. Those of a stack are one compiled body: each layer's number among the
-    distinct kinds goes through the scan, and picks its table and window there.
+    A kind's number is its index among the distinct kinds. The layers of a stack are one compiled body: their kinds'
+    numbers go through the scan, and pick the rotary table and the window there.
     """
 
     def __init__(self, kinds: Sequence[LayerKind], positions: jax.Array, head_dim: int, *, stacked: bool):
-        """`kinds` of all layers in their order; `positions` int32 [B, Q] of the tokens."""
+        """`kinds` are those of all layers in their order, `positions` int32 [B, Q] the tokens'."""
         self.distinct = tuple(dict.fromkeys(kinds))
         ropes = tuple(dict.fromkeys(kind.rope for kind in self.distinct))
         tables = {rope: rotation(positions, rope, head_dim) for rope in ropes}
@@ -95,11 +96,11 @@ class LayerKinds:
         self._rotations = [tables[kind.rope] for kind in self.distinct]
         numbers = [self.distinct.index(kind) for kind in kinds]
         varied = stacked and len(self.distinct) > 1
-        # What `run_layers` takes beside the layers: each one's number, or nothing where there is nothing to tell apart.
+        # For `run_layers` beside the layers: the number of each one's kind, None for a stack of one kind.
         self.numbers: Any = jnp.asarray(numbers, jnp.int32) if varied else None if stacked else numbers
 
     def of(self, number: Any) -> LayerContext:
-        """The LayerContext of a layer by its number: an int, an int32 [] inside a scan, or None for the only kind."""
+        """The LayerContext of a kind by its number: an int, an int32 [] inside a scan, or None for the only kind."""
         if not isinstance(number, jax.Array):
             kind = self.distinct[number or 0]
             return LayerContext(self._rotations[number or 0], self._positions, kind.window, None)
@@ -111,7 +112,7 @@ class LayerKinds:
 
 
 class LayerContext(NamedTuple):
-    """One layer's rotary table, and which keys its window leaves in sight."""
+    """One layer's rotary table and window."""
 
     rotation: Rotation
     positions: jax.Array  # int32 [B, Q]
@@ -119,15 +120,15 @@ class LayerContext(NamedTuple):
     choice: tuple[jax.Array, tuple[int | None, ...]] | None  # inside a scan: the kind's number, the kinds' windows
 
     def attend(self, visible: Any, past: Past | None) -> Attend:
-        """Attention of the layer: over `past` and fresh keys by a mask bool [B, Q, Q], or as a Windowed `visible` does.
+        """The layer's Attend: over `past` and fresh keys under a mask bool [B, Q, Q], or that of a Windowed `visible`.
 
-        Of the latter a layer of a scan runs the branch of its kind: a kernel's mask is static.
+        Inside a scan the latter has one branch for each kind, since a kernel's mask is static.
         """
         if callable(visible):
             if self.choice is None:
                 return visible.within(self.window)
             number, windows = self.choice
-            # lax.switch keeps weak references to its branches, which a tuple such as Packed does not take.
+            # lax.switch keeps weak references to its branches, which tuples such as Packed do not support.
             branches = [functools.partial(visible.within(window).__call__) for window in windows]
             return lambda q, k, v: jax.lax.switch(number, branches, q, k, v)
         if self.choice is None and self.window is None:
@@ -145,23 +146,23 @@ class LayerContext(NamedTuple):
 
 
 class Windowed(Protocol):
-    """An Attend that takes a window: packed rows, as training has them."""
+    """An Attend whose window can be set, such as Packed."""
 
     def within(self, window: int | None) -> Attend:
-        """The same for keys of the last `window` positions alone, None for all."""
+        """This attention with another window, None for all."""
         ...
 
 
-# --- stacks -----------------------------------------------------------------------------------------------------
-# A stack is either one pytree whose leaves have a leading layer axis, run by a scan (one compiled body), or a list of
-# per-layer pytrees, run by a Python loop.
+# --- stacks and lists of layers ---------------------------------------------------------------------------------
+# Layers are either a stack, one pytree whose leaves have a leading layer axis, run by a scan (one compiled body), or a
+# list of pytrees, run by a Python loop.
 
 
 def stacks_are_faster(platform: str, *, training: bool = False) -> bool:
     """Whether `platform` runs layers faster as one stack than as a list.
 
-    XLA copies the slices of stacked weights before their products: on a CPU (8 times slower) and on a GPU, where it
-    makes a decode at batch 1 read and write 2.7 times the bytes, and is nothing beside a training step's products.
+    On a CPU and on a GPU XLA copies the slices of stacked weights before their products. This multiplies the bytes of a
+    decode at batch 1, and on a GPU is negligible beside a training step's products.
     """
     return platform == "tpu" or (training and platform != "cpu")
 
@@ -172,16 +173,16 @@ def run_layers(
     stacks: tuple[Any, ...],
     span: tuple[int, int] | None = None,
 ) -> tuple[Any, Any]:
-    """Runs `body(carry, one layer of each stack)` over the layers in turn, like `lax.scan`.
+    """Runs `body(carry, layer)`, a layer being one of each of `stacks`, from the first to the last, like `lax.scan`.
 
     Args:
-      body: returns the new carry and this layer's result.
+      body: returns the new carry and the layer's result.
       carry: goes into the first layer.
-      stacks: all stacked or all lists.
+      stacks: pytrees of layers, all stacks or all lists.
       span: the first and one past the last layer; None for all.
 
     Returns:
-      The last carry, and the results stacked, or as a list where the stacks are lists.
+      The last carry, and the results as a stack or a list like the layers.
     """
     if isinstance(stacks[0], (list, nnx.List)):
         results = []
@@ -201,10 +202,10 @@ def run_layers(
 
 
 def unstack(stacked: Any, num_layers: int) -> list[Any]:
-    """A stacked pytree as a list of `num_layers` pytrees."""
+    """The list of `num_layers` pytrees in a stack."""
     return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers)]
 
 
 def stack(layers: Any) -> Any:
-    """A list of pytrees of one structure as one pytree with a leading layer axis."""
+    """The stack of a list of pytrees of one structure."""
     return jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
