@@ -1,6 +1,6 @@
-"""What drafters share: the target's features fused into a stream, and a draft vocabulary.
+"""What drafters share: sizes, the fused features of the target, the draft vocabulary, ranking.
 
-B rows · T stream positions · F feature layers · H hidden width · V draft vocabulary.
+B rows · T stream positions · N levels · F feature layers · H hidden width · V draft vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fasteagle_jax.nn.transformer import LayerConfig
 
 
 def check_features(feature_layers: tuple[int, ...], num_layers: int) -> None:
-    """Raises UserError where a target of so many layers has no such inputs; `num_layers` is the last one's output."""
+    """Raises UserError unless all are inputs of the target's layers, or `num_layers`, the output of the last one."""
     if wrong := [f for f in feature_layers if not 0 <= f <= num_layers]:
         raise UserError(
             f"feature_layers has {', '.join(map(str, wrong))}, the target {num_layers} layers: "
@@ -33,7 +33,7 @@ def check_features(feature_layers: tuple[int, ...], num_layers: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
-    """Sizes of a drafter, which a kind adds its own to; `hidden_size` and `vocab_size` are its target's."""
+    """Sizes of any drafter, extended by each kind; `hidden_size` and `vocab_size` are its target's."""
 
     hidden_size: int  # H
     intermediate_size: int
@@ -41,7 +41,7 @@ class DrafterConfig:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    draft_vocab_size: int  # rows of the head it guesses among; vocab_size for all
+    draft_vocab_size: int  # V, tokens it can guess; vocab_size for all
     feature_layers: tuple[int, ...]  # the target's layers whose inputs it reads
     kind: str = ""  # of drafters.table.CLASSES
     num_levels: int = 7  # N
@@ -67,31 +67,31 @@ class DrafterConfig:
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"drafter num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
 
-    # --- its number of operations (see training.flops) ---
+    # --- number of operations (see training.flops) ---
 
-    trains_head: ClassVar[bool] = False  # has a head of its own, which gets a gradient
+    trains_head: ClassVar[bool] = False  # whether it has its own head, which gets a gradient
 
     @property
     def level_parameters(self) -> int:
-        """Elements of the matrices that a level multiplies with, heads aside: those of a decoder layer."""
+        """Elements of a level's matrices without heads: those of a decoder layer."""
         return layer_config(self).matrix_size
 
     @property
     def input_parameters(self) -> int:
-        """Elements of the matrices that make the levels' input."""
+        """Elements of the matrices that compute the levels' input."""
         return len(self.feature_layers) * self.hidden_size**2
 
 
 class Constant(nnx.Variable):
-    """An array of a drafter that is saved with it and never trained."""
+    """An array of a drafter that is saved but not trained."""
 
 
 class DrafterModule(nnx.Module):
     """A drafter that reads features [F*H] at every stream position and keeps its keys and values in a Ring."""
 
     architecture: str  # its name in a config.json
-    Config: Any = DrafterConfig  # of its kind
-    context_layers: tuple[int, ...] = ()  # of the target, whose keys and values it reads
+    Config: Any = DrafterConfig  # the kind's own
+    context_layers: tuple[int, ...] = ()  # the target's layers whose keys and values it reads
 
     def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any):
         c = config
@@ -118,9 +118,9 @@ class DrafterModule(nnx.Module):
         return self.fc(scaled.astype(features.dtype))
 
     def empty_ring(self, num_layers: int, batch: int, num_slots: int, most_written: int, *, stacked: bool) -> Ring:
-        """A cache for `batch` rows of `num_slots` stream positions.
+        """An empty cache for `batch` rows of up to `num_slots` stream positions.
 
-        With a window it does not grow with `num_slots`, but with `most_written`, the tokens that one write brings.
+        With a window its size depends on `most_written`, the most tokens of one write, and not on `num_slots`.
         """
         c = self.config
         slots = ring_slots(num_slots, c.window, most_written)
@@ -128,35 +128,35 @@ class DrafterModule(nnx.Module):
         return as_ring(empty_cache(num_layers, batch, c.num_kv_heads, slots, c.head_dim, dtype, stacked=stacked))
 
     def stored(self) -> list[NamedVariable]:
-        """Every tensor that is stored, of the unstacked form; by default all, by their places in the module.
+        """The tensors to store, of the unstacked form; by default all, named by their places in the module.
 
-        `feature_scale` is not among them: files have it folded into fc.weight.
+        `feature_scale` is not among them, since it is folded into fc.weight in files.
         """
         nodes = list(nnx.iter_graph(self))
-        turned = {id(node.weight) for _, node in nodes if isinstance(node, Linear) and not node.by_rows}
+        transposed = {id(node.weight) for _, node in nodes if isinstance(node, Linear) and not node.by_rows}
         return [
-            NamedVariable(".".join(map(str, path)), node, id(node) in turned)
+            NamedVariable(".".join(map(str, path)), node, id(node) in transposed)
             for path, node in nodes
             if isinstance(node, nnx.Variable) and node is not self.feature_scale
         ]
 
     def published(self) -> dict[str, Any]:
-        """What its config.json holds for programs that know the architecture by other keys than DrafterConfig's."""
+        """Entries of its config.json beside DrafterConfig's, for programs that read the architecture by other keys."""
         return {}
 
     def skip(self, new: Accepted, cache: Ring) -> Ring:
-        """The cache after the accepted tokens, whose stream positions it will never hold."""
+        """The cache past the accepted tokens, whose stream positions are left out for good."""
         return cache._replace(length=cache.length + new.count)
 
 
 def layer_config(config: DrafterConfig) -> LayerConfig:
-    """The sizes of a decoder layer of a drafter."""
+    """The sizes of a drafter's decoder layer."""
     c = config
     return LayerConfig(c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps)
 
 
 def copy_weights(into: nnx.Module, source: Any) -> None:
-    """Gives a layer another one's weights, as float32; UserError where their sizes differ."""
+    """Copies a layer's weights into another one, as float32; UserError if their sizes differ."""
     copied = jax.tree.map(lambda w: w.astype(jnp.float32), source)
     to_columns(copied)
     if jax.tree.leaves(jax.tree.map(jnp.shape, into)) != jax.tree.leaves(jax.tree.map(jnp.shape, copied)):
@@ -173,18 +173,18 @@ def draft_ids(vocab: VocabWeights) -> jax.Array:
 
 
 def causal(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
-    """bool, True where a query at one position sees a key at another: itself and the `window` - 1 before it."""
+    """bool, True where a query at position `query` sees a key at `key`: its own and the `window` - 1 before it."""
     visible = key <= query
     return visible if window is None else visible & (query - key < window)
 
 
 def pending(new: Accepted) -> jax.Array:
-    """int32 [B], the last of the accepted tokens, at which a tree is rooted."""
+    """The pending tokens int32 [B], the last accepted ones, at which trees are rooted."""
     return jnp.take_along_axis(new.tokens, jnp.maximum(new.count - 1, 0)[:, None], axis=1)[:, 0]
 
 
 def newest(new: Accepted, most: int) -> tuple[Accepted, jax.Array]:
-    """The last `most` of each row's newly accepted tokens, and int32 [B] how many went before them."""
+    """The last `most` of each row's newly accepted tokens, and how many were skipped before them, int32 [B]."""
     if most >= new.tokens.shape[1]:
         return new, jnp.zeros_like(new.count)
     skipped = jnp.maximum(new.count - most, 0)
@@ -196,9 +196,10 @@ def newest(new: Accepted, most: int) -> tuple[Accepted, jax.Array]:
 def rank(logits: jax.Array, positions: jax.Array, ids: jax.Array, ranking: Ranking) -> jax.Array:
     """Log-probabilities float32 [B, N, V] by which a draft tree ranks its guesses.
 
-    At temperature 0 the drafter's own. Above it, those of logits / temperature, and with shared noise, of these plus
-    the noise the target will add at `positions` [B, N], or [B, 1] for all of them, so that guesses agree with its draw
-    far more often. Ranking never influences which token the target chooses.
+    At temperature 0 the drafter's own; above, of logits / temperature. Shared noise is added to these: the noise that
+    the target will add at `positions` int32 [B, N], or [B, 1] for all levels, so that guesses agree with its draw far
+    more often. `logits` are float32 [B, N, V], `ids` int32 [V] the target's ids. Ranking never influences the target's
+    choice.
     """
     temperature = ranking.sampling.temperature
     sampled = temperature > 0

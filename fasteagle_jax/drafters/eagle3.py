@@ -1,10 +1,10 @@
-"""EAGLE-3 (arXiv 2503.01840): one decoder layer run once a level, each time on its own output and the token before.
+"""EAGLE-3 (arXiv 2503.01840): one decoder layer run once a level, on its own output and the token before the guess.
 
 B rows · T stream positions · A newly accepted tokens · N levels · F feature layers · H hidden width · V draft
 vocabulary · f nodes of a level.
 At stream position t it reads the target's features g[t] and the embedding of x[t+1], and guesses x[t+2]; the next run
 takes its own output instead of g[t], the embedding of that guess, and rotary position t + 1. So a draft of N levels is
-N runs in a row, over a tree that grows by the f best nodes a level.
+N sequential runs, over a tree that grows by the f best nodes a level.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ class Eagle3Config(DrafterConfig):
 
     @property
     def level_parameters(self) -> int:
-        """As of DrafterConfig, but q, k and v read 2 H."""
+        """Those of DrafterConfig, with q, k and v reading 2 H."""
         extra = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         return super().level_parameters + self.hidden_size * extra
 
 
 class Eagle3(DrafterModule):
-    """The drafter. Its head is its own and trained; the embedding is the target's."""
+    """The drafter, with a trained head of its own and the target's embedding."""
 
     architecture = "LlamaForCausalLMEagle3"
     Config = Eagle3Config
@@ -84,7 +84,7 @@ class Eagle3(DrafterModule):
         hidden, eps = c.hidden_size, c.rms_norm_eps
         keys = iter(jax.random.split(key, 9))
         super().__init__(c, next(keys), dtype)
-        self.stacked = stacked  # of its cache: there is one layer
+        self.stacked = stacked  # the form of its cache: there is one layer
         self.embedding_norm, self.hidden_norm = RMSNorm(hidden, eps, dtype), RMSNorm(hidden, eps, dtype)
         self.mlp_norm, self.norm = RMSNorm(hidden, eps, dtype), RMSNorm(hidden, eps, dtype)
         self.attention = Attention(hidden, c.num_heads, c.num_kv_heads, c.head_dim, keys, dtype, num_in=2 * hidden)
@@ -93,10 +93,10 @@ class Eagle3(DrafterModule):
         self.head = nnx.Param(head, axes=("vocab", "embed"))
 
     def start_from(self, target: Any, feature_rms: jax.Array, *, layers: bool) -> None:
-        """Sets its norm and head to the target's and, with `layers`, its layer to the target's last one.
+        """Initialises its norm and head from the target's and, with `layers`, its layer from the target's last one.
 
-        What that layer reads, this one then reads of the highest feature, of root mean square `feature_rms` [F], and of
-        its own output; of the embedding it reads nothing at first. Raises UserError where the layer is of other sizes.
+        The layer then reads the highest feature, of root mean square `feature_rms` float32 [F], or its own output as
+        the target's layer reads its input, and the embedding with weight 0. Raises UserError if the sizes differ.
         """
         hidden = self.config.hidden_size
         rows = target.head_rows()
@@ -111,12 +111,12 @@ class Eagle3(DrafterModule):
         self.hidden_norm.weight[...] = like_target.input_norm.weight[...]
         self.attention.o.set_matrix(like_target.attention.o.matrix)
         for name in ("q", "k", "v"):
-            matrix = getattr(like_target.attention, name).matrix  # [H, out], and here [embedding's H + H, out]
+            matrix = getattr(like_target.attention, name).matrix  # [H, out]; here [2 H, out], the embedding first
             getattr(self.attention, name).set_matrix(jnp.concatenate([jnp.zeros_like(matrix), matrix]))
         self.fc.set_matrix(jnp.zeros(self.fc.matrix.shape).at[-hidden:].set(jnp.eye(hidden) * feature_rms[-1]))
 
     def own_head(self) -> jax.Array:
-        """[V, H], what training gives a gradient besides the layer."""
+        """Its head [V, H], which training gives a gradient."""
         return self.head[...]
 
     def unstacked(self) -> Eagle3:
@@ -133,12 +133,12 @@ class Eagle3(DrafterModule):
         return other
 
     def stored(self) -> list[NamedVariable]:
-        """As of DrafterModule, under the names that its authors gave."""
+        """The tensors of DrafterModule.stored, under the names that EAGLE-3's authors gave."""
         tensors = stored_tensors(self, _STORED)
         return tensors if self.token_ids is None else [*tensors, NamedVariable("d2t", self.token_ids)]
 
     def published(self) -> dict[str, Any]:
-        """The keys that its authors gave, as far as DrafterConfig has others."""
+        """The entries whose keys EAGLE-3's authors named otherwise than DrafterConfig."""
         c = self.config
         return {
             "model_type": "llama",
@@ -157,23 +157,25 @@ class Eagle3(DrafterModule):
         return VocabWeights(target.embedding[...], self.head[...], ids)
 
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Ring:
-        """`empty_ring` of the one layer."""
+        """The empty Ring of its one layer."""
         return self.empty_ring(1, batch, num_slots, most_written, stacked=self.stacked)
 
     # --- the layer ----------------------------------------------------------------------------------------------
 
-    def _heads(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, Q, K*G, D] and k and v [B, Q, K, D] of embeddings and hidden states [B, Q, H]."""
+    def _project(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, Q, K*G, D], k and v [B, Q, K, D] of embeddings and hidden states [B, Q, H]."""
         both = jnp.concatenate([self.embedding_norm(e), self.hidden_norm(h)], axis=-1)
         return self.attention.project(both, rotation(positions, self.config.rope, self.config.head_dim))
 
-    def _keys(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The same as `attention` has them, q [B, K, G*Q, D] and fresh k and v [B, K, Q, D]."""
-        q, k, v = self._heads(e, h, positions)
+    def _project_by_head(
+        self, e: jax.Array, h: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`_project` in the layout of `attention`: q [B, K, G*Q, D], fresh k and v [B, K, Q, D]."""
+        q, k, v = self._project(e, h, positions)
         return by_kv_head(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
-    def _rest(self, h: jax.Array, attended: jax.Array) -> jax.Array:
-        """The layer's output [B, Q, H] from its input and what attention [B, Q, K*G, D] gave."""
+    def _after_attention(self, h: jax.Array, attended: jax.Array) -> jax.Array:
+        """The layer's output [B, Q, H] from its input and the attended values [B, Q, K*G, D]."""
         h = h + self.attention.output(attended.astype(h.dtype))
         return h + self.mlp(self.mlp_norm(h))
 
@@ -190,26 +192,25 @@ class Eagle3(DrafterModule):
         context: tuple[Any, ...] = (),
         remat: Any = None,
     ) -> tuple[Any, None]:
-        """The head's input at every level and position: training-time test.
+        """The head's input at every level and position (see interfaces.TrainableDrafter): training-time test.
 
-        Run j takes run j - 1's output and the true token j further on. A query sees the keys of run 0 that `visible`
-        [B, T, T] lets it see and, of each later run, the key at its own position: the path that it would be on.
+        Run j reads run j - 1's output and the true token j positions further on. A query sees the keys of run 0 that
+        `visible` allows and, of each later run, the key at its own position: those on its own path.
 
         Returns:
-          A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and None, where FastEagle
-          has its fresh keys and values.
+          A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and None.
         """
         h = self.fused(features)
         keys: list[jax.Array] = []
         values: list[jax.Array] = []
         states = []
         for j in range(self.num_levels):
-            e = embed(embedding, jnp.roll(next_tokens, -j, axis=1), h.dtype)  # past a segment's end no loss looks
+            e = embed(embedding, jnp.roll(next_tokens, -j, axis=1), h.dtype)  # no loss reads past a segment's end
 
             def run(h: jax.Array, e: jax.Array, keys: Any, values: Any, j: int = j) -> tuple[jax.Array, Any, Any]:
-                q, k, v = self._heads(e, h, positions + j)
+                q, k, v = self._project(e, h, positions + j)
                 keys, values = [*keys, k], [*values, v]
-                return self._rest(h, _attend_to_own_path(q, keys, values, visible)), keys, values
+                return self._after_attention(h, _attend_to_own_path(q, keys, values, visible)), keys, values
 
             h = constrain(h, "batch", None, None)
             h, keys, values = (run if remat is None else jax.checkpoint(run, policy=remat))(h, e, keys, values)
@@ -221,7 +222,7 @@ class Eagle3(DrafterModule):
     def extend(
         self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int, context: tuple[Past, ...] = ()
     ) -> Ring:
-        """The cache with the accepted tokens' stream positions in it, whatever the number of levels."""
+        """The cache with the accepted tokens' stream positions in it, which do not depend on the number of levels."""
         return self._advance(vocab, new, cache)[1]
 
     def draft(
@@ -233,13 +234,13 @@ class Eagle3(DrafterModule):
         ranking: Ranking,
         context: tuple[Past, ...] = (),
     ) -> tuple[Draft, Ring]:
-        """A tree rooted at the pending token (see interfaces.Drafter), grown level by level (see tree.grow)."""
+        """A tree rooted at the pending token, grown level by level (see interfaces.Drafter and tree.grow)."""
         num_levels = tree.num_levels(self.num_levels)
         new, skipped = newest(new, num_levels + 1)
         h, cache = self._advance(vocab, new, cache._replace(length=cache.length + skipped))  # [B, H]
         batch = h.shape[0]
         ids = draft_ids(vocab)
-        past = self._past(cache, jnp.maximum(cache.length - 1, 0)[:, None])  # every node sees what its root does
+        past = self._past(cache, jnp.maximum(cache.length - 1, 0)[:, None])  # every node sees what its root sees
 
         def guess(nodes: _Nodes, depth: int) -> jax.Array:
             logits = vocab.logits(self.norm(nodes.hidden))  # [B, f, V]
@@ -249,42 +250,42 @@ class Eagle3(DrafterModule):
             h = jnp.take_along_axis(nodes.hidden, parent[..., None], axis=1)
             e = embed(vocab.embedding, tokens, h.dtype)
             position = jnp.broadcast_to((cache.length - 1 + depth)[:, None], parent.shape)
-            q, k, v = self._keys(e, h, position)
+            q, k, v = self._project_by_head(e, h, position)
             keys, values = [*nodes.keys, k], [*nodes.values, v]
             above = jnp.take_along_axis(nodes.own_path, parent[..., None], axis=1)  # [B, f, keys so far]
             itself = jnp.broadcast_to(jnp.eye(parent.shape[1], dtype=bool), (batch, parent.shape[1], parent.shape[1]))
             own_path = jnp.concatenate([above, itself], axis=-1)
             attended = attention(q, jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2), own_path, past)
-            return _Nodes(self._rest(h, by_token(attended, parent.shape[1])), keys, values, own_path)
+            return _Nodes(self._after_attention(h, by_token(attended, parent.shape[1])), keys, values, own_path)
 
         at_root = _Nodes(h[:, None], [], [], jnp.zeros((batch, 1, 0), bool))
         return grow(tree, pending(new), num_levels, ids, at_root, guess, follow), cache
 
     def _past(self, cache: Ring, queries: jax.Array) -> Past:
-        """The committed keys of the one layer, for queries at stream positions int32 [B, Q]."""
+        """The Past of the one layer for `queries` at stream positions int32 [B, Q]."""
         layers = cache.layers
         k, v, positions = layers[0] if isinstance(layers, list) else (part[0] for part in layers)
         return Past(k, v, seen_in_ring(positions, queries, self.config.window), cache.filled())
 
     def _advance(self, vocab: VocabWeights, new: Accepted, cache: Ring) -> tuple[jax.Array, Ring]:
-        """The layer's output [B, H] at the last accepted position, and the cache with all of them."""
+        """The layer's output [B, H] at the last accepted position, and the cache with all accepted positions."""
         batch, num_tokens = new.tokens.shape
         index = jnp.arange(num_tokens)
         positions = cache.length[:, None] + index
         visible = jnp.broadcast_to(causal(index[:, None], index, self.config.window), (batch, num_tokens, num_tokens))
         h = self.fused(new.features)
-        q, k, v = self._keys(embed(vocab.embedding, new.tokens, h.dtype), h, positions)
-        h = self._rest(h, by_token(attention(q, k, v, visible, self._past(cache, positions)), num_tokens))
+        q, k, v = self._project_by_head(embed(vocab.embedding, new.tokens, h.dtype), h, positions)
+        h = self._after_attention(h, by_token(attention(q, k, v, visible, self._past(cache, positions)), num_tokens))
         last = jnp.maximum(new.count - 1, 0)[:, None, None]
         fresh = ([k], [v]) if isinstance(cache.k, list) else (k[None], v[None])
         return jnp.take_along_axis(h, last, axis=1)[:, 0], commit_ring(cache, fresh, new.count)
 
 
 class _Nodes(NamedTuple):
-    """Nodes of a level, which the next one grows from."""
+    """The f expanded nodes of a level."""
 
     hidden: jax.Array  # [B, f, H], the layer's output
-    keys: list[jax.Array]  # [B, K, f, D] of each level's nodes so far
+    keys: list[jax.Array]  # [B, K, f, D] of the nodes of each level so far
     values: list[jax.Array]
     own_path: jax.Array  # bool [B, f, keys], whether a node sees them
 
@@ -292,30 +293,30 @@ class _Nodes(NamedTuple):
 def _attend_to_own_path(
     q: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], visible: jax.Array | Packed
 ) -> jax.Array:
-    """Attention of q [B, T, K*G, D] over run 0's keys [B, T, K, D] and the later runs' at the query's own position."""
+    """Attention of q [B, T, K*G, D] over run 0's keys [B, T, K, D] and later runs' at the query's own position."""
     batch, num_tokens, kv_heads, width = keys[0].shape
     q = (q * width**-0.5).reshape(batch, num_tokens, kv_heads, -1, width)  # [B, T, K, G, D]
-    # What the later runs' keys score and their values give is taken of whole rows: no gradient of these is in parts.
-    own_scores = [(q.astype(jnp.float32) * k[:, :, :, None]).sum(axis=-1, keepdims=True) for k in keys[1:]]
-    along = jnp.concatenate([jnp.zeros((*q.shape[:-1], 0)), *own_scores], axis=-1)  # [B, T, K, G, later]
+    # Later runs' scores and values are computed for whole rows, so that their gradients are not summed over blocks.
+    later_scores = [(q.astype(jnp.float32) * k[:, :, :, None]).sum(axis=-1, keepdims=True) for k in keys[1:]]
+    later = jnp.concatenate([jnp.zeros((*q.shape[:-1], 0)), *later_scores], axis=-1)  # [B, T, K, G, later]
     first_k, first_v = keys[0].transpose(0, 2, 1, 3), values[0].transpose(0, 2, 1, 3)  # [B, K, T, D]
 
-    def attend(own: tuple[jax.Array, ...], start: jax.Array | int, num_keys: int) -> jax.Array:
-        """What run 0's values give Q queries, and the weights of the later runs': [B, Q, K, G, D + later]."""
-        size, heads = own[0].shape[1], kv_heads * q.shape[3]
-        rows, of_later = (by_kv_head(x.reshape(batch, size, heads, x.shape[-1]), kv_heads) for x in own)
+    def attend(queries: tuple[jax.Array, ...], start: jax.Array | int, num_keys: int) -> jax.Array:
+        """Run 0's attended values and the later runs' probabilities for Q queries, [B, Q, K*G, D + later]."""
+        size, heads = queries[0].shape[1], kv_heads * q.shape[3]
+        rows, later_rows = (by_kv_head(x.reshape(batch, size, heads, x.shape[-1]), kv_heads) for x in queries)
         if isinstance(visible, Packed):
             seen = visible.visible(start, size)
         else:
             seen = jax.lax.dynamic_slice_in_dim(visible, start, size, axis=1)
         mask = jnp.tile(seen[:, :, :num_keys], (1, q.shape[3], 1))[:, None]
         scores = jnp.einsum("bkmd,bktd->bkmt", rows, first_k[:, :, :num_keys], preferred_element_type=jnp.float32)
-        p = jax.nn.softmax(jnp.concatenate([jnp.where(mask, scores, MASKED), of_later], axis=-1), axis=-1)
-        of_first = p[..., :num_keys].astype(rows.dtype)
-        out = jnp.einsum("bkmt,bktd->bkmd", of_first, first_v[:, :, :num_keys], preferred_element_type=jnp.float32)
+        p = jax.nn.softmax(jnp.concatenate([jnp.where(mask, scores, MASKED), later_rows], axis=-1), axis=-1)
+        first_p = p[..., :num_keys].astype(rows.dtype)
+        out = jnp.einsum("bkmt,bktd->bkmd", first_p, first_v[:, :, :num_keys], preferred_element_type=jnp.float32)
         return by_token(jnp.concatenate([out, p[..., num_keys:]], axis=-1), size)
 
-    attended = in_blocks(attend, (q, along)).reshape(*q.shape[:-1], -1)  # [B, T, K, G, D + later]
+    attended = in_blocks(attend, (q, later)).reshape(*q.shape[:-1], -1)  # [B, T, K, G, D + later]
     out = attended[..., :width]
     for i, v in enumerate(values[1:]):
         out += attended[..., width + i, None] * v[:, :, :, None]

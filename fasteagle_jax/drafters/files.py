@@ -1,14 +1,14 @@
 """A finished drafter on disk: model.safetensors and config.json in one folder.
 
-A drafter's class says under which names its tensors are stored, and which of them torch's way around, [out, in].
-EAGLE-3's have the names that its authors gave them, and a reduced draft vocabulary as they store it: `d2t`, offsets
-from draft ids to the target's, and `t2d`, a mask; its config.json has their keys beside ours. The target's frozen head
-and embedding are not stored. `config.json` names the target by a fingerprint of its weights, so that use with another
-is noticed, and holds the SHA-256 of model.safetensors, so that a damaged file is found out.
+A drafter's class names its stored tensors, and says which of them are transposed to torch's [out, in]. EAGLE-3's have
+its authors' names, and so has a reduced draft vocabulary: `d2t`, offsets from draft ids to the target's, and `t2d`, a
+mask; its config.json has their keys beside ours. The target's frozen head and embedding are not stored. `config.json`
+has a fingerprint of the target's weights, so that use with another target is noticed, and the SHA-256 of
+model.safetensors, so that a damaged file is.
 
-Matrices may be stored smaller than they are computed with: in bfloat16, or in int8 with a float32 scale a row (an
-output), under the matrix's name and `.scale`, except those whose relative error would exceed MAX_INT8_RELATIVE_ERROR,
-such as fc, whose columns differ much in size. Only guesses depend on it: what is decoded stays the target's own.
+Matrices may be stored in bfloat16, or in int8 with a float32 scale for each row (an output) under the matrix's name and
+`.scale`. Those whose relative error in int8 would exceed MAX_INT8_RELATIVE_ERROR are stored in bfloat16, such as fc,
+whose columns differ much in size. Storage changes guesses alone: what is decoded stays the target's own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fasteagle_jax.nn.transformer import stacks_are_faster
 
 TENSORS = "model.safetensors"
 STORAGE = ("float32", "bfloat16", "int8")
-MAX_INT8_RELATIVE_ERROR = 0.01  # root mean square of what rounding to int8 adds, over that of the matrix
+MAX_INT8_RELATIVE_ERROR = 0.01  # root mean square of the rounding error over that of the matrix
 _SCALE = ".scale"
 
 log = logging.getLogger(__name__)
@@ -50,9 +50,9 @@ def save_drafter(
 ) -> None:
     """Writes a drafter to a new folder, whole or not at all.
 
-    The scale of the features is folded into fc. `info` goes into config.json beside the sizes. `storage`, one of
-    STORAGE, is how matrices are stored; float32 means as they are.
-    Raises UserError where the folder exists.
+    The scale of the features is folded into fc. `info` is added to config.json. `storage`, one of STORAGE, is the dtype
+    of stored matrices; float32 leaves them as they are.
+    Raises UserError if the folder exists.
     """
     folder = Path(folder)
     if folder.exists():
@@ -85,12 +85,12 @@ def load_drafter(
 ) -> Any:
     """The drafter in `folder`, for the target of this configuration and fingerprint.
 
-    `stacked` and `mesh` are as of targets.loading.load_target. A target of the same sizes but of other weights (a
-    fine-tune, other storage) is a warning: what is decoded stays exact, and fewer guesses may be accepted. `strict`
-    makes it a UserError, as a folder that is not a drafter, a damaged file, or a target of other sizes always are.
+    For `stacked` and `mesh` see targets.loading.load_target. A target of the same sizes but other weights (a fine-tune,
+    other storage) is a warning, or with `strict` a UserError: what is decoded stays exact, but fewer guesses may be
+    accepted. A folder without a drafter, a damaged file and a target of other sizes are always a UserError.
     """
     folder = Path(folder)
-    raw = _raw(folder)
+    raw = _read_raw(folder)
     config, made_for = _config_of(raw, folder)
     path, stated = folder / TENSORS, raw.get("sha256")  # folders of older versions do not say
     for name in ("hidden_size", "vocab_size"):
@@ -126,8 +126,8 @@ def load_drafter(
 
 
 def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
-    """Puts stored tensors into an unstacked drafter, where its arrays are; UserError, with `source`, for misfits."""
-    derived = {"t2d"}  # what d2t says
+    """Sets an unstacked drafter's variables, in their shards; UserError, naming `source`, if the tensors do not fit."""
+    derived = {"t2d"}  # follows from d2t
     stored = drafter.stored()
     expected = {t.name: t.variable.shape[::-1] if t.transposed else t.variable.shape for t in stored}
     found = {name: value.shape for name, value in tensors.items() if name not in derived}
@@ -144,8 +144,8 @@ def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
 
 
 def read_config(folder: Path) -> tuple[DrafterConfig, str]:
-    """The sizes of the drafter in a folder, and the fingerprint of its target; UserError where it is none."""
-    return _config_of(_raw(folder), folder)
+    """The configuration of the drafter in a folder, and its target's fingerprint; UserError if there is no drafter."""
+    return _config_of(_read_raw(folder), folder)
 
 
 def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
@@ -163,7 +163,7 @@ def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
         raise UserError(f"{path} is damaged ({error}): copy the drafter again") from None
 
 
-def _raw(folder: Path) -> dict[str, Any]:
+def _read_raw(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text())
@@ -178,7 +178,7 @@ def _raw(folder: Path) -> dict[str, Any]:
 
 
 def tensors_of(drafter: Any) -> dict[str, np.ndarray]:
-    """A drafter's tensors by the names they are stored under, in the drafter's dtype."""
+    """A drafter's tensors by their stored names, in the drafter's dtype."""
     drafter = drafter.unstacked()
     tensors = {}
     for name, variable, transposed in drafter.stored():
@@ -194,7 +194,7 @@ def tensors_of(drafter: Any) -> dict[str, np.ndarray]:
 
 
 def packed(tensors: Mapping[str, np.ndarray], storage: str) -> dict[str, np.ndarray]:
-    """Tensors with their matrices as `storage`, one of STORAGE, has them; float32 leaves them as they are."""
+    """Tensors with their matrices in `storage`, one of STORAGE; float32 leaves them as they are."""
     stored: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
         if value.ndim != 2 or storage == "float32":
@@ -202,18 +202,17 @@ def packed(tensors: Mapping[str, np.ndarray], storage: str) -> dict[str, np.ndar
             continue
         largest = np.abs(value.astype(np.float32)).max(axis=1, keepdims=True)
         scale = np.where(largest > 0, largest / 127, np.float32(1))  # [out, 1]
-        whole = np.rint(value / scale)
-        if storage == "int8" and np.linalg.norm(whole * scale - value) <= MAX_INT8_RELATIVE_ERROR * np.linalg.norm(
-            value
-        ):
-            stored[name], stored[name + _SCALE] = whole.astype(np.int8), scale
+        rounded = np.rint(value / scale)
+        error = np.linalg.norm(rounded * scale - value)
+        if storage == "int8" and error <= MAX_INT8_RELATIVE_ERROR * np.linalg.norm(value):
+            stored[name], stored[name + _SCALE] = rounded.astype(np.int8), scale
         else:
             stored[name] = value.astype(jnp.bfloat16)
     return stored
 
 
 def unpacked(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What was `packed`, int8 matrices in float32."""
+    """The tensors that were `packed`, int8 matrices as float32."""
     scales = {name.removesuffix(_SCALE): value for name, value in stored.items() if name.endswith(_SCALE)}
     return {
         name: value * scales[name] if name in scales else value

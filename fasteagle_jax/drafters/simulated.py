@@ -1,8 +1,7 @@
-"""A drafter whose acceptance is given: it costs nothing and knows the target's answer, but for chosen mistakes.
+"""A simulated drafter of given acceptance: it costs nothing and drafts the known answer, with random mistakes.
 
 B rows · N levels · S slots · K ranks of a level · V vocabulary.
-What decoding costs beside a drafter, and what a drafter of some acceptance would bring, can be measured with it before
-anything is trained.
+It serves to measure the cost of decoding without a drafter's, and the gain from some acceptance before any training.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from fasteagle_jax.decoding.tree import Draft, TreeSpec, build
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Cache
 
-RANK_STEP = 20.0  # by which each next guess of a level scores less: a tree takes the chain of the best ones first
+RANK_STEP = 20.0  # by which a level's next guess scores less, so that a tree takes the chain of best guesses first
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Simulated:
-    """An `interfaces.Drafter` whose guess at depth d is right with probability `rates[d - 1]`, if those before it are.
+    """An `interfaces.Drafter` whose guess at depth d is right with probability `rates[d - 1]`, given those before it.
 
-    `sequences` int32 [B, S] are prompt and answer in a row. Whether a guess is right is drawn by (seed, position of the
-    pending token, depth), so no draw is used twice. Where it is wrong, nothing in the tree is right at that depth. A
-    tree of fewer nodes than N + 1 cannot hold all levels, and accepts none of those that it has not.
+    `sequences` int32 [B, S] are each row's prompt and answer. Whether a guess is right is drawn by (seed, position of
+    the pending token, depth), so no draw is used twice. If it is wrong, all guesses of the tree at that depth are.
+    A tree of fewer than N + 1 nodes does not have all levels.
     """
 
-    sequences: jax.Array
+    sequences: jax.Array  # int32 [B, S]
     rates: jax.Array  # float32 [N]
     seed: jax.Array  # uint32 [B]
     vocab_size: int = dataclasses.field(metadata=dict(static=True))
-    feature_layers: tuple[int, ...] = dataclasses.field(default=(0,), metadata=dict(static=True))  # read, not used
+    feature_layers: tuple[int, ...] = dataclasses.field(default=(0,), metadata=dict(static=True))  # not used
     context_layers: tuple[int, ...] = dataclasses.field(default=(), metadata=dict(static=True))
 
     @property
@@ -47,48 +46,48 @@ class Simulated:
         return self.rates.shape[0]
 
     def vocab_weights(self, target: Any) -> VocabWeights:
-        """Rows of the target, of which it uses none."""
+        """The target's embedding and head, which it does not use."""
         return VocabWeights(target.embedding[...], target.head_rows(), None)
 
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Cache:
-        """A Cache that is a position and nothing else."""
+        """A Cache of positions alone."""
         return Cache([], [], jnp.zeros((batch,), jnp.int32))
 
     def extend(self, vocab: VocabWeights, new: Accepted, cache: Cache, num_levels: int, context: Any = ()) -> Cache:
-        """The position after the accepted tokens."""
+        """The cache past the accepted tokens."""
         return self.skip(new, cache)
 
     def skip(self, new: Accepted, cache: Cache) -> Cache:
-        """The position after the accepted tokens."""
+        """The cache past the accepted tokens."""
         return cache._replace(length=cache.length + new.count)
 
     def draft(
         self, vocab: VocabWeights, new: Accepted, cache: Cache, tree: TreeSpec, ranking: Ranking, context: Any = ()
     ) -> tuple[Draft, Cache]:
-        """The sequence's next tokens, or wrong ones from the first mistake on, as a tree (see interfaces.Drafter)."""
+        """A tree of the sequence's next tokens, wrong ones at mistakes (see interfaces.Drafter)."""
         cache = self.skip(new, cache)
         num_levels = tree.num_levels(self.num_levels)
         batch, num_slots = self.sequences.shape
-        at = cache.length[:, None] + 1 + jnp.arange(num_levels)  # [B, N]; the pending token is at cache.length
-        true = jnp.take_along_axis(self.sequences, jnp.minimum(at, num_slots - 1), axis=1)
+        positions = cache.length[:, None] + 1 + jnp.arange(num_levels)  # [B, N]; the pending token is at cache.length
+        true = jnp.take_along_axis(self.sequences, jnp.minimum(positions, num_slots - 1), axis=1)
         noise = gumbel_noise(self.seed, cache.length, jnp.arange(num_levels))  # [B, N]
-        uniform = jnp.exp(-jnp.exp(-noise))  # the Gumbel distribution's function of its own draw
+        uniform = jnp.exp(-jnp.exp(-noise))  # the Gumbel distribution function of the noise
         wrong = (uniform >= self.rates[:num_levels]).astype(jnp.int32)
-        num_ranks = min(tree.num_nodes(num_levels), self.vocab_size - 1)  # K, no more than a level can have nodes
+        num_ranks = min(tree.num_nodes(num_levels), self.vocab_size - 1)  # K, at most the nodes of a level
         rank = jnp.arange(num_ranks)
-        guesses = (true[..., None] + wrong[..., None] + rank) % self.vocab_size  # [B, N, K], all of a level different
+        guesses = (true[..., None] + wrong[..., None] + rank) % self.vocab_size  # [B, N, K], distinct in a level
         scores = jnp.broadcast_to(-RANK_STEP * rank, guesses.shape)
 
         last = jnp.maximum(new.count - 1, 0)[:, None]
         root = jnp.take_along_axis(new.tokens, last, axis=1)
-        ranks = build(tree, root[:, 0], scores)  # whose tokens are ranks, but the root's
+        ranks = build(tree, root[:, 0], scores)  # tokens are ranks, except the root's
         row, level = jnp.arange(batch)[:, None], jnp.maximum(ranks.depths - 1, 0)
         tokens = jnp.where(ranks.depths == 0, root, guesses[row, level, jnp.where(ranks.depths == 0, 0, ranks.tokens)])
         return ranks._replace(tokens=tokens.astype(jnp.int32)), cache
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
-    """The rates that `0.8/0.7/0.6` names, one a level; UserError where they are none."""
+    """The rates in a text such as `0.8/0.7/0.6`, one a level; UserError for other texts."""
     try:
         rates = tuple(float(part) for part in text.split("/"))
     except ValueError:
@@ -101,7 +100,7 @@ def parse_rates(text: str) -> tuple[float, ...]:
 def simulated(
     rates: Sequence[float], prompt: Sequence[int], answer: Sequence[int], num_slots: int, vocab_size: int, seed: int = 0
 ) -> Simulated:
-    """A Simulated drafter for one row, whose plain answer to `prompt` is `answer`; S is `num_slots`."""
+    """The Simulated drafter of one row, whose plain answer to `prompt` is `answer`; S is `num_slots`."""
     known = [*prompt, *answer][:num_slots]
     sequences = np.zeros((1, num_slots), np.int32)
     sequences[0, : len(known)] = known

@@ -1,7 +1,8 @@
-"""The drafters there are: a newcomer's is a file of its own and a line here.
+"""The table of drafters: a new one is a file of its own and a line here.
 
-A class takes (its `Config`, key, dtype, *, stacked) and is an `interfaces.Drafter`; one that is trained is an
-`interfaces.TrainableDrafter`; files ask for `unstacked`, `stacked_form` and `stored`.
+A class takes (its `Config`, key, dtype, *, stacked) and is an `interfaces.Drafter`, to be trained an
+`interfaces.TrainableDrafter`, and to be stored in files it has what drafters.base.DrafterModule declares, `unstacked`
+and `stacked_form`.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ CLASSES: dict[str, Any] = {"fasteagle": FastEagle, "eagle3": Eagle3}  # by Draft
 
 
 def class_named(kind: str) -> Any:
-    """The class of a kind of drafters; UserError, listing all, for one that is not known."""
+    """The class of drafters of this kind; UserError, listing all kinds, for an unknown one."""
     if kind not in CLASSES:
         raise UserError(f"drafter kind {kind!r} is not known: use one of {', '.join(CLASSES)}")
     return CLASSES[kind]
 
 
 def class_of(config: DrafterConfig) -> Any:
-    """The class of the drafter of a configuration; UserError for a kind that is not known."""
+    """The class of a configuration's drafter; UserError for an unknown kind."""
     return class_named(config.kind)
 
 
 def default_config(target_config: Any, kind: str = "fasteagle", **changes: Any) -> Any:
-    """The configuration of a kind whose sizes are the target's, with `changes`.
+    """The configuration of this kind with the target's sizes and `changes`.
 
-    Raises UserError for a kind or a size that there is not, and for feature layers that the target does not have.
+    Raises UserError for an unknown kind or field, and for feature layers that the target does not have.
     """
     c = target_config
     last = c.num_layers - 1
