@@ -1,7 +1,7 @@
-"""Where arrays live on a mesh of devices: one table from the models' logical axes to the mesh's.
+"""Sharding over a mesh of devices: one table from the models' logical axes to the mesh's, RULES.
 
-Mesh axes: `data` splits batches and nothing else, `fsdp` splits weights and in training batches, `tensor` splits heads,
-MLPs and the vocabulary. Weights have their logical axes beside them; only RULES knows the mesh.
+Mesh axes: `data` splits batches alone, `fsdp` splits weights and in training batches, `tensor` splits heads, MLPs and
+the vocabulary. A weight's logical axes stand beside it; only this file knows mesh axes.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from fasteagle_jax.errors import UserError
 MESH_AXES = ("data", "fsdp", "tensor")
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
-    "rows": "data",  # of decoding: over fsdp too, every round would gather the weights
+    "rows": "data",  # in decoding: if split over fsdp too, every round would all-gather the weights
     "embed": "fsdp",  # H, the stream's width, of weights
-    "heads": "tensor",  # all heads of a projection, side by side
+    "heads": "tensor",  # the heads x head width of a projection
     "kv_heads": "tensor",  # K, of a cache
     "mlp": "tensor",
-    "fused": "tensor",  # what a drafter's own projections give to its stream
+    "fused": "tensor",  # the output of a drafter's own projections
     "vocab": "tensor",
     None: None,
 }
 
-Axes = Mapping[str, tuple[str | None, ...]]  # an array's name: the logical axes of its last dimensions
+Axes = Mapping[str, tuple[str | None, ...]]  # an array's name to the logical axes of its last dimensions
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices along each mesh axis; -1, for one of them, takes all that are left."""
+    """The number of devices along each mesh axis; -1, for one of them, takes all that are left."""
 
     data: int = 1
     fsdp: int = -1
@@ -52,7 +52,7 @@ class MeshShape:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The MeshShape that `data,fsdp,tensor` in numbers says; UserError for another text."""
+        """The MeshShape of a text `data,fsdp,tensor` in numbers; UserError for other texts."""
         sizes = [size.strip() for size in text.split(",")]
         if len(sizes) != 3 or not all(size.removeprefix("-").isdecimal() for size in sizes):
             raise UserError(f"mesh {text!r} is not understood: write data,fsdp,tensor, e.g. 1,8,1")
@@ -62,7 +62,7 @@ class MeshShape:
         return f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}"
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
-        """The axes' sizes on so many devices; UserError, with the meshes that there are, where it has others."""
+        """The axes' sizes on `num_devices`; UserError, listing the possible meshes, if they do not fit."""
         given = dataclasses.astuple(self)
         known = math.prod(n for n in given if n > 0)
         data, fsdp, tensor = (num_devices // known if n == -1 else n for n in given)
@@ -72,17 +72,17 @@ class MeshShape:
 
 
 def _factorisations(n: int) -> str:
-    """All meshes of n devices that split no more than two axes, as words."""
+    """The meshes of n devices that split at most two axes, in words."""
     meshes = [(d, f, n // d // f) for d in range(1, n + 1) for f in range(1, n // d + 1) if n % (d * f) == 0]
     words = [f"{d} x {f} x {t}" for d, f, t in meshes if 1 in (d, f, t)]
     return "data x fsdp x tensor = " + ", ".join(words[:12]) + (", ..." if len(words) > 12 else "")
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a shape over all devices of all hosts, or over those given; UserError where they do not fit."""
+    """The mesh of a shape over all devices of all hosts, or over those given; UserError if it does not fit."""
     devices = jax.devices() if devices is None else list(devices)
     sizes = shape.sizes(len(devices))
-    # Auto: GSPMD propagates what the arguments' shardings and `constrain` say.
+    # Auto: GSPMD propagates the arguments' shardings and those of `constrain`.
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -94,17 +94,17 @@ def spec(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int]) -> Par
             raise ValueError(f"logical axis {axis!r} is not known: use one of {_known_axes()}")
         names = RULES[axis]
         names = (names,) if isinstance(names, str) else names or ()
-        ways = math.prod(mesh.shape[name] for name in names)
-        parts.append(names if ways > 1 and size % ways == 0 else None)
+        num_shards = math.prod(mesh.shape[name] for name in names)
+        parts.append(names if num_shards > 1 and size % num_shards == 0 else None)
     return PartitionSpec(*parts)
 
 
 def shardings(mesh: Mesh, tree: Any, axes: Axes | None = None) -> Any:
     """A NamedSharding for each array (or ShapeDtypeStruct) of a pytree.
 
-    The logical axes of a weight's last dimensions stand beside it, in its variable's `axes`; those of other arrays are
-    what `axes` has for the last name in their path that it knows. Further dimensions, of a stack, are whole on every
-    device, as are arrays that `axes` does not know. Raises ValueError for a weight without axes.
+    The logical axes of a weight's last dimensions are its variable's `axes`. Other arrays have those that the argument
+    `axes` lists for the last name in their path that is in it. Leading dimensions, of a stack, are not split, and
+    arrays not in `axes` are replicated. Raises ValueError for a weight without axes.
     """
     by_name = axes or {}
 
@@ -124,7 +124,7 @@ def shardings(mesh: Mesh, tree: Any, axes: Axes | None = None) -> Any:
 
 
 def weight_axes(variable: nnx.Variable[Any], name: str) -> tuple[str | None, ...]:
-    """The logical axes of a weight's last dimensions; ValueError, with its name, for one that does not have them."""
+    """The logical axes of a weight's last dimensions; ValueError, with its name, if it has none."""
     if not variable.has_metadata("axes"):
         raise ValueError(f"weight {name} has no logical axes: give its variable axes=(...), of {_known_axes()}")
     return variable.axes
@@ -135,40 +135,40 @@ def _known_axes() -> str:
 
 
 def row_major(sharding: Sharding, num_dims: int) -> Format:
-    """The Format of a weight whose last dimension lies innermost in a device's memory.
+    """The Format of a weight whose last dimension is innermost in a device's memory.
 
-    A TPU lays a matrix out the other way round where that pads its tiles less (13824 columns over 8 devices, no whole
-    number of 128 each), and every program that multiplies with it would then copy it first.
+    A TPU transposes a matrix in memory if that pads its tiles less (13824 columns over 8 devices are no whole number of
+    128 each), and every program that multiplies with it would then copy it first.
     """
     return Format(Layout(tuple(range(num_dims))), sharding)
 
 
 def place_weights(mesh: Mesh, tree: Any, axes: Axes | None = None) -> Any:
-    """The weights of a pytree where `shardings` says and as `row_major` says; those that are there already stay."""
+    """The weights of a pytree in their `shardings` and `row_major`; those already placed are not copied."""
 
-    def turned(x: Any) -> jax.Array:
-        as_it_is = x.format.layout.major_to_minor == tuple(range(x.ndim))
-        return x if as_it_is else jax.device_put(x, row_major(x.sharding, x.ndim))
+    def to_row_major(x: Any) -> jax.Array:
+        is_row_major = x.format.layout.major_to_minor == tuple(range(x.ndim))
+        return x if is_row_major else jax.device_put(x, row_major(x.sharding, x.ndim))
 
-    return jax.tree.map(turned, jax.device_put(tree, shardings(mesh, tree, axes)))
+    return jax.tree.map(to_row_major, jax.device_put(tree, shardings(mesh, tree, axes)))
 
 
 def _name(key: Any) -> str:
-    """An entry of a pytree's path as the attribute's name."""
+    """The name of an entry of a pytree's path."""
     return str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
 
 
 def make_on(mesh: Mesh | None, make: Callable[..., Any], *args: Any) -> Any:
-    """What `make(*args)` gives, its arrays made in their shards; without a mesh just that."""
+    """The result of `make(*args)`, on a mesh with its arrays created in their shards."""
     if mesh is None:
         return make(*args)
     return jax.jit(make, out_shardings=shardings(mesh, jax.eval_shape(make, *args)))(*args)
 
 
 def check_heads(mesh: Mesh, target: Any, drafter: Any | None) -> None:
-    """Raises UserError, with the sizes that do, where the mesh's tensor axis does not divide a model's heads of K/V.
+    """Raises UserError, listing sizes that fit, if the mesh's tensor axis does not divide a model's heads of K/V.
 
-    `target`, `drafter`: the models' configurations; None for plain decoding.
+    `target` and `drafter` are configurations; no drafter for plain decoding.
     """
     models = {"target": target} if drafter is None else {"target": target, "drafter": drafter}
     heads = {name: config.num_kv_heads for name, config in models.items()}
@@ -183,19 +183,19 @@ def check_heads(mesh: Mesh, target: Any, drafter: Any | None) -> None:
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """Of arrays [B, ...]: rows over data and fsdp."""
+    """The sharding of arrays [B, ...]: rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"], *[None] * (ndim - 1)))
 
 
 def check_batch(mesh: Mesh, batch: int) -> None:
-    """Raises UserError where a batch cannot be split over the mesh's data and fsdp axes."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % ways:
-        raise UserError(f"batch_size {batch} is not divisible by data x fsdp = {ways}: use a multiple of {ways}")
+    """Raises UserError if a batch cannot be split over the mesh's data and fsdp axes."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % shards:
+        raise UserError(f"batch_size {batch} is not divisible by data x fsdp = {shards}: use a multiple of {shards}")
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """x with its logical axes split as RULES says, inside a program under `jax.set_mesh`; x elsewhere."""
+    """x with its logical axes split by RULES, inside a program under `jax.set_mesh`; elsewhere x."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or all(RULES[axis] is None for axis in logical):
         return x
@@ -203,21 +203,21 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def constrain_all(tree: Any, axes: Axes) -> Any:
-    """A pytree with its arrays where `shardings` says, inside a program under `jax.set_mesh`; the pytree elsewhere."""
+    """A pytree with its arrays in their `shardings`, inside a program under `jax.set_mesh`; elsewhere the pytree."""
     mesh: Any = jax.sharding.get_abstract_mesh()
     return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree, axes))
 
 
 def platform() -> str:
-    """What the program is traced for: the platform of the mesh's devices, which need not be here, or the default."""
+    """The platform that a program is traced for: that of the mesh's (possibly absent) devices, or the default."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def by_shard(function: Callable[..., Any], axes: Mapping[int, tuple[str | None, ...]], *args: Any) -> Any:
-    """What `function(*args)` gives where each device works on its own shards alone; just that without a mesh.
+    """The result of `function(*args)`, on a mesh under shard_map: each device works on its own shards alone.
 
-    `axes` has the logical axes of arrays by their number of dimensions. The result is split as the first argument is.
+    `axes` has the logical axes of arrays by their number of dimensions. The result is split like the first argument.
     """
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -227,7 +227,7 @@ def by_shard(function: Callable[..., Any], axes: Mapping[int, tuple[str | None, 
 
 
 def top_k(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax.Array]:
-    """`lax.top_k` of rows x [B, ..., V], V of the logical axis `last`: on a mesh, only shards' k best are exchanged."""
+    """`lax.top_k` of x [B, ..., V], V of the logical axis `last`: only the k best of each shard are all-gathered."""
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.lax.top_k(x, k)
@@ -239,7 +239,7 @@ def top_k(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax
         if axis is None:
             return values, index
         index += jax.lax.axis_index(axis) * x.shape[-1]
-        # In the shards' order, so that of equal values the first one comes first, as without a mesh.
+        # In the shards' order, so that among equal values the first one comes first, as without a mesh.
         values, index = (jax.lax.all_gather(part, axis, axis=x.ndim - 1, tiled=True) for part in (values, index))
         values, best = jax.lax.top_k(values, k)
         return values, jnp.take_along_axis(index, best, axis=-1)
@@ -248,27 +248,27 @@ def top_k(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax
 
 
 def process_values(mesh: Mesh | None, value: float) -> np.ndarray:
-    """float32, the value that each of the mesh's processes has; all of them must ask together."""
+    """The values float32 of all the mesh's processes, each of which must call this."""
     if mesh is None or len({d.process_index for d in mesh.devices.flat}) == 1:
         return np.asarray([value], np.float32)
     return np.asarray(multihost_utils.process_allgather(np.float32(value)))
 
 
 def training_rows(x: jax.Array, visible: Any) -> jax.Array:
-    """x [B, T, H] with its rows over data and fsdp where `visible` is training's, a function; x in decoding.
+    """x [B, T, H] with its rows over data and fsdp in training, if `visible` is a function; in decoding x.
 
-    Every layer says so of its output. Unsaid, the compiler splits H as that of the weights is, and all devices compute
-    all rows: eight times the memory on eight of them.
+    Every layer applies this to its output. Without it the compiler splits H like that of the weights, and each device
+    computes all rows.
     """
     return constrain(x, "batch", None, None) if callable(visible) else x
 
 
 def fetch(tree: Any) -> Any:
-    """The arrays of a pytree as NumPy's, whole on every process; all processes must ask together."""
+    """A pytree's arrays as NumPy arrays, whole on every process; all processes must call this."""
 
     def whole(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
-            mesh: Any = getattr(x.sharding, "mesh")  # noqa: B009  # only a mesh's arrays are not addressable
+            mesh: Any = getattr(x.sharding, "mesh")  # noqa: B009  # only arrays on a mesh are not addressable
             x = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(x)
         return np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) and not x.is_fully_addressable else x)
 
@@ -276,9 +276,9 @@ def fetch(tree: Any) -> Any:
 
 
 def place_batch(mesh: Mesh | None, make: Callable[[slice], Any], size: int) -> Any:
-    """The global batch of `size` rows of which `make(rows)` gives some, a pytree of NumPy arrays [rows, ...].
+    """The global batch of `size` rows from `make(rows)`, which returns the rows of a slice as a pytree of NumPy arrays.
 
-    Rows lie over the mesh; every process makes those of its own devices alone.
+    Rows are split over the mesh; each process makes those of its own devices alone.
     """
     if mesh is None:
         return jax.tree.map(jnp.asarray, make(slice(0, size)))
@@ -294,9 +294,9 @@ def place_batch(mesh: Mesh | None, make: Callable[[slice], Any], size: int) -> A
 
 
 def place(value: np.ndarray | Callable[[Any], np.ndarray], sharding: NamedSharding, shape: Sequence[int]) -> jax.Array:
-    """A global array of which every process makes its own shards alone.
+    """A global array of which each process makes its own shards alone.
 
-    `value` is the whole array, or what gives the part at an index (a tuple of slices), for arrays never held whole.
+    `value` is the whole array, or a function from an index (a tuple of slices) to the part there.
     """
     part = value if callable(value) else lambda index: value[index]
     return jax.make_array_from_callback(tuple(shape), sharding, part)

@@ -1,8 +1,8 @@
-"""Where a target comes from: a Hugging Face folder, a GGUF file, a hub name or the small default model.
+"""A target's checkpoint, the same for all file formats, and its fingerprint.
 
-`open_checkpoint(name)` gives a `Checkpoint`: the configuration and, one at a time, the tensors under their
-Hugging Face names and shapes ([out, in]), whatever the file. Files are checked when they are opened, so that
-a truncated download is found before the first tensor is asked for.
+`loading.open_checkpoint(name)` returns a `Checkpoint`: the configuration and, one at a time, the tensors under their
+Hugging Face names and shapes ([out, in]). Files are checked when they are opened, so that a truncated download is found
+before the first tensor is read.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 
 from fasteagle_jax.errors import UserError
 
-_FINGERPRINT_ROWS = 64
+_FINGERPRINT_ROWS = 64  # of the embedding and of the head
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor still in its file: its Hugging Face shape, and how to read its first rows (None: all)."""
+    """A tensor in its file: its Hugging Face shape, and a function that reads its first rows (None: all)."""
 
     shape: tuple[int, ...]
     load: Callable[[int | None], np.ndarray]
@@ -34,7 +34,7 @@ class Checkpoint:
     """A target's configuration and its tensors, read lazily under their Hugging Face names."""
 
     path: Path
-    config: Any  # of its family
+    config: Any  # the family's configuration
     tensors: Mapping[str, StoredTensor] = dataclasses.field(repr=False)
 
     def names(self) -> tuple[str, ...]:
@@ -42,13 +42,13 @@ class Checkpoint:
         return tuple(sorted(self.tensors))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of tensor `name`, without reading it."""
+        """The shape of tensor `name`, which is not read."""
         return self._stored(name).shape
 
     def read(self, name: str, num_rows: int | None = None) -> np.ndarray:
-        """Tensor `name`, or its first `num_rows` rows: float32, float16 or bfloat16 (ml_dtypes) as stored.
+        """Tensor `name`, or its first `num_rows` rows, in float32, float16 or bfloat16 (ml_dtypes) as stored.
 
-        Quantised GGUF tensors come out dequantised, in float32. The array may be a read-only view of a file.
+        Quantised GGUF tensors are dequantised to float32. The array may be a read-only view of a file.
         """
         return self._stored(name).load(num_rows)
 
@@ -58,8 +58,8 @@ class Checkpoint:
         return self.tensors[name]
 
 
-# The fields that the first fingerprints were made of, whatever their values. max_positions is none of them: a limit of
-# use, which users change, and no property of the weights.
+# The fields of the first fingerprints, hashed even at their defaults. max_positions is not among them: it is a limit of
+# use, which users change, and not a property of the weights.
 _FIRST_FIELDS = {
     "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
     "rms_norm_eps", "rope", "tie_embeddings", "attention_bias", "mlp_bias",
@@ -68,7 +68,7 @@ _FIRST_FIELDS = {
 
 
 def _identity(config: Any) -> dict[str, Any]:
-    """What of a configuration tells targets apart, in the order of its fields."""
+    """The fields of a configuration that identify a target, in their order."""
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -78,12 +78,12 @@ def _identity(config: Any) -> dict[str, Any]:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Sixteen hex digits that tell this target from others, alike for all file formats of the same values.
+    """Sixteen hex digits that identify this target, the same for all file formats of the same values.
 
     Hashes the configuration, all names and shapes, and, in float32, the norm weights and the first rows of the
-    embedding and of a head of its own: megabytes, not the whole model. A target of which only layers' matrices differ
-    (an adapter merged into it) has the same. A field that a configuration gains later is left out at its default, so
-    that it changes no fingerprint.
+    embedding and of an untied head: megabytes, not the whole model. A target that differs in layers' matrices alone (a
+    merged adapter) has the same fingerprint. A new field of a configuration is left out at its default, so that it does
+    not change fingerprints.
     """
     config = _identity(checkpoint.config)
     if config["rope"]["kind"] != "llama3":

@@ -1,4 +1,4 @@
-"""What families of targets share: one forward pass for prefill, plain decoding, verification and training.
+"""The base of target families: one forward pass for prefill, plain decoding, verification and training.
 
 B rows · Q query tokens · L layers · H hidden width · K heads of K/V · D head width · V vocabulary · F feature layers.
 """
@@ -30,15 +30,15 @@ from fasteagle_jax.nn.transformer import (
 
 
 class TargetOutput(NamedTuple):
-    """What a target's forward pass returns."""
+    """The results of a target's forward pass."""
 
     hidden: jax.Array  # [B, Q, H] after the final norm: the head's input
     features: jax.Array | None  # [B, Q, F*H] inputs of the feature layers, concatenated low to high; None for F = 0
-    fresh: Any  # keys and values of the Q tokens, for `commit`
+    fresh: Any  # keys and values of the Q tokens, for `kv_cache.commit`
 
 
 class DecoderTarget(nnx.Module):
-    """A frozen target: embedding, decoder layers, final norm, head. A family overrides what it has different.
+    """A frozen target: embedding, decoder layers, final norm, head. A family overrides what differs.
 
     `layers` is one stacked layer (leading axis L) or, unstacked, a list of L of them. Activations between matrix
     products are in `activation_dtype`, by default the weights' dtype.
@@ -63,13 +63,13 @@ class DecoderTarget(nnx.Module):
         self.layers = layers if stacked else nnx.List(unstack(layers, c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
         head = jax.random.normal(key_head, (c.vocab_size, c.hidden_size), dtype) * c.hidden_size**-0.5
-        self.head = None if c.tie_embeddings else nnx.Param(head, axes=axes)  # None where it is the embedding
+        self.head = None if c.tie_embeddings else nnx.Param(head, axes=axes)  # None if it is the embedding
 
-    # --- what a family may have different -----------------------------------------------------------------------
+    # --- what a family may override -----------------------------------------------------------------------------
 
     @staticmethod
     def make_layer(config: Any, key: jax.Array, dtype: Any) -> Any:
-        """A layer of random weights: a module called as DecoderLayer is, with its `attention`."""
+        """A layer of random weights: a module with DecoderLayer's call, `input_norm` and `attention`."""
         c = config
         sizes = LayerConfig(
             c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps,
@@ -84,14 +84,14 @@ class DecoderTarget(nnx.Module):
 
     @property
     def logit_map(self) -> LogitMap:
-        """From the head's products to logits."""
+        """The map from the head's products to logits."""
         return LogitMap()
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """The first layer's input [B, Q, H] of tokens int32 [B, Q]."""
         return embed(self.embedding[...], tokens, self.activation_dtype)
 
-    # --- the pass -----------------------------------------------------------------------------------------------
+    # --- the forward pass ---------------------------------------------------------------------------------------
 
     def __call__(
         self,
@@ -105,8 +105,8 @@ class DecoderTarget(nnx.Module):
 
         Args:
           tokens, positions: int32 [B, Q].
-          visible: bool [B, Q, Q], True where query i may see fresh token j; committed slots are seen as far as a
-            layer's window reaches. Or, without a cache, attention itself (see attention.Attend), as of packed rows.
+          visible: bool [B, Q, Q], True where query i may see fresh token j; committed slots are seen within a layer's
+            window. Or, without a cache, a Windowed attention such as nn.packed_attention.Packed.
           cache: committed tokens, only read; None for none.
           feature_layers: indices of the layers whose inputs are the features, e.g. (2, L // 2, L - 3) of EAGLE-3.
         """
@@ -123,23 +123,23 @@ class DecoderTarget(nnx.Module):
             x, fresh = weights(x, context.rotation, attend)
             return training_rows(x, visible), fresh
 
-        # The stack is cut where a feature is read, so that nothing is kept of the other layers.
-        cuts = [0, *sorted({f for f in feature_layers if f > 0}), c.num_layers]
-        at: dict[int, jax.Array] = {0: x}
+        # The layers run in segments that end where a feature is read, so that nothing is kept of the other layers.
+        bounds = [0, *sorted({f for f in feature_layers if f > 0}), c.num_layers]
+        inputs: dict[int, jax.Array] = {0: x}  # of layers, by index
         fresh = []
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
             x, kv = run_layers(layer_step, x, (self.layers, past, kinds.numbers), (start, stop))
             fresh.append(kv)
-            at[stop] = x
-        features = jnp.concatenate([at[f] for f in feature_layers], axis=-1) if feature_layers else None
+            inputs[stop] = x
+        features = jnp.concatenate([inputs[f] for f in feature_layers], axis=-1) if feature_layers else None
         return TargetOutput(self.norm(x), features, _join(fresh, stacked=self.stacked))
 
     def layer(self, index: int) -> Any:
-        """One of the layers, out of a stack or a list."""
+        """One of the layers, unstacked."""
         return jax.tree.map(lambda w: w[index], self.layers) if self.stacked else self.layers[index]
 
     def keys_values(self, index: int, inputs: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The keys and values [B, K, Q, D] that a layer makes of its inputs [B, Q, H] at positions int32 [B, Q]."""
+        """The keys and values [B, K, Q, D] of a layer for its inputs [B, Q, H] at positions int32 [B, Q]."""
         layer, kind = self.layer(index), self.layer_kinds(self.config)[index]
         table = LayerKinds((kind,), positions, self.config.head_dim, stacked=False).of(0).rotation
         _, k, v = layer.attention.project(layer.input_norm(inputs), table)
@@ -153,7 +153,7 @@ class DecoderTarget(nnx.Module):
         """Next-token logits float32 [..., V] of final hidden states [..., H]."""
         return self.logit_map(head_logits(hidden, self.head_rows()))
 
-    # --- its form -----------------------------------------------------------------------------------------------
+    # --- cache, and the form of the layers ----------------------------------------------------------------------
 
     @property
     def stacked(self) -> bool:
@@ -166,14 +166,14 @@ class DecoderTarget(nnx.Module):
         return self.embedding[...].dtype
 
     def empty_cache(self, batch: int, num_slots: int) -> Cache:
-        """A cache for `batch` rows of `num_slots` tokens, in the form the layers are in."""
+        """An empty cache for `batch` rows of `num_slots` tokens, as a stack or a list like the layers."""
         c = self.config
         return empty_cache(c.num_layers, batch, c.num_kv_heads, num_slots, c.head_dim, self.dtype, stacked=self.stacked)
 
     def unstacked(self, *, by_rows: bool = True) -> Self:
         """The same target with its layers as a list, which XLA's CPU compiler runs faster.
 
-        With `by_rows` the weights are RowWeights if these are faster.
+        With `by_rows` the weights become RowWeights if these are faster.
         """
         if not self.stacked:
             return self
@@ -186,7 +186,7 @@ class DecoderTarget(nnx.Module):
 
 
 def _join(fresh: list[Any], *, stacked: bool) -> Any:
-    """Segments' fresh (k, v) as one pair of stacks over all layers."""
+    """The segments' fresh (k, v) as one pair of stacks or lists over all layers."""
     if stacked:
         return jax.tree.map(lambda *xs: jnp.concatenate(xs), *fresh)
     layers = [kv for segment in fresh for kv in segment]

@@ -23,25 +23,23 @@ from fasteagle_jax.targets.table import family_of_gguf
 _GGUF_TOP = re.compile(r"(\w+)\.weight")
 _GGUF_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _GGUF_ROTARY = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")  # tables, no parameters
-
+# The format's numbers of value types.
 _STRING, _ARRAY = 8, 9
-
 _NUMBER_TYPES = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"}
-
 _NUMBER_TYPES |= {10: "<u8", 11: "<i8", 12: "<f8"}
 
 
 @dataclasses.dataclass(frozen=True)
 class GgufTensor:
-    """A tensor of a GGUF file: its shape ([out, in]), its type, its bytes as stored ([out, bytes a row])."""
+    """A tensor of a GGUF file: its shape [out, in], its type, its stored bytes uint8 [out, bytes a row]."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     data: np.ndarray = dataclasses.field(repr=False)
 
     def read(self, num_rows: int | None = None) -> np.ndarray:
-        """The values of all or the first `num_rows` rows: float16 and bfloat16 as they are, else float32."""
-        if len(self.shape) == 1:  # a row is a value here, and stored are its bytes
+        """The values of all or the first `num_rows` rows: float16 and bfloat16 as stored, others as float32."""
+        if len(self.shape) == 1:  # rows are values here, and `data` their bytes
             return self._values(self.data)[:num_rows]
         return self._values(self.data[:num_rows])
 
@@ -59,8 +57,8 @@ class GgufTensor:
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """Metadata and tensors (under their GGUF names, data unread) of a GGUF file; UserError if it is damaged.
 
-    Reads the header itself rather than through gguf.GGUFReader, which makes several numpy arrays for every
-    string of the vocabulary: seconds, where this takes a tenth of one.
+    Parses the header itself: gguf.GGUFReader is slow, since it makes several NumPy arrays for every string of the
+    vocabulary.
     """
     try:
         return _parse_gguf(np.memmap(path, dtype=np.uint8, mode="r"))
@@ -105,11 +103,11 @@ class _Cursor:
         self.offset = 0
 
     def take(self, size: int) -> bytes:
-        taken = bytes(self.file[self.offset : self.offset + size])
-        if len(taken) < size:
+        data = bytes(self.file[self.offset : self.offset + size])
+        if len(data) < size:
             raise ValueError("the file ends inside its header")
         self.offset += size
-        return taken
+        return data
 
     def number(self, dtype: str | np.dtype[Any]) -> Any:
         return np.frombuffer(self.take(np.dtype(dtype).itemsize), dtype)[0].item()
@@ -135,7 +133,7 @@ class _Cursor:
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """The checkpoint in a GGUF file; UserError if it is damaged or no model of a family that is known."""
+    """The checkpoint in a GGUF file; UserError if it is damaged or of an unknown family."""
     metadata, stored = read_gguf(path)
     try:
         family = family_of_gguf(metadata.get("general.architecture", "unknown"))
@@ -161,7 +159,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def _hf_names(path: Path, known: GgufNames, names: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Pairs of a GGUF name and its Hugging Face name; a tensor that the family does not have is an error."""
+    """Pairs of GGUF and Hugging Face names; UserError for a tensor that the family does not have."""
     for name in names:
         top, block = _GGUF_TOP.fullmatch(name), _GGUF_BLOCK.fullmatch(name)
         if _GGUF_ROTARY.fullmatch(name):
@@ -177,10 +175,10 @@ def _hf_names(path: Path, known: GgufNames, names: Mapping[str, Any]) -> Iterato
 
 
 def _unpermuted(tensor: GgufTensor, num_heads: int) -> Callable[[int | None], np.ndarray]:
-    """Loads q or k rows (or biases) in Hugging Face order.
+    """A function that loads rows (or biases) of q or k in Hugging Face's order.
 
-    GGUF keeps the rows of a head in the order in which rotated pairs are neighbours, 0 D/2 1 D/2+1 ...;
-    Hugging Face keeps the first members of all pairs, then the second ones: 0 1 ... D/2 D/2+1 ...
+    In GGUF the rows of a head that are rotated as a pair are neighbours, 0 D/2 1 D/2+1 ...; in Hugging Face's order the
+    first members of all pairs come first, then the second ones, 0 1 ... D/2 D/2+1 ...
     """
 
     def load(num_rows: int | None) -> np.ndarray:
@@ -194,7 +192,7 @@ def _unpermuted(tensor: GgufTensor, num_heads: int) -> Callable[[int | None], np
 def _hf_config(
     path: Path, family: Family, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]
 ) -> dict[str, Any]:
-    """The `config.json` of Hugging Face that the metadata amount to, as a dict."""
+    """The Hugging Face `config.json` equivalent to the metadata, as a dict."""
     architecture = metadata["general.architecture"]
 
     def field(key: str, default: Any = None) -> Any:
@@ -206,7 +204,7 @@ def _hf_config(
             if len(set(value)) != 1:
                 raise UserError(f"{path}: {key} differs between layers: use a target with equal layers")
             value = value[0]
-        # Files hold float32: 1e-5 is there as 9.999999747e-06, whose shortest spelling is what was meant.
+        # Files hold float32, where 1e-5 is 9.999999747e-06: the shortest spelling is what was meant.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     if "token_embd.weight" not in tensors:
@@ -245,8 +243,8 @@ def _llama3_scaling(
 ) -> dict[str, float | int | str]:
     """The llama3 scaling that `rope_freqs.weight` (D/2 divisors of the rotary frequencies) was computed from.
 
-    The file keeps only the result: the factor is its largest entry, and the two bounds are taken to be those
-    of all published Llama 3 models, 1 and 4. What these settings give must equal the file.
+    The file has only the result: the factor is its largest entry, and the two bounds are assumed to be those of all
+    published Llama 3 models, 1 and 4. UserError if these settings do not reproduce the file.
     """
     factor = float(divisors.max(initial=1.0))
     low, high = 1.0, 4.0

@@ -15,7 +15,7 @@ from fasteagle_jax.targets.table import family_of_files
 
 
 def open_folder(folder: Path) -> Checkpoint:
-    """The checkpoint in a Hugging Face folder; UserError if it is incomplete or of a family that is not known."""
+    """The checkpoint in a Hugging Face folder; UserError if it is incomplete or of an unknown family."""
     path = folder / "config.json"
     if not path.is_file():
         ggufs = sorted(folder.glob("*.gguf"))
@@ -69,7 +69,7 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
             )
 
     def loader(name: str) -> Callable[[int | None], np.ndarray]:
-        # A safetensors slice does not clamp as numpy's do.
+        # A safetensors slice does not clamp, as NumPy's do.
         size = slices[name].get_shape()[:1]
         return lambda rows: file.get_tensor(name) if rows is None else slices[name][: min(rows, *size)]
 

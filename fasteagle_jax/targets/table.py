@@ -1,4 +1,4 @@
-"""The families of targets there are: a newcomer's is a file of its own and a line here."""
+"""The table of target families: a new one is a file of its own and a line here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FAMILIES: dict[str, Family] = {"llama": LLAMA}
 
 
 def family_of_files(hf: Mapping[str, Any]) -> Family:
-    """The family of a Hugging Face `config.json` (read into a dict); UserError, listing all, if it has none."""
+    """The family of a Hugging Face `config.json` (read into a dict); UserError, listing all, if it is unknown."""
     architectures = hf.get("architectures") or []
     for family in FAMILIES.values():
         if set(family.architectures) & set(architectures):
@@ -25,7 +25,7 @@ def family_of_files(hf: Mapping[str, Any]) -> Family:
 
 
 def family_of_gguf(architecture: str) -> Family:
-    """The family that a GGUF file's `general.architecture` names; UserError, with those there are, if none."""
+    """The family of a GGUF file's `general.architecture`; UserError, listing all, if it is unknown."""
     known = {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf is not None}
     if architecture not in known:
         raise UserError(f"architecture {architecture!r} is not supported: use a target of {', '.join(known)}")
@@ -33,7 +33,7 @@ def family_of_gguf(architecture: str) -> Family:
 
 
 def family_of(config: Any) -> Family:
-    """The family of a target's configuration; UserError, with those there are, if none."""
+    """The family of a target's configuration; UserError, listing all, if it is unknown."""
     for family in FAMILIES.values():
         if type(config) is family.config:
             return family

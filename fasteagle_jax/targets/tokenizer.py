@@ -1,7 +1,7 @@
-"""The target's tokenizer and the few things drafting needs of its chat template.
+"""The target's tokenizer, its stop tokens and what its chat template marks as answers.
 
-A folder's tokenizer is read by transformers; a GGUF file's is built here from its metadata, because
-transformers does that only where torch is installed. All functions take what `load_tokenizer` gives.
+A folder's tokenizer is read by transformers; a GGUF file's is built here from its metadata, since transformers does so
+only if torch is installed. All functions take the result of `load_tokenizer`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "content": ...}
 
-_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types that are matched whole; only the first are "special"
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types that are matched whole; the first alone is "special"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 _USER_TEXT = "fasteaglesentinel"
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # names of its rule for cutting text into pieces
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # GGUF names of its pre-tokenizer
 _LLAMA3_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,7 +36,7 @@ _LLAMA3_PIECES = (
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a model folder or .gguf file (a path from `locate`); UserError if it cannot be had."""
+    """The tokenizer of a model folder or .gguf file (a path from `locate`); UserError if it is unusable."""
     path = Path(path)
     if not path.is_dir():
         return _gguf_tokenizer(path)
@@ -48,7 +48,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def stop_token_ids(tokenizer: Tokenizer, checkpoint_path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """The ids that end an answer, ascending: the tokenizer's, and those that the checkpoint names."""
+    """The ids that end an answer, ascending: the tokenizer's and the checkpoint's."""
     path = Path(checkpoint_path)
     named: list[Any] = [tokenizer.eos_token_id]
     if path.is_file():
@@ -61,14 +61,14 @@ def stop_token_ids(tokenizer: Tokenizer, checkpoint_path: str | os.PathLike[str]
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-    """Token ids of a conversation under the chat template, up to where the assistant begins to answer."""
+    """Token ids of a conversation under the chat template, by default up to the start of the next answer."""
     return tokenizer.encode(_render(tokenizer, messages, add_generation_prompt), add_special_tokens=False)
 
 
 def user_header_ids(tokenizer: Tokenizer) -> list[int]:
     """The ids that open a conversation, up to the user's first word: a target continues them as the user.
 
-    They include the template's default system prompt, without which self-made prompts are poor.
+    They include the template's default system prompt, without which prompts that the target generates are poor.
     """
     text = _render(tokenizer, [{"role": "user", "content": _USER_TEXT}], add_generation_prompt=False)
     header, found, _ = text.partition(_USER_TEXT)
@@ -81,8 +81,8 @@ def user_header_ids(tokenizer: Tokenizer) -> list[int]:
 def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of a whole conversation, and the [start, end) of each answer in it, its end-of-turn token included.
 
-    What the template itself marks by {% generation %} counts as answers; without such marks, what rendering the
-    conversation up to each answer and past it tells (`prefix_spans`).
+    Answers are what the template marks by {% generation %}; without such marks, they are found by rendering the
+    conversation up to each answer and past it (`prefix_spans`).
     """
     if tokenizer.chat_template and _MARKER.search(tokenizer.chat_template):
         return _marked_spans(tokenizer, messages)
@@ -104,10 +104,10 @@ def _marked_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[li
 
 
 def prefix_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
-    """As `assistant_spans`, found by rendering prefixes of the conversation; UserError where that is impossible.
+    """`assistant_spans` by rendering prefixes of the conversation; UserError if that is impossible.
 
-    The conversation begins with the user's (or system's) message. A span holds what the target would have had
-    to generate: not the header before the answer, nor what the template writes after the end of the turn.
+    The conversation starts with the user's (or system's) message. A span has the tokens that the target would have
+    generated: neither the header before the answer nor what the template adds after the end of the turn.
     """
     text = _render(tokenizer, messages, add_generation_prompt=False)
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -142,7 +142,7 @@ def prefix_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[lis
 
 
 def _transformers() -> Any:
-    """The transformers module, imported late since that takes a second, its advice on torch silenced."""
+    """The transformers module, imported late since that is slow, its advice on torch silenced."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
@@ -164,7 +164,7 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pr
 
 @contextlib.contextmanager
 def _template_errors() -> Iterator[None]:
-    """Makes a chat template's complaint a UserError."""
+    """A context that raises a chat template's errors as UserError."""
     from jinja2 import TemplateError
 
     try:
@@ -187,7 +187,7 @@ def _gguf_tokenizer(path: Path) -> Tokenizer:
         )
     tokens: list[str] = fields["tokens"]
     pre = fields.get("pre", "default")
-    # Llama 3 takes a word that is in the vocabulary whole, whatever the merges would make of it.
+    # Llama 3 does not apply merges to a word that is in the vocabulary.
     bpe = models.BPE(
         vocab={token: i for i, token in enumerate(tokens)},
         merges=[tuple(merge.split(" ", 1)) for merge in fields["merges"]],
@@ -201,8 +201,8 @@ def _gguf_tokenizer(path: Path) -> Tokenizer:
         backend.add_tokens(
             [
                 AddedToken(token, special=special, normalized=False)
-                for token, its in zip(tokens, kinds, strict=True)
-                if its == kind
+                for token, token_kind in zip(tokens, kinds, strict=True)
+                if token_kind == kind
             ]
         )
     names = {
@@ -224,7 +224,7 @@ def _gguf_tokenizer(path: Path) -> Tokenizer:
 
 
 def _pre_tokenizer(path: Path, name: str) -> PreTokenizer:
-    """How text is cut into pieces before merging, by its name in the GGUF file."""
+    """The pre-tokenizer, which splits text before merges, by its name in the GGUF file."""
     from tokenizers import Regex, pre_tokenizers
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
