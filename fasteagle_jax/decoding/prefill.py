@@ -93,7 +93,7 @@ def prefill(
         if drafter is None:
             return Prefilled(target_cache, None, hidden, carry.features)
         features = jnp.where(in_chunk, jnp.take_along_axis(out.features, last, axis=1)[:, 0], carry.features)
-        # Stream position t of the drafter reads the features of t and the next token x[t+1]. So after the first chunk
+        # Stream position t of the drafter reads the features of t and the token x[t+1]. So from the second chunk on its
         # features start with the previous chunk's last one, and only the chunk's own tokens are read.
         shifted = jnp.concatenate([carry.features[:, None], out.features[:, :-1]], axis=1)
         new = Accepted(

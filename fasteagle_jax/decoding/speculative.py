@@ -2,8 +2,9 @@
 
 B rows · P prompt slots · C tokens of a prefill chunk · M nodes · N levels · A = N + 1 tokens a round can accept.
 Between rounds, per row, with n committed tokens x[0..n-1] and the pending token x[n]:
-the target cache holds positions 0..n-1, the drafter cache the stream positions that were drafted from, and `new` the
-features and tokens since. Caches hold verified tokens only. Plain decoding is the same code without a drafter.
+the target cache has positions 0..n-1, `new` the features and tokens that the drafter has not read yet, and the drafter
+cache the stream positions before them. Caches hold verified tokens only. Plain decoding is the same code without a
+drafter.
 """
 
 from __future__ import annotations

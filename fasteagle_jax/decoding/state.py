@@ -38,8 +38,8 @@ class Statistics(NamedTuple):
     """Counts of each row's rounds."""
 
     rounds: jax.Array  # int32 [B], target passes after prefill
-    # int32 [B, N], rounds in which the guess of each depth was accepted and kept; if a row ends inside an accepted path
-    # its last token counts as the target's own, so that tokens = 1 + rounds + sum(accepted_at).
+    # int32 [B, N], rounds in which the guess of each depth was accepted and kept; if a row ends within a path, its last
+    # token counts as the target's own, so that tokens = 1 + rounds + sum(accepted_at).
     accepted_at: jax.Array
 
 
@@ -51,9 +51,7 @@ class State(NamedTuple):
     new: Accepted  # newly accepted tokens, the pending one last
     emitted: jax.Array  # int32 [B, slots], NO_TOKEN past `num_emitted`
     depths: jax.Array  # int32 [B, slots], the depth at which each was accepted, 0 for the target's own token
-    logprobs: (
-        jax.Array | None
-    )  # float32 [B, slots] of emitted tokens, in rows of `wants_logprobs`; None: never computed
+    logprobs: jax.Array | None  # float32 [B, slots] of emitted tokens, in rows that want them; None: never computed
     wants_logprobs: jax.Array  # bool [B]
     num_emitted: jax.Array  # int32 [B]
     done: jax.Array  # bool [B]

@@ -40,7 +40,7 @@ class TreeSpec:
 
     `chain`: the best token of each level. `backbone` (FastEagle): the `width` best tokens of each level, all children
     of the best node one level up. `best_first`: the `nodes` - 1 most probable nodes (cf. DDTree, arXiv 2604.12989).
-    With `levels` only that many first levels of the drafter are used.
+    `levels` limits a tree to the drafter's first levels.
     """
 
     kind: str = "best_first"

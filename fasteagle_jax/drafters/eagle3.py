@@ -167,7 +167,7 @@ class Eagle3(DrafterModule):
         both = jnp.concatenate([self.embedding_norm(e), self.hidden_norm(h)], axis=-1)
         return self.attention.project(both, rotation(positions, self.config.rope, self.config.head_dim))
 
-    def _project_by_head(
+    def _project_heads(
         self, e: jax.Array, h: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`_project` in the layout of `attention`: q [B, K, G*Q, D], fresh k and v [B, K, Q, D]."""
@@ -250,7 +250,7 @@ class Eagle3(DrafterModule):
             h = jnp.take_along_axis(nodes.hidden, parent[..., None], axis=1)
             e = embed(vocab.embedding, tokens, h.dtype)
             position = jnp.broadcast_to((cache.length - 1 + depth)[:, None], parent.shape)
-            q, k, v = self._project_by_head(e, h, position)
+            q, k, v = self._project_heads(e, h, position)
             keys, values = [*nodes.keys, k], [*nodes.values, v]
             above = jnp.take_along_axis(nodes.own_path, parent[..., None], axis=1)  # [B, f, keys so far]
             itself = jnp.broadcast_to(jnp.eye(parent.shape[1], dtype=bool), (batch, parent.shape[1], parent.shape[1]))
@@ -274,7 +274,7 @@ class Eagle3(DrafterModule):
         positions = cache.length[:, None] + index
         visible = jnp.broadcast_to(causal(index[:, None], index, self.config.window), (batch, num_tokens, num_tokens))
         h = self.fused(new.features)
-        q, k, v = self._project_by_head(embed(vocab.embedding, new.tokens, h.dtype), h, positions)
+        q, k, v = self._project_heads(embed(vocab.embedding, new.tokens, h.dtype), h, positions)
         h = self._after_attention(h, by_token(attention(q, k, v, visible, self._past(cache, positions)), num_tokens))
         last = jnp.maximum(new.count - 1, 0)[:, None, None]
         fresh = ([k], [v]) if isinstance(cache.k, list) else (k[None], v[None])

@@ -203,8 +203,7 @@ class FastEagle(DrafterModule):
           cache: committed stream positions; None for none.
           num_levels: N, how many of the first levels to run; None for all.
           context: not used, since `context_layers` is empty.
-          remat: a policy of jax.checkpoint_policies, by which the backward pass recomputes a level; None for no
-            recomputation.
+          remat: a policy of jax.checkpoint_policies, by which the backward pass recomputes levels; None: it does not.
           apply_correction: False returns the levels' outputs, for `head_input`, in place of the head's input corrected
             by the true tokens.
 
@@ -258,7 +257,7 @@ class FastEagle(DrafterModule):
         return [hidden for hidden, _ in results], ([kv[0] for _, kv in results], [kv[1] for _, kv in results])
 
     def head_input(self, level: Level, h: jax.Array, e: jax.Array | None) -> jax.Array:
-        """The head's input [..., H] from a level's output h, corrected by the embedding e of the token before it."""
+        """The head's input [..., H] from a level's output h, corrected by e, the embedding of the token before."""
         eps = self.config.rms_norm_eps
         if self.correction is not None:
             assert e is not None

@@ -91,8 +91,8 @@ def load_drafter(
     """
     folder = Path(folder)
     raw = _read_raw(folder)
-    config, made_for = _config_of(raw, folder)
-    path, stated = folder / TENSORS, raw.get("sha256")  # folders of older versions do not say
+    config, trained_for = _config_of(raw, folder)
+    path, digest = folder / TENSORS, raw.get("sha256")  # None in folders of older versions
     for name in ("hidden_size", "vocab_size"):
         if getattr(config, name) != getattr(target_config, name):
             theirs = getattr(target_config, name)
@@ -101,16 +101,18 @@ def load_drafter(
                 "use the target that it was trained for"
             )
     check_features(config.feature_layers, target_config.num_layers)
-    if made_for != fingerprint:
-        difference = f"the drafter in {folder} was trained for target {made_for}, this one's weights are {fingerprint}"
+    if trained_for != fingerprint:
+        difference = (
+            f"the drafter in {folder} was trained for target {trained_for}, this one's weights are {fingerprint}"
+        )
         if strict:
             raise UserError(f"{difference}: use that target, or train a drafter for this one")
         log.warning("%s: answers stay exact, but fewer guesses may be accepted", difference)
     try:
         found = sha256(path)
-        if stated not in (None, found):
+        if digest not in (None, found):
             raise UserError(
-                f"{path} has the SHA-256 {found[:16]}..., its config.json says {stated[:16]}...: copy it again"
+                f"{path} has the SHA-256 {found[:16]}..., its config.json says {digest[:16]}...: copy it again"
             )
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

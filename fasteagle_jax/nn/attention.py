@@ -22,10 +22,10 @@ MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that max
 
 
 def cache_storage_dtype(dtype: Any) -> Any:
-    """The dtype in which unstacked caches store values of `dtype`: uint16, the bits, for bfloat16 on a CPU; else it.
+    """The dtype in which unstacked caches store `dtype`: uint16, the bits, for bfloat16 on a CPU, else itself.
 
     XLA's CPU compiler supports bfloat16 in products alone: to write one row or to read one block it would convert whole
-    caches to float32 and back, once a row of a commit.
+    caches to float32 and back, for each row of a commit.
     """
     return jnp.uint16 if dtype == jnp.bfloat16 and platform() == "cpu" else dtype
 
@@ -80,47 +80,47 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
       [B, K, G*Q, D] in v's dtype. Scores and softmax are float32.
     """
     groups = q.shape[2] // visible.shape[1]
-    in_blocks = past is not None and past.filled is not None and past.k.shape[2] > BLOCK
-    if past is not None and not in_blocks:
+    blockwise = past is not None and past.filled is not None and past.k.shape[2] > BLOCK
+    if past is not None and not blockwise:
         past = past._replace(k=from_cache_storage(past.k), v=from_cache_storage(past.v))
     q = q * q.shape[-1] ** -0.5
     mask = jnp.tile(visible, (1, groups, 1))[:, None]  # [B, 1, G*Q, T]
     fresh = jnp.einsum("bkmd,bktd->bkmt", q, k, preferred_element_type=jnp.float32)
     fresh = jnp.where(mask, fresh, MASKED)
-    top = jax.lax.stop_gradient(fresh.max(axis=-1, keepdims=True))  # [B, K, G*Q, 1]
-    old = _past_scores(q, past, groups) if past is not None and not in_blocks else None
-    if old is not None:
-        top = jnp.maximum(top, old.max(axis=-1, keepdims=True))
-    p = jnp.exp(fresh - top)
+    largest = jax.lax.stop_gradient(fresh.max(axis=-1, keepdims=True))  # [B, K, G*Q, 1]
+    past_scores = _past_scores(q, past, groups) if past is not None and not blockwise else None
+    if past_scores is not None:
+        largest = jnp.maximum(largest, past_scores.max(axis=-1, keepdims=True))
+    p = jnp.exp(fresh - largest)
     total = p.sum(axis=-1, keepdims=True)
     out = jnp.einsum("bkmt,bktd->bkmd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
     if past is None:
         return (out / total).astype(v.dtype)
-    if old is not None:
-        p = jnp.exp(old - top)
+    if past_scores is not None:
+        p = jnp.exp(past_scores - largest)
         total += p.sum(axis=-1, keepdims=True)
         out += jnp.einsum("bkms,bksd->bkmd", p.astype(past.v.dtype), past.v, preferred_element_type=jnp.float32)
         return (out / total).astype(v.dtype)
 
     def add_block(i: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        top, total, out = sums
+        largest, total, out = sums
         block = _block(past, i)
-        old = _past_scores(q, block, groups)
-        new_top = jnp.maximum(top, old.max(axis=-1, keepdims=True))
-        p, rescale = jnp.exp(old - new_top), jnp.exp(top - new_top)
+        past_scores = _past_scores(q, block, groups)
+        new_largest = jnp.maximum(largest, past_scores.max(axis=-1, keepdims=True))
+        p, rescale = jnp.exp(past_scores - new_largest), jnp.exp(largest - new_largest)
         own = jnp.einsum("bkms,bksd->bkmd", p.astype(block.v.dtype), block.v, preferred_element_type=jnp.float32)
-        return new_top, total * rescale + p.sum(axis=-1, keepdims=True), out * rescale + own
+        return new_largest, total * rescale + p.sum(axis=-1, keepdims=True), out * rescale + own
 
     num_blocks = (past.filled + BLOCK - 1) // BLOCK  # type: ignore[operator]
-    _, total, out = jax.lax.fori_loop(0, num_blocks, add_block, (top, total, out))
+    _, total, out = jax.lax.fori_loop(0, num_blocks, add_block, (largest, total, out))
     return (out / total).astype(v.dtype)
 
 
 def _past_scores(q: jax.Array, past: Past, groups: int) -> jax.Array:
     """Scores float32 [B, K, G*Q, S] of scaled queries over committed slots, MASKED where a slot is not seen."""
     seen = jnp.tile(past.seen, (1, groups if past.seen.shape[1] > 1 else 1, 1))  # [B, G*Q or 1, S]
-    old = jnp.einsum("bkmd,bksd->bkms", q.astype(past.k.dtype), past.k, preferred_element_type=jnp.float32)
-    return jnp.where(seen[:, None], old, MASKED)
+    scores = jnp.einsum("bkmd,bksd->bkms", q.astype(past.k.dtype), past.k, preferred_element_type=jnp.float32)
+    return jnp.where(seen[:, None], scores, MASKED)
 
 
 def _block(past: Past, i: jax.Array) -> Past:

@@ -65,7 +65,7 @@ def _product_of_rows(x: jax.Array, w: jax.Array) -> jax.Array:
 def _product_from_left(x: jax.Array, w: jax.Array) -> jax.Array:
     # XLA's CPU compiler streams the left matrix row by row, the fastest order in memory. The barriers hide the
     # transpositions, or it would swap the factors back. In bfloat16 its fast path needs both matrices contracted over
-    # their columns.
+    # their last dimension.
     if w.dtype == jnp.bfloat16:
         return jax.lax.optimization_barrier(jnp.einsum("oi,ni->on", w, x, preferred_element_type=jnp.float32)).T
     product = jnp.einsum("oi,in->on", w, jax.lax.optimization_barrier(x.T), preferred_element_type=jnp.float32)

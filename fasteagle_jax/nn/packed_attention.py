@@ -43,7 +43,7 @@ class Packed(NamedTuple):
         return self._replace(window=window)
 
     def visible(self, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
-        """The mask bool [B, size, T], True where the query at start + i sees the key at j; size None for the rest."""
+        """The mask bool [B, size, T], True where the query at start + i sees the key at j; size None is T."""
         num_tokens = self.segments.shape[1]
         size = num_tokens if size is None else size
         query, key = (start + jnp.arange(size))[:, None], jnp.arange(num_tokens)

@@ -104,11 +104,11 @@ class LayerKinds:
         if not isinstance(number, jax.Array):
             kind = self.distinct[number or 0]
             return LayerContext(self._rotations[number or 0], self._positions, kind.window, None)
-        stacked = jax.tree.map(lambda *tables: jnp.stack(tables)[number], *self._rotations)
+        table = jax.tree.map(lambda *tables: jnp.stack(tables)[number], *self._rotations)
         windows = [kind.window for kind in self.distinct]
         if len(set(windows)) == 1:
-            return LayerContext(stacked, self._positions, windows[0], None)
-        return LayerContext(stacked, self._positions, None, (number, tuple(windows)))
+            return LayerContext(table, self._positions, windows[0], None)
+        return LayerContext(table, self._positions, None, (number, tuple(windows)))
 
 
 class LayerContext(NamedTuple):
