@@ -192,7 +192,7 @@ def _draft_of(root: jax.Array, picked: jax.Array, parent: jax.Array, tokens: jax
     )
 
 
-# --- trees grown level by level, of guesses that depend on their path --------------------------------------------
+# --- trees grown level by level, of guesses that depend on their path -------------------------------------------
 
 
 class _Scored(NamedTuple):

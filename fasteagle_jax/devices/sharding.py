@@ -71,19 +71,36 @@ class MeshShape:
         return data, fsdp, tensor
 
 
-def _factorisations(n: int) -> str:
-    """The meshes of n devices that split at most two axes, in words."""
-    meshes = [(d, f, n // d // f) for d in range(1, n + 1) for f in range(1, n // d + 1) if n % (d * f) == 0]
-    words = [f"{d} x {f} x {t}" for d, f, t in meshes if 1 in (d, f, t)]
-    return "data x fsdp x tensor = " + ", ".join(words[:12]) + (", ..." if len(words) > 12 else "")
-
-
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a shape over all devices of all hosts, or over those given; UserError if it does not fit."""
     devices = jax.devices() if devices is None else list(devices)
     sizes = shape.sizes(len(devices))
     # Auto: GSPMD propagates the arguments' shardings and those of `constrain`.
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_heads(mesh: Mesh, target: Any, drafter: Any | None) -> None:
+    """Raises UserError, listing sizes that fit, if the mesh's tensor axis does not divide a model's heads of K/V.
+
+    `target` and `drafter` are configurations; no drafter for plain decoding.
+    """
+    models = {"target": target} if drafter is None else {"target": target, "drafter": drafter}
+    heads = {name: config.num_kv_heads for name, config in models.items()}
+    tensor, all_heads = mesh.shape["tensor"], math.gcd(*heads.values())
+    for name, number in heads.items():
+        if number % tensor:
+            fitting = [str(n) for n in range(1, all_heads + 1) if all_heads % n == 0 and mesh.size % n == 0]
+            raise UserError(
+                f"tensor {tensor} of the mesh does not divide the {name}'s {number} heads of K/V: "
+                f"use tensor {', '.join(fitting)}"
+            )
+
+
+def check_batch(mesh: Mesh, batch: int) -> None:
+    """Raises UserError if a batch cannot be split over the mesh's data and fsdp axes."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % shards:
+        raise UserError(f"batch_size {batch} is not divisible by data x fsdp = {shards}: use a multiple of {shards}")
 
 
 def spec(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
@@ -130,8 +147,9 @@ def weight_axes(variable: nnx.Variable[Any], name: str) -> tuple[str | None, ...
     return variable.axes
 
 
-def _known_axes() -> str:
-    return ", ".join(axis or "None" for axis in RULES)
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """The sharding of arrays [B, ...]: rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], *[None] * (ndim - 1)))
 
 
 def row_major(sharding: Sharding, num_dims: int) -> Format:
@@ -141,6 +159,16 @@ def row_major(sharding: Sharding, num_dims: int) -> Format:
     128 each), and every program that multiplies with it would then copy it first.
     """
     return Format(Layout(tuple(range(num_dims))), sharding)
+
+
+# --- arrays on a mesh -------------------------------------------------------------------------------------------
+
+
+def make_on(mesh: Mesh | None, make: Callable[..., Any], *args: Any) -> Any:
+    """The result of `make(*args)`, on a mesh with its arrays created in their shards."""
+    if mesh is None:
+        return make(*args)
+    return jax.jit(make, out_shardings=shardings(mesh, jax.eval_shape(make, *args)))(*args)
 
 
 def place_weights(mesh: Mesh, tree: Any, axes: Axes | None = None) -> Any:
@@ -153,45 +181,59 @@ def place_weights(mesh: Mesh, tree: Any, axes: Axes | None = None) -> Any:
     return jax.tree.map(to_row_major, jax.device_put(tree, shardings(mesh, tree, axes)))
 
 
-def _name(key: Any) -> str:
-    """The name of an entry of a pytree's path."""
-    return str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
+def place_batch(mesh: Mesh | None, make: Callable[[slice], Any], size: int) -> Any:
+    """The global batch of `size` rows from `make(rows)`, which returns the rows of a slice as a pytree of NumPy arrays.
 
-
-def make_on(mesh: Mesh | None, make: Callable[..., Any], *args: Any) -> Any:
-    """The result of `make(*args)`, on a mesh with its arrays created in their shards."""
-    if mesh is None:
-        return make(*args)
-    return jax.jit(make, out_shardings=shardings(mesh, jax.eval_shape(make, *args)))(*args)
-
-
-def check_heads(mesh: Mesh, target: Any, drafter: Any | None) -> None:
-    """Raises UserError, listing sizes that fit, if the mesh's tensor axis does not divide a model's heads of K/V.
-
-    `target` and `drafter` are configurations; no drafter for plain decoding.
+    Rows are split over the mesh; each process makes those of its own devices alone.
     """
-    models = {"target": target} if drafter is None else {"target": target, "drafter": drafter}
-    heads = {name: config.num_kv_heads for name, config in models.items()}
-    tensor, all_heads = mesh.shape["tensor"], math.gcd(*heads.values())
-    for name, number in heads.items():
-        if number % tensor:
-            fitting = [str(n) for n in range(1, all_heads + 1) if all_heads % n == 0 and mesh.size % n == 0]
-            raise UserError(
-                f"tensor {tensor} of the mesh does not divide the {name}'s {number} heads of K/V: "
-                f"use tensor {', '.join(fitting)}"
-            )
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, make(slice(0, size)))
+    indices = batch_sharding(mesh, 1).addressable_devices_indices_map((size,)).values()
+    own = sorted({index[0].indices(size)[:2] for index in indices if index is not None})
+
+    def whole(*parts: np.ndarray) -> jax.Array:
+        found = dict(zip(own, parts, strict=True))
+        shape = (size, *parts[0].shape[1:])
+        return place(lambda index: found[index[0].indices(size)[:2]], batch_sharding(mesh, len(shape)), shape)
+
+    return jax.tree.map(whole, *(make(slice(*rows)) for rows in own))
 
 
-def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """The sharding of arrays [B, ...]: rows over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"], *[None] * (ndim - 1)))
+def place(value: np.ndarray | Callable[[Any], np.ndarray], sharding: NamedSharding, shape: Sequence[int]) -> jax.Array:
+    """A global array of which each process makes its own shards alone.
+
+    `value` is the whole array, or a function from an index (a tuple of slices) to the part there.
+    """
+    part = value if callable(value) else lambda index: value[index]
+    return jax.make_array_from_callback(tuple(shape), sharding, part)
 
 
-def check_batch(mesh: Mesh, batch: int) -> None:
-    """Raises UserError if a batch cannot be split over the mesh's data and fsdp axes."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % shards:
-        raise UserError(f"batch_size {batch} is not divisible by data x fsdp = {shards}: use a multiple of {shards}")
+def process_values(mesh: Mesh | None, value: float) -> np.ndarray:
+    """The values float32 of all the mesh's processes, each of which must call this."""
+    if mesh is None or len({d.process_index for d in mesh.devices.flat}) == 1:
+        return np.asarray([value], np.float32)
+    return np.asarray(multihost_utils.process_allgather(np.float32(value)))
+
+
+def fetch(tree: Any) -> Any:
+    """A pytree's arrays as NumPy arrays, whole on every process; all processes must call this."""
+
+    def whole(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+            mesh: Any = getattr(x.sharding, "mesh")  # noqa: B009  # only arrays on a mesh are not addressable
+            x = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(x)
+        return np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) and not x.is_fully_addressable else x)
+
+    return jax.tree.map(whole, tree)
+
+
+# --- inside a program -------------------------------------------------------------------------------------------
+
+
+def platform() -> str:
+    """The platform that a program is traced for: that of the mesh's (possibly absent) devices, or the default."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -208,10 +250,13 @@ def constrain_all(tree: Any, axes: Axes) -> Any:
     return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree, axes))
 
 
-def platform() -> str:
-    """The platform that a program is traced for: that of the mesh's (possibly absent) devices, or the default."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+def training_rows(x: jax.Array, visible: Any) -> jax.Array:
+    """x [B, T, H] with its rows over data and fsdp in training, if `visible` is a function; in decoding x.
+
+    Every layer applies this to its output. Without it the compiler splits H like that of the weights, and each device
+    computes all rows.
+    """
+    return constrain(x, "batch", None, None) if callable(visible) else x
 
 
 def by_shard(function: Callable[..., Any], axes: Mapping[int, tuple[str | None, ...]], *args: Any) -> Any:
@@ -247,56 +292,20 @@ def top_k(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax
     return jax.shard_map(of_shard, in_specs=split, out_specs=PartitionSpec(*leading, None), check_vma=False)(x)
 
 
-def process_values(mesh: Mesh | None, value: float) -> np.ndarray:
-    """The values float32 of all the mesh's processes, each of which must call this."""
-    if mesh is None or len({d.process_index for d in mesh.devices.flat}) == 1:
-        return np.asarray([value], np.float32)
-    return np.asarray(multihost_utils.process_allgather(np.float32(value)))
+# --- helpers ----------------------------------------------------------------------------------------------------
 
 
-def training_rows(x: jax.Array, visible: Any) -> jax.Array:
-    """x [B, T, H] with its rows over data and fsdp in training, if `visible` is a function; in decoding x.
-
-    Every layer applies this to its output. Without it the compiler splits H like that of the weights, and each device
-    computes all rows.
-    """
-    return constrain(x, "batch", None, None) if callable(visible) else x
+def _factorisations(n: int) -> str:
+    """The meshes of n devices that split at most two axes, in words."""
+    meshes = [(d, f, n // d // f) for d in range(1, n + 1) for f in range(1, n // d + 1) if n % (d * f) == 0]
+    words = [f"{d} x {f} x {t}" for d, f, t in meshes if 1 in (d, f, t)]
+    return "data x fsdp x tensor = " + ", ".join(words[:12]) + (", ..." if len(words) > 12 else "")
 
 
-def fetch(tree: Any) -> Any:
-    """A pytree's arrays as NumPy arrays, whole on every process; all processes must call this."""
-
-    def whole(x: Any) -> np.ndarray:
-        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
-            mesh: Any = getattr(x.sharding, "mesh")  # noqa: B009  # only arrays on a mesh are not addressable
-            x = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(x)
-        return np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) and not x.is_fully_addressable else x)
-
-    return jax.tree.map(whole, tree)
+def _known_axes() -> str:
+    return ", ".join(axis or "None" for axis in RULES)
 
 
-def place_batch(mesh: Mesh | None, make: Callable[[slice], Any], size: int) -> Any:
-    """The global batch of `size` rows from `make(rows)`, which returns the rows of a slice as a pytree of NumPy arrays.
-
-    Rows are split over the mesh; each process makes those of its own devices alone.
-    """
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, make(slice(0, size)))
-    indices = batch_sharding(mesh, 1).addressable_devices_indices_map((size,)).values()
-    own = sorted({index[0].indices(size)[:2] for index in indices if index is not None})
-
-    def whole(*parts: np.ndarray) -> jax.Array:
-        found = dict(zip(own, parts, strict=True))
-        shape = (size, *parts[0].shape[1:])
-        return place(lambda index: found[index[0].indices(size)[:2]], batch_sharding(mesh, len(shape)), shape)
-
-    return jax.tree.map(whole, *(make(slice(*rows)) for rows in own))
-
-
-def place(value: np.ndarray | Callable[[Any], np.ndarray], sharding: NamedSharding, shape: Sequence[int]) -> jax.Array:
-    """A global array of which each process makes its own shards alone.
-
-    `value` is the whole array, or a function from an index (a tuple of slices) to the part there.
-    """
-    part = value if callable(value) else lambda index: value[index]
-    return jax.make_array_from_callback(tuple(shape), sharding, part)
+def _name(key: Any) -> str:
+    """The name of an entry of a pytree's path."""
+    return str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))

@@ -22,15 +22,6 @@ from fasteagle_jax.nn.stored import NamedVariable
 from fasteagle_jax.nn.transformer import LayerConfig
 
 
-def check_features(feature_layers: tuple[int, ...], num_layers: int) -> None:
-    """Raises UserError unless all are inputs of the target's layers, or `num_layers`, the output of the last one."""
-    if wrong := [f for f in feature_layers if not 0 <= f <= num_layers]:
-        raise UserError(
-            f"feature_layers has {', '.join(map(str, wrong))}, the target {num_layers} layers: "
-            f"give 0 to {num_layers}, or take the target that the drafter was trained for"
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
     """Sizes of any drafter, extended by each kind; `hidden_size` and `vocab_size` are its target's."""
@@ -67,7 +58,7 @@ class DrafterConfig:
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"drafter num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
 
-    # --- number of operations (see training.flops) ---
+    # --- number of operations (see training.flops) --------------------------------------------------------------
 
     trains_head: ClassVar[bool] = False  # whether it has its own head, which gets a gradient
 
@@ -153,6 +144,15 @@ def layer_config(config: DrafterConfig) -> LayerConfig:
     """The sizes of a drafter's decoder layer."""
     c = config
     return LayerConfig(c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps)
+
+
+def check_features(feature_layers: tuple[int, ...], num_layers: int) -> None:
+    """Raises UserError unless all are inputs of the target's layers, or `num_layers`, the output of the last one."""
+    if wrong := [f for f in feature_layers if not 0 <= f <= num_layers]:
+        raise UserError(
+            f"feature_layers has {', '.join(map(str, wrong))}, the target {num_layers} layers: "
+            f"give 0 to {num_layers}, or take the target that the drafter was trained for"
+        )
 
 
 def copy_weights(into: nnx.Module, source: Any) -> None:

@@ -162,16 +162,14 @@ class Eagle3(DrafterModule):
 
     # --- the layer ----------------------------------------------------------------------------------------------
 
-    def _project(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _qkv(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, Q, K*G, D], k and v [B, Q, K, D] of embeddings and hidden states [B, Q, H]."""
         both = jnp.concatenate([self.embedding_norm(e), self.hidden_norm(h)], axis=-1)
         return self.attention.project(both, rotation(positions, self.config.rope, self.config.head_dim))
 
-    def _project_heads(
-        self, e: jax.Array, h: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`_project` in the layout of `attention`: q [B, K, G*Q, D], fresh k and v [B, K, Q, D]."""
-        q, k, v = self._project(e, h, positions)
+    def _qkv_by_head(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`_qkv` in the layout of `attention`: q [B, K, G*Q, D], fresh k and v [B, K, Q, D]."""
+        q, k, v = self._qkv(e, h, positions)
         return by_kv_head(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def _after_attention(self, h: jax.Array, attended: jax.Array) -> jax.Array:
@@ -208,7 +206,7 @@ class Eagle3(DrafterModule):
             e = embed(embedding, jnp.roll(next_tokens, -j, axis=1), h.dtype)  # no loss reads past a segment's end
 
             def run(h: jax.Array, e: jax.Array, keys: Any, values: Any, j: int = j) -> tuple[jax.Array, Any, Any]:
-                q, k, v = self._project(e, h, positions + j)
+                q, k, v = self._qkv(e, h, positions + j)
                 keys, values = [*keys, k], [*values, v]
                 return self._after_attention(h, _attend_to_own_path(q, keys, values, visible)), keys, values
 
@@ -250,7 +248,7 @@ class Eagle3(DrafterModule):
             h = jnp.take_along_axis(nodes.hidden, parent[..., None], axis=1)
             e = embed(vocab.embedding, tokens, h.dtype)
             position = jnp.broadcast_to((cache.length - 1 + depth)[:, None], parent.shape)
-            q, k, v = self._project_heads(e, h, position)
+            q, k, v = self._qkv_by_head(e, h, position)
             keys, values = [*nodes.keys, k], [*nodes.values, v]
             above = jnp.take_along_axis(nodes.own_path, parent[..., None], axis=1)  # [B, f, keys so far]
             itself = jnp.broadcast_to(jnp.eye(parent.shape[1], dtype=bool), (batch, parent.shape[1], parent.shape[1]))
@@ -274,7 +272,7 @@ class Eagle3(DrafterModule):
         positions = cache.length[:, None] + index
         visible = jnp.broadcast_to(causal(index[:, None], index, self.config.window), (batch, num_tokens, num_tokens))
         h = self.fused(new.features)
-        q, k, v = self._project_heads(embed(vocab.embedding, new.tokens, h.dtype), h, positions)
+        q, k, v = self._qkv_by_head(embed(vocab.embedding, new.tokens, h.dtype), h, positions)
         h = self._after_attention(h, by_token(attention(q, k, v, visible, self._past(cache, positions)), num_tokens))
         last = jnp.maximum(new.count - 1, 0)[:, None, None]
         fresh = ([k], [v]) if isinstance(cache.k, list) else (k[None], v[None])

@@ -127,6 +127,11 @@ def load_drafter(
     return drafter if not stacked else make_on(mesh, lambda drafter: drafter.stacked_form(), drafter)
 
 
+def read_config(folder: Path) -> tuple[DrafterConfig, str]:
+    """The configuration of the drafter in a folder, and its target's fingerprint; UserError if there is no drafter."""
+    return _config_of(_read_raw(folder), folder)
+
+
 def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
     """Sets an unstacked drafter's variables, in their shards; UserError, naming `source`, if the tensors do not fit."""
     derived = {"t2d"}  # follows from d2t
@@ -143,40 +148,6 @@ def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
         sharding, dtype = variable[...].sharding, variable[...].dtype
         on_mesh = isinstance(sharding, NamedSharding)
         variable[...] = place(value.astype(dtype), sharding, value.shape) if on_mesh else jnp.asarray(value, dtype)
-
-
-def read_config(folder: Path) -> tuple[DrafterConfig, str]:
-    """The configuration of the drafter in a folder, and its target's fingerprint; UserError if there is no drafter."""
-    return _config_of(_read_raw(folder), folder)
-
-
-def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
-    path = folder / "config.json"
-    if "target_fingerprint" not in raw:
-        raise UserError(f"{path} names no target: bring the drafter in with fasteagle import")
-    kind_config = class_named(raw.get("kind", "fasteagle")).Config
-    fields = {field.name for field in dataclasses.fields(kind_config)}
-    sizes = {name: value for name, value in raw.items() if name in fields}
-    try:
-        sizes["rope"] = RopeConfig(**sizes["rope"])
-        sizes["feature_layers"] = tuple(sizes["feature_layers"])
-        return kind_config(**sizes), str(raw["target_fingerprint"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): copy the drafter again") from None
-
-
-def _read_raw(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no config.json: name a drafter's folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): copy the drafter again") from None
-    known = {kind.architecture for kind in CLASSES.values()}
-    if not isinstance(raw, dict) or not known & set(raw.get("architectures") or ()):
-        raise UserError(f"{path} is not of a {' or '.join(sorted(known))}: name a drafter's folder")
-    return raw
 
 
 def tensors_of(drafter: Any) -> dict[str, np.ndarray]:
@@ -221,3 +192,32 @@ def unpacked(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name, value in stored.items()
         if not name.endswith(_SCALE)
     }
+
+
+def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
+    path = folder / "config.json"
+    if "target_fingerprint" not in raw:
+        raise UserError(f"{path} names no target: bring the drafter in with fasteagle import")
+    kind_config = class_named(raw.get("kind", "fasteagle")).Config
+    fields = {field.name for field in dataclasses.fields(kind_config)}
+    sizes = {name: value for name, value in raw.items() if name in fields}
+    try:
+        sizes["rope"] = RopeConfig(**sizes["rope"])
+        sizes["feature_layers"] = tuple(sizes["feature_layers"])
+        return kind_config(**sizes), str(raw["target_fingerprint"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): copy the drafter again") from None
+
+
+def _read_raw(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no config.json: name a drafter's folder") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): copy the drafter again") from None
+    known = {kind.architecture for kind in CLASSES.values()}
+    if not isinstance(raw, dict) or not known & set(raw.get("architectures") or ()):
+        raise UserError(f"{path} is not of a {' or '.join(sorted(known))}: name a drafter's folder")
+    return raw

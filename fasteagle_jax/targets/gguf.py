@@ -66,6 +66,32 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         raise UserError(f"{path} is truncated or no GGUF file ({first_line(error)}): download it again") from error
 
 
+def open_gguf(path: Path) -> Checkpoint:
+    """The checkpoint in a GGUF file; UserError if it is damaged or of an unknown family."""
+    metadata, stored = read_gguf(path)
+    try:
+        family = family_of_gguf(metadata.get("general.architecture", "unknown"))
+        names = family.gguf
+        assert names is not None
+        config = family.config.from_hf(_hf_config(path, family, metadata, stored))
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(f"{path}") else f"{path}: {error}") from error
+    tensors: dict[str, StoredTensor] = {}
+    for name, hf_name in _hf_names(path, names, stored):
+        tensor = stored[name]
+        load: Callable[[int | None], np.ndarray] = tensor.read
+        if any(f".{part}." in name for part in names.permuted):
+            num_heads = config.num_heads if ".attn_q." in name else config.num_kv_heads
+            if tensor.shape[0] != num_heads * config.head_dim:
+                raise UserError(
+                    f"{path}: {name} has {tensor.shape[0]} rows, not {num_heads} heads of {config.head_dim}: "
+                    "take another copy of the model"
+                )
+            load = _unpermuted(tensor, num_heads)
+        tensors[hf_name] = StoredTensor(tensor.shape, load)
+    return Checkpoint(path, config, tensors)
+
+
 def _parse_gguf(file: np.ndarray) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     cursor = _Cursor(file)
     if cursor.take(4) != b"GGUF":
@@ -130,32 +156,6 @@ class _Cursor:
         if kind not in _NUMBER_TYPES:
             raise ValueError(f"unknown value type {kind}")
         return np.dtype(_NUMBER_TYPES[kind])
-
-
-def open_gguf(path: Path) -> Checkpoint:
-    """The checkpoint in a GGUF file; UserError if it is damaged or of an unknown family."""
-    metadata, stored = read_gguf(path)
-    try:
-        family = family_of_gguf(metadata.get("general.architecture", "unknown"))
-        names = family.gguf
-        assert names is not None
-        config = family.config.from_hf(_hf_config(path, family, metadata, stored))
-    except UserError as error:
-        raise UserError(str(error) if str(error).startswith(f"{path}") else f"{path}: {error}") from error
-    tensors: dict[str, StoredTensor] = {}
-    for name, hf_name in _hf_names(path, names, stored):
-        tensor = stored[name]
-        load: Callable[[int | None], np.ndarray] = tensor.read
-        if any(f".{part}." in name for part in names.permuted):
-            num_heads = config.num_heads if ".attn_q." in name else config.num_kv_heads
-            if tensor.shape[0] != num_heads * config.head_dim:
-                raise UserError(
-                    f"{path}: {name} has {tensor.shape[0]} rows, not {num_heads} heads of {config.head_dim}: "
-                    "take another copy of the model"
-                )
-            load = _unpermuted(tensor, num_heads)
-        tensors[hf_name] = StoredTensor(tensor.shape, load)
-    return Checkpoint(path, config, tensors)
 
 
 def _hf_names(path: Path, known: GgufNames, names: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

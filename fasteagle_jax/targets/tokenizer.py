@@ -89,20 +89,6 @@ def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[
     return prefix_spans(tokenizer, messages)
 
 
-def _marked_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
-    encoded: Any
-    with _template_errors():
-        encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-    edges = np.diff(np.asarray([0, *encoded["assistant_masks"], 0]))
-    spans = zip(np.flatnonzero(edges > 0).tolist(), np.flatnonzero(edges < 0).tolist(), strict=True)
-    return list(encoded["input_ids"]), list(spans)
-
-
 def prefix_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
     """`assistant_spans` by rendering prefixes of the conversation; UserError if that is impossible.
 
@@ -141,12 +127,18 @@ def prefix_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[lis
     return ids, spans
 
 
-def _transformers() -> Any:
-    """The transformers module, imported late since that is slow, its advice on torch silenced."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers
-
-    return transformers
+def _marked_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+    encoded: Any
+    with _template_errors():
+        encoded = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+    edges = np.diff(np.asarray([0, *encoded["assistant_masks"], 0]))
+    spans = zip(np.flatnonzero(edges > 0).tolist(), np.flatnonzero(edges < 0).tolist(), strict=True)
+    return list(encoded["input_ids"]), list(spans)
 
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -171,6 +163,14 @@ def _template_errors() -> Iterator[None]:
         yield
     except TemplateError as error:
         raise UserError(f"the chat template refuses this conversation: {error}") from error
+
+
+def _transformers() -> Any:
+    """The transformers module, imported late since that is slow, its advice on torch silenced."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
 
 
 def _gguf_tokenizer(path: Path) -> Tokenizer:
