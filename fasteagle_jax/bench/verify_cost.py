@@ -28,7 +28,7 @@ from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.speculative import advance, num_levels_of, start
 from fasteagle_jax.decoding.state import State, make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
-from fasteagle_jax.decoding.tree_selection import shapes
+from fasteagle_jax.decoding.tree_selection import tree_choices
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Cache
 
@@ -89,7 +89,7 @@ def rows(
         run = functools.partial(advance, tree=tree or TreeSpec())
         return _seconds(run, models.target, drafter, vocab, state, sampling, stop, count) / ROUNDS
 
-    prefilled = {tree: prefill(tree) for tree in shapes(trained.num_levels)}
+    prefilled = {tree: prefill(tree) for tree in tree_choices(trained.num_levels)}
     cache = prefilled[None][1].target_cache
     passes: dict[str, Callable[[], float]] = {
         f"pass, rows: {m}": functools.partial(_seconds, verify_pass, models.target, cache, sampling, num_rows=m)

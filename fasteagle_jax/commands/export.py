@@ -23,7 +23,7 @@ from etils import epath
 from flax import nnx
 
 from fasteagle_jax.commands.terminal import Parser, program, whole
-from fasteagle_jax.drafters.files import STORAGE, load_drafter, packed, save_drafter, tensors_of, unpacked
+from fasteagle_jax.drafters.files import STORAGE, from_storage, load_drafter, save_drafter, tensors_of, to_storage
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_new
@@ -88,7 +88,7 @@ def export(args: argparse.Namespace) -> None:
     earlier = (record or {}).get("earlier") or earlier_runs(config.drafter.start)
     info = {"trained": trained(config, step, tokens, earlier)}
     save_drafter(drafter, args.output, mark, info, args.storage)
-    expected = unpacked(packed(tensors_of(drafter), args.storage))
+    expected = from_storage(to_storage(tensors_of(drafter), args.storage))
     found = tensors_of(load_drafter(args.output, target.config, mark, stacked=False))
     if any(not np.array_equal(expected[name].astype(found[name].dtype), found[name]) for name in expected):
         raise UserError(f"{args.output} does not read back as it was written: check the disk and export again")

@@ -22,7 +22,7 @@ from fasteagle_jax.errors import UserError
 
 NO_PARENT = -1
 KINDS = ("chain", "backbone", "best_first")
-CANDIDATES = 10  # limit of f and of k, as in EAGLE-3
+MAX_CANDIDATES = 10  # limit of f and of k, as in EAGLE-3
 _SIZES = {"chain": ("levels",), "backbone": ("width", "levels"), "best_first": ("nodes", "levels")}  # as written
 
 
@@ -216,7 +216,7 @@ def grow(
     """The Draft of the shape `tree` from guesses that depend on the path to them.
 
     `best_first` is EAGLE-2's dynamic tree (arXiv 2406.16858, section 4): the best nodes of each level are expanded, and
-    the most probable of all scored nodes are kept; this is the best tree of up to CANDIDATES + 1 nodes. `backbone`
+    the most probable of all scored nodes are kept; this is the best tree of up to MAX_CANDIDATES + 1 nodes. `backbone`
     and `chain` expand the best node of each level alone, and keep all that they score.
 
     Args:
@@ -258,7 +258,7 @@ def _growth(tree: TreeSpec, depth: int, vocab: int) -> tuple[int, int]:
     """
     if tree.kind == "best_first":
         room = tree.nodes - depth
-        return min(CANDIDATES, room - 1), min(CANDIDATES, room, vocab)
+        return min(MAX_CANDIDATES, room - 1), min(MAX_CANDIDATES, room, vocab)
     return 1, min(1 if tree.kind == "chain" else tree.width, vocab)
 
 

@@ -14,15 +14,15 @@ from fasteagle_jax.decoding.tree import TreeSpec
 
 EMA_DECAY = 0.95  # of the means, per device call
 RETRY_ROUNDS = 256  # unused for so many, a shape is measured again if it was close
-CLOSE = 0.8  # from this share of the best speed on
+MIN_RELATIVE_SPEED = 0.8  # from this share of the best speed on
 # Seconds of a target's pass by rows, relative to one row: batch 1, float32, by `fasteagle bench --sweep rows`.
 PASS_COSTS = {"cpu": {2: 1.17, 4: 1.18, 8: 1.44, 16: 1.87, 32: 3.17}}
-BEARABLE = 1.25  # cost of a default tree's pass, relative to one row, at most
+MAX_RELATIVE_COST = 1.25  # cost of a default tree's pass, relative to one row, at most
 
 
 def affordable_nodes(costs: Mapping[int, float]) -> int:
-    """The largest number of rows whose pass costs at most BEARABLE, or the smallest listed."""
-    return max((rows for rows, cost in costs.items() if cost <= BEARABLE), default=min(costs))
+    """The largest number of rows whose pass costs at most MAX_RELATIVE_COST, or the smallest listed."""
+    return max((rows for rows, cost in costs.items() if cost <= MAX_RELATIVE_COST), default=min(costs))
 
 
 def default_tree(platform: str) -> TreeSpec:
@@ -34,7 +34,7 @@ def default_tree(platform: str) -> TreeSpec:
     return TreeSpec() if costs is None else TreeSpec("best_first", nodes=affordable_nodes(costs))
 
 
-def shapes(num_levels: int) -> tuple[TreeSpec | None, ...]:
+def tree_choices(num_levels: int) -> tuple[TreeSpec | None, ...]:
     """The trees to choose from for a drafter of N levels, from None (plain decoding) to a large one."""
     trees: list[TreeSpec | None] = [None]
     for nodes, levels in ((4, 3), (8, 4), (16, num_levels)):
@@ -100,6 +100,6 @@ class TreeSelector:
         speeds = {tree: self.speed(rows, tree) for tree in self.trees}
         best = max(self.trees, key=lambda tree: speeds[tree])
         for tree in self.trees:
-            if self._unused_rounds[tree] >= RETRY_ROUNDS and speeds[tree] >= CLOSE * speeds[best]:
+            if self._unused_rounds[tree] >= RETRY_ROUNDS and speeds[tree] >= MIN_RELATIVE_SPEED * speeds[best]:
                 return tree
         return best

@@ -58,7 +58,7 @@ def save_drafter(
     if folder.exists():
         raise UserError(f"{folder} exists: name another output folder, or remove it")
     with new_folder(folder) as aside:
-        save_file(packed(tensors_of(drafter), storage), aside / TENSORS)
+        save_file(to_storage(tensors_of(drafter), storage), aside / TENSORS)
         text = json.dumps(
             {
                 "architectures": [drafter.architecture],
@@ -123,7 +123,7 @@ def load_drafter(
     drafter = make_on(mesh, lambda: class_of(config)(config, jax.random.key(0), dtype, stacked=False))
     if not stacked and mesh is None:
         to_rows(drafter)
-    fill(drafter, unpacked(tensors), str(path))
+    fill(drafter, from_storage(tensors), str(path))
     return drafter if not stacked else make_on(mesh, lambda drafter: drafter.stacked_form(), drafter)
 
 
@@ -166,7 +166,7 @@ def tensors_of(drafter: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def packed(tensors: Mapping[str, np.ndarray], storage: str) -> dict[str, np.ndarray]:
+def to_storage(tensors: Mapping[str, np.ndarray], storage: str) -> dict[str, np.ndarray]:
     """Tensors with their matrices in `storage`, one of STORAGE; float32 leaves them as they are."""
     stored: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
@@ -184,8 +184,8 @@ def packed(tensors: Mapping[str, np.ndarray], storage: str) -> dict[str, np.ndar
     return stored
 
 
-def unpacked(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors that were `packed`, int8 matrices as float32."""
+def from_storage(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors that were `to_storage`, int8 matrices as float32."""
     scales = {name.removesuffix(_SCALE): value for name, value in stored.items() if name.endswith(_SCALE)}
     return {
         name: value * scales[name] if name in scales else value

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fasteagle_jax.decoding.tree import TreeSpec
-from fasteagle_jax.decoding.tree_selection import TreeSelector, shapes
+from fasteagle_jax.decoding.tree_selection import TreeSelector, tree_choices
 from fasteagle_jax.devices.memory import Memory, bytes_of
 from fasteagle_jax.devices.sharding import place_weights
 from fasteagle_jax.drafters import table
@@ -109,7 +109,7 @@ class Engine:
         self.row_counts = row_counts(slots, 1 if mesh is None else mesh.shape["data"])
         self.trees: tuple[TreeSpec | None, ...] = (None,)
         if drafter is not None and tree == "auto":
-            self.trees = shapes(drafter.num_levels)
+            self.trees = tree_choices(drafter.num_levels)
         elif drafter is not None and tree is not None:
             self.trees = (TreeSpec.parse(tree) if isinstance(tree, str) else tree,)
         self._tree_selector = TreeSelector(self.trees)

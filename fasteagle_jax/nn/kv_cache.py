@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from fasteagle_jax.devices.sharding import by_shard
 from fasteagle_jax.nn.attention import Past, cache_storage_dtype, to_cache_storage
 
-NOTHING = -1  # the position of an empty slot
+EMPTY_SLOT = -1  # the position of an empty slot
 # The logical axes of a cache's arrays by name (see sharding.RULES), without the layers of a stack.
 AXES = {
     "k": ("rows", "kv_heads", None, None),
@@ -112,7 +112,7 @@ class Ring(NamedTuple):
 
     k: Any
     v: Any
-    positions: Any  # int32 [L, B, S] (or a list of L arrays [B, S]), NOTHING in an empty slot
+    positions: Any  # int32 [L, B, S] (or a list of L arrays [B, S]), EMPTY_SLOT in an empty slot
     cursor: jax.Array  # int32 [B], the slot to be written next
     length: jax.Array  # int32 [B], the position to be written next
 
@@ -148,7 +148,7 @@ def ring_slots(num_slots: int, window: int | None, most_written: int) -> int:
 
 def as_ring(cache: Cache) -> Ring:
     """An empty Ring of an empty Cache's slots."""
-    positions = jax.tree.map(lambda k: jnp.full((*k.shape[:-3], k.shape[-2]), NOTHING, jnp.int32), cache.k)
+    positions = jax.tree.map(lambda k: jnp.full((*k.shape[:-3], k.shape[-2]), EMPTY_SLOT, jnp.int32), cache.k)
     return Ring(cache.k, cache.v, positions, cache.length, cache.length)
 
 
@@ -157,7 +157,7 @@ def seen_in_ring(positions: jax.Array, queries: jax.Array, window: int | None) -
 
     Slots are given by their `positions` int32 [B, S], and `queries` int32 [B, Q] by theirs.
     """
-    occupied = positions[:, None] != NOTHING
+    occupied = positions[:, None] != EMPTY_SLOT
     if window is None:
         return occupied
     return occupied & (queries[:, :, None] - positions[:, None] < window)
@@ -173,7 +173,7 @@ def commit_ring(ring: Ring, fresh: Any, counts: jax.Array) -> Ring:
     num_tokens = k[0].shape[-2]
     starts = jnp.where(ring.cursor + num_tokens > ring.num_slots, 0, ring.cursor)
     index = jnp.arange(num_tokens)
-    written = jnp.where(index < counts[:, None], ring.length[:, None] + index, NOTHING)  # [B, A]
+    written = jnp.where(index < counts[:, None], ring.length[:, None] + index, EMPTY_SLOT)  # [B, A]
     old = (ring.k, ring.v, ring.positions)
     if isinstance(k, list):
         num_layers = len(k)

@@ -14,7 +14,7 @@ from flax import nnx
 from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking
 from fasteagle_jax.decoding.sampling import make_sampling
-from fasteagle_jax.decoding.tree import CANDIDATES, TreeSpec
+from fasteagle_jax.decoding.tree import MAX_CANDIDATES, TreeSpec
 from fasteagle_jax.drafters import eagle3
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.table import default_config
@@ -236,7 +236,7 @@ def slow_tree(slow, t, root, tree: TreeSpec) -> set[tuple[int, ...]]:
     """The paths of a tree's nodes."""
     frontier, width = (1, 1) if tree.kind == "chain" else (1, tree.width)
     if tree.kind == "best_first":
-        frontier = width = min(CANDIDATES, tree.nodes - 1)
+        frontier = width = min(MAX_CANDIDATES, tree.nodes - 1)
     nodes, scored = [((), 0.0)], []
     for _ in range(N):
         candidates = []

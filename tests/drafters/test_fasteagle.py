@@ -21,7 +21,7 @@ from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.attention import Cached
-from fasteagle_jax.nn.kv_cache import NOTHING
+from fasteagle_jax.nn.kv_cache import EMPTY_SLOT
 from fasteagle_jax.nn.linear import head_logits
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.nn.rope import rotation
@@ -151,7 +151,7 @@ def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(t
     # Every slot holds what the one pass has at its position; of these, the ones a next query would see are all there.
     for level, b in np.ndindex(N, B):
         positions = np.asarray(cache.positions[level][b])
-        held = np.flatnonzero(positions != NOTHING)
+        held = np.flatnonzero(positions != EMPTY_SLOT)
         assert set(range(T - (window or T), T)) <= set(positions[held])
         for part, expected in zip((cache.k, cache.v), fresh, strict=True):
             np.testing.assert_allclose(part[level][b][:, held], expected[level, b][:, positions[held]], **CLOSE)

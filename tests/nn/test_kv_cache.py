@@ -9,7 +9,7 @@ import pytest
 
 from fasteagle_jax.nn.attention import from_cache_storage
 from fasteagle_jax.nn.kv_cache import (
-    NOTHING,
+    EMPTY_SLOT,
     Cache,
     as_ring,
     commit,
@@ -150,16 +150,16 @@ def test_a_ring_always_holds_the_window_whatever_the_pace_and_what_is_left_out(s
         np.testing.assert_array_equal(ring.length, length)
         for layer, b in np.ndindex(L, B):
             positions = np.asarray(ring.positions[layer][b])
-            held = positions[positions != NOTHING].tolist()
+            held = positions[positions != EMPTY_SLOT].tolist()
             assert len(set(held)) == len(held)
             expected = {p for (at, row, p) in written if (at, row) == (layer, b) and length[b] - window <= p}
             assert expected <= set(held)
-            for slot in np.flatnonzero(positions != NOTHING):
+            for slot in np.flatnonzero(positions != EMPTY_SLOT):
                 np.testing.assert_array_equal(ring.k[layer][b, :, slot], written[layer, b, positions[slot]])
 
 
 def test_a_query_sees_the_positions_of_its_window_that_the_ring_holds():
-    positions = jnp.array([[3, 4, NOTHING, 1]])
+    positions = jnp.array([[3, 4, EMPTY_SLOT, 1]])
     queries = jnp.array([[5, 6]])
     assert seen_in_ring(positions, queries, 3).tolist() == [[[True, True, False, False], [False, True, False, False]]]
     assert seen_in_ring(positions, queries, None).tolist() == [[[True, True, False, True]]]
