@@ -121,6 +121,7 @@ class Engine:
         loaded = self.memory.target + self.memory.drafter  # weights that are there already
         free = available_everywhere(mesh)
         self.memory.check(None if free is None else free + loaded, "lower slots or max_len, or use bfloat16")
+        self.runner.gather_vocab()
         self.seconds = self.device_seconds = 0.0  # spent on requests so far, and of these waiting for the device
 
     @classmethod

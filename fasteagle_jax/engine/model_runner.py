@@ -42,6 +42,7 @@ class ModelRunner:
         self.buckets, self.chunk, self.shared_noise = buckets, chunk, shared_noise
         self.num_levels = 0 if drafter is None else drafter.num_levels
         self._most_levels = max((tree.num_levels(self.num_levels) for tree in trees if tree), default=0)
+        self.vocab: VocabWeights | None = None
         self._compiled_rounds: set[tuple[int, TreeSpec | None]] = set()
         most_written = max(chunk, 1 + self.num_levels)  # tokens of a row at a time
         sizes = {"most_written": most_written, "drafter_slots": max_len + most_written}
@@ -51,11 +52,13 @@ class ModelRunner:
             device.empty_slots, target, drafter, num_stop_tokens=MAX_STOP_TOKENS, **sizes
         )
 
-    @functools.cached_property
-    def vocab(self) -> VocabWeights | None:
-        """The target's weights that the drafter shares; the embedding is the target's own array."""
+    def gather_vocab(self) -> None:
+        """Sets `vocab`, the weights that the drafter shares with the target; the embedding is the target's own array.
+
+        Before the first request, which would wait for its programs, and after the memory is known to suffice.
+        """
         vocab = None if self.drafter is None else self.drafter.vocab_weights(self.target)
-        return vocab if self.mesh is None else jax.device_put(vocab, shardings(self.mesh, vocab, device.AXES))
+        self.vocab = vocab if self.mesh is None else jax.device_put(vocab, shardings(self.mesh, vocab, device.AXES))
 
     def bucket(self, length: int) -> int:
         """The smallest bucket for a prompt of `length` tokens."""
