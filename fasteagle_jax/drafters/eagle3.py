@@ -39,20 +39,13 @@ from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.packed_attention import Packed, in_blocks
 from fasteagle_jax.nn.rope import rotation
 from fasteagle_jax.nn.stored import NamedVariable, stored_tensors
-from fasteagle_jax.nn.transformer import DecoderLayer
+from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, DecoderLayer
 
 _STORED = {  # name in the file: place in the drafter
     "fc": "fc",
+    **{f"midlayer.{name}": place for name, place in DECODER_LAYER_NAMES.items()},
     "midlayer.input_layernorm": "embedding_norm",
     "midlayer.hidden_norm": "hidden_norm",
-    "midlayer.self_attn.q_proj": "attention.q",
-    "midlayer.self_attn.k_proj": "attention.k",
-    "midlayer.self_attn.v_proj": "attention.v",
-    "midlayer.self_attn.o_proj": "attention.o",
-    "midlayer.post_attention_layernorm": "mlp_norm",
-    "midlayer.mlp.gate_proj": "mlp.gate",
-    "midlayer.mlp.up_proj": "mlp.up",
-    "midlayer.mlp.down_proj": "mlp.down",
     "norm": "norm",
     "lm_head": "head",
 }

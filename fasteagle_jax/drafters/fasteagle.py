@@ -41,20 +41,12 @@ from fasteagle_jax.nn.linear import Linear, to_columns
 from fasteagle_jax.nn.norm import RMSNorm, rms_norm
 from fasteagle_jax.nn.rope import rotation
 from fasteagle_jax.nn.stored import NamedVariable, stored_tensors
-from fasteagle_jax.nn.transformer import DecoderLayer, run_layers, stack, unstack
+from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, DecoderLayer, run_layers, stack, unstack
 
 EMBEDDING_SHARE = 0.1  # initial size of the embedding relative to the stream, since copied layers never read one there
 
 _LEVEL = {  # name in the file: place in a Level
-    "input_layernorm": "layer.input_norm",
-    "self_attn.q_proj": "layer.attention.q",
-    "self_attn.k_proj": "layer.attention.k",
-    "self_attn.v_proj": "layer.attention.v",
-    "self_attn.o_proj": "layer.attention.o",
-    "post_attention_layernorm": "layer.mlp_norm",
-    "mlp.gate_proj": "layer.mlp.gate",
-    "mlp.up_proj": "layer.mlp.up",
-    "mlp.down_proj": "layer.mlp.down",
+    **{name: f"layer.{place}" for name, place in DECODER_LAYER_NAMES.items()},
     "norm": "norm",
     "reinject": "reinject",
 }

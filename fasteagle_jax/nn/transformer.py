@@ -44,6 +44,19 @@ class LayerConfig:
         return self.hidden_size * (2 * heads + 2 * kv_heads + 3 * self.intermediate_size)
 
 
+DECODER_LAYER_NAMES = {  # Hugging Face's name of a part of a decoder layer: its place in a DecoderLayer
+    "input_layernorm": "input_norm",
+    "self_attn.q_proj": "attention.q",
+    "self_attn.k_proj": "attention.k",
+    "self_attn.v_proj": "attention.v",
+    "self_attn.o_proj": "attention.o",
+    "post_attention_layernorm": "mlp_norm",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
+}
+
+
 class DecoderLayer(nnx.Module):
     """A Llama decoder layer: RMSNorm, grouped-query attention, RMSNorm, SwiGLU, each added to its input.
 

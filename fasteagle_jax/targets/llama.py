@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.rope import RopeConfig
+from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES
 from fasteagle_jax.targets.decoder import DecoderTarget
 from fasteagle_jax.targets.family import Family, GgufNames
 
@@ -77,17 +78,7 @@ LLAMA = Family(
     config=LlamaConfig,
     model=Llama,
     top={"model.embed_tokens": "embedding", "model.norm": "norm", "lm_head": "head"},
-    layer={
-        "model.layers.{}.input_layernorm": "input_norm",
-        "model.layers.{}.self_attn.q_proj": "attention.q",
-        "model.layers.{}.self_attn.k_proj": "attention.k",
-        "model.layers.{}.self_attn.v_proj": "attention.v",
-        "model.layers.{}.self_attn.o_proj": "attention.o",
-        "model.layers.{}.post_attention_layernorm": "mlp_norm",
-        "model.layers.{}.mlp.gate_proj": "mlp.gate",
-        "model.layers.{}.mlp.up_proj": "mlp.up",
-        "model.layers.{}.mlp.down_proj": "mlp.down",
-    },
+    layer={f"model.layers.{{}}.{name}": place for name, place in DECODER_LAYER_NAMES.items()},
     gguf=GgufNames(
         architecture="llama",
         top={"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
