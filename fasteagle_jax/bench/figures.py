@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -192,4 +192,26 @@ def ablation_figure(label: str, points: Sequence[tuple[str, Any, Result]], plain
             axes.legend(fontsize="small")
             if any(isinstance(x, str) for _, x, _ in points):
                 axes.tick_params(axis="x", rotation=30)
+    return figure
+
+
+def intervals_figure(title: str, estimates: Sequence[Mapping[str, Any]]) -> Any:
+    """tau by task with its interval, a point a drafter and tree, of the records of `acceptance.Counts.estimates`."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(record["task"] for record in estimates))
+    decoders = list(dict.fromkeys((record["drafter"], record["tree"]) for record in estimates))
+    figure = Figure(figsize=(max(1.5 + 1.1 * len(tasks), 6.0), 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, tree) in enumerate(decoders):
+        shown = [r for r in estimates if (r["drafter"], r["tree"]) == (name, tree) and r["tau"] is not None]
+        at = [tasks.index(r["task"]) + (i + 0.5) * 0.8 / len(decoders) - 0.4 for r in shown]
+        lengths = [r["tau"] for r in shown]
+        errors = [[r["tau"] - r["interval"][0] for r in shown], [r["interval"][1] - r["tau"] for r in shown]]
+        axes.errorbar(at, lengths, yerr=errors, fmt="o", capsize=2, label=f"{name} {tree}")
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+    axes.set_ylabel("tau, with intervals of 95%")
+    axes.set_title(title, fontsize="small")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize="small")
     return figure

@@ -13,6 +13,10 @@ that for the first levels alone. simulated=0.8/0.7/0.6 is one that is accepted s
 numbers of slots; --sweep memory says what its caches take. --sweep rows measures what a target pass over several rows
 costs, and a round with each tree of `auto`.
 
+--acceptance measures no time: all prompts go through the engine's slots at once (--slots, the largest number given), by
+every drafter at every temperature, and tau and the acceptance by depth get standard errors and intervals, by drawing
+the conversations anew; so do the differences of two drafters on the same conversations.
+
 --predict FOLDER measures nothing: it estimates speed-ups on TPUs from compiled programs (--predict --help).
 
 --results keeps what is measured, task by task: the same command after an interruption measures the rest. If the output
@@ -24,6 +28,8 @@ example:
   fasteagle bench --tasks mt_bench,humaneval,gsm8k --prompts-folder prompts --temperature 0,1 --results runs/bench \\
       --drafters fasteagle=runs/fasteagle/drafter@best_first:16,eagle3=runs/eagle3/drafter@best_first:16:5
   fasteagle bench --tasks gsm8k.jsonl --drafters fasteagle=runs/fasteagle/drafter --sweep levels,nodes,tree
+  fasteagle bench --acceptance --tasks mt_bench,gsm8k --prompts-folder prompts --max-new 64 --max-len 2048 \\
+      --drafters a=runs/a/drafter@best_first:8,b=runs/b/drafter@best_first:8
   fasteagle bench --tasks gsm8k.jsonl --drafters simulated=0.8/0.7/0.6@chain
 """
 
@@ -45,6 +51,7 @@ import jax
 
 from fasteagle_jax.bench import predict, verify_cost
 from fasteagle_jax.bench import sweeps as sweep
+from fasteagle_jax.bench.acceptance import acceptance
 from fasteagle_jax.bench.breakdown import Breakdown, RoundProfiler
 from fasteagle_jax.bench.decoders import DecoderSpec, find_drafters, load_drafters, parse_decoders, read_tasks
 from fasteagle_jax.bench.figures import (
@@ -108,6 +115,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--results", type=Path, metavar="FOLDER", help="a new folder for numbers and figures, or one left unfinished"
     )
+    parser.add_argument("--acceptance", action="store_true", help="tau alone, with intervals, of many prompts at once")
     sweep_options = parser.add_argument_group("sweeps")
     sweep_options.add_argument(
         "--sweep",
@@ -174,6 +182,8 @@ def bench(args: argparse.Namespace) -> int:
             TreeSpec.parse(decoder.tree)
     if len(decoders) == 1:
         raise UserError("plain decoding alone is nothing to compare: name a drafter, NAME=FOLDER")
+    if args.acceptance and args.sweep:
+        raise UserError("--acceptance and --sweep are two measurements: give one of them")
     if alone and len(args.temperature) > 1:
         raise UserError(f"--sweep {args.sweep[0]} is of one temperature: give --temperature one number")
     check_results(args.results)
@@ -213,6 +223,8 @@ def bench(args: argparse.Namespace) -> int:
             for prompt in prompts
         ]
         outcome = alone(args, models, drafters, decoders, first_turns, parts)
+    elif args.acceptance:
+        outcome = acceptance(args, models, drafters, decoders, tasks, parts)
     else:
         outcome = _compare(args, models, drafters, decoders, tasks, parts)
     configs = {

@@ -6,12 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fasteagle_jax.bench import progress
+from fasteagle_jax.bench import progress, runner
+from fasteagle_jax.bench.acceptance import Answer, Case, Counts
 from fasteagle_jax.bench.decoders import DecoderSpec, parse_decoders, read_tasks
 from fasteagle_jax.bench.figures import show
-from fasteagle_jax.bench.runner import MEAN, Case, Comparison, Measured, Result, Run, means
+from fasteagle_jax.bench.runner import MEAN, Comparison, Measured, Result, Run, means
 from fasteagle_jax.bench.sweeps import ablation
 from fasteagle_jax.commands.bench import main
 from fasteagle_jax.decoding.acceptance import Acceptance
@@ -112,12 +114,57 @@ def test_a_stopped_bench_keeps_finished_tasks_and_resumes(talkative, tasks, tmp_
     assert whole["cases"] == report["cases"]
 
 
+def test_acceptance_of_many_prompts_at_once_counts_what_the_bench_counts_one_by_one(talkative, tasks, tmp_path, capsys):
+    target, drafter = talkative
+    argv = ["--target", target, "--tasks", "talk,sums", "--prompts-folder", tasks, "--max-new", 12]
+    argv += ["--temperature", "0,1", "--drafters", f"a={drafter}@best_first:4,b={drafter}@chain"]
+    assert run(*argv, "--repeats", 1, "--results", tmp_path / "one") == 0
+    many = ["--acceptance", "--slots", 4, "--max-len", 256, "--results", tmp_path / "many"]
+    assert run(*argv, *many) == 0
+    assert "a best_first:4" in (printed := capsys.readouterr().out) and "same conversations" in printed
+    one, many = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "many"))
+    assert (tmp_path / "many/acceptance_t0.png").read_bytes().startswith(b"\x89PNG")
+    expected = {(r["temperature"], r["task"], r["tree"]): r for r in one["results"] if r["drafter"] != "plain"}
+    found = {(x["temperature"], e["task"], e["tree"]): e for x in many["acceptance"] for e in x["estimates"]}
+    assert list(found) == list(expected) and any(sum(estimate["accepted_at"]) for estimate in found.values())
+    for name, estimate in found.items():
+        counted = expected[name]
+        assert estimate["accepted_at"] == counted["accepted_at"]
+        assert estimate["target_passes"] == counted["target_passes"]
+        assert estimate["tau"] == pytest.approx(counted["acceptance_length"])
+        assert estimate["interval"][0] <= estimate["tau"] <= estimate["interval"][1]
+
+
+def test_errors_of_tau_are_those_of_the_prompts_and_differences_are_of_the_same_prompts():
+    rng = np.random.default_rng(0)
+    decoders = parse_decoders(["a=folder", "b=folder"], "chain")[1:]
+    num_prompts, rounds = 400, 20
+    accepted = rng.integers(0, rounds + 1, num_prompts)  # one more or less in b, and of two turns each
+    shift = rng.integers(-1, 2, num_prompts)
+    cases = [Case("x", str(i), [1], 0) for i in range(num_prompts) for _ in range(2)]
+    answers = {
+        decoders[0]: [Answer([1], rounds, [int(n)]) for n in accepted for _ in range(2)],
+        decoders[1]: [Answer([1], rounds, [int(n + s), 0]) for n, s in zip(accepted, shift, strict=True) for _ in "ab"],
+    }
+    counts = Counts.of(cases, answers)
+    a, b = counts.estimates()
+    assert a["tau"] == pytest.approx(1 + accepted.mean() / rounds) and a["target_passes"] == 2 * num_prompts * rounds
+    assert a["by_depth"] == [pytest.approx(accepted.mean() / rounds), 0.0]
+    # Both turns of a prompt are drawn together, so they tell no more than one.
+    assert a["standard_error"] == pytest.approx(accepted.std(ddof=1) / rounds / num_prompts**0.5, rel=0.1)
+    (difference,) = counts.differences()
+    assert difference["difference"] == pytest.approx(b["tau"] - a["tau"]) and difference["over"] == "a chain"
+    low, high = difference["difference_interval"]
+    assert (high - low) / 2 == pytest.approx(1.96 * shift.std(ddof=1) / rounds / num_prompts**0.5, rel=0.1)
+    assert low < 0 < high and high - low < (a["interval"][1] - a["interval"][0]) / 4
+
+
 def test_a_result_counts_tokens_seconds_and_differences():
     def one(seconds, tokens, accepted=(1, 0)):
         return Run(seconds, seconds / 4, seconds / 2, tokens, Acceptance(2, accepted))
 
     sampling, answer = make_sampling(1), [1, 2, 3, 4]
-    cases = [Case(task, task + "/0", [1], sampling, answer) for task in ("x", "y")]
+    cases = [runner.Case(task, task + "/0", [1], sampling, answer) for task in ("x", "y")]
     plain, decoder = parse_decoders(["a=folder"], "chain")
     runs = {
         plain: [[one(2.0, answer, ()), one(2.0, answer, ())], [one(1.0, answer, ()), one(1.0, answer, ())]],
@@ -230,6 +277,9 @@ def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, talkati
     assert "--max-len 40 leaves" in complaint(main, *given, "--sweep", "rows", "--max-len", 40)
     assert "'0' is not a whole number of at least 1" in complaint(main, *given, "--repeats", 0)
     assert "'levels,slots' is not known" in complaint(main, *given, "--sweep", "levels,slots")
+    assert "two measurements" in complaint(main, *given, "--sweep", "slots", "--acceptance")
+    short = ["--acceptance", "--max-len", 64]
+    assert "prompt sums/0 has" in (said := complaint(main, *given, *short)) and "exceed --max-len 64: raise it" in said
     assert "is of one temperature" in complaint(main, *given, "--sweep", "slots", "--temperature", "0,1")
     assert "exceed the target's 1024 positions" in complaint(main, *given, "--max-new", 1000)
     assert "prompt talk/7 has" in complaint(main, *given, "--tasks", "talk", "--max-new", 500)  # its second turn
