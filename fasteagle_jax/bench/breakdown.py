@@ -24,7 +24,7 @@ from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.decoding.interfaces import Ranking
 from fasteagle_jax.decoding.sampling import choose
 from fasteagle_jax.decoding.speculative import advance, decode_rounds, root_only
-from fasteagle_jax.decoding.state import State
+from fasteagle_jax.decoding.state import State, context_of
 from fasteagle_jax.decoding.tree import Draft, visible_nodes, walk
 from fasteagle_jax.nn.kv_cache import commit
 
@@ -132,25 +132,26 @@ class RoundProfiler:
             draft = root_only(new)
             return draft, visible_nodes(draft)
 
-        def draft_logits(cache: Any, drafter: Any, vocab: Any, new: Any) -> Any:
-            return drafter.draft_logits(vocab, new, cache, num_levels)
+        def draft_logits(cache: Any, drafter: Any, vocab: Any, new: Any, context: Any) -> Any:
+            return drafter.draft_logits(vocab, new, cache, num_levels, context)
 
         def build_tree(_: Any, drafter: Any, vocab: Any, new: Any, cache: Any, logits: Any, sampling: Any) -> Any:
             draft = drafter.build_tree(vocab, new, cache, logits, tree, Ranking(sampling, True))
             return draft, visible_nodes(draft)
 
-        def whole_draft(cache: Any, drafter: Any, vocab: Any, new: Any, sampling: Any) -> Any:
-            draft, after = drafter.draft(vocab, new, cache, tree, Ranking(sampling, True))
+        def whole_draft(cache: Any, drafter: Any, vocab: Any, new: Any, context: Any, sampling: Any) -> Any:
+            draft, after = drafter.draft(vocab, new, cache, tree, Ranking(sampling, True), context)
             return draft, visible_nodes(draft), after
 
         models = drafter, vocab, state.new
+        context = () if drafter is None else context_of(state.target_cache, drafter)
         if drafter is None:
             draft, visible = run("tree", plain_draft, (), state.new)
         elif getattr(drafter, "has_split_draft", False):
-            logits, cache = run("draft", draft_logits, state.drafter_cache, *models)
+            logits, cache = run("draft", draft_logits, state.drafter_cache, *models, context)
             draft, visible = run("tree", build_tree, (), *models, cache, logits, sampling)
         else:
-            draft, visible, _ = run("draft", whole_draft, state.drafter_cache, *models, sampling)
+            draft, visible, _ = run("draft", whole_draft, state.drafter_cache, *models, context, sampling)
 
         # --- the target -----------------------------------------------------------------------------------------
         def verify(_: Any, target: Any, draft: Draft, visible: jax.Array, cache: Any) -> Any:

@@ -148,6 +148,8 @@ class TrainableDrafter(Drafter, Protocol):
     ) -> tuple[Any, Any]:
         """The head's input at every level and position of packed rows: N of [B, T, H], as a stack or a list.
 
+        With an `own_head` that reads R entries besides, they come last: [B, T, H + R].
+
         Entry i - 1 at stream position t is the guess for token x[t+1+i]. The second result is the drafter's own.
 
         Args:
@@ -162,5 +164,8 @@ class TrainableDrafter(Drafter, Protocol):
         ...
 
     def own_head(self) -> jax.Array | None:
-        """Its own head [V, H], which gets a gradient; None if it uses the target's frozen one."""
+        """Its own head [V, R], which gets a gradient and reads the last R entries of hidden states.
+
+        The target's frozen head reads the entries before them, all if this is None.
+        """
         ...

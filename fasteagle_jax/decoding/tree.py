@@ -195,6 +195,13 @@ def _draft_of(root: jax.Array, picked: jax.Array, parent: jax.Array, tokens: jax
 # --- trees grown level by level, of guesses that depend on their path -------------------------------------------
 
 
+class Guesses(NamedTuple):
+    """What may follow the nodes of a level."""
+
+    scores: jax.Array  # float32 [B, f, C], log-probabilities (at most 0) below each of f nodes
+    token_ids: jax.Array  # int32 [C], the target's ids, of the whole draft vocabulary; or [B, C], of candidates
+
+
 class _Scored(NamedTuple):
     """The candidates of a level."""
 
@@ -208,10 +215,9 @@ def grow(
     tree: TreeSpec,
     root: jax.Array,
     num_levels: int,
-    token_ids: jax.Array,
     state: Any,
-    guess: Callable[[Any, int], jax.Array],
-    follow: Callable[[Any, jax.Array, jax.Array, int], Any],
+    guess: Callable[[Any, int], Guesses],
+    follow: Callable[[Any, jax.Array, jax.Array, jax.Array, int], Any],
 ) -> Draft:
     """The Draft of the shape `tree` from guesses that depend on the path to them.
 
@@ -223,12 +229,10 @@ def grow(
       tree: the shape.
       root: int32 [B], the pending token.
       num_levels: N, the depth.
-      token_ids: int32 [V], the target's id of each entry of the draft vocabulary.
       state: the drafter's state at the root, of [B, 1] nodes.
-      guess: (state, depth) -> float32 [B, f, V], the log-probabilities (at most 0) of tokens at `depth` below each of
-        the state's f nodes.
-      follow: (state, parent, tokens, depth) -> the state at f' nodes of that depth, given by int32 [B, f'] each: the
-        index of the parent among the state's nodes, and the token.
+      guess: (state, depth) -> the Guesses at `depth` below each of the state's f nodes.
+      follow: (state, parent, tokens, index, depth) -> the state at f' nodes of that depth, given by int32 [B, f'] each:
+        the index of the parent among the state's nodes, the token, and its index among the guesses.
     """
     batch = root.shape[0]
     above = jnp.zeros((batch, 1))  # float32 [B, f], the scores of the expanded nodes
@@ -236,18 +240,27 @@ def grow(
     scored: list[_Scored] = []
     num_scored = 1  # the root is node 0
     for depth in range(1, num_levels + 1):
-        expanded, children = _growth(tree, depth, len(token_ids))
-        values, index = top_k(guess(state, depth), children, "vocab")  # [B, f, k]
+        guesses = guess(state, depth)
+        expanded, children = _growth(tree, depth, guesses.scores.shape[-1])
+        values, index = top_k(guesses.scores, children, "vocab" if guesses.token_ids.ndim == 1 else None)  # [B, f, k]
         score = (above[..., None] + values).reshape(batch, -1)  # [B, f*k]
-        tokens = token_ids[index].reshape(batch, -1).astype(jnp.int32)
+        index = index.reshape(batch, -1)
+        tokens = _ids_at(guesses.token_ids, index)
         scored.append(_Scored(tokens, jnp.repeat(indices, children, axis=1), score, depth))
         if depth == num_levels:
             break
         above, best = top_k(score, min(expanded, score.shape[1]))
-        state = follow(state, best // children, jnp.take_along_axis(tokens, best, axis=1), depth)
+        best_tokens, best_index = (jnp.take_along_axis(x, best, axis=1) for x in (tokens, index))
+        state = follow(state, best // children, best_tokens, best_index, depth)
         indices = num_scored + best
         num_scored += score.shape[1]
     return _best_scored(root, scored, tree.num_nodes(num_levels))
+
+
+def _ids_at(token_ids: jax.Array, index: jax.Array) -> jax.Array:
+    """Entries int32 [B, x] at index [B, x] of token ids [C] or [B, C]."""
+    ids = token_ids[index] if token_ids.ndim == 1 else jnp.take_along_axis(token_ids, index, axis=1)
+    return ids.astype(jnp.int32)
 
 
 def _growth(tree: TreeSpec, depth: int, vocab: int) -> tuple[int, int]:

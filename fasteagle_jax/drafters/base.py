@@ -58,6 +58,18 @@ class DrafterConfig:
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"drafter num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
 
+    def check_target(self, target_config: Any) -> None:
+        """Raises UserError if the drafter does not fit a target's layers.
+
+        Features are inputs of the target's layers, or of index `num_layers` the output of the last one.
+        """
+        num_layers = target_config.num_layers
+        if wrong := [f for f in self.feature_layers if not 0 <= f <= num_layers]:
+            raise UserError(
+                f"feature_layers has {', '.join(map(str, wrong))}, the target {num_layers} layers: "
+                f"give 0 to {num_layers}, or take the target that the drafter was trained for"
+            )
+
     # --- number of operations (see training.flops) --------------------------------------------------------------
 
     trains_head: ClassVar[bool] = False  # whether it has its own head, which gets a gradient
@@ -144,15 +156,6 @@ def layer_config(config: DrafterConfig) -> LayerConfig:
     """The sizes of a drafter's decoder layer."""
     c = config
     return LayerConfig(c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps)
-
-
-def check_features(feature_layers: tuple[int, ...], num_layers: int) -> None:
-    """Raises UserError unless all are inputs of the target's layers, or `num_layers`, the output of the last one."""
-    if wrong := [f for f in feature_layers if not 0 <= f <= num_layers]:
-        raise UserError(
-            f"feature_layers has {', '.join(map(str, wrong))}, the target {num_layers} layers: "
-            f"give 0 to {num_layers}, or take the target that the drafter was trained for"
-        )
 
 
 def copy_weights(into: nnx.Module, source: Any) -> None:

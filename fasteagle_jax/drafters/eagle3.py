@@ -10,7 +10,6 @@ N sequential runs, over a tree that grows by the f best nodes a level.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
-from fasteagle_jax.decoding.tree import Draft, TreeSpec, grow
+from fasteagle_jax.decoding.tree import Draft, Guesses, TreeSpec, grow
 from fasteagle_jax.devices.sharding import constrain
 from fasteagle_jax.drafters.base import (
     DrafterConfig,
@@ -31,12 +30,12 @@ from fasteagle_jax.drafters.base import (
     pending,
     rank,
 )
-from fasteagle_jax.nn.attention import MASKED, Attention, Past, attention, by_kv_head, by_token
+from fasteagle_jax.nn.attention import Attention, Past, attention, by_kv_head, by_token
 from fasteagle_jax.nn.embedding import embed
 from fasteagle_jax.nn.kv_cache import Ring, commit_ring, seen_in_ring
 from fasteagle_jax.nn.mlp import Mlp
 from fasteagle_jax.nn.norm import RMSNorm
-from fasteagle_jax.nn.packed_attention import Packed, in_blocks
+from fasteagle_jax.nn.packed_attention import Packed, own_path_attention
 from fasteagle_jax.nn.rope import rotation
 from fasteagle_jax.nn.stored import NamedVariable, stored_tensors
 from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, DecoderLayer
@@ -201,7 +200,7 @@ class Eagle3(DrafterModule):
             def run(h: jax.Array, e: jax.Array, keys: Any, values: Any, j: int = j) -> tuple[jax.Array, Any, Any]:
                 q, k, v = self._qkv(e, h, positions + j)
                 keys, values = [*keys, k], [*values, v]
-                return self._after_attention(h, _attend_to_own_path(q, keys, values, visible)), keys, values
+                return self._after_attention(h, own_path_attention(q, keys, values, visible)), keys, values
 
             h = constrain(h, "batch", None, None)
             h, keys, values = (run if remat is None else jax.checkpoint(run, policy=remat))(h, e, keys, values)
@@ -233,11 +232,11 @@ class Eagle3(DrafterModule):
         ids = draft_ids(vocab)
         past = self._past(cache, jnp.maximum(cache.length - 1, 0)[:, None])  # every node sees what its root sees
 
-        def guess(nodes: _Nodes, depth: int) -> jax.Array:
+        def guess(nodes: _Nodes, depth: int) -> Guesses:
             logits = vocab.logits(self.norm(nodes.hidden))  # [B, f, V]
-            return rank(logits, cache.length[:, None] + depth, ids, ranking)
+            return Guesses(rank(logits, cache.length[:, None] + depth, ids, ranking), ids)
 
-        def follow(nodes: _Nodes, parent: jax.Array, tokens: jax.Array, depth: int) -> _Nodes:
+        def follow(nodes: _Nodes, parent: jax.Array, tokens: jax.Array, index: jax.Array, depth: int) -> _Nodes:
             h = jnp.take_along_axis(nodes.hidden, parent[..., None], axis=1)
             e = embed(vocab.embedding, tokens, h.dtype)
             position = jnp.broadcast_to((cache.length - 1 + depth)[:, None], parent.shape)
@@ -250,7 +249,7 @@ class Eagle3(DrafterModule):
             return _Nodes(self._after_attention(h, by_token(attended, parent.shape[1])), keys, values, own_path)
 
         at_root = _Nodes(h[:, None], [], [], jnp.zeros((batch, 1, 0), bool))
-        return grow(tree, pending(new), num_levels, ids, at_root, guess, follow), cache
+        return grow(tree, pending(new), num_levels, at_root, guess, follow), cache
 
     def _past(self, cache: Ring, queries: jax.Array) -> Past:
         """The Past of the one layer for `queries` at stream positions int32 [B, Q]."""
@@ -279,36 +278,3 @@ class _Nodes(NamedTuple):
     keys: list[jax.Array]  # [B, K, f, D] of the nodes of each level so far
     values: list[jax.Array]
     own_path: jax.Array  # bool [B, f, keys], whether a node sees them
-
-
-def _attend_to_own_path(
-    q: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], visible: jax.Array | Packed
-) -> jax.Array:
-    """Attention of q [B, T, K*G, D] over run 0's keys [B, T, K, D] and later runs' at the query's own position."""
-    batch, num_tokens, kv_heads, width = keys[0].shape
-    q = (q * width**-0.5).reshape(batch, num_tokens, kv_heads, -1, width)  # [B, T, K, G, D]
-    # Later runs' scores and values are computed for whole rows, so that their gradients are not summed over blocks.
-    later_scores = [(q.astype(jnp.float32) * k[:, :, :, None]).sum(axis=-1, keepdims=True) for k in keys[1:]]
-    later = jnp.concatenate([jnp.zeros((*q.shape[:-1], 0)), *later_scores], axis=-1)  # [B, T, K, G, later]
-    first_k, first_v = keys[0].transpose(0, 2, 1, 3), values[0].transpose(0, 2, 1, 3)  # [B, K, T, D]
-
-    def attend(queries: tuple[jax.Array, ...], start: jax.Array | int, num_keys: int) -> jax.Array:
-        """Run 0's attended values and the later runs' probabilities for Q queries, [B, Q, K*G, D + later]."""
-        size, heads = queries[0].shape[1], kv_heads * q.shape[3]
-        rows, later_rows = (by_kv_head(x.reshape(batch, size, heads, x.shape[-1]), kv_heads) for x in queries)
-        if isinstance(visible, Packed):
-            seen = visible.visible(start, size)
-        else:
-            seen = jax.lax.dynamic_slice_in_dim(visible, start, size, axis=1)
-        mask = jnp.tile(seen[:, :, :num_keys], (1, q.shape[3], 1))[:, None]
-        scores = jnp.einsum("bkmd,bktd->bkmt", rows, first_k[:, :, :num_keys], preferred_element_type=jnp.float32)
-        p = jax.nn.softmax(jnp.concatenate([jnp.where(mask, scores, MASKED), later_rows], axis=-1), axis=-1)
-        first_p = p[..., :num_keys].astype(rows.dtype)
-        out = jnp.einsum("bkmt,bktd->bkmd", first_p, first_v[:, :, :num_keys], preferred_element_type=jnp.float32)
-        return by_token(jnp.concatenate([out, p[..., num_keys:]], axis=-1), size)
-
-    attended = in_blocks(attend, (q, later)).reshape(*q.shape[:-1], -1)  # [B, T, K, G, D + later]
-    out = attended[..., :width]
-    for i, v in enumerate(values[1:]):
-        out += attended[..., width + i, None] * v[:, :, :, None]
-    return out.astype(values[0].dtype).reshape(batch, num_tokens, -1, width)

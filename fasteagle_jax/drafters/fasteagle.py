@@ -1,13 +1,18 @@
 """FastEagle (arXiv 2509.20416): a cascade of N decoder layers that guesses N tokens in one forward pass.
 
 B rows · T stream positions · A newly accepted tokens · N levels · F feature layers · H hidden width · V draft
-vocabulary.
+vocabulary · R rank of edge scores.
 At stream position t it reads the target's features g[t] and the embedding of the next, already chosen token x[t+1]; the
 output of level i is the guess for token x[t+1+i]. No draft token is ever an input of a level, so training is one causal
 pass and the cache of verified positions needs no rollback.
 
-Two options are not in the paper: `reinject` adds the input again before every level, and `correction` corrects each
-guess by the token before it on its path, outside of the cascade (as the later TreeFlash and DSpark do).
+The paper's levels are full layers with keys and values of their own. What is not in the paper:
+- `reinject` adds the input again before every level;
+- `context` "target": levels attend to the target's own keys and values, so that the drafter has no cache (cf. GLIDE);
+- `levels` "shared": all have the same attention and MLP, and norms and reinjection of their own;
+- `side_by_side`: attention and MLP read the same stream and are added to it at once: one all-reduce a level;
+- guesses that know the token before them on their path, outside of the cascade: by a `correction` of the state (as the
+  later TreeFlash and DSpark do), or by `edges`, scores of pairs of tokens (see edges.py).
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
-from fasteagle_jax.decoding.tree import Draft, TreeSpec, build, grow
+from fasteagle_jax.decoding.tree import Draft, Guesses, TreeSpec, build, grow
 from fasteagle_jax.devices.sharding import constrain, training_rows
 from fasteagle_jax.drafters.base import (
     DrafterConfig,
@@ -28,28 +33,27 @@ from fasteagle_jax.drafters.base import (
     causal,
     copy_weights,
     draft_ids,
-    layer_config,
     newest,
     pending,
     rank,
 )
+from fasteagle_jax.drafters.edges import Candidates, EdgeScores
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.attention import Attend, Cached, Past
+from fasteagle_jax.nn.attention import Attend, Attention, Cached, Past
 from fasteagle_jax.nn.embedding import embed
-from fasteagle_jax.nn.kv_cache import Ring, commit_ring, seen_in_ring
+from fasteagle_jax.nn.kv_cache import Cache, Ring, commit_ring, seen_in_ring
 from fasteagle_jax.nn.linear import Linear, to_columns
+from fasteagle_jax.nn.mlp import Mlp
 from fasteagle_jax.nn.norm import RMSNorm, rms_norm
-from fasteagle_jax.nn.rope import rotation
+from fasteagle_jax.nn.packed_attention import GivenPast
+from fasteagle_jax.nn.rope import Rotation, rotation
 from fasteagle_jax.nn.stored import NamedVariable, stored_tensors
-from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, DecoderLayer, run_layers, stack, unstack
+from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, run_layers, stack, unstack
 
 EMBEDDING_SHARE = 0.1  # initial size of the embedding relative to the stream, since copied layers never read one there
 
-_LEVEL = {  # name in the file: place in a Level
-    **{name: f"layer.{place}" for name, place in DECODER_LAYER_NAMES.items()},
-    "norm": "norm",
-    "reinject": "reinject",
-}
+_LEVEL = DECODER_LAYER_NAMES | {"norm": "norm", "reinject": "reinject"}  # name in the file: place in a Level
+CONTEXTS, LEVELS = ("own", "target"), ("own", "shared")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +62,58 @@ class FastEagleConfig(DrafterConfig):
 
     kind: str = "fasteagle"
     reinject: bool = False  # add the fused input again before every level
-    correction: int | None = None  # R, hidden units of the Correction; None for no correction
+    correction: int | None = None  # hidden units of the Correction; None for no correction
+    context: str = "own"  # of CONTEXTS: whose keys and values a level attends to beside its own at its own position
+    context_layer: int | None = None  # of the target, for context "target"
+    levels: str = "own"  # of LEVELS: whether each level has its own attention and MLP
+    side_by_side: bool = False  # attention and MLP of a level read the same stream
+    edges: int | None = None  # rank of the EdgeScores; None for none
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.correction is not None and (not isinstance(self.correction, int) or self.correction < 1):
-            raise UserError(f"drafter correction is {self.correction!r}: give a number of units, or None for none")
+        for name, unit in (("correction", "units"), ("edges", "dimensions")):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UserError(f"drafter {name} is {value!r}: give a number of {unit}, or None for none")
+        for name, known in (("context", CONTEXTS), ("levels", LEVELS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"drafter {name} is {getattr(self, name)!r}: use {' or '.join(known)}")
+        if self.correction and self.edges:
+            raise UserError("a drafter has a correction or edges, not both: set one of them to None")
+        if (self.context_layer is None) == (self.context == "target"):
+            raise UserError(
+                f"drafter context_layer is {self.context_layer} with context {self.context}: "
+                "context target reads a layer of the target, context own none"
+            )
+        if self.window is not None and self.context == "target":
+            raise UserError("a drafter with context target sees what the target's layer sees: set window to None")
+
+    @property
+    def context_layers(self) -> tuple[int, ...]:
+        """The target's layers whose keys and values it reads."""
+        return () if self.context_layer is None else (self.context_layer,)
+
+    def check_target(self, target_config: Any) -> None:
+        """As of DrafterConfig; the keys that it reads must be of its own heads and rotary tables."""
+        super().check_target(target_config)
+        if self.context_layer is None:
+            return
+        if not 0 <= self.context_layer < target_config.num_layers:
+            raise UserError(
+                f"drafter context_layer is {self.context_layer}, the target has {target_config.num_layers} layers: "
+                f"give 0 to {target_config.num_layers - 1}"
+            )
+        for name in ("num_kv_heads", "head_dim", "rope"):
+            if getattr(self, name) != getattr(target_config, name):
+                raise UserError(
+                    f"drafter {name} is {getattr(self, name)}, the target's {getattr(target_config, name)}: "
+                    "to read the target's keys and values they must be equal"
+                )
 
     @property
     def level_parameters(self) -> int:
-        """Those of DrafterConfig, H^2 for reinjection and 3 H R for a correction."""
-        extra = self.hidden_size * self.reinject + 3 * (self.correction or 0)
+        """Those of DrafterConfig, H^2 for reinjection and 3 H R for a correction of R units, 2 H R for edges."""
+        extra = self.hidden_size * self.reinject + 3 * (self.correction or 0) + 2 * (self.edges or 0)
         return super().level_parameters + self.hidden_size * extra
 
     @property
@@ -96,19 +141,40 @@ class Correction(nnx.Module):
         return h + self.to_state(jax.nn.silu(of_state + of_token))
 
 
-class Level(nnx.Module):
-    """One level of the cascade: a decoder layer, the norm before the head, and optionally the reinjected input."""
+class Layer(nnx.Module):
+    """Attention and MLP, of one level or of all."""
 
     def __init__(self, config: FastEagleConfig, key: jax.Array, dtype: Any):
-        hidden = config.hidden_size
-        self.layer = DecoderLayer(layer_config(config), key, dtype)
-        self.norm = RMSNorm(hidden, config.rms_norm_eps, dtype)
+        c, keys = config, iter(jax.random.split(key, 7))
+        self.attention = Attention(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, keys, dtype)
+        self.mlp = Mlp(c.hidden_size, c.intermediate_size, keys, dtype)
+
+
+class Level(nnx.Module):
+    """One level of the cascade: a decoder layer, the norm before the head, and optionally the reinjected input.
+
+    `attention` and `mlp` are None if all levels share them.
+    """
+
+    def __init__(self, config: FastEagleConfig, key: jax.Array, dtype: Any):
+        c = config
+        hidden, eps = c.hidden_size, c.rms_norm_eps
+        layer = None if c.levels == "shared" else Layer(c, key, dtype)
+        self.input_norm = RMSNorm(hidden, eps, dtype)
+        self.attention = None if layer is None else layer.attention
+        self.mlp_norm = RMSNorm(hidden, eps, dtype)
+        self.mlp = None if layer is None else layer.mlp
+        self.norm = RMSNorm(hidden, eps, dtype)
         # Starts at zero, so that training starts from the plain cascade.
-        self.reinject = Linear(hidden, hidden, ("embed", "fused"), None, dtype) if config.reinject else None
+        self.reinject = Linear(hidden, hidden, ("embed", "fused"), None, dtype) if c.reinject else None
 
 
 class FastEagle(DrafterModule):
-    """The drafter. `levels` is one stacked Level (leading axis N) or, unstacked, a list of N of them."""
+    """The drafter. `levels` is one stacked Level (leading axis N) or, unstacked, a list of N of them.
+
+    Levels that share their layer are always a list: XLA's TPU compiler keeps the layer in the chip's own memory where
+    it sees all its uses, and would read it anew in each iteration of a scan.
+    """
 
     architecture = "FastEagleDrafter"
     Config = FastEagleConfig
@@ -118,46 +184,62 @@ class FastEagle(DrafterModule):
         c = config
         key_fc, key_input, key_levels = jax.random.split(key, 3)
         super().__init__(c, key_fc, dtype)
+        self.stacked = stacked  # the form of its hidden states and, if it has its own layers, of its levels and cache
         self.fuse = Linear(2 * c.hidden_size, c.hidden_size, ("embed", "fused"), key_input, dtype)
         # One for all levels: one a level had five times the parameters and was no better.
         self.correction = Correction(c, jax.random.fold_in(key, 1), dtype) if c.correction else None
+        sizes = c.hidden_size, c.edges, c.draft_vocab_size, c.rms_norm_eps
+        self.edges = EdgeScores(*sizes, jax.random.fold_in(key, 2), dtype) if c.edges else None
+        self.shared = Layer(c, jax.random.fold_in(key, 3), dtype) if c.levels == "shared" else None
         levels = jax.vmap(lambda k: Level(c, k, dtype))(jax.random.split(key_levels, c.num_levels))
-        self.levels: Any = levels if stacked else nnx.List(unstack(levels, c.num_levels))
+        self.levels: Any = levels if self.scans else nnx.List(unstack(levels, c.num_levels))
 
     @property
-    def stacked(self) -> bool:
+    def scans(self) -> bool:
         """Whether the levels are one scanned stack rather than a list."""
-        return not isinstance(self.levels, nnx.List)
+        return self.stacked and self.shared is None
+
+    @property
+    def context_layers(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The target's layers whose keys and values it reads."""
+        return self.config.context_layers
 
     def start_from(self, target: Any, feature_rms: jax.Array, *, layers: bool) -> None:
-        """Initialises its norms from the target's final one and, with `layers`, each layer from the target's last one.
+        """Initialises its norms from the target's final one and, with `layers`, each layer from one of the target's.
 
-        The head reads every level's output, as it reads that of the target's last layer. With `layers` the input is the
-        highest feature, of root mean square `feature_rms` float32 [F], plus the embedding. Raises UserError if the
-        sizes of the layers differ.
+        That is the last one, or the one whose keys and values it reads. The head reads every level's output, as it
+        reads that of the target's last layer. With `layers` the input is the highest feature, of root mean square
+        `feature_rms` float32 [F], plus the embedding. Raises UserError if the sizes of the layers differ.
         """
         c = self.config
-        hidden, last = c.hidden_size, target.layer(target.config.num_layers - 1)
+        hidden = c.hidden_size
+        source = target.layer(target.config.num_layers - 1 if c.context_layer is None else c.context_layer)
         norm = target.norm.weight[...].astype(jnp.float32)
-        for level in [self.levels] if self.stacked else self.levels:
+        for level in [self.levels] if self.scans else self.levels:
             level.norm.weight[...] = jnp.broadcast_to(norm, level.norm.weight.shape)
         if not layers:
             return
-        if self.stacked:
-            copies = jax.tree.map(lambda w: jnp.broadcast_to(w, (c.num_levels, *w.shape)), last)
-            copy_weights(self.levels.layer, copies)
-        else:
-            for level in self.levels:
-                copy_weights(level.layer, last)
+        if self.shared is not None:
+            for name in ("attention", "mlp"):
+                copy_weights(getattr(self.shared, name), getattr(source, name))
+        for level in [self.levels] if self.scans else self.levels:
+            for name in ("input_norm", "mlp_norm") + (("attention", "mlp") if self.shared is None else ()):
+                part = getattr(source, name)
+                if self.scans:
+                    part = jax.tree.map(lambda w: jnp.broadcast_to(w, (c.num_levels, *w.shape)), part)
+                copy_weights(getattr(level, name), part)
         # The copied layers expect a stream of the highest feature's size.
         self.fc.set_matrix(jnp.zeros(self.fc.matrix.shape).at[-hidden:].set(jnp.eye(hidden) * feature_rms[-1]))
         embedding = target.embedding[...].astype(jnp.float32)
         gain = EMBEDDING_SHARE * feature_rms[-1] / jnp.sqrt(jnp.mean(embedding**2))
         self.fuse.set_matrix(jnp.concatenate([jnp.eye(hidden), jnp.eye(hidden) * gain]))
 
-    def own_head(self) -> None:
-        """None: the head is the target's, frozen."""
-        return None
+    def own_head(self) -> jax.Array | None:
+        """The table [V, R] of its edge scores, which reads the last R entries of hidden states; else None.
+
+        The head itself is the target's, frozen.
+        """
+        return None if self.edges is None else self.edges.table[...]
 
     def vocab_weights(self, target: Any) -> VocabWeights:
         """The target's embedding, and its head's rows for the draft vocabulary."""
@@ -165,9 +247,11 @@ class FastEagle(DrafterModule):
         ids = None if self.token_ids is None else self.token_ids[...]
         return VocabWeights(target.embedding[...], head if ids is None else head[ids], ids, target.logit_map)
 
-    def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Ring:
-        """The empty Ring of the N levels, as a stack or a list like them."""
-        return self.empty_ring(self.num_levels, batch, num_slots, most_written, stacked=self.stacked)
+    def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Ring | Cache:
+        """The empty Ring of the N levels, as a stack or list like them; with the target's context a length alone."""
+        if self.context_layers:
+            return Cache([], [], jnp.zeros((batch,), jnp.int32))
+        return self.empty_ring(self.num_levels, batch, num_slots, most_written, stacked=self.scans)
 
     def hidden_states(
         self,
@@ -181,7 +265,7 @@ class FastEagle(DrafterModule):
         *,
         context: tuple[Any, ...] = (),
         remat: Any = None,
-        apply_correction: bool = True,
+        head_inputs: bool = True,
     ) -> tuple[Any, Any]:
         """The head's input at every level and position, and the fresh keys and values.
 
@@ -194,13 +278,15 @@ class FastEagle(DrafterModule):
             nn.attention).
           cache: committed stream positions; None for none.
           num_levels: N, how many of the first levels to run; None for all.
-          context: not used, since `context_layers` is empty.
+          context: for context "target" the target's keys and values (k, v) [B, K, T, D] at these positions, of which
+            position i sees those that `visible` allows; or a Past, which it sees besides what `visible` allows.
           remat: a policy of jax.checkpoint_policies, by which the backward pass recomputes levels; None: it does not.
-          apply_correction: False returns the levels' outputs, for `head_input`, in place of the head's input corrected
-            by the true tokens.
+          head_inputs: False returns the levels' outputs in place of the head's input for guesses after the true tokens
+            before them.
 
         Returns:
-          A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i]; and (k, v) for commit_ring.
+          A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i], with edges [B, T, H + R], of
+          which `own_head` reads the last R; and (k, v) for commit_ring.
         """
         c = self.config
         dtype = features.dtype  # of all activations
@@ -211,16 +297,18 @@ class FastEagle(DrafterModule):
         ones = jnp.ones((c.hidden_size,), jnp.float32)
         rows = "batch" if callable(visible) else "rows"  # logical axis in training and in decoding
         reinjected = rms_norm(fused, ones, c.rms_norm_eps) if c.reinject else None
-        table = rotation(positions, c.rope, c.head_dim)
-        past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_levels)
+        # The target's keys end at position t: a level stands at the next one, that of x[t+1].
+        table = rotation(positions + len(context), c.rope, c.head_dim)
+        past = cache.layers if cache is not None else (None if self.scans else [None] * c.num_levels)
         filled = None if cache is None else cache.filled()
 
         # The token before level i's guess is i - 1 further on; no loss reads past a segment's end.
+        knows_token_before = head_inputs and not self.has_split_draft
         tokens_before: Any = [None] * c.num_levels
-        if c.correction and apply_correction:
+        if knows_token_before:
             tokens_before = [jnp.roll(next_tokens, -i, axis=1) for i in range(c.num_levels)]
-        if self.stacked:
-            tokens_before = jnp.stack(tokens_before) if c.correction and apply_correction else None
+        if self.scans:
+            tokens_before = jnp.stack(tokens_before) if knows_token_before else None
 
         def level_step(h: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             level, cached, before = xs
@@ -228,14 +316,13 @@ class FastEagle(DrafterModule):
             if cached is not None:
                 k, v, slot_positions = cached
                 level_past = Past(k, v, seen_in_ring(slot_positions, positions, c.window), filled)
-            attend = visible if callable(visible) else Cached(visible, level_past)
             if reinjected is not None:
                 # All-reduced before the sum: XLA's partitioner (jax 0.10.2) gave wrong numbers on data 2 x fsdp 2 x
                 # tensor 2 if the stream was added to partial sums over fsdp.
                 h = h + constrain(level.reinject(reinjected), rows, None, None)
-            h, kv = level.layer(h, table, attend)  # h_i = L_i(h_i-1)
+            h, kv = self._run(level, h, table, _attend(visible, level_past, context))  # h_i = L_i(h_i-1)
             h = training_rows(h, visible)
-            if not apply_correction:
+            if not head_inputs:
                 return h, (h, kv)
             e = None if before is None else embed(embedding, before, dtype)
             return h, (self.head_input(level, h, e), kv)
@@ -244,116 +331,181 @@ class FastEagle(DrafterModule):
             level_step = jax.checkpoint(level_step, policy=remat)
         span = None if num_levels in (None, c.num_levels) else (0, num_levels)
         _, results = run_layers(level_step, fused, (self.levels, past, tokens_before), span)
-        if self.stacked:
+        if self.scans:
             return results
-        return [hidden for hidden, _ in results], ([kv[0] for _, kv in results], [kv[1] for _, kv in results])
+        states = [hidden for hidden, _ in results]
+        return jnp.stack(states) if self.stacked else states, (
+            [kv[0] for _, kv in results],
+            [kv[1] for _, kv in results],
+        )
+
+    def _run(
+        self, level: Level, h: jax.Array, table: Rotation, attend: Attend
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """A level's output [B, T, H] and its fresh keys and values."""
+        layer: Any = level if self.shared is None else self.shared
+        attended, fresh = layer.attention(level.input_norm(h), table, attend)
+        if self.config.side_by_side:
+            return h + (attended + layer.mlp(level.mlp_norm(h))), fresh
+        h = h + attended
+        return h + layer.mlp(level.mlp_norm(h)), fresh
 
     def head_input(self, level: Level, h: jax.Array, e: jax.Array | None) -> jax.Array:
-        """The head's input [..., H] from a level's output h, corrected by e, the embedding of the token before."""
-        eps = self.config.rms_norm_eps
+        """The head's input [..., H] from a level's output h, given e, the embedding of the token before the guess.
+
+        With edges [..., H + R].
+        """
         if self.correction is not None:
             assert e is not None
-            h = self.correction(h, e, eps)
+            h = self.correction(h, e, self.config.rms_norm_eps)
+        if self.edges is not None and e is not None:
+            return jnp.concatenate([level.norm(h), self.edges.query(h, e)], axis=-1)
         return level.norm(h)
 
+    # --- decoding -----------------------------------------------------------------------------------------------
+
     def extend(
-        self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int, context: tuple[Past, ...] = ()
-    ) -> Ring:
+        self, vocab: VocabWeights, new: Accepted, cache: Any, num_levels: int, context: tuple[Past, ...] = ()
+    ) -> Any:
         """The cache of the first levels with the accepted tokens' stream positions in it."""
+        if self.context_layers:
+            return self.skip(new, cache)
         return self._advance(vocab, new, cache, num_levels)[1]
 
     def draft(
         self,
         vocab: VocabWeights,
         new: Accepted,
-        cache: Ring,
+        cache: Any,
         tree: TreeSpec,
         ranking: Ranking,
         context: tuple[Past, ...] = (),
-    ) -> tuple[Draft, Ring]:
+    ) -> tuple[Draft, Any]:
         """A tree rooted at the pending token (see interfaces.Drafter).
 
         A tree of fewer levels runs the first levels alone, on at most as many new tokens as its rounds accept. With a
-        correction it is grown level by level, since guesses depend on the token before them.
+        correction or edges it is grown level by level, since guesses depend on the token before them.
         """
         num_levels = tree.num_levels(self.num_levels)
         if self.has_split_draft:
-            logits, cache = self.draft_logits(vocab, new, cache, num_levels)
+            logits, cache = self.draft_logits(vocab, new, cache, num_levels, context)
             return self.build_tree(vocab, new, cache, logits, tree, ranking), cache
-        hidden, cache = self._advance_newest(vocab, new, cache, num_levels)  # [B, N, H]
-        levels = unstack(self.levels, self.num_levels) if self.stacked else list(self.levels)
-        ids = draft_ids(vocab)
+        states, cache = self._newest_states(vocab, new, cache, num_levels, context)  # [B, N, H]
+        grown = self._corrected_tree if self.edges is None else self._tree_of_edges
+        return grown(vocab, pending(new), cache.length, states, tree, ranking), cache
+
+    def _corrected_tree(
+        self,
+        vocab: VocabWeights,
+        root: jax.Array,
+        length: jax.Array,
+        states: jax.Array,
+        tree: TreeSpec,
+        ranking: Ranking,
+    ) -> Draft:
+        """The Draft of states [B, N, H] of levels, corrected by the token before a guess; the root is at `length`."""
+        levels, ids = self._level_list(), draft_ids(vocab)
 
         def states_below(depth: int, tokens: jax.Array) -> jax.Array:
             """The head's input [B, f, H] for guesses at a depth, below f nodes that hold `tokens` int32 [B, f]."""
-            e = embed(vocab.embedding, tokens, hidden.dtype)
-            h = jnp.broadcast_to(hidden[:, depth - 1, None], e.shape)
+            e = embed(vocab.embedding, tokens, states.dtype)
+            h = jnp.broadcast_to(states[:, depth - 1, None], e.shape)
             return self.head_input(levels[depth - 1], h, e)
 
-        def guess(states: jax.Array, depth: int) -> jax.Array:
-            logits = vocab.logits(states)  # [B, f, V]
-            return rank(logits, cache.length[:, None] + depth, ids, ranking)
+        def guess(below: jax.Array, depth: int) -> Guesses:
+            return Guesses(rank(vocab.logits(below), length[:, None] + depth, ids, ranking), ids)  # [B, f, V]
 
-        def follow(states: jax.Array, parent: jax.Array, tokens: jax.Array, depth: int) -> jax.Array:
+        def follow(below: jax.Array, parent: jax.Array, tokens: jax.Array, index: jax.Array, depth: int) -> jax.Array:
             return states_below(depth + 1, tokens)
 
-        root = pending(new)
-        return grow(tree, root, num_levels, ids, states_below(1, root[:, None]), guess, follow), cache
+        return grow(tree, root, states.shape[1], states_below(1, root[:, None]), guess, follow)
+
+    def _tree_of_edges(
+        self,
+        vocab: VocabWeights,
+        root: jax.Array,
+        length: jax.Array,
+        states: jax.Array,
+        tree: TreeSpec,
+        ranking: Ranking,
+    ) -> Draft:
+        """The Draft of levels' states [B, N, H] with edge scores; the root is at `length`."""
+        assert self.edges is not None
+        ids, num_levels = draft_ids(vocab), states.shape[1]
+        hidden = [self.head_input(level, states[:, i], None) for i, level in enumerate(self._level_list()[:num_levels])]
+        positions = length[:, None] + 1 + jnp.arange(num_levels)
+        ranked = rank(vocab.logits(jnp.stack(hidden, axis=1)), positions, ids, ranking)  # [B, N, V]
+        candidates = Candidates(self.edges, vocab, ids, root, states, ranked, ranking.sampling.temperature)
+
+        def guess(index: jax.Array, depth: int) -> Guesses:
+            return Guesses(candidates.after(index, depth - 1), candidates.token_ids[:, depth - 1])
+
+        def follow(_: jax.Array, parent: jax.Array, tokens: jax.Array, index: jax.Array, depth: int) -> jax.Array:
+            return index
+
+        return grow(tree, root, num_levels, jnp.zeros((len(root), 1), jnp.int32), guess, follow)
 
     @property
     def has_split_draft(self) -> bool:
         """Whether guesses are independent, so that `draft` is `draft_logits` followed by `build_tree`."""
-        return self.config.correction is None
+        return self.correction is None and self.edges is None
 
-    def draft_logits(self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
+    def draft_logits(
+        self, vocab: VocabWeights, new: Accepted, cache: Any, num_levels: int, context: tuple[Past, ...] = ()
+    ) -> tuple[jax.Array, Any]:
         """The first half of `draft`: logits float32 [B, N, V] of all levels, and the cache."""
-        hidden, cache = self._advance_newest(vocab, new, cache, num_levels)  # [B, N, H]
+        hidden, cache = self._newest_states(vocab, new, cache, num_levels, context)  # [B, N, H]
         return vocab.logits(hidden), cache
 
     def build_tree(
-        self, vocab: VocabWeights, new: Accepted, cache: Ring, logits: jax.Array, tree: TreeSpec, ranking: Ranking
+        self, vocab: VocabWeights, new: Accepted, cache: Any, logits: jax.Array, tree: TreeSpec, ranking: Ranking
     ) -> Draft:
         """The second half of `draft`: the tree of those logits. The pending token is at cache.length."""
         positions = cache.length[:, None] + 1 + jnp.arange(logits.shape[1])  # level i guesses the token i further on
         return build(tree, pending(new), rank(logits, positions, draft_ids(vocab), ranking), vocab.token_ids)
 
-    def _advance_newest(
-        self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int
-    ) -> tuple[jax.Array, Ring]:
-        """`_advance` on the newest accepted tokens, as many as a tree of so many levels can accept."""
-        new, skipped = newest(new, num_levels + 1)
-        return self._advance(vocab, new, cache._replace(length=cache.length + skipped), num_levels)
-
-    def _advance(self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
+    def _newest_states(
+        self, vocab: VocabWeights, new: Accepted, cache: Any, num_levels: int, context: tuple[Past, ...]
+    ) -> tuple[jax.Array, Any]:
         """The first levels' states [B, N, H] at the last accepted position, and the cache with all positions.
 
-        The states are the head's input, or with a correction the levels' outputs.
+        The states are the head's input or, if guesses depend on the token before them, the levels' outputs. Of accepted
+        tokens those are read that a tree of so many levels can accept; with the target's context the last one alone.
         """
+        new, skipped = newest(new, 1 if context else num_levels + 1)
+        cache = cache._replace(length=cache.length + skipped)
+        if not context:
+            return self._advance(vocab, new, cache, num_levels)
+        positions = cache.length[:, None]  # int32 [B, 1]
+        itself = jnp.ones((len(positions), 1, 1), bool)
+        stream = vocab.embedding, new.features, new.tokens, positions, itself, None, num_levels
+        hidden, _ = self.hidden_states(*stream, context=context, head_inputs=self.has_split_draft)
+        return jnp.stack([h[:, 0] for h in hidden], axis=1), self.skip(new, cache)
+
+    def _advance(self, vocab: VocabWeights, new: Accepted, cache: Ring, num_levels: int) -> tuple[jax.Array, Ring]:
+        """`_newest_states` on all accepted tokens, with a cache of its own."""
         batch, num_tokens = new.tokens.shape
         index = jnp.arange(num_tokens)
         positions = cache.length[:, None] + index
         visible = causal(index[:, None], index, self.config.window)
         visible = jnp.broadcast_to(visible, (batch, num_tokens, num_tokens))
-        hidden, fresh = self.hidden_states(
-            vocab.embedding,
-            new.features,
-            new.tokens,
-            positions,
-            visible,
-            cache,
-            num_levels,
-            apply_correction=self.has_split_draft,
-        )
+        stream = vocab.embedding, new.features, new.tokens, positions, visible, cache, num_levels
+        hidden, fresh = self.hidden_states(*stream, head_inputs=self.has_split_draft)
         last = jnp.maximum(new.count - 1, 0)[:, None, None]
         at_last = [jnp.take_along_axis(h, last, axis=1)[:, 0] for h in hidden]
         return jnp.stack(at_last, axis=1), commit_ring(cache, fresh, new.count)
 
+    # --- its form, and its files --------------------------------------------------------------------------------
+
+    def _level_list(self) -> list[Level]:
+        return unstack(self.levels, self.num_levels) if self.scans else list(self.levels)
+
     def unstacked(self) -> FastEagle:
         """The same drafter with its levels as a list, which XLA's CPU compiler runs faster."""
-        if not self.stacked:
-            return self
         other = nnx.merge(*nnx.split(self))
-        other.levels = nnx.List(unstack(self.levels, self.num_levels))
+        if self.scans:
+            other.levels = nnx.List(self._level_list())
+        other.stacked = False
         return other
 
     def stacked_form(self) -> FastEagle:
@@ -362,7 +514,9 @@ class FastEagle(DrafterModule):
             return self
         other = nnx.merge(*nnx.split(self))
         to_columns(other)
-        other.levels = stack(list(other.levels))
+        other.stacked = True
+        if other.scans:
+            other.levels = stack(list(other.levels))
         return other
 
     def stored(self) -> list[NamedVariable]:
@@ -370,9 +524,25 @@ class FastEagle(DrafterModule):
         names = {"fc": "fc", "fuse": "fuse"}
         if self.correction is not None:
             names |= {name: name for name in ("correction.of_state", "correction.of_token", "correction.to_state")}
+        if self.edges is not None:
+            names |= {name: name for name in ("edges.of_state", "edges.of_token", "edges.table")}
+        if self.shared is not None:
+            shared = {name: place for name, place in DECODER_LAYER_NAMES.items() if "." in place}
+            names |= {f"shared.{name}": f"shared.{place}" for name, place in shared.items()}
         tensors = stored_tensors(self, names)
         if self.token_ids is not None:
             tensors.append(NamedVariable("token_ids", self.token_ids))
+        of_level = {name: place for name, place in _LEVEL.items() if self.shared is None or "." not in place}
         for i, level in enumerate(self.levels):
-            tensors += stored_tensors(level, {f"levels.{i}.{name}": place for name, place in _LEVEL.items()})
+            tensors += stored_tensors(level, {f"levels.{i}.{name}": place for name, place in of_level.items()})
         return tensors
+
+
+def _attend(visible: Any, past: Past | None, context: tuple[Any, ...]) -> Attend:
+    """The Attend of a level: over its own past and fresh keys, or over the target's and its own at its own position."""
+    if not context:
+        return visible if callable(visible) else Cached(visible, past)
+    if isinstance(context[0], Past):
+        return Cached(visible, context[0])
+    k, v = (part.transpose(0, 2, 1, 3) for part in context[0])  # [B, T, K, D]
+    return GivenPast(k, v, visible)

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.devices.sharding import make_on, place
-from fasteagle_jax.drafters.base import DrafterConfig, check_features
+from fasteagle_jax.drafters.base import DrafterConfig
 from fasteagle_jax.drafters.table import CLASSES, class_named, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import new_folder, sha256
@@ -100,7 +100,7 @@ def load_drafter(
                 f"the drafter in {folder} has {name} {getattr(config, name)}, the target {theirs}: "
                 "use the target that it was trained for"
             )
-    check_features(config.feature_layers, target_config.num_layers)
+    config.check_target(target_config)
     if trained_for != fingerprint:
         difference = (
             f"the drafter in {folder} was trained for target {trained_for}, this one's weights are {fingerprint}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fasteagle_jax.drafters.base import DrafterConfig, check_features
+from fasteagle_jax.drafters.base import DrafterConfig
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.errors import UserError
@@ -45,6 +45,8 @@ def default_config(target_config: Any, kind: str = "fasteagle", **changes: Any) 
     known = [field.name for field in dataclasses.fields(kind_config)]
     if unknown := [name for name in changes if name not in known]:
         raise UserError(f"a drafter of kind {kind} has no {', '.join(unknown)}: it has {', '.join(known)}")
+    if changes.get("context") == "target":
+        sizes["context_layer"] = last
     config = kind_config(**(sizes | {"kind": kind} | changes))
-    check_features(config.feature_layers, c.num_layers)
+    config.check_target(c)
     return config

@@ -141,7 +141,7 @@ class Linear(nnx.Module):
         self,
         num_in: int,
         num_out: int,
-        axes: tuple[str, str],
+        axes: tuple[str | None, str | None],
         key: jax.Array | None = None,
         dtype: Any = jnp.float32,
         *,

@@ -7,9 +7,10 @@ and elsewhere, or if these do not support the shapes, XLA computes BLOCK queries
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec
 from fasteagle_jax.devices.sharding import platform, spec
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line
-from fasteagle_jax.nn.attention import attention, by_kv_head, by_token
+from fasteagle_jax.nn.attention import MASKED, attention, by_kv_head, by_token
 
 BLOCK = 512  # queries whose scores are alive at once
 TILE = 128  # queries of a single block that read the keys up to their last one
@@ -141,6 +142,58 @@ def in_blocks(
         return out
     last = jax.checkpoint(one_block, static_argnums=(0, 1))(num_tokens - rest, rest)
     return jnp.concatenate([out, last], axis=1)
+
+
+# --- keys on a query's own path ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenPast:
+    """An Attend over given keys and values, such as the target's, and of the fresh ones the query's own alone."""
+
+    k: jax.Array  # [B, T, K, D], as is v
+    v: jax.Array
+    visible: jax.Array | Packed  # which given keys a query sees; bool [B, T, T]
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """`own_path_attention`, as an Attend (see nn.attention)."""
+        return own_path_attention(q, [self.k, k], [self.v, v], self.visible)
+
+
+def own_path_attention(
+    q: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], visible: jax.Array | Packed
+) -> jax.Array:
+    """Attention of q [B, T, K*G, D] over keys[0] that `visible` allows and, of each later keys[i], the query's own one.
+
+    All keys and values are [B, T, K, D]; one softmax is over all that a query sees.
+    """
+    batch, num_tokens, kv_heads, width = keys[0].shape
+    q = (q * width**-0.5).reshape(batch, num_tokens, kv_heads, -1, width)  # [B, T, K, G, D]
+    # The later keys' scores and values are computed for whole rows, so that their gradients are not summed over blocks.
+    later_scores = [(q.astype(jnp.float32) * k[:, :, :, None]).sum(axis=-1, keepdims=True) for k in keys[1:]]
+    later = jnp.concatenate([jnp.zeros((*q.shape[:-1], 0)), *later_scores], axis=-1)  # [B, T, K, G, later]
+    first_k, first_v = keys[0].transpose(0, 2, 1, 3), values[0].transpose(0, 2, 1, 3)  # [B, K, T, D]
+
+    def attend(queries: tuple[jax.Array, ...], start: jax.Array | int, num_keys: int) -> jax.Array:
+        """Attended values of the first keys and the later ones' probabilities for Q queries, [B, Q, K*G, D + later]."""
+        size, heads = queries[0].shape[1], kv_heads * q.shape[3]
+        rows, later_rows = (by_kv_head(x.reshape(batch, size, heads, x.shape[-1]), kv_heads) for x in queries)
+        if isinstance(visible, Packed):
+            seen = visible.visible(start, size)
+        else:
+            seen = jax.lax.dynamic_slice_in_dim(visible, start, size, axis=1)
+        mask = jnp.tile(seen[:, :, :num_keys], (1, q.shape[3], 1))[:, None]
+        scores = jnp.einsum("bkmd,bktd->bkmt", rows, first_k[:, :, :num_keys], preferred_element_type=jnp.float32)
+        p = jax.nn.softmax(jnp.concatenate([jnp.where(mask, scores, MASKED), later_rows], axis=-1), axis=-1)
+        first_p = p[..., :num_keys].astype(rows.dtype)
+        out = jnp.einsum("bkmt,bktd->bkmd", first_p, first_v[:, :, :num_keys], preferred_element_type=jnp.float32)
+        return by_token(jnp.concatenate([out, p[..., num_keys:]], axis=-1), size)
+
+    attended = in_blocks(attend, (q, later)).reshape(*q.shape[:-1], -1)  # [B, T, K, G, D + later]
+    out = attended[..., :width]
+    for i, v in enumerate(values[1:]):
+        out += attended[..., width + i, None] * v[:, :, :, None]
+    return out.astype(values[0].dtype).reshape(batch, num_tokens, -1, width)
 
 
 # --- splash attention -------------------------------------------------------------------------------------------

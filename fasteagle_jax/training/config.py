@@ -52,6 +52,11 @@ class DrafterChoice:
     feature_layers: tuple[int, ...] | None = None  # None: 2, L // 2, L - 3
     reinject: bool = False  # add the fused input again before every level
     correction: int | None = None  # hidden units that correct a guess by the token before it; None for none
+    context: str = "own"  # whose keys and values a level attends to: "own", or "target" for the target's
+    context_layer: int | None = None  # of the target, for context target; None for the last
+    levels: str = "own"  # each level's attention and MLP: "own", or "shared" by all
+    side_by_side: bool = False  # a level's attention and MLP read the same stream
+    edges: int | None = None  # rank of scores that a guess gets by the token before it; None for none
     window: int | None = None  # positions that a level attends to; None for all
     from_target: bool = False  # start each level, or EAGLE-3's one layer, from the target's last layer
     start: str = ""  # start from the drafter in this folder: its weights, draft vocabulary and first levels
@@ -59,7 +64,8 @@ class DrafterChoice:
     scale_features: bool = True  # divide each feature by its root mean square, measured on the first batch
 
 
-KIND_FIELDS = {"reinject", "correction"}  # of DrafterChoice, of some kinds alone
+# Of DrafterChoice, of some kinds alone.
+KIND_FIELDS = {"reinject", "correction", "context", "context_layer", "levels", "side_by_side", "edges"}
 
 
 @dataclasses.dataclass(frozen=True)

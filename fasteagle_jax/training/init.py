@@ -54,8 +54,8 @@ def drafter_from(
     """A drafter to train, float32, with the weights of a trained one, or of the first levels of one.
 
     Args:
-      config: sizes; all but the number of levels and the window must be the trained drafter's. A correction may be
-        new, and then starts as in a new drafter.
+      config: sizes; all but the number of levels and the window must be the trained drafter's. A correction or edges
+        may be new, and then start as in a new drafter.
       trained: a drafter as `load_drafter` gives it, its features' scale folded into fc.
       feature_rms: as of `init_drafter`; the scale is taken out of fc again.
       stacked: whether its levels are one stack rather than a list.
@@ -64,8 +64,9 @@ def drafter_from(
     """
     old, new = dataclasses.asdict(trained.config), dataclasses.asdict(config)
     old |= {"window": config.window, "num_levels": min(config.num_levels, trained.config.num_levels)}
-    if old.get("correction", 0) is None:  # None of its own: the new one's may be another
-        old["correction"] = new.get("correction")
+    for name in ("correction", "edges"):
+        if old.get(name, 0) is None:  # none of its own: the new one's may be another
+            old[name] = new.get(name)
     if old != new:
         wrong = ", ".join(
             f"{name} {old.get(name)} instead of {new[name]}" for name in new if old.get(name) != new[name]
@@ -75,7 +76,7 @@ def drafter_from(
     # In the layout of the file: the two models may hold a matrix in different ones.
     weights = {t.name: t.variable[...].T if t.transposed else t.variable[...] for t in trained.unstacked().stored()}
     for name, variable, transposed in drafter.stored():
-        if name not in weights:  # of a new correction
+        if name not in weights:  # of a new correction, or new edges
             continue
         value = weights[name].T if transposed else weights[name]
         variable[...] = jnp.asarray(value, variable[...].dtype)

@@ -92,7 +92,9 @@ def level_loss(
       head: the frozen head's rows [target vocabulary, H].
       token_ids: int32 [V], those of the draft vocabulary; None for all.
       config: the terms.
-      own_head: [V, H] of a drafter that has one, which gets a gradient; None for one that uses the frozen head's rows.
+      own_head: [V, R] of a drafter that has one, which gets a gradient: it reads the last R entries of hidden states,
+        and its products are added to those that the frozen head's rows give with the H entries before, if there are any
+        (R = H for EAGLE-3, which has no others). None for a drafter that uses the frozen head's rows alone.
       level_share: float32 [N], factors of the levels' losses, as a microbatch has them; None for 1.
       logit_map: the target's, from the products with `head` to logits; a head of the drafter's own has none.
     """
@@ -215,10 +217,13 @@ def _scan(
             hidden_BCH, valid_BC, weight = level
 
             def loss_of(hidden_BCH: jax.Array, drafter_head: jax.Array) -> tuple[jax.Array, jax.Array]:
-                logits = head_logits(hidden_BCH, drafter_head, trains_head)
-                logits = logits if own_head is not None else logit_map(logits)
+                width = hidden_BCH.shape[-1] - (0 if own_head is None else own_head.shape[-1])
+                logits: Any = logit_map(head_logits(hidden_BCH[..., :width], draft_head)) if width else 0.0
+                if own_head is not None:
+                    logits += head_logits(hidden_BCH[..., width:], drafter_head, trains_head)
                 logits = constrain(logits, "batch", None, "vocab")  # [B, C, V]
-                terms, stats = _terms(logits, hidden_BCH, target_BCH, p, best, config)
+                hidden = hidden_BCH[..., : target_BCH.shape[-1]]
+                terms, stats = _terms(logits, hidden, target_BCH, p, best, config)
                 loss = jnp.where(valid_BC & counted, terms, 0).sum()
                 return weight * loss, jnp.stack([loss, *(jnp.where(valid_BC, s, 0).sum() for s in stats)])
 

@@ -142,10 +142,9 @@ def test_a_tree_grown_from_guesses_of_each_path_is_the_best_there_is(nodes, leve
         TreeSpec("best_first", nodes),
         jnp.arange(4),
         levels,
-        jnp.arange(vocab),
         jnp.zeros((4, 1), jnp.int32),
-        lambda path, depth: jnp.asarray(scores)[rows, path],
-        lambda path, parent, tokens, depth: jnp.take_along_axis(path, parent, axis=1) * vocab + tokens + 1,
+        lambda path, depth: library.Guesses(jnp.asarray(scores)[rows, path], jnp.arange(vocab)),
+        lambda path, parent, tokens, index, depth: jnp.take_along_axis(path, parent, axis=1) * vocab + tokens + 1,
     )
     parents, depths = np.asarray(draft.parents), np.asarray(draft.depths)
     for b in range(4):

@@ -35,7 +35,9 @@ from tests.tiny_folder import make_target
 
 N, MAX_NEW, CHUNK = 2, 16, 16
 TREES = ["chain", "backbone:3", "best_first:8"]
-KINDS = [*table.CLASSES, "linear_heads"]
+CHEAP = dict(context="target", levels="shared", side_by_side=True, reinject=True, edges=4, draft_vocab_size=100)
+# A kind of drafter by its name, and the changes of its configuration.
+KINDS = {**{kind: (kind, {}) for kind in (*table.CLASSES, "linear_heads")}, "cheap": ("fasteagle", CHEAP)}
 
 
 class LinearHeads(DrafterModule):
@@ -103,15 +105,16 @@ def tokenizer(target_folder):
 def drafters(loaded, tmp_path_factory):
     """A folder by kind, of random drafters."""
     folder = tmp_path_factory.mktemp("drafters")
-    for kind in KINDS:
-        config = default_config(loaded.checkpoint.config, kind=kind, num_levels=N, feature_layers=(0, 1))
+    for name, (kind, changes) in KINDS.items():
+        sizes = dict(num_levels=N, feature_layers=(0, 1))
+        config = default_config(loaded.checkpoint.config, kind=kind, **sizes, **changes)
 
         def make(config: DrafterConfig = config) -> Any:
             drafter = table.class_of(config)(config, jax.random.key(1))
             drafter.feature_scale[...] = drafter.feature_scale[...] * 0.5
             return drafter
 
-        save_drafter(jax.jit(make)(), folder / kind, loaded.fingerprint, {})
+        save_drafter(jax.jit(make)(), folder / name, loaded.fingerprint, {})
     return folder
 
 
@@ -163,7 +166,7 @@ def test_a_drafter_saved_again_is_the_same_in_every_byte(loaded, drafter, kind, 
         load_drafter(tmp_path / "again", loaded.checkpoint.config, loaded.fingerprint)
 
 
-@pytest.mark.parametrize("kind", KINDS[1:], indirect=True)  # FastEagle: see tests/test_engine.py
+@pytest.mark.parametrize("kind", list(KINDS)[1:], indirect=True)  # FastEagle: see tests/test_engine.py
 def test_the_engine_answers_as_without_a_drafter(loaded, drafter, tokenizer, plain):
     engine = Engine(loaded.model, drafter, tokenizer, (), slots=1, max_len=64, tree="best_first:8", chunk=CHUNK)
     rows = [dict(temperature=0.0), dict(temperature=0.0), dict(temperature=1.0), dict(temperature=1.0, top_p=0.9)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -82,7 +83,7 @@ def target(request):
 @pytest.fixture(scope="module")
 def drafter(target):
     config = default_config(target.config, num_levels=N, feature_layers=(1,))
-    sizes = {name: value for name, value in vars(config).items() if name not in ("reinject", "correction")}
+    sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(DrafterConfig)}
     return ReadsContext(DrafterConfig(**sizes), jax.random.key(1))
 
 

@@ -15,7 +15,6 @@ from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.tree import MAX_CANDIDATES, TreeSpec
-from fasteagle_jax.drafters import eagle3
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.nn import packed_attention as packed
@@ -24,6 +23,8 @@ from fasteagle_jax.nn.rope import rotate, rotation
 from fasteagle_jax.training.losses import LossConfig
 from fasteagle_jax.training.step import drafter_loss
 from tests.tiny_models import tiny_config, tiny_target
+
+IN_BLOCKS = packed.in_blocks
 
 T, N, V, D, K, G = 9, 4, 40, 8, 2, 2
 IDS = np.sort(np.random.default_rng(0).permutation(V)[:17]).astype(np.int32)
@@ -227,7 +228,7 @@ def test_queries_in_tiles_and_in_blocks_are_queries_at_once(drafter, target, str
     once = jax.jit(with_gradients)(params, target.embedding[...])
     for tile, block in ((3, T), (T, 3)):  # side by side, and in a loop
         monkeypatch.setattr(packed, "TILE", tile)
-        monkeypatch.setattr(eagle3, "in_blocks", functools.partial(packed.in_blocks, block=block))
+        monkeypatch.setattr(packed, "in_blocks", functools.partial(IN_BLOCKS, block=block))
         split = jax.jit(lambda *args: with_gradients(*args))(params, target.embedding[...])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), split, once)
 

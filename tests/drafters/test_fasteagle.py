@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -13,9 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking
 from fasteagle_jax.decoding.sampling import make_sampling
-from fasteagle_jax.decoding.state import AXES
+from fasteagle_jax.decoding.speculative import start
+from fasteagle_jax.decoding.state import AXES, context_of, make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights
+from fasteagle_jax.drafters.edges import NUM_CANDIDATES, renormalised
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.drafters.table import default_config
@@ -40,14 +43,19 @@ def make_drafter(seed: int = 0, **changes) -> FastEagle:
         key = jax.random.key(seed)
         drafter = FastEagle(config, key)
         drafter.feature_scale[...] = jnp.linspace(0.5, 2.0, drafter.feature_scale[...].size)
-        norm = drafter.levels.norm.weight
-        norm[...] = norm[...] + 0.2 * jax.random.normal(key, norm[...].shape)
-        if config.reinject:
-            reinject = drafter.levels.reinject.weight
-            reinject[...] = 0.3 * jax.random.normal(key, reinject[...].shape)
+        for i, level in enumerate([drafter.levels] if drafter.scans else drafter.levels):
+            key = jax.random.fold_in(key, i)
+            for norm in (level.input_norm.weight, level.mlp_norm.weight, level.norm.weight):
+                norm[...] = norm[...] + 0.2 * jax.random.normal(key, norm[...].shape)
+            if config.reinject:
+                reinject = level.reinject.weight
+                reinject[...] = 0.3 * jax.random.normal(key, reinject[...].shape)
         if config.correction:
             to_state = drafter.correction.to_state.weight
             to_state[...] = jax.random.normal(key, to_state[...].shape)
+        if config.edges:
+            table = drafter.edges.table
+            table[...] = jax.random.normal(key, table[...].shape)
         return drafter
 
     drafter = jax.jit(make)()
@@ -61,6 +69,9 @@ FORMS = {  # changes of the configuration, stacked
     "reduced vocabulary and reinjection, list": (dict(draft_vocab_size=len(IDS), reinject=True), False),
     "correction, stacked": (dict(correction=8), True),
     "reduced vocabulary and correction, list": (dict(draft_vocab_size=len(IDS), correction=8), False),
+    "shared, side by side, stacked": (dict(levels="shared", side_by_side=True, reinject=True), True),
+    "edges, stacked": (dict(edges=4), True),
+    "reduced vocabulary, shared, edges, list": (dict(draft_vocab_size=len(IDS), levels="shared", edges=4), False),
     "a window, stacked": (dict(window=3), True),
     "a window of one, list": (dict(window=1), False),
 }
@@ -97,13 +108,17 @@ def whole_pass(drafter, vocab, tokens, features, **how):
 
 
 @jax.jit
-def chains(drafter, vocab, tokens, features):
+def chains(drafter, vocab, tokens, features, **how):
     """The guesses of a chain from every stream position on: int32 [N, B, T]."""
-    outputs, _ = whole_pass(drafter, vocab, tokens, features, apply_correction=False)  # of the levels
+    outputs, _ = whole_pass(drafter, vocab, tokens, features, head_inputs=False, **how)  # of the levels
     guesses, before = [], tokens[:, 1:]
     for h, level in zip(outputs, drafter.unstacked().levels, strict=True):
         h = drafter.head_input(level, h, vocab.embedding[before])
-        best = jnp.argmax(head_logits(h, vocab.head), axis=-1)
+        logits = head_logits(h[..., : vocab.head.shape[1]], vocab.head)
+        if (table := drafter.own_head()) is not None:  # of the best without the token before
+            least = jax.lax.top_k(logits, min(NUM_CANDIDATES, logits.shape[-1]))[0][..., -1:]
+            logits = jnp.where(logits >= least, logits + h[..., vocab.head.shape[1] :] @ table.T, -jnp.inf)
+        best = jnp.argmax(logits, axis=-1)
         before = best if vocab.token_ids is None else vocab.token_ids[best]
         guesses.append(before)
     return jnp.stack(guesses)
@@ -157,14 +172,22 @@ def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(t
             np.testing.assert_allclose(part[level][b][:, held], expected[level, b][:, positions[held]], **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"reinject": True}, {"correction": 8}], ids=["plain", "reinjection", "correction"]
-)
+SWITCHES = {
+    "plain": {},
+    "reinjection": {"reinject": True},
+    "correction": {"correction": 8},
+    "shared": {"levels": "shared", "side_by_side": True},
+    "edges": {"edges": 4},
+}
+
+
+@pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES)
 def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
     """h_1 = L_1(FC([g, e])), h_i = L_i(h_i-1).
 
     With reinjection each level's input gets FC([g, e]) once more; with correction what is read of h_i at position t
-    knows the true token x[t+i].
+    knows the true token x[t+i], and with edges so do the last entries of what is read. Side by side, the MLP reads what
+    attention does.
     """
     tokens, features = stream
     drafter = make_drafter(**changes)
@@ -183,19 +206,26 @@ def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
         for i, level in enumerate(drafter.unstacked().levels, 1):
             if level.reinject is not None:
                 h = h + normed(fused) @ level.reinject.weight[...]
-            h, _ = level.layer(h, turn, Cached(visible))
+            layer = level if drafter.shared is None else drafter.shared
+            attended, _ = layer.attention(level.input_norm(h), turn, Cached(visible))
+            read_by_mlp = h if drafter.config.side_by_side else h + attended
+            h = h + attended + layer.mlp(level.mlp_norm(read_by_mlp))
             read = h
+            token = normed(target.embedding[...][jnp.pad(tokens, ((0, 0), (0, N)))[:, i : i + T]])
             if (c := drafter.correction) is not None:
-                token = normed(target.embedding[...][jnp.pad(tokens, ((0, 0), (0, N)))[:, i : i + T]])
                 units = normed(h) @ c.of_state.weight[...] + token @ c.of_token.weight[...]
                 read = h + (units / (1 + jnp.exp(-units))) @ c.to_state.weight[...]
-            out.append(normed(read) * level.norm.weight[...])
+            read = normed(read) * level.norm.weight[...]
+            if (c := drafter.edges) is not None:
+                product = (token @ c.of_token.weight[...]) * (normed(h) @ c.of_state.weight[...])
+                read = jnp.concatenate([read, product], axis=-1)
+            out.append(read)
         return jnp.stack(out)
 
     actual = one_pass(drafter, drafter.vocab_weights(target), tokens, features)[0]
     expected = slow(drafter, tokens, features)
     for i in range(N):
-        known = T - i if drafter.config.correction else T  # where x[t+i] is in the text
+        known = T if drafter.has_split_draft else T - i  # where x[t+i] is in the text
         np.testing.assert_allclose(actual[i, :, :known], expected[i, :, :known], **CLOSE)
 
 
@@ -211,6 +241,50 @@ def test_a_level_reads_positions_up_to_its_own_alone(target, stream):
     ):
         np.testing.assert_array_equal(changed[:, :, :7], hidden[:, :, :7])
         assert (np.abs(changed[:, :, 7:] - hidden[:, :, 7:]).max(axis=(1, 3)) > 1e-3).all()  # of every level
+
+
+def test_candidates_of_the_whole_vocabulary_are_scored_as_in_training():
+    logits, scores = jax.random.normal(jax.random.key(0), (2, 5, V))
+    log_probs = jax.nn.log_softmax(logits)
+    np.testing.assert_allclose(renormalised(log_probs, scores), jax.nn.log_softmax(logits + scores), **CLOSE)
+    # Of some, the others keep their share.
+    some = jnp.exp(renormalised(log_probs[:, :9], scores[:, :9]))
+    raised = jnp.exp(log_probs.at[:, :9].add(scores[:, :9]))
+    np.testing.assert_allclose(some, (raised / raised.sum(axis=-1, keepdims=True))[:, :9], **CLOSE)
+
+
+def test_a_drafter_that_reads_the_targets_cache_guesses_after_every_prefix_what_training_says(target):
+    """Its drafts read the cache that prefill filled in chunks; training the same layer's keys, from its inputs."""
+    changes = dict(context="target", context_layer=2, reinject=True, levels="shared", side_by_side=True, edges=4)
+    drafter = make_drafter(**changes)
+    tokens = jax.random.randint(jax.random.key(5), (B, T + 1), 0, V)
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def guessed(drafter, target, tokens, n):
+        """The chain after each row's first n tokens."""
+        lengths, sampling = jnp.full((B,), n), make_sampling(B)
+        stop = make_stop(B, 4)
+        state, vocab = start(target, drafter, tokens, lengths, sampling, stop, max_new=4, num_levels=N, chunk=4)
+        pending = state.new._replace(tokens=state.new.tokens.at[:, 0].set(tokens[:, n]))  # the text's, not the target's
+        context = context_of(state.target_cache, drafter)
+        ranking = Ranking(sampling, True)
+        return drafter.draft(vocab, pending, state.drafter_cache, TreeSpec("chain"), ranking, context)[0].tokens[:, 1:]
+
+    @jax.jit
+    def trained(drafter, target, tokens):
+        out = target(tokens[:, :-1], positions, causal(T), None, (1, 3, 2))
+        features, inputs = jnp.split(out.features, [32], axis=-1)
+        vocab, context = drafter.vocab_weights(target), (target.keys_values(2, inputs, positions),)
+        return chains(drafter, vocab, tokens, features, context=context)
+
+    expected = trained(drafter, target, tokens)
+    padded = jnp.pad(tokens, ((0, 0), (0, 3)))  # four chunks
+    for n in (1, 4, 7, T):
+        for form in ((target, drafter), (target.unstacked(), drafter.unstacked())):
+            assert guessed(form[1], form[0], padded, n).tolist() == expected[:, :, n - 1].T.tolist()
+    cache = drafter.empty_cache(B, 64, 4)
+    assert sum(x.size for x in jax.tree.leaves(cache)) == B  # a length and nothing else
 
 
 def test_levels_beyond_the_trees_are_not_guessed(target, stream):
