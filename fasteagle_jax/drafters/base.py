@@ -6,7 +6,7 @@ B rows · T stream positions · N levels · F feature layers · H hidden width �
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,12 +72,15 @@ class DrafterConfig:
 
     # --- number of operations (see training.flops) --------------------------------------------------------------
 
-    trains_head: ClassVar[bool] = False  # whether it has its own head, which gets a gradient
-
     @property
     def level_parameters(self) -> int:
         """Elements of a level's matrices without heads: those of a decoder layer."""
         return layer_config(self).matrix_size
+
+    @property
+    def head_flops(self) -> int:
+        """Operations of a token at a level's heads: of a frozen one there is one product forward and one backward."""
+        return 4 * self.hidden_size * self.draft_vocab_size
 
     @property
     def input_parameters(self) -> int:

@@ -10,7 +10,7 @@ N sequential runs, over a tree that grows by the f best nodes a level.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,13 +56,16 @@ class Eagle3Config(DrafterConfig):
 
     kind: str = "eagle3"
 
-    trains_head: ClassVar[bool] = True
-
     @property
     def level_parameters(self) -> int:
         """Those of DrafterConfig, with q, k and v reading 2 H."""
         extra = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         return super().level_parameters + self.hidden_size * extra
+
+    @property
+    def head_flops(self) -> int:
+        """Its own head, trained: one product forward and two backward."""
+        return 6 * self.hidden_size * self.draft_vocab_size
 
 
 class Eagle3(DrafterModule):

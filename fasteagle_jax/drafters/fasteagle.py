@@ -117,6 +117,11 @@ class FastEagleConfig(DrafterConfig):
         return super().level_parameters + self.hidden_size * extra
 
     @property
+    def head_flops(self) -> int:
+        """Those of DrafterConfig, and the trained table of edges."""
+        return super().head_flops + 6 * (self.edges or 0) * self.draft_vocab_size
+
+    @property
     def input_parameters(self) -> int:
         """Those of DrafterConfig, and 2 H^2 for the projection of [g, e]."""
         return super().input_parameters + 2 * self.hidden_size**2

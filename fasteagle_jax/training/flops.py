@@ -26,10 +26,11 @@ def flops_per_token(target: Any, drafter: DrafterConfig, length: int, share: flo
     arXiv 2204.02311, appendix B, which counts the masked half as well). Here
 
         target, forward:             L (2 P_layer + 4 T A)
-        drafter, both ways:          6 (N P_level + F H^2 + 2 H^2) + N 12 T A'    + 6 N 3 H R where it corrects guesses
+        drafter, both ways:          6 (N P_level + F H^2 + 2 H^2) + N 12 T A'
         heads, at `share` of tokens: 2 H V + N 4 H V', and 2 H V' more where V' < V
 
     with the heads frozen, so that backward has one product and not two; EAGLE-3's head is not, and its level reads 2 H.
+    A correction of R units adds 3 H R to P_level; edges of rank R add 2 H R, and 6 R V' to each level's head.
     Norms, softmax and recomputation are left out.
     """
     layer_sizes = (target.hidden_size, target.intermediate_size, target.num_heads, target.num_kv_heads, target.head_dim)
@@ -38,6 +39,6 @@ def flops_per_token(target: Any, drafter: DrafterConfig, length: int, share: flo
     levels, width = drafter.num_levels, drafter.num_heads * drafter.head_dim
     both_ways = 6 * (levels * drafter.level_parameters + drafter.input_parameters) + levels * 12 * length * width
     reduced = drafter.draft_vocab_size < drafter.vocab_size
-    passes = (6 if drafter.trains_head else 4) * levels + 2 * reduced
-    heads = target.hidden_size * (2 * target.vocab_size + passes * drafter.draft_vocab_size)
+    of_target = 2 * target.hidden_size * (target.vocab_size + reduced * drafter.draft_vocab_size)
+    heads = of_target + levels * drafter.head_flops
     return forward + both_ways + share * heads

@@ -123,11 +123,18 @@ def test_a_newcomers_family_is_loaded_decoded_and_drafted_for(tmp_path):
             table.family_of(3)
 
 
-@pytest.mark.parametrize("kind", [Llama, FastEagle, Eagle3])
-def test_every_matrix_is_a_linears_but_embedding_and_head_and_has_logical_axes(kind):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Llama, {}),
+        (FastEagle, {"reinject": True, "correction": 4}),
+        (FastEagle, {"levels": "shared", "edges": 4}),
+        (Eagle3, {}),
+    ],
+)
+def test_every_matrix_is_a_linears_but_embedding_and_heads_and_has_logical_axes(kind, options):
     config = tiny_config()
     if kind is not Llama:
-        options = {"reinject": True, "correction": 4} if kind is FastEagle else {}
         config = default_config(config, "fasteagle" if kind is FastEagle else "eagle3", num_levels=2, **options)
     model = jax.eval_shape(lambda: kind(config, jax.random.key(0), stacked=False))
     nodes = list(nnx.iter_graph(model))
@@ -135,7 +142,7 @@ def test_every_matrix_is_a_linears_but_embedding_and_head_and_has_logical_axes(k
     for path, node in nodes:
         if isinstance(node, nnx.Param):
             assert len(node.axes) == node.ndim, path
-            assert node.ndim == 1 or id(node) in of_linears or path[-1] in ("embedding", "head"), path
+            assert node.ndim == 1 or id(node) in of_linears or path[-1] in ("embedding", "head", "table"), path
 
 
 def test_weights_without_axes_and_axes_that_are_not_known_raise():

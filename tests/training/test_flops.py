@@ -20,13 +20,15 @@ def num_matrix_parameters(tree: object) -> int:
     return sum(x.size for path, x in leaves if "norm" not in jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("changes", [{}, {"reinject": True}, {"correction": 5}])
+@pytest.mark.parametrize("changes", [{}, {"reinject": True}, {"correction": 5}, {"edges": 4}])
 def test_without_attention_and_heads_it_is_two_a_frozen_and_six_a_trained_parameter(changes: dict) -> None:
     target = tiny_target(num_layers=3)
     config = default_config(target.config, num_levels=4, **changes)
     drafter = FastEagle(config, jax.random.key(0))
     trained = num_matrix_parameters((drafter.fc, drafter.fuse, drafter.levels))
     trained += 4 * num_matrix_parameters(drafter.correction)  # once a level
+    if drafter.edges is not None:  # its table is a head
+        trained += 4 * num_matrix_parameters((drafter.edges.of_state, drafter.edges.of_token))
     expected = 2 * num_matrix_parameters(target.layers) + 6 * trained
     assert flops_per_token(target.config, config, length=0, share=0.0) == expected
 
@@ -47,6 +49,8 @@ def test_attention_and_heads_add_their_products() -> None:
     base = flops_per_token(target, drafter, 0, 0.0)
     assert flops_per_token(target, drafter, 10, 0.0) - base == (4 * 5 + 12 * 2) * 10 * 32
     assert flops_per_token(target, drafter, 0, 0.5) - base == 0.5 * 16 * 40 * (2 + 4 * 2)
+    edges = dataclasses.replace(drafter, edges=3)
+    assert flops_per_token(target, edges, 0, 1.0) - base - 16 * 40 * (2 + 4 * 2) == 2 * 6 * (2 * 16 * 3 + 3 * 40)
     small = dataclasses.replace(drafter, draft_vocab_size=30)
     assert flops_per_token(target, small, 0, 1.0) - base == 16 * (2 * 40 + (4 * 2 + 2) * 30)
 

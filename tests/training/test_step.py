@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,14 +70,23 @@ def small_drafter(target: object, **changes: object) -> FastEagle:
     return init_drafter(default_config(target.config, num_levels=LEVELS, **changes), target, jax.random.key(0))
 
 
+# Every switch of the cascade that is not the paper's, but a correction.
+CHEAP: dict[str, Any] = dict(context="target", context_layer=2, levels="shared", side_by_side=True, edges=4)
+
+
+@pytest.mark.parametrize("changes", [{}, CHEAP], ids=["own", "shared"])
 @pytest.mark.parametrize("stacked", [True, False])
-def test_levels_start_as_the_targets_last_layer(stacked: bool) -> None:
+def test_levels_start_as_the_targets_last_layer_or_the_one_that_they_read(stacked: bool, changes: dict) -> None:
     target = tiny_target(stacked=stacked)
-    drafter = init_drafter(default_config(target.config, num_levels=LEVELS), target, jax.random.key(0))
+    drafter = init_drafter(default_config(target.config, num_levels=LEVELS, **changes), target, jax.random.key(0))
     to_columns(target)  # as what is trained has them
-    last = unstack(target.layers, 5)[-1] if stacked else target.layers[-1]
-    for level in unstack(drafter.levels, LEVELS) if stacked else list(drafter.levels):
-        jax.tree.map(np.testing.assert_array_equal, level.layer, last)
+    source = target.layer(2 if changes else 4)
+    for level in unstack(drafter.levels, LEVELS) if drafter.scans else list(drafter.levels):
+        for part in ("input_norm", "attention", "mlp_norm", "mlp"):
+            own = getattr(level, part)
+            if own is None:
+                own = getattr(drafter.shared, part)
+            jax.tree.map(np.testing.assert_array_equal, own, getattr(source, part))
         np.testing.assert_array_equal(level.norm.weight[...], target.norm.weight[...])
 
 
@@ -117,11 +127,16 @@ def test_training_never_consumes_the_target() -> None:
     jax.tree.map(np.testing.assert_array_equal, target, before)
 
 
-def test_stacked_and_listed_models_have_the_same_loss_and_gradient() -> None:
+@pytest.mark.parametrize("changes", [{"correction": 8}, CHEAP], ids=["correction", "shared"])
+def test_stacked_and_listed_models_have_the_same_loss_and_gradient(changes: dict) -> None:
     target = tiny_target()
-    config = default_config(target.config, num_levels=3, reinject=True, correction=8, draft_vocab_size=30)
+    config = default_config(target.config, num_levels=3, reinject=True, draft_vocab_size=30, **changes)
     drafter = init_drafter(config, target, jax.random.key(0), token_ids=jnp.arange(5, 35))
-    drafter.correction.to_state.weight[...] += 0.1  # not at zero, where its other parts have no gradient
+    # Not at zero, where other parts have no gradient.
+    if "edges" in changes:
+        drafter.edges.table[...] += 0.1 * jax.random.normal(jax.random.key(2), (30, 4))
+    else:
+        drafter.correction.to_state.weight[...] += 0.1
 
     def loss(params: object, graph: object, constants: object, target: object) -> jax.Array:
         drafter = nnx.merge(graph, params, constants)
@@ -137,7 +152,7 @@ def test_stacked_and_listed_models_have_the_same_loss_and_gradient() -> None:
     assert float(one) > 0
     # Sums in another order: float32 rounding of gradients that are at most about 1.
     listed = listed.stacked_form()
-    for part in ("levels", "correction", "fuse"):
+    for part in ("levels", "fuse", *(("shared", "edges") if "edges" in changes else ("correction",))):
         ours, theirs = getattr(stacked, part), getattr(listed, part)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
         assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(ours))
