@@ -117,6 +117,18 @@ def test_twenty_steps_on_a_mesh_are_those_on_one_device(one_device, run_on, mesh
     assert_same_drafter(run, one_device)
 
 
+def test_a_cascade_that_shares_its_layer_and_reads_the_targets_cache_trains_on_a_mesh_as_on_one_device(
+    target_folder, data_file, tmp_path
+):
+    more = ["steps=8", "drafter.correction=None", "drafter.edges=8", "drafter.levels=shared", "drafter.context=target"]
+    more += ["drafter.side_by_side=True"]
+    for folder, mesh in (("one", ""), ("mesh", MESHES[3])):
+        train(config(*changes(target_folder, data_file, mesh, *more)), tmp_path / folder, quiet=True)
+    np.testing.assert_allclose(losses(tmp_path / "mesh"), losses(tmp_path / "one"), **CLOSE)
+    assert losses(tmp_path / "one")[-1, 0] < losses(tmp_path / "one")[0, 0]
+    assert_same_drafter(tmp_path / "mesh", tmp_path / "one")
+
+
 @pytest.mark.parametrize("mesh", ["", pytest.param(MESHES[3], marks=pytest.mark.slow)])
 def test_recomputation_and_accumulation_change_nothing_but_rounding(
     one_device, target_folder, data_file, tmp_path, mesh

@@ -303,10 +303,13 @@ def test_levels_beyond_the_trees_are_not_guessed(target, stream):
     np.testing.assert_array_equal(whole[:, :3], cut)
 
 
-def test_corrected_guesses_on_a_mesh_are_those_on_one_device(target, stream):
+@pytest.mark.parametrize(
+    "changes", [dict(correction=8), dict(edges=4, levels="shared", side_by_side=True)], ids=["correction", "edges"]
+)
+def test_guesses_that_know_the_token_before_are_on_a_mesh_those_on_one_device(target, stream, changes):
     """Nothing else would tell: wrong guesses change no token."""
     tokens, features = stream
-    drafter = make_drafter(correction=8, reinject=True)
+    drafter = make_drafter(reinject=True, **changes)
     vocab, tree, ranking = drafter.vocab_weights(target), TreeSpec("best_first", 8), Ranking(make_sampling(B), True)
     new = Accepted(features[:, :4], tokens[:, 1:5], jnp.asarray([4, 2]))
 
@@ -318,7 +321,10 @@ def test_corrected_guesses_on_a_mesh_are_those_on_one_device(target, stream):
     with jax.set_mesh(mesh):
         placed = place_weights(mesh, drafter), place_weights(mesh, vocab, AXES)
         made = jax.jit(draft)(*placed, jax.device_put(new, jax.NamedSharding(mesh, jax.P("data"))))
-    assert placed[0].correction.to_state.weight[...].sharding.spec == jax.P("tensor", "fsdp")
+    if "edges" in changes:
+        assert placed[0].edges.table[...].sharding.spec == jax.P("tensor", None)
+    else:
+        assert placed[0].correction.to_state.weight[...].sharding.spec == jax.P("tensor", "fsdp")
     jax.tree.map(np.testing.assert_array_equal, made, expected)
 
 
