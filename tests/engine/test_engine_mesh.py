@@ -46,11 +46,12 @@ def target(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def drafters(tmp_path_factory, target) -> dict[str, Path]:
-    """Random, with a draft vocabulary, and a window that answers outgrow."""
+    """Random, with a draft vocabulary, and a window that answers outgrow or the target's own cache."""
     folder = tmp_path_factory.mktemp("models")
+    kinds: dict[str, dict[str, Any]] = {kind: dict(kind=kind, window=16) for kind in ("fasteagle", "eagle3")}
+    kinds["cheap"] = dict(context="target", levels="shared", side_by_side=True, edges=8)
     return {
-        kind: make_drafter(folder / kind, target, kind=kind, draft_vocab_size=128, window=16)
-        for kind in ("fasteagle", "eagle3")
+        name: make_drafter(folder / name, target, draft_vocab_size=128, **changes) for name, changes in kinds.items()
     }
 
 
@@ -109,8 +110,9 @@ def compare(made: list[Completion], expected: list[Completion]) -> None:
         (SPLIT, "fasteagle", 16),
         pytest.param(MeshShape(8, 1, 1), "fasteagle", 8, marks=pytest.mark.slow),
         (MeshShape(1, 4, 2), "eagle3", 4),
+        (SPLIT, "cheap", 8),
     ],
-    ids=["data2-fsdp2-tensor2", "data8", "fsdp4-tensor2-eagle3"],
+    ids=["data2-fsdp2-tensor2", "data8", "fsdp4-tensor2-eagle3", "data2-fsdp2-tensor2-cheap"],
 )
 def test_on_eight_devices_answers_are_those_of_one(target, drafters, expected, shape, kind, slots, compilations):
     engine = load(target, drafters[kind], shape, slots=slots)
@@ -178,12 +180,13 @@ def collectives(program: str) -> list[Collective]:
     return found
 
 
-def test_no_collective_moves_a_cache_or_a_weight(target, drafters):
+@pytest.mark.parametrize("kind", ["fasteagle", "cheap"])
+def test_no_collective_moves_a_cache_or_a_weight(target, drafters, kind):
     """What a round exchanges are activations, of a device's own 8 rows: nothing is as long as a cache."""
     mesh = make_mesh(SPLIT)
     loaded = load_target(str(target), stacked=True, mesh=mesh)
     config = loaded.checkpoint.config
-    drafter = load_drafter(drafters["fasteagle"], config, loaded.fingerprint, stacked=True, mesh=mesh)
+    drafter = load_drafter(drafters[kind], config, loaded.fingerprint, stacked=True, mesh=mesh)
     tokenizer = load_tokenizer(loaded.checkpoint.path)
     engine = Engine(loaded.model, drafter, tokenizer, (), slots=16, max_len=1000, tree=TREE, mesh=mesh)
     with jax.set_mesh(mesh):
@@ -196,8 +199,9 @@ def test_no_collective_moves_a_cache_or_a_weight(target, drafters):
         lowered = slots.advance.lower(*models, placed, ended, one, until, tree=TREE, shared_noise=True)
         compiled = lowered.compile()
     found = collectives(compiled.as_text())
-    lengths = {cache.k.shape[3] for cache in (empty.state.target_cache, empty.state.drafter_cache)}
-    assert lengths == {1064, 144}
+    own = [] if kind == "cheap" else [empty.state.drafter_cache]
+    lengths = {cache.k.shape[3] for cache in (empty.state.target_cache, *own)}
+    assert lengths == ({1064} if kind == "cheap" else {1064, 144})
     assert {c.kind for c in found} >= {"all-reduce", "all-gather"}
     for c in found:
         if "/while/" in c.place:
