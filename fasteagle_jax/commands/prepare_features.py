@@ -1,9 +1,10 @@
 """Store the target's features of the training data, so that training need not run the target's layers.
 
 For small targets: a token takes (F + 1) x H numbers, F being the feature layers and H the hidden width; for SmolLM2
-135M 4.6 kB, so a million tokens 4.6 GB. Target, data, length and feature layers are those of a training run's
-configuration; all epochs, batch sizes and seeds use the same features. Without them training runs the layers itself,
-which needs no disk and suits any target.
+135M 4.6 kB, so a million tokens 4.6 GB. A drafter that reads the target's keys and values needs the input of that layer
+besides (5.8 kB); what is stored for it also serves drafters that read some of its layers. Target, data, length and
+layers are those of a training run's configuration; all epochs, batch sizes and seeds use the same features. Without
+them training runs the layers itself, which needs no disk and suits any target.
 
 After an interruption of any kind the same command resumes, and writes files again that are missing or corrupt.
 
@@ -60,7 +61,7 @@ def prepare(config: RunConfig, folder: Path, store: str) -> None:
     check_target(config.data, loaded.fingerprint)
     conversations = read_conversations(*config.data, vocab_size=loaded.model.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed)
-    layers = drafter_config(config.drafter, loaded.model.config).feature_layers
+    layers = drafter_config(config.drafter, loaded.model.config).input_layers
     settings = FeatureSettings(
         loaded.fingerprint, layers, loaded.model.config.hidden_size, data.digest(), config.length, store
     )

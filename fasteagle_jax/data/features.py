@@ -1,9 +1,9 @@
 """Features on disk: the target's features and final hidden states of all training tokens, which replace its layers.
 
-B rows · T tokens of a row · F feature layers · H hidden width.
+B rows · T tokens of a row · F layers whose inputs are stored · H hidden width.
 
     index.json              settings of the features; each file's pieces, tokens and sha256
-    features-00000.npy ...  [tokens, F*H + H]: the features, low layer to high, then the final hidden state
+    features-00000.npy ...  [tokens, F*H + H]: the layers' inputs in their order, then the final hidden state
 
 A piece of `packing.PackedData` is a segment of its own in any row, so that the target's values for it do not depend on
 the packing, to within rounding. It is stored once for all epochs, batch sizes and seeds; other data, another T, target
@@ -16,7 +16,7 @@ import bisect
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,26 +152,37 @@ def load_features(
 ) -> Features:
     """The features in a folder for a training run on `data`, in the dtype that they are stored in.
 
-    `target` is its fingerprint. UserError if they are of anything else, not all there, or corrupt.
+    `target` is its fingerprint. The folder may have other layers besides. UserError if they are of anything else, not
+    all there, or corrupt.
     """
     try:
-        dtype = str(_load_index(folder)["settings"]["dtype"])
-    except (KeyError, TypeError) as error:
+        stored = _load_index(folder)["settings"]
+        dtype, layers = str(stored["dtype"]), tuple(map(int, stored["feature_layers"]))
+    except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder, error) from error
-    settings = FeatureSettings(target, tuple(feature_layers), hidden_size, data.digest(), data.T, dtype)
-    return Features(folder, data, settings)
+    if not set(feature_layers) <= set(layers):
+        layers = tuple(feature_layers)  # which is refused
+    settings = FeatureSettings(target, layers, hidden_size, data.digest(), data.T, dtype)
+    return Features(folder, data, settings, feature_layers)
 
 
 class Features:
     """The features of packed data, mapped into memory, every file's checksum found right."""
 
-    def __init__(self, folder: Path, data: PackedData, settings: FeatureSettings) -> None:
-        """The features in `folder`. UserError if they are not of these settings, not all there, or corrupt."""
+    def __init__(
+        self, folder: Path, data: PackedData, settings: FeatureSettings, layers: Sequence[int] | None = None
+    ) -> None:
+        """The features in `folder`, of some of its `layers` or of all.
+
+        UserError if they are not of these settings, not all there, or corrupt.
+        """
         entries = _read_index(folder, settings)
         if (there := sum(entry.pieces for entry in entries)) != len(data.lengths):
             raise UserError(f"{folder} has the features of {there} of {len(data.lengths)} pieces: {_REMEDY}")
         self._data, self._hidden_size, self._dtype = data, settings.hidden_size, jnp.dtype(settings.dtype)
         self._width = settings.width
+        # Each layer's place in a file.
+        self._layers = [settings.feature_layers.index(layer) for layer in layers or settings.feature_layers]
         self._bounds = [0, *itertools.accumulate(entry.pieces for entry in entries)]  # of the files, in pieces
         self._ends = np.concatenate([[0], np.cumsum(data.lengths)])  # of the pieces, in tokens; one entry more
         self._arrays = []
@@ -193,7 +204,8 @@ class Features:
                 start, end = self._ends[piece] - first, self._ends[piece + 1] - first
                 row[at : at + end - start] = self._arrays[file][start:end]
                 at += end - start
-        return TargetValues(values[..., : -self._hidden_size], values[..., -self._hidden_size :])
+        parts = np.split(values, self._width // self._hidden_size, axis=-1)
+        return TargetValues(np.concatenate([parts[i] for i in self._layers], axis=-1), parts[-1])
 
 
 _REMEDY = "give the prepare-features command again, which writes what is missing"

@@ -58,6 +58,17 @@ class DrafterConfig:
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"drafter num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
 
+    @property
+    def context_layers(self) -> tuple[int, ...]:
+        """The target's layers whose keys and values it reads."""
+        return ()
+
+    @property
+    def input_layers(self) -> tuple[int, ...]:
+        """The target's layers whose inputs training needs: features first, then those that keys and values are made
+        of."""
+        return self.feature_layers + self.context_layers
+
     def check_target(self, target_config: Any) -> None:
         """Raises UserError if the drafter does not fit a target's layers.
 

@@ -93,10 +93,11 @@ def feature_rms(
     """The root mean square of each feature on a batch, float32 [F]: the median over tokens.
 
     Not the mean: the first token of a text can be a hundred times the size of the others. `values` are the target's
-    if they are computed already.
+    if they are computed already, with these features first.
     """
     features = (values or target_outputs(target, batch, feature_layers)).features.astype(jnp.float32)
-    features = features.reshape(*features.shape[:2], len(feature_layers), -1)
+    num_features, hidden = len(feature_layers), target.config.hidden_size
+    features = features[..., : num_features * hidden].reshape(*features.shape[:2], num_features, hidden)
     rms = jnp.sqrt(jnp.mean(features**2, axis=-1))  # [B, T, F]
     rms = jnp.where((batch.segments > 0)[..., None], rms, jnp.nan)
     return jnp.nanmedian(rms.reshape(-1, len(feature_layers)), axis=0)

@@ -105,11 +105,11 @@ def _train(
             _say(quiet, f"slower    {uneven}")
     store = None
     if config.features:
-        layers, hidden = sizes.feature_layers, target.config.hidden_size
-        store = load_features(Path(config.features), data, loaded.fingerprint, layers, hidden)
+        hidden = target.config.hidden_size
+        store = load_features(Path(config.features), data, loaded.fingerprint, sizes.input_layers, hidden)
     drafter = _new_drafter(config, loaded, mesh, conversations, data, store, quiet)
     earlier = earlier_runs(config.drafter.start)
-    if store is not None and not config.evaluation.prompts:
+    if store is not None and not config.evaluation.prompts and not sizes.context_layers:
         target.layers = nnx.List([])  # never run: this frees their memory
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
     optimizer = make_optimizer(config.optimizer, config.steps)

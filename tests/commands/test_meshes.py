@@ -122,9 +122,14 @@ def test_a_cascade_that_shares_its_layer_and_reads_the_targets_cache_trains_on_a
 ):
     more = ["steps=8", "drafter.correction=None", "drafter.edges=8", "drafter.levels=shared", "drafter.context=target"]
     more += ["drafter.side_by_side=True"]
-    for folder, mesh in (("one", ""), ("mesh", MESHES[3])):
-        train(config(*changes(target_folder, data_file, mesh, *more)), tmp_path / folder, quiet=True)
+    words = ["--config", CONFIG, "--output", tmp_path / "features", "--store", "float32"]
+    assert prepare_features.main([*map(str, words), *changes(target_folder, data_file, "", *more)]) == 0
+    stored = f"features={tmp_path / 'features'}"
+    for folder, mesh, features in (("one", "", ""), ("mesh", MESHES[3], ""), ("stored", "", stored)):
+        run = config(*changes(target_folder, data_file, mesh, *more), *[features] * bool(features))
+        train(run, tmp_path / folder, quiet=True)
     np.testing.assert_allclose(losses(tmp_path / "mesh"), losses(tmp_path / "one"), **CLOSE)
+    np.testing.assert_allclose(losses(tmp_path / "stored"), losses(tmp_path / "one"), **CLOSE)
     assert losses(tmp_path / "one")[-1, 0] < losses(tmp_path / "one")[0, 0]
     assert_same_drafter(tmp_path / "mesh", tmp_path / "one")
 

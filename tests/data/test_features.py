@@ -70,6 +70,16 @@ def test_what_is_read_is_what_the_target_computes_for_the_batch(tmp_path, dtype)
                 assert not ours[~real].any()
 
 
+def test_features_of_some_of_the_stored_layers_are_read_in_the_order_asked_for(tmp_path):
+    data = packed()
+    write(tmp_path, data)
+    both = read(tmp_path, data).batch(0)
+    first, second = np.split(both.features, 2, axis=-1)
+    for layers, expected in ((LAYERS[1:], second), (LAYERS[::-1], np.concatenate([second, first], axis=-1))):
+        found = load_features(tmp_path, data, "fingerprint", layers, H).batch(0)
+        assert np.array_equal(found.features, expected) and np.array_equal(found.hidden, both.hidden)
+
+
 def test_hosts_read_only_their_rows(tmp_path):
     data = packed()
     write(tmp_path, data)
