@@ -42,6 +42,7 @@ from fasteagle_jax.commands.terminal import Parser, add_sampling_options, add_sh
 from fasteagle_jax.data.answering import AHEAD, MIN_ANSWER, Dialogue, Outcome, Rules, Sample, answer_all
 from fasteagle_jax.data.conversations import Conversation, ConversationWriter
 from fasteagle_jax.data.manifest import damaged, manifest_path, read_manifest
+from fasteagle_jax.data.packed_answers import pack, unpack
 from fasteagle_jax.data.shares import join
 from fasteagle_jax.data.sources import HeldOut, read_dialogues, read_prompts
 from fasteagle_jax.decoding.sampling_fields import from_options, recorded
@@ -83,6 +84,9 @@ def _parser() -> Parser:
         metavar="SOURCE",
         help="questions to measure with later: samples that hold one are left out; repeatable",
     )
+    kept = parser.add_argument_group("answers without questions, compressed")
+    kept.add_argument("--pack", type=Path, metavar="FILE.xz", help="pack the answers in --output so far, and end")
+    kept.add_argument("--packed", type=Path, metavar="FILE.xz", help="begin a new --output with these answers")
     length = parser.add_argument_group("length, in tokens")
     length.add_argument(
         "--max-length", type=whole(32), default=512, metavar="T", help="of a whole conversation (default %(default)s)"
@@ -105,6 +109,11 @@ def _parser() -> Parser:
 
 def prepare(args: argparse.Namespace) -> None:
     """Writes args.output and its manifest, or what they still lack."""
+    if args.pack is not None:
+        with writing(args.pack):
+            num, num_tokens = pack(args.output, args.pack)
+        print(f"{args.pack}: {num} conversations, {num_tokens} answer tokens, {args.pack.stat().st_size / 1e6:.1f} MB")
+        return
     # --- the options and the sources --------------------------------------------------------------------------
     if not args.prompts and not args.dialogues:
         raise UserError("no source: give --prompts or --dialogues")
@@ -142,6 +151,13 @@ def prepare(args: argparse.Namespace) -> None:
         settings["held_out"] = [_named("held-out", source) for source in args.held_out]
     if share.processes > 1:
         settings["share"] = share._asdict()
+    if args.packed is not None and not output.exists():
+        in_order = islice(_interleaved(sources), share.process, total, share.processes)
+        conversations, counts = unpack(args.packed, settings, in_order, rules)
+        restored = Manifest(manifest_path(output), settings, counts["samples"], Counter(counts["dropped"]))
+        with writing(output), ConversationWriter(output) as writer:
+            writer.append(conversations)
+            restored.save(len(writer))
     manifest = Manifest.of(output, settings)
     engine = None
     if args.prompts:  # dialogues need no weights

@@ -98,7 +98,7 @@ class Rules:
             return "truncated answers"
         if not stopped or self.first_turns_only or len(dialogue.spans) == len(dialogue.turns):
             return dialogue.conversation()
-        between = self._between(dialogue.turns, len(dialogue.spans), tokens[-1])
+        between = self.between(dialogue.turns, len(dialogue.spans), tokens[-1])
         if between is None or len(dialogue.tokens) + len(between) + MIN_ANSWER > self.max_length:
             return dialogue.conversation()
         dialogue.tokens = dialogue.tokens + between
@@ -110,7 +110,7 @@ class Rules:
             return "prompts too long"
         return Dialogue(index, id, turns, tokens)
 
-    def _between(self, turns: list[str], num_answered: int, last_token: int) -> list[int] | None:
+    def between(self, turns: list[str], num_answered: int, last_token: int) -> list[int] | None:
         """Tokens between the end of an answer and the start of the next; None if the answer has another last token.
 
         They do not depend on the answers' text, so that short ones are templated here: real ones stay as sampled.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import re
 
 import numpy as np
@@ -201,6 +202,40 @@ def test_a_longer_limit_continues_a_shorter_one(prepare):
     longer = prepare("a.jsonl", "--limit", 12, "--prompts", "self").read_bytes()
     assert longer.startswith(short)
     assert longer == prepare("b.jsonl", "--limit", 12, "--prompts", "self").read_bytes()
+
+
+def test_packed_answers_give_the_same_file_and_the_run_goes_on(
+    prepare, complaint, target_folder, prompts_file, tmp_path, capsys
+):
+    """Without its questions: those of the prompts come from their file again."""
+    options = ["--keep-truncated", "--prompts", "self"]
+    path = prepare("a.jsonl", *options, "--limit", 16)
+    before, manifest = path.read_bytes(), path.with_name("a.jsonl.manifest.json").read_bytes()
+    assert any(len(c.assistant) > 1 for c in read_conversations(path)) and b'"self/' in before
+    packed = tmp_path / "answers.jsonl.xz"
+    prepare("a.jsonl", "--pack", packed)
+    assert f"{len(read_conversations(path))} conversations" in capsys.readouterr().out
+    with lzma.open(packed, "rt") as file:
+        records = [json.loads(line) for line in file][1:]
+    conversations = read_conversations(path)
+    for record, c in zip(records, conversations, strict=True):
+        assert record.keys() == {"id", "answers"} | ({"prompt"} if c.id.startswith("self/") else set())
+        assert record["answers"] == [c.tokens[start:end].tolist() for start, end in c.assistant]
+
+    path.unlink(), path.with_name("a.jsonl.manifest.json").unlink()
+    again = prepare("a.jsonl", *options, "--limit", 16, "--packed", packed)
+    assert again.read_bytes() == before and again.with_name("a.jsonl.manifest.json").read_bytes() == manifest
+    longer = prepare("b.jsonl", *options, "--limit", 20, "--packed", packed).read_bytes()
+    assert longer.startswith(before) and longer == prepare("c.jsonl", *options, "--limit", 20).read_bytes()
+
+    words = ["--target", target_folder, "--output", tmp_path / "d.jsonl", "--max-length", 192, "--prompts"]
+    words += [prompts_file, *options, "--limit", 16, "--packed"]
+    assert "made with max_new 24, not 30: give the options" in complaint(main, *words, packed, "--max-new", 30)
+    torn = tmp_path / "torn.xz"
+    torn.write_bytes(packed.read_bytes()[:-40])
+    assert "torn.xz is damaged" in complaint(main, *words, torn, "--max-new", 24)
+    assert "cannot read" in complaint(main, *words, tmp_path / "nowhere.xz", "--max-new", 24)
+    assert "has no d.jsonl.manifest.json" in complaint(main, *words, packed, "--pack", tmp_path / "x.xz")
 
 
 def test_other_settings_are_refused(prepare, complaint, target_folder, prompts_file, tmp_path):
