@@ -2,9 +2,9 @@
 
 B rows · N levels · f nodes of a level · C candidates of a level · R rank · H hidden width · V draft vocabulary.
 A level's logit of token v after token u is that of the cascade plus <(A e[u]) * (P h), B[v]>, h being the level's
-state and e the target's embedding. In training this is the logit of every v. A draft takes each level's C best guesses
-without u, and scores all pairs of candidates of neighbouring levels at once: one product with the head a draft, where a
-correction of the state needs one a level.
+state and e the target's embedding. In training this is the logit of every v. The first level's u is known, the
+pending token. Of the others a draft takes the C best guesses without u, and scores all pairs of candidates of
+neighbouring levels at once: one product with the head a draft, where a correction of the state needs one a level.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from flax import nnx
 from fasteagle_jax.decoding.interfaces import VocabWeights
 from fasteagle_jax.devices.sharding import top_k
 from fasteagle_jax.nn.embedding import embed
-from fasteagle_jax.nn.linear import Linear
+from fasteagle_jax.nn.linear import Linear, head_logits
 from fasteagle_jax.nn.norm import rms_norm
 
-NUM_CANDIDATES = 16  # C
+NUM_CANDIDATES = 64  # C; without u the best guesses are other ones
 
 
 class EdgeScores(nnx.Module):
@@ -41,6 +41,10 @@ class EdgeScores(nnx.Module):
     def query(self, h: jax.Array, e: jax.Array) -> jax.Array:
         """(A e) * (P h) [..., R], whose products with B are the scores, of states and embeddings [..., H]."""
         return self.factors(self.of_token, e) * self.factors(self.of_state, h)
+
+    def of_all(self, h: jax.Array, e: jax.Array) -> jax.Array:
+        """Scores float32 [..., V] of all tokens, of states h and embeddings e [..., H] of the tokens before."""
+        return head_logits(self.query(h, e), self.table[...])
 
     def scores(self, h: jax.Array, e: jax.Array, index: jax.Array) -> jax.Array:
         """Scores float32 [B, f, C] of candidates after tokens.
@@ -62,7 +66,6 @@ class Candidates:
         edges: EdgeScores,
         vocab: VocabWeights,
         token_ids: jax.Array,
-        root: jax.Array,
         states: jax.Array,
         ranked: jax.Array,
         temperature: jax.Array,
@@ -72,21 +75,19 @@ class Candidates:
         Args:
           edges, vocab: the weights.
           token_ids: int32 [V], the target's ids.
-          root: int32 [B], the token before the first level's guesses.
           states: the levels' [B, N, H].
-          ranked: log-probabilities float32 [B, N, V] without the token before (see base.rank).
+          ranked: log-probabilities float32 [B, N, V] (see base.rank), the first level's after the root, the others'
+            without the token before.
           temperature: float32 [B]; scores are divided by it, as logits are, where it is above 0.
         """
         best, index = top_k(ranked, min(NUM_CANDIDATES, ranked.shape[-1]), "vocab")  # [B, N, C]
         self.token_ids = token_ids[index]  # int32 [B, N, C]
         scale = jnp.where(temperature > 0, temperature, 1.0)[:, None, None]
-        before = root[:, None]  # [B, f]
-        self.log_probs = []  # of each level float32 [B, f, C]: f = 1 at the first, C at others
-        for level in range(ranked.shape[1]):
-            e = embed(vocab.embedding, before, states.dtype)
+        self.log_probs = [best[:, :1]]  # of each level float32 [B, f, C]: f = 1 at the first, C at others
+        for level in range(1, ranked.shape[1]):
+            e = embed(vocab.embedding, self.token_ids[:, level - 1], states.dtype)
             scores = edges.scores(states[:, level], e, index[:, level]) / scale
             self.log_probs.append(renormalised(best[:, level, None], scores))
-            before = self.token_ids[:, level]
 
     def after(self, index: jax.Array, level: int) -> jax.Array:
         """Log-probabilities float32 [B, f, C] of a level's candidates after those of the level before at `index`.

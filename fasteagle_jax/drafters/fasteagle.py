@@ -438,9 +438,10 @@ class FastEagle(DrafterModule):
         assert self.edges is not None
         ids, num_levels = draft_ids(vocab), states.shape[1]
         hidden = [self.head_input(level, states[:, i], None) for i, level in enumerate(self._level_list()[:num_levels])]
-        positions = length[:, None] + 1 + jnp.arange(num_levels)
-        ranked = rank(vocab.logits(jnp.stack(hidden, axis=1)), positions, ids, ranking)  # [B, N, V]
-        candidates = Candidates(self.edges, vocab, ids, root, states, ranked, ranking.sampling.temperature)
+        logits = vocab.logits(jnp.stack(hidden, axis=1))  # [B, N, V]
+        logits = logits.at[:, 0].add(self.edges.of_all(states[:, 0], embed(vocab.embedding, root, states.dtype)))
+        ranked = rank(logits, length[:, None] + 1 + jnp.arange(num_levels), ids, ranking)
+        candidates = Candidates(self.edges, vocab, ids, states, ranked, ranking.sampling.temperature)
 
         def guess(index: jax.Array, depth: int) -> Guesses:
             return Guesses(candidates.after(index, depth - 1), candidates.token_ids[:, depth - 1])

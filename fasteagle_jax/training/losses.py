@@ -31,6 +31,8 @@ class LossConfig:
     total_variation: float = 0.0  # 1 - sum min(p, q): the chance that a sampled guess is rejected
     acceptance: float = 0.0  # -log sum min(p, q): the negative log-likelihood of acceptance
     smooth_l1: float = 0.0  # to the target's final hidden state at the guessed position (EAGLE-1's feature term)
+    # Cross-entropy of the guesses without edge scores (see drafters/edges.py), of which drafts take their candidates.
+    without_edges: float = 0.0
     level_decay: float = 0.8  # EAGLE-3's weights
     last_level_only: bool = False  # supervise level N alone, for comparison
     # The target's softmax over the draft vocabulary alone, and no loss if its best token is outside (EAGLE-3).
@@ -219,11 +221,15 @@ def _scan(
             def loss_of(hidden_BCH: jax.Array, drafter_head: jax.Array) -> tuple[jax.Array, jax.Array]:
                 width = hidden_BCH.shape[-1] - (0 if own_head is None else own_head.shape[-1])
                 logits: Any = logit_map(head_logits(hidden_BCH[..., :width], draft_head)) if width else 0.0
+                without_edges = logits
                 if own_head is not None:
                     logits += head_logits(hidden_BCH[..., width:], drafter_head, trains_head)
                 logits = constrain(logits, "batch", None, "vocab")  # [B, C, V]
                 hidden = hidden_BCH[..., : target_BCH.shape[-1]]
                 terms, stats = _terms(logits, hidden, target_BCH, p, best, config)
+                if config.without_edges and own_head is not None and width:
+                    log_q = jax.nn.log_softmax(constrain(without_edges, "batch", None, "vocab"), axis=-1)
+                    terms += config.without_edges * -(p * log_q).sum(axis=-1)
                 loss = jnp.where(valid_BC & counted, terms, 0).sum()
                 return weight * loss, jnp.stack([loss, *(jnp.where(valid_BC, s, 0).sum() for s in stats)])
 

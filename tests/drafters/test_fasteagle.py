@@ -18,7 +18,8 @@ from fasteagle_jax.decoding.speculative import start
 from fasteagle_jax.decoding.state import AXES, context_of, make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights
-from fasteagle_jax.drafters.edges import NUM_CANDIDATES, renormalised
+from fasteagle_jax.drafters import edges
+from fasteagle_jax.drafters.edges import renormalised
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.drafters.table import default_config
@@ -77,6 +78,14 @@ FORMS = {  # changes of the configuration, stacked
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_candidates():
+    """Of edge scores: fewer than the tiny vocabularies have tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(edges, "NUM_CANDIDATES", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
 def target():
     return tiny_target()
@@ -112,11 +121,11 @@ def chains(drafter, vocab, tokens, features, **how):
     """The guesses of a chain from every stream position on: int32 [N, B, T]."""
     outputs, _ = whole_pass(drafter, vocab, tokens, features, head_inputs=False, **how)  # of the levels
     guesses, before = [], tokens[:, 1:]
-    for h, level in zip(outputs, drafter.unstacked().levels, strict=True):
+    for i, (h, level) in enumerate(zip(outputs, drafter.unstacked().levels, strict=True)):
         h = drafter.head_input(level, h, vocab.embedding[before])
         logits = head_logits(h[..., : vocab.head.shape[1]], vocab.head)
-        if (table := drafter.own_head()) is not None:  # of the best without the token before
-            least = jax.lax.top_k(logits, min(NUM_CANDIDATES, logits.shape[-1]))[0][..., -1:]
+        if (table := drafter.own_head()) is not None:  # after the first level of the best without the token before
+            least = jax.lax.top_k(logits, edges.NUM_CANDIDATES)[0][..., -1:] if i else -jnp.inf
             logits = jnp.where(logits >= least, logits + h[..., vocab.head.shape[1] :] @ table.T, -jnp.inf)
         best = jnp.argmax(logits, axis=-1)
         before = best if vocab.token_ids is None else vocab.token_ids[best]

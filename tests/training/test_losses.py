@@ -115,6 +115,36 @@ def test_a_targets_logit_map_is_in_its_own_logits_and_in_the_drafts(ids):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), found, expected)
 
 
+@pytest.mark.parametrize("ids", [None, np.array([0, 3, 4, 9, 17])], ids=["full", "reduced"])
+def test_a_table_of_edge_scores_is_added_to_the_frozen_heads_logits_and_trained(ids):
+    """It reads the last entries of hidden states; the guesses without it may have a loss of their own."""
+    hidden, target_hidden, head = inputs()
+    width, tokens = 3, jnp.arange(V) if ids is None else jnp.asarray(ids)
+    edges, table = normal(5, N, B, T, width), normal(6, len(tokens), width)
+    picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
+    config, places = LossConfig(without_edges=0.3, chunk=5), (jnp.asarray(POSITIONS), picked, real)
+
+    def fast(both, table):
+        return level_loss(both, target_hidden, *places, head, ids, config, table)[0]
+
+    def slow(both, table):
+        total = 0.0
+        for i in range(1, N + 1):
+            b, s = np.array([pair for pair in pairs_that_count() if POSITIONS[pair] >= i]).T
+            h = both[i - 1][b, s - i]
+            p = jax.nn.softmax(target_hidden[b, s] @ head.T)[:, tokens]
+            without = h[:, :H] @ head[tokens].T
+            terms = -(p * jax.nn.log_softmax(without + h[:, H:] @ table.T)).sum(axis=1)
+            terms += 0.3 * -(p * jax.nn.log_softmax(without)).sum(axis=1)
+            total += config.level_decay ** (i - 1) * terms.mean()
+        return total / sum(config.level_decay**i for i in range(N))
+
+    both = jnp.concatenate([hidden, edges], axis=-1)
+    found, expected = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(both, table) for f in (fast, slow))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), found, expected)
+    assert np.abs(found[1][1]).max() > 1e-3
+
+
 def test_a_stack_and_a_list_of_levels_have_one_loss_and_gradient():
     hidden, target_hidden, head = inputs()
     picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
