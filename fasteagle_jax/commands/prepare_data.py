@@ -220,7 +220,7 @@ def prepare(args: argparse.Namespace) -> None:
     ready = _ready_ids(sources)
     if cut := {id: its for id, its in later_windows(writer.ids).items() if id in ready}:
         num_windows = len(cut) + sum(map(len, cut.values()))
-        print(f"{output}: {len(cut)} dialogues above {args.max_length} tokens are cut into {num_windows} windows")
+        print(f"{output}: {len(cut)} dialogues are cut into {num_windows} windows of at most {args.max_length} tokens")
     print(
         f"{output}: {len(writer)} conversations of {manifest.tried} samples"
         f" ({f'dropped: {reasons}' if reasons else 'none dropped'}); {took.summary()}"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +71,7 @@ def encode_chats(tokenizer: Tokenizer, chats: Sequence[Sequence[Message]]) -> li
     found: list[Chat | UserError | None] = [None] * len(chats)
     for n, i in enumerate(good):
         ids = encoded["input_ids"][n]
-        find.look_at(good_texts[n], ids, encoded.encodings[n].offsets)
+        find.look_at(good_texts[n], ids, encoded.encodings[n].token_to_chars)
         if marked:
             found[i] = Chat(ids, mask_spans(encoded["assistant_masks"][n]), find.turns(chats[i]))
         else:
@@ -113,21 +113,22 @@ class _Prefixes:
         self._contents = {token_id: token.content for token_id, token in added}
         self._tails: dict[str, list[int]] = {}  # tokens of tails, which are nearly always the same few
 
-    def look_at(self, text: str, ids: list[int], offsets: Sequence[tuple[int, int]]) -> None:
-        """Takes the next conversation: its text, its tokens and their [start, end) in the text."""
+    def look_at(self, text: str, ids: list[int], place: Callable[[int], tuple[int, int]]) -> None:
+        """Takes the next conversation: its text, its tokens and, by index, their [start, end) in the text."""
         self._text, self._ids = text, ids
-        at = np.flatnonzero(np.isin(ids, self._anchors)).tolist()
-        at = [i for i in at if text[slice(*offsets[i])] == self._contents[ids[i]]]
-        self._at, self._starts = at, [offsets[i][0] for i in at]
+        # Of the special tokens, the index, start and end.
+        found = [(i, *place(i)) for i in np.flatnonzero(np.isin(ids, self._anchors)).tolist()]
+        self._at = [one for one in found if text[one[1] : one[2]] == self._contents[ids[one[0]]]]
+        self._starts = [start for _, start, _ in self._at]
 
     def num_tokens(self, prefix: str) -> int | None:
         """The number of tokens of a text if these are the first ones of the conversation's, else None."""
         if not self._text.startswith(prefix):
             return None
-        anchor = bisect.bisect_left(self._starts, len(prefix)) - 1
-        if anchor >= 0 and self._starts[anchor] + len(self._contents[self._ids[self._at[anchor]]]) > len(prefix):
+        before = bisect.bisect_left(self._starts, len(prefix))
+        num, start, end = self._at[before - 1] if before else (0, 0, 0)
+        if end > len(prefix):
             return None  # the prefix ends within a special token
-        num, start = (self._at[anchor], self._starts[anchor]) if anchor >= 0 else (0, 0)
         tail = prefix[start:]
         if tail not in self._tails:
             self._tails[tail] = self._tokenizer.encode(tail, add_special_tokens=False)
@@ -138,11 +139,13 @@ class _Prefixes:
         """The conversation by `prefix_spans`'s rules; None for one that breaks a rule, or may do so."""
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         prompts = _rendered(self._tokenizer, [messages[:i] for i in answers], add_generation_prompt=True)
-        whole = _rendered(self._tokenizer, [messages[: i + 1] for i in answers])
-        if prompts is None or whole is None:
+        prefixes = _rendered(self._tokenizer, [messages[: i + 1] for i in answers if i + 1 < len(messages)])
+        if prompts is None or prefixes is None:
             return None
+        if answers and answers[-1] + 1 == len(messages):
+            prefixes.append(self._text)
         spans, turns = [], {}
-        for i, prompt, answered in zip(answers, prompts, whole, strict=True):
+        for i, prompt, answered in zip(answers, prompts, prefixes, strict=True):
             if not answered.startswith(prompt):
                 return None
             if not answered[len(prompt) :].lstrip().startswith(messages[i]["content"].strip()):

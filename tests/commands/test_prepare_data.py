@@ -366,7 +366,7 @@ def test_a_long_dialogue_is_cut_into_windows_that_begin_with_questions(prepare, 
         if not inside:
             assert len(windows) == 1 + (i % 2 == 0) and all(text.startswith(begin) for text in texts)
     num = sum(map(len, by_dialogue.values())) - 5
-    assert f"a.jsonl: 6 dialogues above 192 tokens are cut into {num} windows" in capsys.readouterr().out
+    assert f"a.jsonl: 6 dialogues are cut into {num} windows of at most 192 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mixed", [False, True])
