@@ -6,6 +6,10 @@ name:split, or the word `self`: the target writes the user's message too. Source
 each, and written in that order, one JSON line a sample: {"id", "tokens", "assistant": [[start, end], ...]}. An answer
 that begins to loop is cut there and ends its conversation.
 
+Ready dialogues (--dialogues) longer than --max-length are cut into windows, a line each: a window begins with a user's
+message, behind the template's system prompt, or, of longer answers, in the answer with some tokens before it repeated.
+Every answer token is to be learnt in exactly one window. The first has the dialogue's id, later ones id#w2, id#w3, ...
+
 After an interruption of any kind the same command resumes, and the file is the same as without it. OUTPUT.manifest.json
 beside the output has its settings; other settings need another output. --slots, --drafter and --tree change no token
 and may change.
@@ -40,11 +44,12 @@ from fasteagle_jax.commands.answers import Took, add_draft_options, tree_named
 from fasteagle_jax.commands.models import add_target_options
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, add_share_options, dtype_named, program, whole
 from fasteagle_jax.data.answering import AHEAD, MIN_ANSWER, Dialogue, Outcome, Rules, Sample, answer_all
-from fasteagle_jax.data.conversations import Conversation, ConversationWriter
+from fasteagle_jax.data.conversations import ConversationWriter
 from fasteagle_jax.data.manifest import damaged, manifest_path, read_manifest
 from fasteagle_jax.data.packed_answers import pack, unpack
 from fasteagle_jax.data.shares import join
 from fasteagle_jax.data.sources import HeldOut, read_dialogues, read_prompts
+from fasteagle_jax.data.windows import later_windows
 from fasteagle_jax.decoding.sampling_fields import from_options, recorded
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import SamplingParams
@@ -56,6 +61,7 @@ from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.targets.tokenizer import assistant_spans, load_tokenizer, prefix_spans, user_header_ids
 
 SELF = "self"  # the source in which the target writes the user's messages
+LONG_DIALOGUES = "long_dialogues"  # the manifest's key of what becomes of dialogues above --max-length
 WINDOW = 16  # samples per slot that may be settled before the first one that is not
 
 
@@ -89,7 +95,11 @@ def _parser() -> Parser:
     kept.add_argument("--packed", type=Path, metavar="FILE.xz", help="begin a new --output with these answers")
     length = parser.add_argument_group("length, in tokens")
     length.add_argument(
-        "--max-length", type=whole(32), default=512, metavar="T", help="of a whole conversation (default %(default)s)"
+        "--max-length",
+        type=whole(32),
+        default=512,
+        metavar="T",
+        help="of a conversation or window (default %(default)s)",
     )
     length.add_argument("--max-new", type=whole(1), default=256, metavar="T", help="of an answer (default %(default)s)")
     length.add_argument(
@@ -128,6 +138,9 @@ def prepare(args: argparse.Namespace) -> None:
     total = min(args.limit or 2**62, sum(2**62 if s.samples is None else len(s.samples) for s in sources))
     output, total_here = share.of_file(args.output), len(range(share.process, total, share.processes))
 
+    def in_order() -> Iterator[Sample]:
+        return islice(_interleaved(sources), share.process, total, share.processes)
+
     # --- the target -------------------------------------------------------------------------------------------
     checkpoint = open_checkpoint(args.target)
     positions = checkpoint.config.max_positions
@@ -147,13 +160,14 @@ def prepare(args: argparse.Namespace) -> None:
     }
     if args.prompts:
         settings["loops"] = "cut"  # answers of earlier versions were kept with their loops
+    if args.dialogues:
+        settings[LONG_DIALOGUES] = "windows"  # earlier versions dropped them
     if args.held_out:
         settings["held_out"] = [_named("held-out", source) for source in args.held_out]
     if share.processes > 1:
         settings["share"] = share._asdict()
     if args.packed is not None and not output.exists():
-        in_order = islice(_interleaved(sources), share.process, total, share.processes)
-        conversations, counts = unpack(args.packed, settings, in_order, rules)
+        conversations, counts = unpack(args.packed, settings, in_order(), rules)
         restored = Manifest(manifest_path(output), settings, counts["samples"], Counter(counts["dropped"]))
         with writing(output), ConversationWriter(output) as writer:
             writer.append(conversations)
@@ -166,8 +180,8 @@ def prepare(args: argparse.Namespace) -> None:
 
     # --- sample by sample -------------------------------------------------------------------------------------
     with writing(output), ConversationWriter(output) as writer:
-        samples = islice(_interleaved(sources), share.process, total, share.processes)
-        done = manifest.settled(samples, writer)
+        done = manifest.settled(in_order(), writer)
+        samples = islice(in_order(), done, None)
         if done:
             print(f"{output}: {len(writer)} conversations of {done} samples are there already")
         manifest.save(len(writer))
@@ -178,8 +192,9 @@ def prepare(args: argparse.Namespace) -> None:
         took, unwritten = Took(), list[Outcome]()
 
         def write() -> None:
-            if kept := [outcome for outcome in unwritten if isinstance(outcome, Conversation)]:
-                writer.append(kept)
+            kept = [c for outcome in unwritten if not isinstance(outcome, str) for c in outcome]
+            if new := [c for c in kept if c.id not in writer]:  # a dialogue's first windows may be there already
+                writer.append(new)
             manifest.tried += len(unwritten)
             manifest.dropped.update(outcome for outcome in unwritten if isinstance(outcome, str))
             unwritten.clear()
@@ -202,6 +217,10 @@ def prepare(args: argparse.Namespace) -> None:
             f"{output} is empty: all {manifest.tried} samples were dropped ({reasons}): "
             "raise --max-length and --max-new, give --keep-truncated, or name other sources (and another --output)"
         )
+    ready = _ready_ids(sources)
+    if cut := {id: its for id, its in later_windows(writer.ids).items() if id in ready}:
+        num_windows = len(cut) + sum(map(len, cut.values()))
+        print(f"{output}: {len(cut)} dialogues are cut into {num_windows} windows of at most {args.max_length} tokens")
     print(
         f"{output}: {len(writer)} conversations of {manifest.tried} samples"
         f" ({f'dropped: {reasons}' if reasons else 'none dropped'}); {took.summary()}"
@@ -256,7 +275,16 @@ def _read_sources(prompts: Sequence[str], dialogues: Sequence[str], limit: int |
     for id, times in ids.most_common(1):
         if times > 1:
             raise UserError(f"{times} sources hold a sample {id!r}: name a source once, rename one of two files")
+    ready = _ready_ids(sources)
+    for id, windows in later_windows(ids).items():
+        if id in ready:
+            raise UserError(f"sample {windows[0]!r} has the id of a window of dialogue {id!r}: rename one of two files")
     return sources
+
+
+def _ready_ids(sources: Sequence[Source]) -> set[str]:
+    """The ids of ready dialogues."""
+    return {sample.id for source in sources for sample in source.samples or () if sample.messages is not None}
 
 
 def _leave_out(sources: list[Source], held_out: HeldOut) -> None:
@@ -320,6 +348,7 @@ class Manifest:
     def of(cls, output: Path, settings: dict[str, Any]) -> Manifest:
         """The manifest of `output`, or a new one; UserError if the output has other settings."""
         manifest = cls(manifest_path(output), settings)
+        _refuse_older(manifest.path, settings)
         if (saved := read_manifest(output, settings)) is not None:
             try:
                 counts = saved["counts"]
@@ -330,27 +359,35 @@ class Manifest:
         return manifest
 
     def settled(self, samples: Iterator[Sample], writer: ConversationWriter) -> int:
-        """Consumes the samples that are written or dropped already; returns how many.
+        """The number of samples, from the first, that are written or dropped already.
 
-        These are all up to the last one written, and those that the manifest counts, unless lines were lost since.
+        These are all up to the last one written, and those that the manifest counts, unless lines were lost since. A
+        ready dialogue that is the last in a file of a killed run is none: windows of it may be missing.
         """
         if len(writer) < self.written:
             self.tried, self.dropped = 0, Counter()
-        missing = set(writer.ids)
-        done = 0
+        missing, windows = set(writer.ids), later_windows(writer.ids)
+        done = num_written = 0
+        last = None
         while missing or done < self.tried:
             sample = next(samples, None)
             if sample is None:
                 break
+            last, num_missing = sample, len(missing)
             missing.discard(sample.id)
+            if sample.messages is not None:
+                missing.difference_update(windows.get(sample.id, ()))
+            num_written += len(missing) < num_missing
             done += 1
         if missing or done < self.tried:
             raise UserError(
-                f"the output is of {max(self.tried, len(writer))} samples, more than are asked for: "
+                f"the output is of {max(self.tried, num_written + len(missing))} samples, more than are asked for: "
                 "raise --limit, or name another --output"
             )
         if self.tried != done:  # killed between writing and counting
-            unknown = done - len(writer) - self.dropped.total()
+            if last is not None and last.messages is not None:
+                done, num_written = done - 1, num_written - 1
+            unknown = done - num_written - self.dropped.total()
             if unknown > 0:
                 self.dropped["in an interrupted run"] += unknown
             self.tried = done
@@ -362,3 +399,19 @@ class Manifest:
         counts = {"samples": self.tried, "conversations": written, "dropped": dict(sorted(self.dropped.items()))}
         text = json.dumps({"settings": self.settings, "counts": counts}, indent=2) + "\n"
         write_text(self.path, text)
+
+
+def _refuse_older(path: Path, settings: dict[str, Any]) -> None:
+    """Raises UserError for the manifest of a file with ready dialogues in which the long ones were dropped."""
+    if LONG_DIALOGUES not in settings or not path.is_file():
+        return
+    try:
+        old = json.loads(path.read_bytes())["settings"]
+        is_older = LONG_DIALOGUES not in old and any(source["kind"] == "dialogues" for source in old["sources"])
+    except (ValueError, KeyError, TypeError):  # a damaged one is refused by those who read it
+        return
+    if is_older:
+        raise UserError(
+            f"{path} is of a version that dropped the dialogues above --max-length, which are cut into windows now: "
+            "name another --output"
+        )

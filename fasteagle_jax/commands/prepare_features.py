@@ -61,6 +61,8 @@ def prepare(config: RunConfig, folder: Path, store: str) -> None:
     check_target(config.data, loaded.fingerprint)
     conversations = read_conversations(*config.data, vocab_size=loaded.model.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed)
+    if any(data.left_out):
+        print(f"left out  {data.left_out}", file=sys.stderr)
     layers = drafter_config(config.drafter, loaded.model.config).input_layers
     settings = FeatureSettings(
         loaded.fingerprint, layers, loaded.model.config.hidden_size, data.digest(), config.length, store

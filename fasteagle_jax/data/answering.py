@@ -1,27 +1,34 @@
-"""Dialogues between a user's questions and the target's answers, until each is a conversation or is dropped."""
+"""Dialogues between a user's questions and the target's answers, until each is a conversation or is dropped.
+
+Ready dialogues have their answers already; a long one becomes several conversations, its windows.
+"""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
 from typing import Any, Self
 
 import numpy as np
 
 from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.sources import HeldOut, Message
+from fasteagle_jax.data.windows import cut_windows, window_id
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.tokenizer import assistant_spans, encode_chat, prefix_spans
+from fasteagle_jax.targets.chats import Chat, encode_chats, turn_opening
+from fasteagle_jax.targets.tokenizer import encode_chat, prefix_spans
 
 MIN_ANSWER = 16  # tokens: a prompt that leaves less room for an answer is too long
 MIN_QUESTION = 4  # tokens of a user's message that the target writes
 LOOP_COPIES, LOOP_TOKENS = 3, 32  # of a loop, at the least: copies back to back, tokens in all
 AHEAD = 512  # samples that may be settled before the first one that is not
+TOGETHER = 64  # samples whose ready dialogues are tokenised together
 
-Outcome = Conversation | str  # the conversation of a sample, or the reason why it was dropped
+Outcome = list[Conversation] | str  # the conversations of a sample, or the reason why it was dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +78,19 @@ class Rules:
     def start(self, index: int, sample: Sample) -> Dialogue | Outcome:
         """The dialogue up to its first answer, or the outcome if the sample is settled already."""
         if sample.messages is not None:
-            return self._ready(sample.id, sample.messages)
+            (outcome,) = self._ready([sample])
+            return outcome
         if sample.turns is None:
             return Dialogue(index, sample.id, [], self.header)
         return self._ask_first(index, sample.id, sample.turns)
+
+    def start_all(self, samples: Iterator[Sample]) -> Iterator[Dialogue | Outcome]:
+        """`start` of samples in order. It reads TOGETHER of them at a time."""
+        indices = count()
+        while some := list(islice(samples, TOGETHER)):
+            outcomes = iter(self._ready([sample for sample in some if sample.messages is not None]))
+            for sample, index in zip(some, indices, strict=False):
+                yield self.start(index, sample) if sample.messages is None else next(outcomes)
 
     def add_answer(self, dialogue: Dialogue, tokens: list[int], stopped: bool) -> Dialogue | Outcome:
         """The dialogue up to its next answer, or its outcome."""
@@ -90,17 +106,17 @@ class Rules:
             if cut >= MIN_ANSWER:
                 dialogue.tokens = dialogue.tokens + tokens[:cut]
                 dialogue.spans.append([start, start + cut])
-            return dialogue.conversation() if dialogue.spans else "looping answers"
+            return [dialogue.conversation()] if dialogue.spans else "looping answers"
         if stopped or self.keep_truncated:
             dialogue.tokens = dialogue.tokens + tokens
             dialogue.spans.append([start, start + len(tokens)])
         elif not dialogue.spans:
             return "truncated answers"
         if not stopped or self.first_turns_only or len(dialogue.spans) == len(dialogue.turns):
-            return dialogue.conversation()
+            return [dialogue.conversation()]
         between = self.between(dialogue.turns, len(dialogue.spans), tokens[-1])
         if between is None or len(dialogue.tokens) + len(between) + MIN_ANSWER > self.max_length:
-            return dialogue.conversation()
+            return [dialogue.conversation()]
         dialogue.tokens = dialogue.tokens + between
         return dialogue
 
@@ -125,21 +141,39 @@ class Rules:
             return None
         return asked[end:]
 
-    def _ready(self, id: str, messages: list[Message]) -> Outcome:
-        """The outcome of complete messages."""
-        while messages and messages[0]["role"] == "assistant":  # some ShareGPT records lack their beginning
-            messages = messages[1:]
-        if not any(message["role"] == "assistant" for message in messages):
-            return "dialogues without an answer"
-        try:
-            tokens, spans = assistant_spans(self.tokenizer, messages)
-        except UserError:  # e.g. roles that do not alternate; _rules finds a template that never works
-            return "dialogues that the chat template refuses"
-        if not spans:  # the template marks no message as an answer
-            return "dialogues without an answer"
-        if len(tokens) > self.max_length:
-            return "dialogues too long"
-        return Conversation.of(id, tokens, [list(span) for span in spans])
+    def _ready(self, samples: Sequence[Sample]) -> list[Outcome]:
+        """Outcomes of samples of complete messages."""
+        outcomes: list[Outcome] = ["dialogues without an answer"] * len(samples)
+        all_messages = [_from_user(sample.messages or []) for sample in samples]
+        answered = [i for i, messages in enumerate(all_messages) if any(m["role"] == "assistant" for m in messages)]
+        chats = encode_chats(self.tokenizer, [all_messages[i] for i in answered])
+        for i, chat in zip(answered, chats, strict=True):
+            if isinstance(
+                chat, UserError
+            ):  # e.g. roles that do not alternate; _rules finds a template that never works
+                outcomes[i] = "dialogues that the chat template refuses"
+            elif chat.spans:  # else the template marks no message as an answer
+                outcomes[i] = self._windows(samples[i].id, all_messages[i], chat)
+        return outcomes
+
+    def _windows(self, id: str, messages: list[Message], chat: Chat) -> list[Conversation]:
+        """A ready dialogue as a conversation, or as several if it is too long for one."""
+        if len(chat.ids) <= self.max_length:
+            return [Conversation.of(id, chat.ids, [list(span) for span in chat.spans])]
+        starts = {num: i for i, num in chat.turns.items() if messages[i]["role"] == "user"}
+
+        def opening(start: int) -> list[int] | None:
+            return turn_opening(self.tokenizer, messages, chat, starts[start])
+
+        windows = cut_windows(chat.ids, chat.spans, list(starts), opening, self.max_length)
+        return [Conversation.of(window_id(id, n), tokens, spans) for n, (tokens, spans) in enumerate(windows, 1)]
+
+
+def _from_user(messages: list[Message]) -> list[Message]:
+    """The messages without answers at the start: some ShareGPT records lack their beginning."""
+    while messages and messages[0]["role"] == "assistant":
+        messages = messages[1:]
+    return messages
 
 
 def loop_start(tokens: Sequence[int]) -> int | None:
@@ -176,7 +210,8 @@ class RequestSource:
         params: Callable[[Dialogue], SamplingParams],
         ahead: int,
     ) -> None:
-        self._samples, self._rules, self._engine, self._params, self._ahead = samples, rules, engine, params, ahead
+        self._started = rules.start_all(samples)
+        self._rules, self._engine, self._params, self._ahead = rules, engine, params, ahead
         self._asked: dict[int, Dialogue] = {}  # by index, in the engine
         self._to_ask: collections.deque[Dialogue] = collections.deque()
         self._outcomes: dict[int, Outcome] = {}  # by index, of samples after one that is not settled
@@ -193,10 +228,10 @@ class RequestSource:
 
     def __next__(self) -> Any:
         while not self._to_ask and self._more and self._read - self._first < self._ahead:
-            if (sample := next(self._samples, None)) is None:
+            if (started := next(self._started, None)) is None:
                 self._more = False
             else:
-                self._settle(self._read, self._rules.start(self._read, sample))
+                self._settle(self._read, started)
                 self._read += 1
         if not self._to_ask:
             raise StopIteration

@@ -9,7 +9,7 @@ import bisect
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from fasteagle_jax.data.conversations import Conversation, Conversations, log
 from fasteagle_jax.errors import UserError
 
 MIN_WINDOW = 16  # tokens: a shorter last window of a sample has too little context to be worth a segment
+FIRST_LEARNED = 2  # index in a segment of the first token that a loss may look at, see losses.select_positions
 PACKING_WINDOW = 512  # segments packed together
 
 
@@ -26,12 +27,12 @@ PACKING_WINDOW = 512  # segments packed together
 class Batch:
     """Packed rows, all [B, T]: a pytree of NumPy or JAX arrays.
 
-    Two samples of 3 and 2 tokens, the assistant's being a, and T = 6:
+    Two samples of 3 and 4 tokens, the assistant's being a, and T = 8:
 
-    tokens      x a a y a 0
-    positions   0 1 2 0 1 0     from 0 in each segment
-    segments    1 1 1 2 2 0     0 is padding
-    supervised  0 1 1 0 1 0     True where t is the assistant's and predicted at t-1, in the same segment
+    tokens      x a a y y a a 0
+    positions   0 1 2 0 1 2 3 0     from 0 in each segment
+    segments    1 1 1 2 2 2 2 0     0 is padding
+    supervised  0 1 1 0 0 1 1 0     True where t is the assistant's and predicted at t-1, in the same segment
     """
 
     tokens: Any  # int32
@@ -40,13 +41,29 @@ class Batch:
     supervised: Any  # bool
 
 
+class LeftOut(NamedTuple):
+    """Pieces of samples with answers that are not packed, and the tokens in them."""
+
+    silent_pieces: int  # without a token to learn from
+    silent_tokens: int
+    short_pieces: int  # last windows below MIN_WINDOW tokens
+    short_tokens: int
+
+    def __str__(self) -> str:
+        """The counts in words."""
+        silent = f"{self.silent_pieces} pieces of {self.silent_tokens} tokens without a token to learn from"
+        short = f"{self.short_pieces} last windows of {self.short_tokens} tokens, each below {MIN_WINDOW}"
+        return ", ".join([silent] * (self.silent_pieces > 0) + [short] * (self.short_pieces > 0)) or "nothing"
+
+
 class PackedData:
     """Batches of samples packed into rows, a function of (seed, step): a run resumes, on any hosts, by its step alone.
 
     An epoch is every sample once, in an order of its own. A sample longer than T is cut into windows of T, the
-    *pieces*, each its own segment and shuffled like a sample; a last window below MIN_WINDOW tokens is dropped. Each
-    PACKING_WINDOW shuffled pieces are packed by best fit; an epoch's last batch may have empty rows. Samples without
-    an assistant's turn are counted (`num_dropped`), logged and dropped.
+    *pieces*, each its own segment and shuffled like a sample. A last window below MIN_WINDOW tokens is left out, and so
+    is a piece without a token that a loss looks at: a row of such pieces would be a step of loss 0. Both are counted
+    (`left_out`). Each PACKING_WINDOW shuffled pieces are packed by best fit; an epoch's last batch may have empty rows.
+    Samples without an assistant's turn are counted (`num_dropped`), logged and dropped.
     """
 
     def __init__(self, conversations: Sequence[Conversation], T: int, B: int, seed: int) -> None:
@@ -77,8 +94,21 @@ class PackedData:
         sample = np.repeat(np.arange(len(lengths)), windows)
         offset = (np.arange(len(sample)) - np.repeat(np.cumsum(windows) - windows, windows)) * T
         length = np.minimum(T, lengths[sample] - offset)
-        kept = (offset == 0) | (length >= min(MIN_WINDOW, T))
-        self._starts, self.lengths = (starts[sample] + offset)[kept], length[kept]  # int64, of the pieces
+        start = starts[sample] + offset
+        is_short = (offset > 0) & (length < min(MIN_WINDOW, T))
+        # The first span that ends past a piece's first token to learn: does it begin in the piece?
+        span = np.searchsorted(spans[:, 1], start + FIRST_LEARNED, side="right")
+        is_silent = ~is_short & (np.append(spans[:, 0], len(self._tokens))[span] >= start + length)
+        self.left_out = LeftOut(
+            int(is_silent.sum()), int(length[is_silent].sum()), int(is_short.sum()), int(length[is_short].sum())
+        )
+        kept = ~is_short & ~is_silent
+        if not kept.any():
+            raise UserError(
+                f"none of {len(kept)} pieces of {len(samples)} conversations has a token to learn from, an answer's "
+                f"third or later in its piece of at most {T}: give longer conversations"
+            )
+        self._starts, self.lengths = start[kept], length[kept]  # int64, of the pieces
         self._first_step = [0]  # of each epoch planned so far
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 

@@ -84,9 +84,12 @@ def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[
     Answers are what the template marks by {% generation %}; without such marks, they are found by rendering the
     conversation up to each answer and past it (`prefix_spans`).
     """
-    if tokenizer.chat_template and _MARKER.search(tokenizer.chat_template):
-        return _marked_spans(tokenizer, messages)
-    return prefix_spans(tokenizer, messages)
+    return (_marked_spans if marks_answers(tokenizer) else prefix_spans)(tokenizer, messages)
+
+
+def marks_answers(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template marks answers by {% generation %}."""
+    return bool(tokenizer.chat_template and _MARKER.search(tokenizer.chat_template))
 
 
 def prefix_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
@@ -129,33 +132,46 @@ def prefix_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[lis
 
 def _marked_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
     encoded: Any
-    with _template_errors():
+    with template_errors():
         encoded = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-    edges = np.diff(np.asarray([0, *encoded["assistant_masks"], 0]))
-    spans = zip(np.flatnonzero(edges > 0).tolist(), np.flatnonzero(edges < 0).tolist(), strict=True)
-    return list(encoded["input_ids"]), list(spans)
+    return list(encoded["input_ids"]), mask_spans(encoded["assistant_masks"])
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+def mask_spans(mask: Sequence[int]) -> list[tuple[int, int]]:
+    """The [start, end) of each run of ones in a mask of zeros and ones."""
+    edges = np.diff(np.asarray([0, *mask, 0]))
+    return list(zip(np.flatnonzero(edges > 0).tolist(), np.flatnonzero(edges < 0).tolist(), strict=True))
+
+
+def render_chats(
+    tokenizer: Tokenizer, chats: Sequence[Sequence[Message]], add_generation_prompt: bool = False
+) -> list[str]:
+    """The texts of conversations under the chat template; UserError if there is none, or it refuses one of them."""
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: use an instruct model or add chat_template.jinja")
-    with _template_errors():
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+    if not chats:
+        return []
+    texts: Any
+    with template_errors():
+        texts = tokenizer.apply_chat_template(
+            [[dict(message) for message in messages] for messages in chats],
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
-    assert isinstance(text, str)
-    return text
+    return list(texts)
+
+
+def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    return render_chats(tokenizer, [messages], add_generation_prompt)[0]
 
 
 @contextlib.contextmanager
-def _template_errors() -> Iterator[None]:
+def template_errors() -> Iterator[None]:
     """A context that raises a chat template's errors as UserError."""
     from jinja2 import TemplateError
 

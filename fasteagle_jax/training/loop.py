@@ -93,6 +93,8 @@ def _train(
     check_target(config.data, loaded.fingerprint)
     conversations = read_conversations(*config.data, vocab_size=target.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed)
+    if any(data.left_out):
+        _say(quiet, f"left out  {data.left_out}")
     digest = data.digest()
     _check_sources(saved, loaded.fingerprint, digest, run, allow_change=allow_change)
 

@@ -106,7 +106,7 @@ def test_a_dialogue_ends_with_the_answer_that_loops(target_folder):
     first = [*range(3, 30), load_tokenizer(target_folder).eos_token_id]
     dialogue = rules.add_answer(dialogue, first, True)
     asked = len(dialogue.tokens)
-    conversation = rules.add_answer(dialogue, [*range(3, 23), *[5, 6, 7] * 20], False)
+    (conversation,) = rules.add_answer(dialogue, [*range(3, 23), *[5, 6, 7] * 20], False)
     assert conversation.assistant.tolist()[1] == [asked, asked + 23]
     assert conversation.tokens[asked:].tolist() == [*range(3, 23), 5, 6, 7]
     at_once = rules.add_answer(rules.start(0, Sample("b", ["Hello?"])), [4] * 60, False)
@@ -308,7 +308,6 @@ def test_dialogues_are_taken_as_they_are(prepare, target_folder, tmp_path):
         said(("human", "Hi"), ("gpt", "Hello."), ("human", "Bye"), ("gpt", "Bye."))
         + said(("gpt", "cut beginning"), ("human", "Hi"), ("gpt", "Hello."))
         + said(("human", "Hi"), ("tool", "7"), ("gpt", "Hello."))
-        + said(("human", "Hi"), ("gpt", "Hello " * 60))
         + said(("gpt", "only an answer"))
     )
     output = prepare("a.jsonl", "--dialogues", path, prompts=None)
@@ -320,9 +319,107 @@ def test_dialogues_are_taken_as_they_are(prepare, target_folder, tmp_path):
     assert "cut beginning" not in tokenizer.decode(conversations[1].tokens)
     assert counts(output)["dropped"] == {
         "dialogues that the chat template refuses": 1,
-        "dialogues too long": 1,
         "dialogues without an answer": 1,
     }
+
+
+@pytest.fixture
+def long_dialogues(tmp_path):
+    """A file of dialogues of which every other one is too long for a conversation of 192 bytes."""
+    path = tmp_path / "ready.jsonl"
+    records = []
+    for i in range(12):
+        turns = [
+            ("Hi", f"Hello {i}. " * (1 + 30 * (i == 4))),
+            ("And " + "so on, " * 40 * (i == 6), "Bye. " * 20),
+            ("?", "!"),
+        ]
+        turns = turns if i % 2 == 0 else turns[:1]
+        messages = [m for asked, said in turns for m in (("user", asked), ("assistant", said))]
+        records.append({"messages": [{"role": role, "content": text} for role, text in messages]})
+    records[7] = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "refused"}, *records[7]["messages"]]
+    }
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_long_dialogue_is_cut_into_windows_that_begin_with_questions(prepare, long_dialogues, target_folder, capsys):
+    output = prepare("a.jsonl", "--dialogues", long_dialogues, prompts=None)
+    tokenizer = load_tokenizer(target_folder)
+    records = [json.loads(line)["messages"] for line in long_dialogues.read_text().splitlines()]
+    by_dialogue = {}
+    for c in read_conversations(output):
+        by_dialogue.setdefault(int(re.search(r"dialogue-(\d+)", c.id)[1]), []).append(c)
+    assert list(by_dialogue) == [i for i in range(12) if i != 7]
+    assert counts(output)["dropped"] == {"dialogues that the chat template refuses": 1}
+    begin = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    for i, windows in by_dialogue.items():
+        name = f"ready.jsonl/dialogue-{i}"
+        assert [c.id for c in windows] == [name, *(f"{name}#w{n}" for n in range(2, len(windows) + 1))]
+        answers = "".join(tokenizer.decode(c.tokens[a:b]) for c in windows for a, b in c.assistant)
+        assert answers == "".join(m["content"] + "<|im_end|>" for m in records[i] if m["role"] == "assistant")
+        texts = [tokenizer.decode(c.tokens) for c in windows]
+        assert all(len(c.tokens) <= 192 and len(c.assistant) for c in windows)
+        inside = {4: 1, 6: 1}.get(i, 0)  # of a long answer, and of a long question
+        assert sum(not text.startswith(begin) for text in texts) >= inside
+        if not inside:
+            assert len(windows) == 1 + (i % 2 == 0) and all(text.startswith(begin) for text in texts)
+    num = sum(map(len, by_dialogue.values())) - 5
+    assert f"a.jsonl: 6 dialogues are cut into {num} windows of at most 192 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_killed_run_gives_the_same_windows(prepare, long_dialogues, prompts_file, target_folder, monkeypatch, mixed):
+    """Killed between any two lines or in one, before and after the manifest knows of them."""
+    options, num_samples = ["--dialogues", long_dialogues, "--limit", 20, "--keep-truncated"], 20 if mixed else 12
+    prompts = prompts_file if mixed else None
+    if mixed:
+        engine = Engine.load(str(target_folder), slots=4, max_len=192)
+        monkeypatch.setattr(Engine, "load", lambda *args, **options: engine)  # compiled once
+    whole = prepare("whole.jsonl", *options, prompts=prompts)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    manifest = whole.with_name("whole.jsonl.manifest.json").read_bytes()
+    assert len([line for line in lines if b"#w" in line]) == (7 if mixed else 8)
+    path = whole.with_name("a.jsonl")
+    for num in (2, 9, 14) if mixed else range(len(lines)):
+        torn = b"".join(lines[:num]) + lines[num][: len(lines[num]) * (num % 3) // 3]
+        # None of the lines are counted, or more lines than there are.
+        for tried, written in ((0, 0), (num_samples, len(lines))):
+            path.write_bytes(torn)
+            saved = json.loads(manifest)
+            saved["counts"] |= {"samples": tried, "conversations": written, "dropped": {}}
+            path.with_name("a.jsonl.manifest.json").write_text(json.dumps(saved))
+            prepare("a.jsonl", *options, prompts=prompts)
+            assert path.read_bytes() == whole.read_bytes()
+            assert counts(path)["samples"] == num_samples and counts(path)["conversations"] == len(lines)
+            assert sum(counts(path)["dropped"].values()) == 1
+
+
+def test_files_in_which_long_dialogues_were_dropped_are_not_continued(
+    prepare, complaint, long_dialogues, target_folder, prompts_file
+):
+    path = prepare("a.jsonl", "--dialogues", long_dialogues, prompts=None)
+    manifest = path.with_name("a.jsonl.manifest.json")
+    saved = json.loads(manifest.read_text())
+    assert saved["settings"].pop("long_dialogues") == "windows"
+    manifest.write_text(json.dumps(saved))
+    options = ["--target", target_folder, "--max-length", 192, "--max-new", 24]
+    said = complaint(main, *options, "--output", path, "--dialogues", long_dialogues)
+    assert "a.jsonl.manifest.json is of a version that dropped the dialogues above --max-length" in said
+    assert said.endswith("name another --output")
+    own = prepare("b.jsonl", "--limit", 3)
+    assert "long_dialogues" not in own.with_name("b.jsonl.manifest.json").read_text()  # these go on
+
+
+def test_a_prompt_with_the_id_of_a_window_is_refused(complaint, long_dialogues, target_folder, tmp_path):
+    (tmp_path / "sub").mkdir()
+    prompts = tmp_path / "sub" / "ready.jsonl.jsonl"
+    prompts.write_text('{"id": "dialogue-4#w2", "prompt": "Hi"}\n')
+    options = ["--target", target_folder, "--output", tmp_path / "a.jsonl", "--dialogues", long_dialogues]
+    assert "has the id of a window of dialogue 'ready.jsonl/dialogue-4'" in complaint(
+        main, *options, "--prompts", prompts
+    )
 
 
 def test_dialogues_need_no_weights(prepare, target_folder, tmp_path, monkeypatch):

@@ -81,6 +81,16 @@ def test_what_cannot_be_is_one_line(config, complaint, tmp_path):
     assert "is not a file" in complaint(main, "--config", tmp_path / "no.py", "--output", tmp_path / "features")
 
 
+def test_pieces_that_are_left_out_are_counted_once(config, capsys, tmp_path):
+    silent = Conversation.of("silent", [5] * (LENGTH + 20), [[LENGTH + 1, LENGTH + 20]])
+    with ConversationWriter(tmp_path / "answers.jsonl") as writer:
+        writer.append([silent])
+    assert main(["--config", str(config), "--output", str(tmp_path / "features")]) == 0
+    data = PackedData(read_conversations(tmp_path / "answers.jsonl"), LENGTH, 4, seed=0)
+    assert data.left_out.silent_tokens == LENGTH and data.left_out.short_pieces
+    assert capsys.readouterr().err.count(f"left out  {data.left_out}\n") == 1
+
+
 def test_a_disk_without_room_is_one_line(config, capsys, tmp_path, monkeypatch):
     from fasteagle_jax.commands import prepare_features
 

@@ -13,7 +13,7 @@ import pytest
 
 from fasteagle_jax.data import sources
 from fasteagle_jax.data.conversations import Conversation, ConversationWriter, read_conversations
-from fasteagle_jax.data.packing import MIN_WINDOW, Batch, PackedData
+from fasteagle_jax.data.packing import MIN_WINDOW, Batch, LeftOut, PackedData
 from fasteagle_jax.data.sources import Prompt, read_dialogues, read_prompts
 from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
 from fasteagle_jax.errors import UserError
@@ -441,18 +441,30 @@ def segments_of(batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
     return found
 
 
+def left_out_of(made: list[Conversation], T: int) -> tuple[set[int], LeftOut]:
+    """The tokens that are packed nowhere, as one would look for them first, and how many for which reason."""
+    tokens: set[int] = set()
+    counts = [0, 0, 0, 0]
+    for c in made:
+        assistant = {t for start, end in c.assistant for t in range(start, end)}
+        for start in range(0, len(c.tokens), T):
+            piece = range(start, min(start + T, len(c.tokens)))
+            is_short = start > 0 and len(piece) < MIN_WINDOW
+            if is_short or not assistant & set(piece[2:]):  # the loss looks at x[s+1] for s from 1 on
+                tokens |= {int(c.tokens[t]) for t in piece}
+                counts[2 * is_short] += 1
+                counts[2 * is_short + 1] += len(piece)
+    return tokens, LeftOut(*counts)
+
+
 def test_an_epoch_holds_every_token_once_and_no_segment_two_samples():
     made = samples()
     packed = PackedData(made, T, B, SEED)
     # Said slowly: token -> (sample, is the assistant's), and the tokens that are dropped.
     owner = {int(t): c.id for c in made for t in c.tokens}
     assistant = {int(c.tokens[t]) for c in made for start, end in c.assistant for t in range(start, end)}
-    dropped = set()
-    for c in made:
-        rest = len(c.tokens) % T
-        if len(c.tokens) > T and 0 < rest < MIN_WINDOW:
-            dropped |= {int(t) for t in c.tokens[-rest:]}
-    assert dropped
+    dropped, counts = left_out_of(made, T)
+    assert all(counts) and packed.left_out == counts
     first = 0
     for epoch in range(3):
         tokens: list[int] = []
@@ -537,6 +549,32 @@ def test_samples_without_an_assistants_turn_are_counted_and_dropped(caplog):
         PackedData(silent, T, B, SEED)
 
 
+def test_no_piece_without_a_token_to_learn_from_is_packed():
+    """A window of a long question was packed like any other, and a batch of such windows gave a step of loss 0."""
+    import jax
+
+    from fasteagle_jax.training.losses import select_positions
+
+    asked = Conversation.of("a", list(range(1, 3 * T + 21)), [[3 * T, 3 * T + 20]])
+    edges = [  # the loss looks at the third token of a piece at the earliest
+        Conversation.of("b", [200, 201, 202], [[0, 2]]),
+        Conversation.of("c", [210, 211, 212], [[0, 3]]),
+        Conversation.of("d", [*range(300, 300 + T + 20)], [[5, 9], [T, T + 2]]),
+    ]
+    packed = PackedData([asked, *edges], T, 1, SEED)
+    assert packed.left_out == left_out_of([asked, *edges], T)[1] == LeftOut(5, 3 * T + 3 + 20, 0, 0)
+    assert str(packed.left_out) == f"5 pieces of {3 * T + 23} tokens without a token to learn from"
+    for step in range(packed.num_batches_per_epoch(0)):
+        batch = packed.batch(step)
+        for segment in range(1, batch.segments.max() + 1):
+            at = batch.segments[0] == segment
+            _, real = select_positions(batch.supervised * at, batch.positions, 1.0, jax.random.key(0))
+            assert real.any()
+    with pytest.raises(UserError, match="none of 1 pieces of 1 conversations has a token to learn from"):
+        PackedData(edges[:1], T, 1, SEED)
+    assert str(LeftOut(0, 0, 2, 9)) == "2 last windows of 9 tokens, each below 16" and not any(LeftOut(0, 0, 0, 0))
+
+
 def test_the_digest_tells_pieces_and_nothing_else():
     made = samples()
     digest = PackedData(made, T, B, SEED).digest()
@@ -569,8 +607,8 @@ def test_an_epoch_is_planned_once(monkeypatch):
 
 def test_the_order_stays_as_it_is():
     """A resumed run must see the order it began with: a change here breaks the resuming of older runs."""
-    made = [Conversation.of(str(i), [i], [[0, 1]]) for i in range(8)]
-    assert pack(made, 8, 1, 1, 0).tokens.tolist() == [[3, 5, 2, 7, 0, 6, 1, 4]]
+    made = [Conversation.of(str(i), [i] * 3, [[0, 3]]) for i in range(8)]
+    assert pack(made, 24, 1, 1, 0).tokens[0, ::3].tolist() == [3, 5, 2, 7, 0, 6, 1, 4]
 
 
 def test_a_batch_is_a_pytree():

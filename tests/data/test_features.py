@@ -21,7 +21,7 @@ T, B, H, LAYERS = 32, 3, 4, (1, 2)
 
 def packed(T: int = T, B: int = B, seed: int = 0) -> PackedData:
     rng = np.random.default_rng(0)
-    lengths = [1, T, T + 20, 3 * T, *(int(n) for n in rng.integers(2, 60, 30))]
+    lengths = [3, T, T + 20, 3 * T, *(int(n) for n in rng.integers(3, 60, 30))]
     return PackedData(
         [Conversation.of(str(i), rng.integers(1, 90, n).tolist(), [[0, n]]) for i, n in enumerate(lengths)], T, B, seed
     )
@@ -160,7 +160,7 @@ def test_features_of_something_else_are_refused(tmp_path):
         with pytest.raises(UserError, match=said):
             list(write_features(tmp_path, data, changed, compute))
     with pytest.raises(UserError, match="data .*, not "):
-        read(tmp_path, PackedData([Conversation.of("a", [1, 2], [[0, 2]])], T, B, 0))
+        read(tmp_path, PackedData([Conversation.of("a", [1, 2, 3], [[0, 3]])], T, B, 0))
     with pytest.raises(UserError, match="dtype 'int8' of features: use bfloat16 or float32"):
         settings(data, "int8")
 
