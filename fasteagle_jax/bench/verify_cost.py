@@ -11,7 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import Sampling, choose, make_sampling
 from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.speculative import advance, num_levels_of, start
-from fasteagle_jax.decoding.state import State, make_stop
+from fasteagle_jax.decoding.state import make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import tree_choices
 from fasteagle_jax.errors import UserError
@@ -36,6 +36,8 @@ ROWS = (1, 2, 4, 8, 16, 32)
 ROUNDS = 4  # timed together
 READ_BYTES = 2**28  # of a vector that is summed, to see what the device can read
 SIDE = 1024  # of a matrix that is squared, to see what it can multiply
+
+K = TypeVar("K")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,28 +77,16 @@ def rows(
             f"--max-len {args.max_len} leaves {max(max_new, 0)} tokens after a prompt of {prompts.shape[1]}: "
             f"give {prompts.shape[1] + most + 1} or more, or a task whose first prompt is shorter"
         )
-    stop = make_stop(1, max_new)
-
-    def prefill(tree: TreeSpec | None) -> tuple[Any, State, Any]:
-        drafter = None if tree is None else trained
-        sizes: dict[str, Any] = {"max_new": max_new, "num_levels": num_levels_of(drafter, tree), "chunk": CHUNK}
-        return (drafter, *start(models.target, drafter, prompts, lengths, sampling, stop, **sizes))
-
-    def time_rounds(tree: TreeSpec | None) -> float:
-        drafter, state, vocab = prefilled[tree]
-        state = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # `advance` consumes it
-        count = jnp.asarray(ROUNDS)
-        run = functools.partial(advance, tree=tree or TreeSpec())
-        return _seconds(run, models.target, drafter, vocab, state, sampling, stop, count) / ROUNDS
-
-    prefilled = {tree: prefill(tree) for tree in tree_choices(trained.num_levels)}
-    cache = prefilled[None][1].target_cache
+    decoders_of_auto = {
+        f"round, {tree or 'plain'}": (None if tree is None else trained, tree)
+        for tree in tree_choices(trained.num_levels)
+    }
+    rounds = round_timers(models.target, decoders_of_auto, first_turns[0], sampling, max_new)
+    sizes: dict[str, Any] = {"max_new": max_new, "num_levels": num_levels_of(None, None), "chunk": CHUNK}
+    cache = start(models.target, None, prompts, lengths, sampling, make_stop(1, max_new), **sizes)[0].target_cache
     passes: dict[str, Callable[[], float]] = {
         f"pass, rows: {m}": functools.partial(_seconds, verify_pass, models.target, cache, sampling, num_rows=m)
         for m in ROWS
-    }
-    rounds: dict[str, Callable[[], float]] = {
-        f"round, {tree or 'plain'}": functools.partial(time_rounds, tree) for tree in prefilled
     }
     vector, square = jnp.ones(READ_BYTES // 4, jnp.float32), jnp.ones((SIDE, SIDE), jnp.float32)
     device: dict[str, Callable[[], float]] = {
@@ -104,13 +94,7 @@ def rows(
         "multiply": functools.partial(_seconds, jax.jit(jnp.matmul), square, square),
     }
     timed = passes | rounds | device
-    for run in timed.values():  # compiled, its memory touched
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for repeat in range(args.repeats):
-        first = repeat % len(timed)  # no program always comes first
-        for name in [*list(timed)[first:], *list(timed)[:first]]:
-            seconds[name].append(timed[name]())
+    seconds = interleaved(timed, args.repeats)
 
     costs = []
     for group in (passes, rounds):
@@ -124,6 +108,51 @@ def rows(
     print(f"the device reads {read.words()} GB/s and multiplies {multiply.words()} GFLOP/s in float32")
     report = {"costs": [dataclasses.asdict(cost) for cost in costs]}
     return Outcome(report | {"read": dataclasses.asdict(read), "multiply": dataclasses.asdict(multiply)}, {}, 0)
+
+
+def round_timers(
+    target: Any,
+    decoders: Mapping[K, tuple[Any | None, TreeSpec | None]],
+    tokens: Sequence[int],
+    sampling: Sampling,
+    max_new: int,
+) -> dict[K, Callable[[], float]]:
+    """For each decoder, a drafter with its tree or (None, None), a function that times a round after a prompt.
+
+    A call returns the mean seconds of the ROUNDS after prefill; no token ends the answer.
+    """
+    prompts, lengths = pad_prompts([list(tokens)], prompt_slots(len(tokens)))
+    stop = make_stop(1, max_new)
+    count = jnp.asarray(ROUNDS)
+
+    def timer(drafter: Any | None, tree: TreeSpec | None) -> Callable[[], float]:
+        sizes: dict[str, Any] = {"max_new": max_new, "num_levels": num_levels_of(drafter, tree), "chunk": CHUNK}
+        prefilled, vocab = start(target, drafter, prompts, lengths, sampling, stop, **sizes)
+        run = functools.partial(advance, tree=tree or TreeSpec())
+
+        def time_rounds() -> float:
+            state = jax.block_until_ready(jax.tree.map(jnp.copy, prefilled))  # `advance` consumes it
+            return _seconds(run, target, drafter, vocab, state, sampling, stop, count) / ROUNDS
+
+        return time_rounds
+
+    return {key: timer(drafter, tree) for key, (drafter, tree) in decoders.items()}
+
+
+def interleaved(
+    timed: Mapping[K, Callable[[], float]], repeats: int, report: Callable[[], object] = lambda: None
+) -> dict[K, list[float]]:
+    """What each call returns in each repeat, after one call that is not counted; `report` is called after each
+    repeat."""
+    for run in timed.values():  # compiled, its memory touched
+        run()
+    seconds: dict[K, list[float]] = {name: [] for name in timed}
+    for repeat in range(repeats):
+        first = repeat % len(timed)  # no program always comes first
+        for name in [*list(timed)[first:], *list(timed)[:first]]:
+            seconds[name].append(timed[name]())
+        report()
+    return seconds
 
 
 def _seconds(run: Callable[..., Any], *args: Any, **static: Any) -> float:

@@ -18,6 +18,7 @@ every drafter at every temperature, and tau and the acceptance by depth get stan
 the conversations anew; so do the differences of two drafters on the same conversations.
 
 --predict FOLDER measures nothing: it estimates speed-ups on TPUs from compiled programs (--predict --help).
+--cost RESULTS puts the tau of a finished --acceptance against rounds compiled for TPUs and GPUs (--cost --help).
 
 --results keeps what is measured, task by task: the same command after an interruption measures the rest. If the output
 is no terminal, a line a minute on stderr says what is measured and how fast it is.
@@ -49,7 +50,7 @@ from typing import Any
 
 import jax
 
-from fasteagle_jax.bench import predict, verify_cost
+from fasteagle_jax.bench import cost, predict, verify_cost
 from fasteagle_jax.bench import sweeps as sweep
 from fasteagle_jax.bench.acceptance import acceptance
 from fasteagle_jax.bench.breakdown import Breakdown, RoundProfiler
@@ -67,7 +68,7 @@ from fasteagle_jax.bench.prompts import Models, check_fits
 from fasteagle_jax.bench.runner import Case, Comparison, Measured, Result, means
 from fasteagle_jax.commands.answers import ONE_AT_A_TIME
 from fasteagle_jax.commands.models import add_target_options, load_models
-from fasteagle_jax.commands.terminal import Parser, add_filter_options, program, whole
+from fasteagle_jax.commands.terminal import Parser, add_dtype_option, add_filter_options, program, whole
 from fasteagle_jax.data.sources import Prompt
 from fasteagle_jax.decoding.sampling import Sampling, make_sampling
 from fasteagle_jax.decoding.sampling_fields import from_options
@@ -95,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _prediction_parser().parse_args(words)
         print(predict.predictions(args.predict, parse_rates(args.rates)))
         return 0
+    if any(word.partition("=")[0] == "--cost" for word in words):
+        args = _cost_parser().parse_args(words)
+        cost.cost(args, functools.partial(_models_of, args))
+        return 0
     return bench(_parser().parse_args(words))
 
 
@@ -103,6 +108,21 @@ def _prediction_parser() -> Parser:
     parser.add_argument("--predict", type=Path, required=True, metavar="FOLDER", help="of fasteagle compile --table")
     parser.add_argument("--rates", required=True, metavar="R/R/...", help="accepted at each depth, e.g. 0.8/0.7/0.6")
     return parser
+
+
+def _cost_parser() -> Parser:
+    parser = Parser(prog="fasteagle bench --cost", description=cost.__doc__)
+    cost.add_options(parser)
+    group = parser.add_argument_group("weights, of --measure")
+    group.add_argument("--target", help="folder, .gguf file or hub name (default: that of the results)")
+    group.add_argument("--drafters", metavar="D,...", help="NAME=FOLDER (default: those of the results)")
+    add_dtype_option(group, "default that of the results")
+    return parser
+
+
+def _models_of(args: argparse.Namespace, target: str, dtype: str | None) -> Models:
+    """A target by its name; --dtype counts more than `dtype`."""
+    return load_models(argparse.Namespace(target=target, dtype=args.dtype or dtype), None)
 
 
 def _parser() -> Parser:

@@ -102,6 +102,9 @@ def describe(report: Report) -> str:
     if r.estimate is not None:
         parts = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in r.seconds.items())
         lines.append(f"  estimate     {1e3 * r.estimate:.2f} ms, bound by {r.bound} ({parts})")
+    if r.latency is not None and r.estimate_with_latency is not None:
+        each = f"{r.cost.kernels:.0f} kernels, {1e6 * r.latency / max(r.cost.kernels, 1):.2f} us each"
+        lines.append(f"  with latency {1e3 * r.estimate_with_latency:.2f} ms ({each})")
     if r.state_layout_stable is False:
         lines.append("  state        comes out otherwise than it goes in: the next call compiles or lays out anew")
     if r.cost.host_calls:

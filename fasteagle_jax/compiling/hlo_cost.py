@@ -7,6 +7,10 @@ rounds until a text ends) counts once, and is counted in `Cost.unknown_loops`.
 Bytes are those of arrays as laid out, tiles' padding included, that an operation outside of a fusion reads or writes in
 HBM; what stays in a faster memory on the chip costs nothing. A slice of a large array costs the slice, a write in place
 what is written. All numbers are of one device.
+
+A *kernel* is such an operation as well, each time that it runs: a fusion, product, custom call, copy, sort, exchange.
+None are what only renames arrays, copies that run beside the kernels (the -start of a copy or slice), and operations
+between single elements outside of fusions, loop counters above all, which a TPU's scalar unit does.
 """
 
 from __future__ import annotations
@@ -55,6 +59,7 @@ class Cost:
     collectives: dict[str, Collectives] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0  # loops in the program whose iterations only data can tell, counted as one
     host_calls: int = 0  # callbacks, infeeds and transfers to the host in the program
+    kernels: float = 0  # that a device launches
 
     @property
     def flops(self) -> float:
@@ -74,6 +79,7 @@ class Cost:
             },
             self.unknown_loops + other.unknown_loops,
             self.host_calls + other.host_calls,
+            self.kernels + other.kernels,
         )
 
     def times(self, iterations: int) -> Cost:
@@ -88,6 +94,7 @@ class Cost:
             product_flops=iterations * self.product_flops,
             other_flops=iterations * self.other_flops,
             collectives=scaled,
+            kernels=iterations * self.kernels,
         )
 
 
@@ -116,6 +123,10 @@ _ELEMENTWISE = {
 }  # fmt: skip
 
 _SLICES = ("dynamic-slice", "slice", "gather")
+
+_BESIDE_KERNELS = ("copy-start", "slice-start", "dynamic-slice-start")  # by DMA
+
+_NO_WORK = ("AllocateBuffer", "ConcatBitcast", "Sharding", "AssumeGatherIndicesInBound")  # custom calls
 
 _ON_HOST = re.compile(r"callback|infeed|outfeed|MoveToHost|MoveToDevice", re.IGNORECASE)
 
@@ -148,8 +159,20 @@ class _Counter:
             values = {n: self.value(operand, body, arguments) for n, operand in enumerate(i.operands)}
             if self.program.root(inner).opcode != "custom-call":
                 return self.computation(inner, values)
-        own = Cost(self.bytes(i, body), host_calls=bool(_is_on_host(i)))
+        own = Cost(self.bytes(i, body), host_calls=bool(_is_on_host(i)), kernels=self.is_kernel(i, body))
         return own + self.arithmetic(i, body, channels)
+
+    def is_kernel(self, i: Instruction, body: dict[str, Instruction]) -> bool:
+        """Whether a device launches a kernel for an instruction outside of fusions."""
+        if i.opcode in _BESIDE_KERNELS:
+            return False
+        if i.opcode == "fusion":
+            root = self.program.root(i.called("calls"))
+            # The end of an exchange that overlaps other fusions is a wait for its beginning.
+            return root.opcode != "custom-call" or not _target(root).endswith("Done")
+        if i.opcode == "custom-call":
+            return _target(i) not in _NO_WORK
+        return any(a.size > 1 for arrays in (i.shape, *(body[name].shape for name in i.operands)) for a in arrays)
 
     def conditional(self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value]) -> Cost:
         listed = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
@@ -400,8 +423,13 @@ def _size(arrays: tuple[Array, ...]) -> float:
 def _is_on_host(i: Instruction) -> bool:
     if i.opcode in ("infeed", "outfeed", "send", "recv"):
         return True
-    target = re.search(r'custom_call_target="([^"]*)"', i.attributes)
-    return i.opcode == "custom-call" and bool(target and _ON_HOST.search(target[1]))
+    return i.opcode == "custom-call" and bool(_ON_HOST.search(_target(i)))
+
+
+def _target(i: Instruction) -> str:
+    """The function that a custom call calls."""
+    match = re.search(r'custom_call_target="([^"]*)"', i.attributes)
+    return match[1] if match else ""
 
 
 def _estimate(i: Instruction) -> dict[str, float]:
@@ -411,8 +439,7 @@ def _estimate(i: Instruction) -> dict[str, float]:
 
 
 def _custom_call_bytes(i: Instruction, operands: list[Instruction]) -> float:
-    target = re.search(r'custom_call_target="([^"]*)"', i.attributes)
-    if target and target[1] in ("AllocateBuffer", "ConcatBitcast", "Sharding", "AssumeGatherIndicesInBound"):
+    if _target(i) in _NO_WORK:
         return 0.0
     estimate = _estimate(i).get("bytes_accessed", 0)
     return estimate or sum(_in_hbm(o.shape) for o in operands) + _in_hbm(i.shape)

@@ -101,13 +101,24 @@ class Report:
         return max(parts["memory"], parts["products"]) + parts["exchange"] if parts else None
 
     @property
+    def latency(self) -> float | None:
+        """Seconds that launching the kernels takes; None if no figure is known for the device."""
+        device = chip(self.device_kind)
+        return None if device is None or device.kernel is None else self.cost.kernels * device.kernel
+
+    @property
+    def estimate_with_latency(self) -> float | None:
+        """The estimate if nothing else goes on while a kernel starts; None if it or the latency is not known."""
+        return None if self.estimate is None or self.latency is None else self.estimate + self.latency
+
+    @property
     def bound(self) -> str:
         """The part of `seconds` that takes the longest."""
         return max(self.seconds, key=lambda part: self.seconds[part]) if self.seconds else "unknown"
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""
-        properties = ("bytes_ratio", "seconds", "estimate", "bound")
+        properties = ("bytes_ratio", "seconds", "estimate", "latency", "estimate_with_latency", "bound")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in properties}
 
 

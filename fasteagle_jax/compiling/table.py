@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def table(folder: Path) -> str:
                     continue
                 path = file_of(folder, name, slice_name, title)
                 if not path.exists():
-                    _compile(path, ["--config", name, "--topology", slice_name, *words])
+                    compile_apart(path, ["--config", name, "--topology", slice_name, *words])
                 lines.append(f"| {name} | {slice_name} | {title} | {_cells(json.loads(path.read_text())[0])} |")
     return "\n".join(lines)
 
@@ -56,8 +57,8 @@ def file_of(folder: Path, name: str, slice_name: str, title: str) -> Path:
     return folder / "-".join((name, slice_name.replace(":", "-"), title.replace(",", "").replace(" ", "-") + ".json"))
 
 
-def _compile(path: Path, words: list[str]) -> None:
-    """Compiles in a process of its own, since a compiler's bug can end it.
+def compile_apart(path: Path, words: Sequence[str]) -> None:
+    """Writes what `fasteagle compile --json` writes, from a process of its own, since a compiler's bug can end it.
 
     The file holds the figures, or says that the compiler crashed or what does not fit. Any other failure is a
     UserError and leaves no file: another call may succeed.

@@ -53,6 +53,11 @@ def topology_names() -> list[str]:
     return [*slice_names(), *GPUS]
 
 
+def has_gpu_compiler() -> bool:
+    """Whether NVIDIA's packages are there, without which nothing compiles for a GPU."""
+    return any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+
+
 def devices(name: str) -> list[Any]:
     """The devices of a slice such as `v5e:2x4`, to compile for and not to run on.
 
@@ -100,7 +105,7 @@ def _check_libtpu() -> None:
 
 def _gpus(name: str) -> list[Any]:
     """One GPU, by its description alone."""
-    if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+    if not has_gpu_compiler():
         raise UserError(f"{name} needs the CUDA compiler's packages: {INSTALL['cuda']}")
     from jax.experimental import topologies
 

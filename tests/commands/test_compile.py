@@ -131,6 +131,26 @@ def test_the_report_is_printed_and_written(monkeypatch, tmp_path, capsys):
     assert prefill["caches"] == decode["caches"] > 0
 
 
+def test_the_estimate_stands_without_and_with_the_latency_of_kernels(monkeypatch, tmp_path, capsys):
+    def known(kernel: float | None) -> tuple[dict, str]:
+        monkeypatch.setattr(compiling, "chip", lambda kind: Chip(1e12, 1e12, 1e11, 1e10, kernel))
+        monkeypatch.setattr("fasteagle_jax.commands.compile_check.load_config", lambda path: config())
+        path = tmp_path / f"{kernel}.json"
+        words = ["--config", "any", "--json", str(path), "--cache", "64", "--tree", "chain", "--program", "decode"]
+        assert main(words) == 0
+        return json.loads(path.read_text())[0], capsys.readouterr().out
+
+    found, said = known(2e-6)
+    kernels = found["cost"]["kernels"]
+    assert found["latency"] == pytest.approx(2e-6 * kernels) and kernels > 10
+    assert found["estimate_with_latency"] == pytest.approx(found["estimate"] + found["latency"])
+    assert f"with latency {1e3 * found['estimate_with_latency']:.2f} ms ({kernels:.0f} kernels, 2.00 us each)" in said
+    # Where no figure is known there is the estimate alone, which is what it was.
+    unknown, said = known(None)
+    assert unknown["estimate"] == found["estimate"] and unknown["estimate_with_latency"] is None
+    assert "estimate" in said and "latency" not in said
+
+
 def test_the_table_keeps_what_is_compiled_and_goes_on_past_what_is_not(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "TARGETS", {"llama31_8b": ("v5e:2x4",)})
     monkeypatch.setattr(tables, "COLUMNS", {"plain, batch 1": (), "train, 8192": ("length=8192",)})

@@ -209,3 +209,60 @@ ENTRY %main (a: f32[1024]) -> f32[{1024 * ways}] {{
 }}
 """
     assert cost(text).collectives["all-gather"].sent == (ways - 1) * 4096
+
+
+def test_kernels_are_counted_as_often_as_they_run() -> None:
+    # The copy before the loop, and in each of its 10 iterations two fusions: its counter is no kernel.
+    assert cost(TPU).kernels == 1 + 10 * 2
+
+
+KINDS = """HloModule m
+%double (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %y = f32[8]{0} add(%x, %x)
+}
+
+%end (x.1: f32[8]) -> f32[8] {
+  %x.1 = f32[8]{0} parameter(0)
+  ROOT %y.1 = f32[8]{0} custom-call(%x.1), custom_call_target="AsyncCollectiveDone"
+}
+
+%few (a: (f32[8])) -> f32[8] {
+  %a = (f32[8]{0}) parameter(0)
+  ROOT %a.0 = f32[8]{0} get-tuple-element(%a), index=0
+}
+
+%many (b: (f32[8])) -> f32[8] {
+  %b = (f32[8]{0}) parameter(0)
+  %b.0 = f32[8]{0} get-tuple-element(%b), index=0
+  %b.1 = f32[8]{0} fusion(%b.0), kind=kLoop, calls=%double
+  ROOT %b.2 = f32[8]{0} fusion(%b.1), kind=kLoop, calls=%double
+}
+
+ENTRY %main (p: f32[8], q: f32[8,8], i: s32[]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %q = f32[8,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %renamed = f32[8]{0} bitcast(%p)
+  %room = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %moving = (f32[8]{0}, f32[8]{0}, u32[]) copy-start(%renamed)
+  %moved = f32[8]{0} copy-done(%moving)
+  %fused = f32[8]{0} fusion(%moved), kind=kLoop, calls=%double
+  %product = f32[8]{0} dot(%q, %fused), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %called = f32[8]{0} custom-call(%product), custom_call_target="attention"
+  %copied = f32[8]{0} copy(%called)
+  %sorted = f32[8]{0} sort(%copied), dimensions={0}, to_apply=%double
+  %summed = f32[8]{0} all-reduce(%sorted), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%double
+  %waited = f32[8]{0} fusion(%summed), kind=kCustom, calls=%end
+  %given = (f32[8]{0}) tuple(%waited)
+  ROOT %out = f32[8]{0} conditional(%next, %given, %given), branch_computations={%few, %many}
+}
+"""
+
+
+def test_a_kernel_is_what_does_work_and_of_a_conditional_the_branch_asked_for() -> None:
+    # fused, product, called, copied, sorted, summed; not the room, the copy beside them, the end of an exchange
+    assert cost(KINDS, "least").kernels == 6
+    assert cost(KINDS, "most").kernels == 6 + 2

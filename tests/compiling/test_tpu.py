@@ -12,6 +12,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from fasteagle_jax.compiling.programs import Decoding, Report, compile_program, lower
@@ -49,6 +50,18 @@ def test_libtpu_knows_every_slice(name: str) -> None:
     assert len(devices) == chips * (2 if generation == "tpu7x" else 1)
     known = chip(devices[0].device_kind)
     assert known is not None and known.bandwidth and known.link
+
+
+@pytest.mark.parametrize(
+    "name, clock", [("v4:2x2x1", 1.05e9), ("v5e:1x1", 1.5e9), ("v5p:1x1x1", 1.75e9), ("v6e:1x1", 1.75e9)]
+)
+def test_the_latency_of_a_kernel_is_what_libtpu_expects_of_the_smallest(name: str, clock: float) -> None:
+    device = topology.devices(name)[0]
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+    text = jax.jit(lambda x: x * 2 + 1).lower(x).compile().as_text()
+    (cycles,) = re.findall(r'"estimated_cycles":"(\d+)"', text)
+    known = chip(device.device_kind)
+    assert known is not None and known.kernel == pytest.approx(int(cycles) / clock, rel=TOLERANCE)
 
 
 # Bytes over ideal ones, and the mebibytes of temporaries at most.
