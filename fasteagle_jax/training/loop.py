@@ -101,6 +101,7 @@ def _train(
     sizes = drafter_config(config.drafter, target.config)
     if config.loss.deepkd is not None and config.loss.deepkd.mask:
         mask_sizes(config.loss.deepkd, sizes.draft_vocab_size)  # before any work: UserError if K is too large
+    optimizer = make_optimizer(config.optimizer, config.steps, config.loss.deepkd)
     if mesh is not None:
         try:
             check_heads(mesh, target.config, sizes)
@@ -115,7 +116,6 @@ def _train(
     if store is not None and not config.evaluation.prompts and not sizes.context_layers:
         target.layers = nnx.List([])  # never run: this frees their memory
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
-    optimizer = make_optimizer(config.optimizer, config.steps, config.loss.deepkd)
     state = make_on(mesh, lambda params: first_state(params, optimizer, config.optimizer.ema), params)
     num_params = sum(p.size for p in jax.tree.leaves(params))
     _say(quiet, f"target    {config.target}: {target.config.num_layers} layers, fingerprint {loaded.fingerprint}")
