@@ -8,7 +8,8 @@ With p the target's distribution and q the drafter's, both at temperature T, and
     non-target class  NCKD  = T^2 (1 - p_y) KL(p^ || q^)                     p^, q^: over the K kept classes
 
 Their gradients (TOG, TCG, NCG) stay apart from the logits to the parameters, where each has its momentum buffer and the
-sum of the buffers steps the weights. With all classes kept, TCKD + NCKD is the plain distillation loss.
+sum of the buffers steps the weights. With T = 1 and all classes kept, TCKD + NCKD has the gradient of the plain loss's
+cross entropy. A position whose y is outside of the draft vocabulary has no target class, and none of the three losses.
 """
 
 from __future__ import annotations
