@@ -95,7 +95,7 @@ def _start(config: RunConfig) -> Callable[[], None]:
     sizes = drafter_config(config.drafter, target.config)
     drafter = init_drafter(sizes, target, jax.random.key(config.seed), from_target=False)
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, config.loss.deepkd)
     state = first_state(params, optimizer, config.optimizer.ema)
     step = train_step(config, graph)
 

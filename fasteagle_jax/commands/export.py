@@ -117,7 +117,7 @@ def _restored(config: RunConfig, target_config: Any, checkpoints: Checkpoints, s
     def state(*, stacked: bool) -> tuple[Any, Any]:
         drafter = class_of(sizes)(sizes, jax.random.key(0), stacked=stacked)
         graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
-        optimizer = make_optimizer(config.optimizer, config.steps)
+        optimizer = make_optimizer(config.optimizer, config.steps, config.loss.deepkd)
         return graph, (first_state(params, optimizer, config.optimizer.ema), constants)
 
     stacked = checkpoints.is_stacked(step)

@@ -250,7 +250,7 @@ def _train(config: RunConfig, mesh: Mesh, _: Decoding) -> Shapes:
     target_config = config.target_config
     assert target_config is not None
     sizes = drafter_config(config.drafter, target_config)
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, config.loss.deepkd)
     stacked = _stacked(mesh, training=True)
 
     def start() -> Any:
@@ -276,7 +276,10 @@ def _train(config: RunConfig, mesh: Mesh, _: Decoding) -> Shapes:
         f"{rows[0]} x {rows[1]} tokens",
         # All are read, and the drafter and its moments written.
         (target, state, state),
-        tokens * flops_per_token(target_config, sizes, config.length, config.loss.share),
+        tokens
+        * flops_per_token(
+            target_config, sizes, config.length, config.loss.share, backward_passes=config.loss.backward_passes
+        ),
         0,
     )
 

@@ -89,9 +89,10 @@ class DrafterConfig:
         return layer_config(self).matrix_size
 
     @property
-    def head_flops(self) -> int:
-        """Operations of a token at a level's heads: of a frozen one there is one product forward and one backward."""
-        return 4 * self.hidden_size * self.draft_vocab_size
+    def head_flops(self) -> tuple[int, int]:
+        """Operations of a token at a level's heads, forward and backward: a frozen one has one product each way."""
+        product = 2 * self.hidden_size * self.draft_vocab_size
+        return product, product
 
     @property
     def input_parameters(self) -> int:

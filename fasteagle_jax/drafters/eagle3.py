@@ -63,9 +63,10 @@ class Eagle3Config(DrafterConfig):
         return super().level_parameters + self.hidden_size * extra
 
     @property
-    def head_flops(self) -> int:
+    def head_flops(self) -> tuple[int, int]:
         """Its own head, trained: one product forward and two backward."""
-        return 6 * self.hidden_size * self.draft_vocab_size
+        product = 2 * self.hidden_size * self.draft_vocab_size
+        return product, 2 * product
 
 
 class Eagle3(DrafterModule):

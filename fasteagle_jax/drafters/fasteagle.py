@@ -117,9 +117,11 @@ class FastEagleConfig(DrafterConfig):
         return super().level_parameters + self.hidden_size * extra
 
     @property
-    def head_flops(self) -> int:
+    def head_flops(self) -> tuple[int, int]:
         """Those of DrafterConfig, and the trained table of edges."""
-        return super().head_flops + 6 * (self.edges or 0) * self.draft_vocab_size
+        forward, backward = super().head_flops
+        edges = 2 * (self.edges or 0) * self.draft_vocab_size
+        return forward + edges, backward + 2 * edges
 
     @property
     def input_parameters(self) -> int:

@@ -21,6 +21,7 @@ from fasteagle_jax.io.files import read_json
 from fasteagle_jax.nn.packed_attention import KINDS
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.llama import LlamaConfig
+from fasteagle_jax.training.deepkd import DeepKD
 from fasteagle_jax.training.losses import LossConfig
 from fasteagle_jax.training.optimizer import OptimizerConfig
 
@@ -145,7 +146,10 @@ def load_config(path: str) -> RunConfig:
 
 def apply_changes(config: RunConfig, changes: Sequence[str]) -> RunConfig:
     """The config with changes like `steps=100`, `loss.share=0.5` or `data=a.jsonl,b.jsonl`; UserError for an unknown
-    key."""
+    key.
+
+    `loss.deepkd` is a group that need not be there: True, or a change of one of its keys, makes one of defaults.
+    """
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
@@ -160,6 +164,10 @@ def _changed(config: Any, path: list[str], text: str, whole_key: str) -> Any:
         raise UserError(f"{whole_key} is not a key: there {'are' if len(fields) > 1 else 'is'} {', '.join(fields)}")
     old = getattr(config, path[0])
     kind = str(fields[path[0]].type)
+    if kind == "DeepKD | None":
+        if len(path) == 1:
+            return dataclasses.replace(config, **{path[0]: _group(text, old, DeepKD, whole_key)})
+        old = old or DeepKD()
     if dataclasses.is_dataclass(old) and not (len(path) == 1 and kind == "MeshShape | None"):
         if len(path) == 1:
             keys = ", ".join(f"{whole_key}.{field.name}" for field in dataclasses.fields(old))
@@ -168,6 +176,14 @@ def _changed(config: Any, path: list[str], text: str, whole_key: str) -> Any:
     if len(path) > 1:
         raise UserError(f"{whole_key} is not a key: {path[0]} holds a single value")
     return dataclasses.replace(config, **{path[0]: _value(text, kind, whole_key)})
+
+
+def _group(text: str, old: Any, kind: type, key: str) -> Any:
+    """A group that need not be there: as it was, or of defaults, for True, and None for None or False."""
+    if text not in ("True", "False", "None"):
+        keys = ", ".join(f"{key}.{field.name}" for field in dataclasses.fields(kind))
+        raise UserError(f"{key}={text}: give True, None, or change one of {keys}")
+    return (old or kind()) if text == "True" else None
 
 
 def _value(text: str, kind: str, key: str) -> Any:
@@ -189,6 +205,7 @@ def _value(text: str, kind: str, key: str) -> Any:
         "int | None": (int, type(None)),
         "tuple[int, ...] | None": (tuple, type(None)),
         "tuple[float, float]": (tuple,),
+        "tuple[float, float, float]": (tuple,),
     }
     good = isinstance(value, kinds.get(kind, ()))
     if not good or (isinstance(value, bool) and "bool" not in kind):
@@ -265,6 +282,7 @@ def from_json(raw: dict[str, Any]) -> RunConfig:
 _PARTS: dict[str, Any] = {
     "DrafterChoice": DrafterChoice,
     "LossConfig": LossConfig,
+    "DeepKD | None": DeepKD,
     "OptimizerConfig": OptimizerConfig,
     "EvalChoice": EvalChoice,
     "LlamaConfig | None": LlamaConfig,

@@ -18,7 +18,9 @@ def peak_flops(device_kind: str) -> float | None:
     return None if known is None else known.flops
 
 
-def flops_per_token(target: Any, drafter: DrafterConfig, length: int, share: float) -> float:
+def flops_per_token(
+    target: Any, drafter: DrafterConfig, length: int, share: float, *, backward_passes: int = 1
+) -> float:
     """Operations of a training step for each token, from the numbers of parameters.
 
     A product with a matrix of P parameters takes 2 P a token forward and 4 P backward (Kaplan et al., arXiv 2001.08361,
@@ -31,14 +33,17 @@ def flops_per_token(target: Any, drafter: DrafterConfig, length: int, share: flo
 
     with the heads frozen, so that backward has one product and not two; EAGLE-3's head is not, and its level reads 2 H.
     A correction of R units adds 3 H R to P_level; edges of rank R add 2 H R, and 6 R V' to each level's head.
-    Norms, softmax and recomputation are left out.
+    With more `backward_passes` than one (DeepKD's three) all that is backward counts so many times. Norms, softmax and
+    recomputation are left out.
     """
     layer_sizes = (target.hidden_size, target.intermediate_size, target.num_heads, target.num_kv_heads, target.head_dim)
     layer = LayerConfig(*layer_sizes, target.rms_norm_eps).matrix_size
     forward = target.num_layers * (2 * layer + 4 * length * target.num_heads * target.head_dim)
     levels, width = drafter.num_levels, drafter.num_heads * drafter.head_dim
-    both_ways = 6 * (levels * drafter.level_parameters + drafter.input_parameters) + levels * 12 * length * width
+    once = 2 * (levels * drafter.level_parameters + drafter.input_parameters) + levels * 4 * length * width
+    both_ways = once * (1 + 2 * backward_passes)
     reduced = drafter.draft_vocab_size < drafter.vocab_size
     of_target = 2 * target.hidden_size * (target.vocab_size + reduced * drafter.draft_vocab_size)
-    heads = of_target + levels * drafter.head_flops
+    head_forward, head_backward = drafter.head_flops
+    heads = of_target + levels * (head_forward + backward_passes * head_backward)
     return forward + both_ways + share * heads

@@ -41,11 +41,12 @@ from fasteagle_jax.targets.loading import LoadedTarget, load_target
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
 from fasteagle_jax.training.config import RunConfig, changes_since, drafter_config, earlier_runs, to_json, trained
+from fasteagle_jax.training.deepkd import Parts, mask_sizes
 from fasteagle_jax.training.flops import flops_per_token, peak_flops
 from fasteagle_jax.training.init import drafter_from, feature_rms, init_drafter
 from fasteagle_jax.training.metrics_log import Log, Record, check_wandb, expected_length, finite, plot, rounded
 from fasteagle_jax.training.optimizer import make_optimizer
-from fasteagle_jax.training.step import first_state, in_dtype, train_step
+from fasteagle_jax.training.step import StepResult, first_state, in_dtype, train_step
 
 SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # losses in the mean that spikes are measured by: at most, and at least
 
@@ -100,6 +101,9 @@ def _train(
 
     # --- the drafter and its optimiser ------------------------------------------------------------------------
     sizes = drafter_config(config.drafter, target.config)
+    if config.loss.deepkd is not None and config.loss.deepkd.mask:
+        mask_sizes(config.loss.deepkd, sizes.draft_vocab_size)  # before any work: UserError if K is too large
+    optimizer = make_optimizer(config.optimizer, config.steps, config.loss.deepkd)
     if mesh is not None:
         try:
             check_heads(mesh, target.config, sizes)
@@ -114,13 +118,13 @@ def _train(
     if store is not None and not config.evaluation.prompts and not sizes.context_layers:
         target.layers = nnx.List([])  # never run: this frees their memory
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
-    optimizer = make_optimizer(config.optimizer, config.steps)
     state = make_on(mesh, lambda params: first_state(params, optimizer, config.optimizer.ema), params)
     num_params = sum(p.size for p in jax.tree.leaves(params))
     _say(quiet, f"target    {config.target}: {target.config.num_layers} layers, fingerprint {loaded.fingerprint}")
     _say(quiet, f"drafter   {drafter.num_levels} levels, {num_params / 1e6:.1f}M parameters, {config.dtype} products")
     peak = peak_flops(jax.devices()[0].device_kind)
-    flops = flops_per_token(target.config, drafter.config, config.length, config.loss.share)
+    passes = config.loss.backward_passes
+    flops = flops_per_token(target.config, drafter.config, config.length, config.loss.share, backward_passes=passes)
 
     if is_first:
         write_file(run / "config.json", json.dumps(to_json(config), indent=2) + "\n")
@@ -196,6 +200,7 @@ def _train(
                     "data_seconds": round(data_seconds, 4),
                     "tokens_per_second": round(num_tokens / seconds, 1),
                 }
+                record.update(_of_parts(result))
                 record["expected_length"] = expected_length(record["acceptance"])
                 if peak is not None:
                     record["flops_utilisation"] = round(flops * num_tokens / seconds / peak / jax.device_count(), 4)
@@ -461,6 +466,21 @@ class _Evaluation:
                 result[f"tau {name}"] = round(counts.length, 4)
                 result[f"by depth {name}"] = [None if math.isnan(x) else round(x, 4) for x in counts.by_depth]
         return result
+
+
+def _of_parts(result: StepResult) -> Record:
+    """What a record has of DeepKD: the parts' losses and signal-to-noise ratios, K, and the positions left out."""
+    parts = result.parts
+    if parts is None:
+        return {}
+    losses, ratios = np.asarray(parts.losses), np.asarray(parts.signal_to_noise)
+    found: Record = {f"loss_{name}": finite(float(loss)) for name, loss in zip(Parts._fields, losses, strict=True)}
+    found |= {
+        f"signal_to_noise_{name}": finite(float(ratio)) for name, ratio in zip(Parts._fields, ratios, strict=True)
+    }
+    if parts.num_kept is not None:
+        found["kept_classes"] = int(parts.num_kept)
+    return found | {"left_out": np.asarray(result.metrics.left_out).tolist()}
 
 
 def _measured(record: Record) -> float | None:

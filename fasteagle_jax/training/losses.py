@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from fasteagle_jax.devices.sharding import constrain
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.linear import LogitMap, head_logits
+from fasteagle_jax.training.deepkd import DeepKD, part_losses, teacher, value_and_jacobian
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +40,24 @@ class LossConfig:
     within_draft: bool = False
     share: float = 1.0  # of a row's T slots: the most supervised positions that a step looks at, drawn anew each step
     chunk: int = 256  # positions of all rows together: memory is bounded by this many x (target vocabulary)
+    deepkd: DeepKD | None = None  # the loss in DeepKD's three parts, in place of the terms above; None for these
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise UserError(f"loss share is {self.share}: it must be above 0 and at most 1")
         if self.chunk < 1:
             raise UserError(f"loss chunk is {self.chunk}: it must be at least 1")
+        terms = self.cross_entropy, self.total_variation, self.acceptance, self.smooth_l1, self.without_edges
+        if self.deepkd is not None and terms != (1, 0, 0, 0, 0):
+            raise UserError(
+                f"loss cross_entropy, total_variation, acceptance, smooth_l1 and without_edges are {terms}, and "
+                "loss.deepkd has three parts and weights of its own: leave these five at 1, 0, 0, 0 and 0"
+            )
+
+    @property
+    def backward_passes(self) -> int:
+        """The number of gradients that a step keeps apart."""
+        return 1 if self.deepkd is None else 3
 
 
 class LevelMetrics(NamedTuple):
@@ -54,6 +67,8 @@ class LevelMetrics(NamedTuple):
     accuracy: jax.Array  # the guess of highest probability is the target's
     acceptance: jax.Array  # sum min(p, q): the chance that a sampled guess is accepted
     count: jax.Array  # type: ignore[assignment]  # positions
+    # int32 [N], of DeepKD: of these positions those without a loss, as their label is outside of the draft vocabulary.
+    left_out: jax.Array | None = None
 
 
 def select_positions(
@@ -83,8 +98,9 @@ def level_loss(
     own_head: jax.Array | None = None,
     level_share: jax.Array | None = None,
     logit_map: LogitMap = LogitMap(),  # noqa: B008  # immutable
+    num_kept: jax.Array | None = None,
 ) -> tuple[jax.Array, LevelMetrics]:
-    """The loss float32 [] and metrics of N levels at the selected target positions.
+    """The loss float32 [] and metrics of N levels at the selected target positions; of DeepKD three losses [3].
 
     Args:
       hidden: N hidden states [B, T, H] (stack or list), entry i - 1 at stream position t the guess for x[t+1+i].
@@ -99,6 +115,7 @@ def level_loss(
         (R = H for EAGLE-3, which has no others). None for a drafter that uses the frozen head's rows alone.
       level_share: float32 [N], factors of the levels' losses, as a microbatch has them; None for 1.
       logit_map: the target's, from the products with `head` to logits; a head of the drafter's own has none.
+      num_kept: int32 [], DeepKD's K; None for no mask.
     """
     num_levels, (batch, size) = len(hidden), picked.shape
     levels = range(1, num_levels + 1)
@@ -131,8 +148,9 @@ def level_loss(
         draft_head, in_draft = head[token_ids], jnp.zeros(head.shape[:1], bool).at[token_ids].set(True)
     unrolled = isinstance(hidden, list)  # as the levels are, see transformer.run_layers
     heads = head, draft_head, in_draft, own_head
-    loss, sums = _chunked(chosen, valid, at_target, weights, *heads, config, logit_map, unrolled)
-    return loss, LevelMetrics(sums[0] / count, sums[1] / count, sums[2] / count, count)
+    loss, sums = _chunked(chosen, valid, at_target, weights, *heads, num_kept, config, logit_map, unrolled)
+    left_out = None if config.deepkd is None else jnp.round(sums[3]).astype(jnp.int32)
+    return loss, LevelMetrics(sums[0] / count, sums[1] / count, sums[2] / count, count, left_out)
 
 
 def level_weights(num_levels: int, config: LossConfig) -> list[float]:
@@ -146,7 +164,7 @@ def level_weights(num_levels: int, config: LossConfig) -> list[float]:
 # --- the scan over chunks, with its gradient --------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10, 11))
 def _chunked(
     chosen: jax.Array,
     valid: jax.Array,
@@ -156,13 +174,18 @@ def _chunked(
     draft_head: jax.Array,
     in_draft: jax.Array | None,
     own_head: jax.Array | None,
+    num_kept: jax.Array | None,
     config: LossConfig,
     logit_map: LogitMap,
     unrolled: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """The weighted loss, and sums float32 [3, N] of each level's loss, hits and acceptance."""
+    """The weighted loss, and sums float32 [3, N] of each level's loss, hits and acceptance.
+
+    Of DeepKD three losses [3], and sums [4, N] with the positions that are left out.
+    """
     heads = head, draft_head, in_draft, own_head
-    return _scan(chosen, valid, at_target, weights, *heads, config, logit_map, unrolled, with_gradient=False)[0]
+    args = chosen, valid, at_target, weights, *heads, num_kept, config, logit_map, unrolled
+    return _scan(*args, with_gradient=False)[0]
 
 
 def _chunked_forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
@@ -173,8 +196,19 @@ def _chunked_forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any
 def _chunked_backward(
     config: LossConfig, logit_map: LogitMap, unrolled: bool, saved: tuple[Any, ...], cotangents: Any
 ) -> tuple[Any, ...]:
-    grad_chosen, grad_own_head = (None if g is None else g * cotangents[0].astype(g.dtype) for g in saved)
-    return (grad_chosen, None, None, None, None, None, None, grad_own_head)
+    def pull_back(gradient: jax.Array, parts_axis: int) -> jax.Array:
+        cotangent = cotangents[0].astype(gradient.dtype)
+        if config.deepkd is None:
+            return gradient * cotangent
+        # No product of matrices, which an accelerator may round.
+        across = (-1,) + (1,) * (gradient.ndim - 1 - parts_axis)
+        return (gradient * cotangent.reshape(across)).sum(axis=parts_axis)
+
+    # [chunks, N, 3, B, C, H] and [3, V, R], without the 3 but for DeepKD.
+    grad_chosen, grad_own_head = (
+        None if g is None else pull_back(g, axis) for g, axis in zip(saved, (2, 0), strict=True)
+    )
+    return (grad_chosen, None, None, None, None, None, None, grad_own_head, None)
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -189,13 +223,20 @@ def _scan(
     draft_head: jax.Array,
     in_draft: jax.Array | None,
     own_head: jax.Array | None,
+    num_kept: jax.Array | None,
     config: LossConfig,
     logit_map: LogitMap,
     unrolled: bool,
     *,
     with_gradient: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, Any]]:
-    """((loss, sums), gradients of the loss in `chosen` and `own_head`), each None if it is not wanted."""
+    """((loss, sums), gradients of the loss in `chosen` and `own_head`), each None if it is not wanted.
+
+    Of DeepKD each of the three losses has its gradient: [chunks, N, 3, B, C, H] and [3, V, R].
+    """
+    deepkd = config.deepkd
+    differentiated = jax.value_and_grad if deepkd is None else value_and_jacobian
+    parts = () if deepkd is None else (3,)
     # All-gathered over `fsdp` here, once, rather than for every chunk and level.
     head, draft_head = constrain(head, "vocab", None), constrain(draft_head, "vocab", None)
     trains_head = own_head is not None and with_gradient
@@ -213,7 +254,11 @@ def _scan(
         if in_draft is not None:
             has_first = jnp.where(in_draft, full, -jnp.inf).max(axis=-1) >= full.max(axis=-1)
         best = has_first[..., None] & (p >= p.max(axis=-1, keepdims=True))  # [B, C, V]
-        counted = has_first if config.within_draft else jnp.ones(has_first.shape, bool)
+        counted = has_first if config.within_draft or deepkd is not None else jnp.ones(has_first.shape, bool)
+        losses_of = None
+        if deepkd is not None:
+            taught = teacher(kept, None if config.within_draft or in_draft is None else full, deepkd, num_kept)
+            losses_of = functools.partial(part_losses, teacher=taught, config=deepkd)
 
         def one_level(grad_head: Any, level: Any) -> tuple[Any, Any]:
             hidden_BCH, valid_BC, weight = level
@@ -227,19 +272,23 @@ def _scan(
                 logits = constrain(logits, "batch", None, "vocab")  # [B, C, V]
                 hidden = hidden_BCH[..., : target_BCH.shape[-1]]
                 terms, stats = _terms(logits, hidden, target_BCH, p, best, config)
-                if config.without_edges and own_head is not None and width:
-                    log_q = jax.nn.log_softmax(constrain(without_edges, "batch", None, "vocab"), axis=-1)
-                    terms += config.without_edges * -(p * log_q).sum(axis=-1)
-                loss = jnp.where(valid_BC & counted, terms, 0).sum()
-                return weight * loss, jnp.stack([loss, *(jnp.where(valid_BC, s, 0).sum() for s in stats)])
+                if losses_of is None:
+                    if config.without_edges and own_head is not None and width:
+                        log_q = jax.nn.log_softmax(constrain(without_edges, "batch", None, "vocab"), axis=-1)
+                        terms += config.without_edges * -(p * log_q).sum(axis=-1)
+                    loss = jnp.where(valid_BC & counted, terms, 0).sum()
+                    return weight * loss, jnp.stack([loss, *(jnp.where(valid_BC, s, 0).sum() for s in stats)])
+                losses = jnp.where(valid_BC & counted, losses_of(logits), 0).sum(axis=(1, 2))  # [3]
+                sums = [losses.sum(), *(jnp.where(valid_BC, s, 0).sum() for s in (*stats, ~counted))]
+                return weight * losses, jnp.stack(sums)
 
             gradient = jnp.zeros(())
             if trains_head:
-                grad = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+                grad = differentiated(loss_of, argnums=(0, 1), has_aux=True)
                 (loss, sums), (gradient, head_gradient) = grad(hidden_BCH, drafter_head)
                 grad_head = grad_head + head_gradient.astype(jnp.float32)
             elif with_gradient:
-                (loss, sums), gradient = jax.value_and_grad(loss_of, has_aux=True)(hidden_BCH, drafter_head)
+                (loss, sums), gradient = differentiated(loss_of, has_aux=True)(hidden_BCH, drafter_head)
             else:
                 loss, sums = loss_of(hidden_BCH, drafter_head)
             return grad_head, (loss, sums, gradient)
@@ -247,10 +296,10 @@ def _scan(
         loss, sums, grad_head = carry
         xs = (chosen_NBCH, valid_NBC, weights)
         grad_head, (loss_N, sums_N3, gradient) = jax.lax.scan(one_level, grad_head, xs, unroll=unrolled)
-        return (loss + loss_N.sum(), sums + sums_N3.T, grad_head), gradient
+        return (loss + loss_N.sum(axis=0), sums + sums_N3.T, grad_head), gradient
 
-    grad_head = jnp.zeros(drafter_head.shape if trains_head else ())
-    start = (jnp.zeros(()), jnp.zeros((3, chosen.shape[1])), grad_head)
+    grad_head = jnp.zeros((*parts, *drafter_head.shape) if trains_head else ())
+    start = (jnp.zeros(parts), jnp.zeros((3 if deepkd is None else 4, chosen.shape[1])), grad_head)
     (loss, sums, grad_head), gradient = jax.lax.scan(one_chunk, start, (chosen, valid, at_target), unroll=unrolled)
     return (loss, sums), (
         gradient if with_gradient else None,

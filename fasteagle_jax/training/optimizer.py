@@ -10,30 +10,32 @@ import optax
 from flax import nnx
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.training.deepkd import DeepKD, Parts, split_momenta
 
 MUON_RMS = 0.2  # root mean square of Muon's updates at rate 1, as of AdamW's (arXiv 2502.16982, section 2.2)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW or Muon with clipping by global norm; the rate warms up, stays, and falls linearly over the last steps.
+    """AdamW, Muon or SGD, clipped by global norm; the rate warms up, stays, and falls linearly over the last steps.
 
     A run can be extended, since the rate before the fall does not depend on the number of steps.
     """
 
-    name: str = "adamw"  # or muon: matrices by Muon, norms by AdamW with Nesterov's momentum, at one rate
+    # adamw; muon: matrices by Muon, norms by AdamW with Nesterov's momentum, at one rate; sgd, with momentum.
+    name: str = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     decay_share: float = 0.2  # of all steps, at the end
     final_share: float = 0.05  # of the peak, at the last step
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)  # of SGD the first alone, its momentum
     weight_decay: float = 0.0
     clip_norm: float = 0.5
     ema: float = 0.0  # decay of the weights' moving average, which is then evaluated and stored; 0 for none
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "muon"):
-            raise UserError(f"optimizer name is {self.name!r}: use adamw or muon")
+        if self.name not in ("adamw", "muon", "sgd"):
+            raise UserError(f"optimizer name is {self.name!r}: use adamw, muon or sgd")
         if not 0 <= self.ema < 1:
             raise UserError(f"optimizer ema is {self.ema}: give a decay from 0 (no average) to below 1, e.g. 0.999")
         if self.learning_rate <= 0 or self.clip_norm <= 0:
@@ -42,8 +44,10 @@ class OptimizerConfig:
             raise UserError(f"decay_share is {self.decay_share}: it must be 0 to 1")
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optax transformation for a run of `num_steps`."""
+def make_optimizer(
+    config: OptimizerConfig, num_steps: int, deepkd: DeepKD | None = None
+) -> optax.GradientTransformation:
+    """The optax transformation for a run of `num_steps`; with `deepkd` that of a gradient's three Parts."""
     peak, decay_steps = config.learning_rate, round(config.decay_share * num_steps)
     schedule = optax.join_schedules(
         [
@@ -53,6 +57,16 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         ],
         [config.warmup_steps, max(config.warmup_steps, num_steps - decay_steps)],
     )
+    if deepkd is not None:
+        if config.name == "muon":
+            raise UserError("optimizer name is 'muon', and loss.deepkd has momenta for adamw and sgd: use one of these")
+        return split_momenta(
+            schedule,
+            _decays(config, deepkd),
+            second_decay=config.betas[1] if config.name == "adamw" else None,
+            weight_decay=config.weight_decay,
+            clip_norm=config.clip_norm,
+        )
     if config.name == "muon":
         rule = optax.contrib.muon(
             schedule,
@@ -63,9 +77,27 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             muon_weight_dimension_numbers=_matrices,
             consistent_rms=MUON_RMS,
         )
+    elif config.name == "sgd":
+        rule = optax.chain(  # the decay of weights is apart from the momentum, as AdamW's
+            optax.trace(config.betas[0]),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        )
     else:
         rule = optax.adamw(schedule, *config.betas, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def _decays(config: OptimizerConfig, deepkd: DeepKD) -> tuple[float, float, float]:
+    """The decays of DeepKD's three momentum buffers; UserError for one that is none."""
+    task, target_class, non_target = (config.betas[0] + more for more in deepkd.momenta)
+    for name, decay in zip(Parts._fields, (task, target_class, non_target), strict=True):
+        if not 0 <= decay < 1:
+            raise UserError(
+                f"the momentum of {name} is {decay:g}, optimizer.betas' first and a number of loss.deepkd.momenta: "
+                "it must be 0 or more and below 1"
+            )
+    return task, target_class, non_target
 
 
 def _matrices(params: Any) -> Any:

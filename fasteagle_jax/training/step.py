@@ -19,6 +19,7 @@ from fasteagle_jax.data.features import TargetValues
 from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.training.config import REMAT, RunConfig, StepOptions
+from fasteagle_jax.training.deepkd import Parts, num_kept, value_and_parts
 from fasteagle_jax.training.losses import LevelMetrics, LossConfig, level_loss, select_positions
 from fasteagle_jax.training.optimizer import is_matrix, make_optimizer
 
@@ -44,6 +45,15 @@ class StepResult(NamedTuple):
     norm: jax.Array  # float32 [], of the gradient before clipping
     metrics: LevelMetrics
     applied: jax.Array  # bool []; False if the update was skipped
+    parts: PartResult | None = None  # with DeepKD
+
+
+class PartResult(NamedTuple):
+    """What DeepKD's task, target-class and non-target-class parts had in a step."""
+
+    losses: jax.Array  # float32 [3], weighted; their sum is the loss
+    signal_to_noise: jax.Array  # float32 [3], of the gradients so far: deepkd.split_momenta
+    num_kept: jax.Array | None  # int32 [], K; None without a mask
 
 
 def first_state(params: Any, optimizer: optax.GradientTransformation, ema: float = 0.0) -> TrainState:
@@ -71,7 +81,10 @@ def in_dtype(params: Any, dtype: Any) -> Any:
 def drafter_loss(
     drafter: Any, target: Any, batch: Batch, key: jax.Array, config: LossConfig
 ) -> tuple[jax.Array, LevelMetrics]:
-    """The drafter's loss float32 [] and metrics on a packed batch; `key` picks the share of positions."""
+    """The drafter's loss float32 [] and metrics on a packed batch; `key` picks the share of positions.
+
+    Of DeepKD the three losses [3], without a mask.
+    """
     picked, real = select_positions(batch.supervised, batch.positions, config.share, key)
     return _loss_at(drafter, target, _Rows(batch, None, picked, real), None, config, StepOptions())
 
@@ -86,9 +99,18 @@ class _Rows(NamedTuple):
 
 
 def _loss_at(
-    drafter: Any, target: Any, rows: _Rows, level_share: jax.Array | None, config: LossConfig, options: StepOptions
+    drafter: Any,
+    target: Any,
+    rows: _Rows,
+    level_share: jax.Array | None,
+    config: LossConfig,
+    options: StepOptions,
+    kept: jax.Array | None = None,
 ) -> tuple[jax.Array, LevelMetrics]:
-    """The loss and metrics of rows; level i's loss is multiplied by `level_share[i - 1]`, None for 1."""
+    """The loss and metrics of rows; level i's loss is multiplied by `level_share[i - 1]`, None for 1.
+
+    `kept` is the K of DeepKD's mask.
+    """
     batch = rows.batch
     layers = drafter.feature_layers + drafter.context_layers
     out = rows.values or target_outputs(target, batch, layers, options.attention)
@@ -109,7 +131,7 @@ def _loss_at(
     token_ids = None if drafter.token_ids is None else drafter.token_ids[...]
     places = batch.positions, rows.picked, rows.real
     own_head, logit_map = drafter.own_head(), target.logit_map
-    return level_loss(hidden, out.hidden, *places, head, token_ids, config, own_head, level_share, logit_map)
+    return level_loss(hidden, out.hidden, *places, head, token_ids, config, own_head, level_share, logit_map, kept)
 
 
 def make_train_step(
@@ -123,6 +145,7 @@ def make_train_step(
     ema: float = 0.0,
     options: StepOptions = StepOptions(),  # noqa: B008  # immutable
     shardings: Any = None,
+    num_steps: int | None = None,
 ) -> Callable[..., tuple[TrainState, StepResult]]:
     """A compiled step: (state, constants, target, batch, limit = infinity, values = None) -> (state, result).
 
@@ -139,13 +162,24 @@ def make_train_step(
       ema: decay of the state's average; 0 for none.
       options: attention and rematerialization.
       shardings: of the state and the result; None on one device.
+      num_steps: of the run, for the phases of DeepKD's mask.
     """
+    deepkd = config.deepkd
+    if deepkd is not None and deepkd.mask and num_steps is None:
+        raise ValueError("the phases of DeepKD's mask are shares of num_steps: give it")
 
-    def gradient_of(params: Any, constants: Any, target: Any, rows: _Rows, level_share: jax.Array | None) -> Any:
+    def gradient_of(
+        params: Any, constants: Any, target: Any, kept: jax.Array | None, rows: _Rows, level_share: jax.Array | None
+    ) -> Any:
+        """((loss, metrics), gradients); of DeepKD three losses [3] and the Parts of the gradients."""
+
         def loss_of(params: Any) -> tuple[jax.Array, LevelMetrics]:
             drafter = nnx.merge(graph, in_dtype(params, dtype), constants)
-            return _loss_at(drafter, target, rows, level_share, config, options)
+            return _loss_at(drafter, target, rows, level_share, config, options, kept)
 
+        if deepkd is not None:
+            # As the levels: where they are a list, one pass after the other rather than a loop.
+            return value_and_parts(loss_of, params, unroll=not nnx.merge(graph, params, constants).stacked)
         return jax.value_and_grad(loss_of, has_aux=True)(params)
 
     def step(
@@ -158,18 +192,25 @@ def make_train_step(
     ) -> tuple[TrainState, StepResult]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         whole = _Rows(batch, values, *select_positions(batch.supervised, batch.positions, config.share, key))
+        kept = None  # DeepKD's K
+        if deepkd is not None and num_steps is not None:
+            num_classes = nnx.merge(graph, state.params, constants).config.draft_vocab_size
+            kept = num_kept(deepkd, num_classes, state.step, num_steps)
         if accumulate == 1:
-            (loss, metrics), gradients = gradient_of(state.params, constants, target, whole, None)
+            (loss, metrics), gradients = gradient_of(state.params, constants, target, kept, whole, None)
         else:
             num_levels = nnx.merge(graph, state.params, constants).num_levels
             loss, metrics, gradients = _accumulated(
-                lambda *args: gradient_of(state.params, constants, target, *args),
-                state.params,
+                lambda *args: gradient_of(state.params, constants, target, kept, *args),
+                state.params if deepkd is None else Parts(*[state.params] * 3),
                 whole,
                 accumulate,
                 num_levels,
             )
-        norm = optax.tree.norm(gradients)
+        losses, total = loss, gradients
+        if deepkd is not None:
+            loss, total = losses.sum(), gradients.total()
+        norm = optax.tree.norm(total)
         applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit)
 
         def updated(state: TrainState, gradients: Any) -> tuple[Any, Any, Any]:
@@ -186,22 +227,24 @@ def make_train_step(
         params, optimizer_state, average = jax.lax.cond(
             applied, updated, lambda state, _: (state.params, state.optimizer, state.average), state, gradients
         )
-        return TrainState(params, optimizer_state, state.step + 1, average), StepResult(loss, norm, metrics, applied)
+        parts = None if deepkd is None else PartResult(losses, optimizer_state.signal_to_noise, kept)
+        result = StepResult(loss, norm, metrics, applied, parts)
+        return TrainState(params, optimizer_state, state.step + 1, average), result
 
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
 
 def _accumulated(
     gradient_of: Callable[[_Rows, jax.Array], Any],
-    params: Any,
+    like: Any,
     whole: _Rows,
     num_microbatches: int,
     num_levels: int,
 ) -> tuple[jax.Array, LevelMetrics, Any]:
     """The loss, metrics and gradients of a batch, summed over microbatches, one of which is in memory at a time.
 
-    A level's loss is a mean over the batch's positions, of which microbatches have different numbers: each is weighted
-    by its share.
+    `like` has the structure and shapes of the gradients: the parameters, or DeepKD's Parts of them. A level's loss is a
+    mean over the batch's positions, of which microbatches have different numbers: each is weighted by its share.
     """
     # Every num_microbatches-th row, so that a microbatch is spread over a mesh as the batch is.
     parts = jax.tree.map(lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), whole)
@@ -212,11 +255,17 @@ def _accumulated(
         rows, share = xs
         (loss, metrics), gradients = gradient_of(rows, share)
         means = [share * mean for mean in (metrics.loss, metrics.accuracy, metrics.acceptance)]
-        return jax.tree.map(jnp.add, sums, (loss, means, gradients)), None
+        return jax.tree.map(jnp.add, sums, (loss, means, metrics.left_out, gradients)), None
 
-    zeros = jnp.zeros(()), [jnp.zeros((num_levels,))] * 3, jax.tree.map(jnp.zeros_like, params)
-    (loss, means, gradients), _ = jax.lax.scan(one, zeros, (parts, counts / total))
-    return loss, LevelMetrics(*[*means, total]), gradients
+    is_split = isinstance(like, Parts)
+    zeros = (
+        jnp.zeros((3,) if is_split else ()),
+        [jnp.zeros((num_levels,))] * 3,
+        jnp.zeros((num_levels,), jnp.int32) if is_split else None,
+        jax.tree.map(jnp.zeros_like, like),
+    )
+    (loss, means, left_out, gradients), _ = jax.lax.scan(one, zeros, (parts, counts / total))
+    return loss, LevelMetrics(*[*means, total])._replace(left_out=left_out), gradients
 
 
 def _level_counts(rows: _Rows, num_levels: int) -> jax.Array:
@@ -250,7 +299,7 @@ def train_step(config: RunConfig, graph: Any, shardings: Any = None) -> Any:
 def _train_step(config: RunConfig, graph: Any, structure: Any, shardings: tuple[Any, ...]) -> Any:
     return make_train_step(
         graph,
-        make_optimizer(config.optimizer, config.steps),
+        make_optimizer(config.optimizer, config.steps, config.loss.deepkd),
         config.loss,
         jnp.dtype(config.dtype),
         config.seed,
@@ -258,4 +307,5 @@ def _train_step(config: RunConfig, graph: Any, structure: Any, shardings: tuple[
         ema=config.optimizer.ema,
         options=StepOptions(config.attention, config.remat),
         shardings=jax.tree.unflatten(structure, shardings),
+        num_steps=config.steps,
     )

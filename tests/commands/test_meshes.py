@@ -134,6 +134,22 @@ def test_a_cascade_that_shares_its_layer_and_reads_the_targets_cache_trains_on_a
     assert_same_drafter(tmp_path / "mesh", tmp_path / "one")
 
 
+def test_deepkd_trains_on_a_mesh_in_microbatches_with_recomputation_as_on_one_device(
+    target_folder, data_file, tmp_path
+):
+    more = ["steps=6", "loss.deepkd=True", "drafter.draft_vocab_size=250"]
+    train(config(*changes(target_folder, data_file, "", *more)), tmp_path / "one", quiet=True)
+    more += ["remat=dots", "accumulate=2"]
+    train(config(*changes(target_folder, data_file, MESHES[3], *more)), tmp_path / "mesh", quiet=True)
+    np.testing.assert_allclose(losses(tmp_path / "mesh"), losses(tmp_path / "one"), **CLOSE)
+    assert_same_drafter(tmp_path / "mesh", tmp_path / "one")
+    one, mesh = (json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1]) for run in ("one", "mesh"))
+    assert one["left_out"] == mesh["left_out"] and one["kept_classes"] == mesh["kept_classes"] == 249
+    for part in ("task", "target_class", "non_target"):
+        assert one[f"loss_{part}"] == pytest.approx(mesh[f"loss_{part}"], rel=2e-4)
+        assert one[f"signal_to_noise_{part}"] == pytest.approx(mesh[f"signal_to_noise_{part}"], rel=1e-2, abs=1e-3)
+
+
 @pytest.mark.parametrize("mesh", ["", pytest.param(MESHES[3], marks=pytest.mark.slow)])
 def test_recomputation_and_accumulation_change_nothing_but_rounding(
     one_device, target_folder, data_file, tmp_path, mesh

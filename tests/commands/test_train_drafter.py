@@ -570,6 +570,37 @@ def test_data_of_another_tokenizer_or_target_is_refused(
     assert main(command(target_folder, data_file, tmp_path / "run", "steps=1")) == 0
 
 
+def test_a_run_with_deepkd_logs_its_parts_resumes_and_is_exported(
+    target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    run, changes = tmp_path / "run", ["loss.deepkd=True", "drafter.draft_vocab_size=250", "steps=4", "save_every=2"]
+    run.mkdir()
+    said = complaint(main, *command(target_folder, data_file, run, *changes, "loss.deepkd.mask_best=250"))
+    assert "keeps 250 non-target classes and the draft vocabulary of 250 has 249" in said
+    said = complaint(main, *command(target_folder, data_file, run, *changes, "optimizer.betas=0.95,0.99"))
+    assert "the momentum of task is 1.025" in said
+    assert main(command(target_folder, data_file, run, *changes)) == 0
+    whole = (run / "metrics.jsonl").read_text()
+    records = [json.loads(line) for line in whole.splitlines()]
+    assert [record["kept_classes"] for record in records] == [12, 124, 124, 249]
+    for record in records:
+        parts = [record[f"loss_{name}"] for name in ("task", "target_class", "non_target")]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(record["loss"], rel=1e-5)
+        assert len(record["left_out"]) == 3
+        ratios = [record[f"signal_to_noise_{name}"] for name in ("task", "target_class", "non_target")]
+        assert ratios == [None] * 3 if record["step"] == 1 else min(ratios) >= 0
+    # From the checkpoint before, the same again.
+    weights = load_file(run / "drafter" / "model.safetensors")
+    shutil.rmtree(run / "drafter")
+    shutil.rmtree(run / "checkpoints" / "4")
+    assert main(command(target_folder, data_file, run, *changes)) == 0
+    for name, value in load_file(run / "drafter" / "model.safetensors").items():
+        np.testing.assert_array_equal(value, weights[name])
+    assert export.main(["--run", str(run), "--output", str(tmp_path / "exported")]) == 0
+    for name, value in load_file(tmp_path / "exported" / "model.safetensors").items():
+        np.testing.assert_array_equal(value, weights[name])
+
+
 def test_mistakes_end_in_one_line_before_anything_is_written(
     target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
 ) -> None:

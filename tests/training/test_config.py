@@ -71,7 +71,7 @@ def test_changes_reach_nested_keys_with_their_types() -> None:
         ("spike_factor=0.5", "a factor above 1"),
         ("max_bad_steps=0", "at least 1"),
         ("optimizer.ema=1.0", "a decay from 0"),
-        ("optimizer.name=sgd", "adamw or muon"),
+        ("optimizer.name=lion", "adamw, muon or sgd"),
     ],
 )
 def test_a_bad_change_is_named_with_its_remedy(change: str, said: str) -> None:

@@ -55,6 +55,16 @@ def test_attention_and_heads_add_their_products() -> None:
     assert flops_per_token(target, small, 0, 1.0) - base == 16 * (2 * 40 + (4 * 2 + 2) * 30)
 
 
+def test_three_backward_passes_count_three_times_and_what_is_forward_once() -> None:
+    target = tiny_config()
+    for kind, changes in (("fasteagle", {}), ("fasteagle", {"edges": 3}), ("eagle3", {})):
+        drafter = default_config(target, kind=kind, num_levels=2, **changes)
+        one, three = (flops_per_token(target, drafter, 10, 0.5, backward_passes=passes) for passes in (1, 3))
+        matrices = 2 * drafter.level_parameters + drafter.input_parameters
+        head = 16 * 40 * (2 if kind == "eagle3" else 1) + 2 * 3 * 40 * bool(changes)
+        assert three - one == 2 * (4 * matrices + 2 * 8 * 10 * 32 + 0.5 * 2 * 2 * head)
+
+
 def test_devices_are_known_by_the_start_of_their_kind_and_a_cpu_is_not() -> None:
     assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5p") == 459e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("NVIDIA H100 PCIe") == 756e12

@@ -340,8 +340,8 @@ def test_optimizer_values_are_checked() -> None:
         OptimizerConfig(learning_rate=0)
     with pytest.raises(UserError, match="decay_share is 2"):
         OptimizerConfig(decay_share=2)
-    with pytest.raises(UserError, match="name is 'sgd': use adamw or muon"):
-        OptimizerConfig(name="sgd")
+    with pytest.raises(UserError, match="name is 'lion': use adamw, muon or sgd"):
+        OptimizerConfig(name="lion")
     with pytest.raises(UserError, match="ema is 1: give a decay"):
         OptimizerConfig(ema=1)
     assert isinstance(make_optimizer(OptimizerConfig(), 10), optax.GradientTransformation)
