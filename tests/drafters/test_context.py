@@ -74,7 +74,7 @@ class ReadsContext(DrafterModule):
         return None
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["stacked", "list"])
+@pytest.fixture(scope="module", params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["stacked", "list"])
 def target(request):
     return tiny_target(stacked=request.param)
 

@@ -234,7 +234,10 @@ def test_runs_of_equal_settings_compile_one_step_whatever_their_data(compilation
 # --- accumulation, skipped updates, the average -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_parts", "stacked", "kind"), [(2, True, "fasteagle"), (4, False, "eagle3")])
+@pytest.mark.parametrize(
+    ("num_parts", "stacked", "kind"),
+    [(2, True, "fasteagle"), pytest.param(4, False, "eagle3", marks=pytest.mark.slow)],
+)
 def test_parts_of_a_batch_one_after_the_other_give_the_step_of_the_whole_batch(
     num_parts: int, stacked: bool, kind: str
 ) -> None:
