@@ -1,10 +1,14 @@
-"""What every test runs under: a CPU that looks like eight devices, exact float32 products, nothing compiled earlier."""
+"""What every test runs under: a CPU that looks like eight devices, exact float32 products, programs compiled once."""
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
+import platform
+import shutil
 import tempfile
+from pathlib import Path
 
 # Nearly all the time goes into LLVM and, before it, into the MLIR that fusions are written in, for programs that run
 # for milliseconds: with LLVM's optimisation off and fusions written as LLVM IR, the tests take a third as long. One
@@ -16,7 +20,10 @@ os.environ.setdefault(
 )
 
 import jax
+import jaxlib
 import pytest
+
+LARGEST_PROGRAMS = 2 * 2**30  # bytes of all folders of compiled programs; one whole session writes about a tenth
 
 # A configuration counts only before the backend starts, which importing fasteagle_jax does not do.
 if "JAX_PLATFORMS" not in os.environ:
@@ -27,20 +34,47 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps compiled programs for this session, in which many tests, and the processes they start, run the same ones.
+    """Keeps compiled programs, in pytest's own cache: many tests, and the processes they start, run the same ones.
 
-    One folder serves the workers of pytest-xdist, who inherit it, and all their children. No longer than a session: a
-    program compiled by another jaxlib or for another CPU must not decide a test.
+    One folder serves the workers of pytest-xdist, who inherit it, all their children, and later sessions.
     """
     if not hasattr(config, "workerinput"):
-        folder = tempfile.TemporaryDirectory(prefix="programs-", ignore_cleanup_errors=True)
-        config.add_cleanup(folder.cleanup)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_programs_folder(config))
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _programs_folder(config: pytest.Config) -> Path:
+    """Where compiled programs are kept; for this session alone where pytest keeps nothing.
+
+    JAX finds a program by its text, and not by the CPU that it was compiled for: one that another CPU's compiler or
+    another jaxlib made must not decide a test, so the folder's name has both. JAX never removes a program either:
+    those of texts that are gone would fill the disk.
+    """
+    cache = getattr(config, "cache", None)
+    if cache is None:  # -p no:cacheprovider
+        folder = tempfile.TemporaryDirectory(prefix="programs-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        return Path(folder.name)
+    made_for = f"{os.environ['XLA_FLAGS']}\n{_cpu()}"
+    digest = hashlib.sha256(made_for.encode()).hexdigest()[:16]
+    folder = cache.mkdir(f"programs-{jaxlib.__version__}-{digest}")
+    kept = [path.stat().st_size for path in folder.parent.glob("programs-*/*")]
+    if sum(kept) > LARGEST_PROGRAMS:
+        for each in folder.parent.glob("programs-*"):
+            shutil.rmtree(each, ignore_errors=True)
+    return cache.mkdir(folder.name)
+
+
+def _cpu() -> str:
+    """The instructions that this CPU has, and its name: LLVM compiles for both."""
+    names = ("flags", "Features", "model name", "CPU part")
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    return "\n".join(sorted({line for line in lines if line.startswith(names)})) or repr(platform.uname())
 
 
 def pytest_collection_finish() -> None:

@@ -104,5 +104,6 @@ def make_drafter(folder: Path, target_folder: Path, **changes: Any) -> Path:
     """The folder with a random drafter of two levels, but for `changes`, for a target by `make_target`."""
     target = load_target(str(target_folder))
     config = default_config(target.checkpoint.config, **({"num_levels": 2} | changes))
-    save_drafter(class_of(config)(config, jax.random.key(1)), folder, target.fingerprint, {})
+    drafter = jax.jit(lambda: class_of(config)(config, jax.random.key(1)))()  # one program instead of one an operation
+    save_drafter(drafter, folder, target.fingerprint, {})
     return folder

@@ -542,7 +542,7 @@ def test_what_cannot_be_is_one_line(refused, tmp_path):
     source, output = write(tmp_path / "in.jsonl", {"prompt": "Why"}), tmp_path / "folder" / "out.jsonl"
     assert "no file" in refused(tmp_path / "nowhere.jsonl", output)
     assert "no file" in refused(tmp_path, output)
-    assert "memory needed is" in refused(source, output, "--slots", 5_000_000)
+    assert "memory needed is" in refused(source, output, "--slots", 600_000, "--max-len", 1024)
     assert "max_len is 4000" in refused(source, output, "--max-len", 4000)
     assert "temperature is -1" in refused(source, output, "--temperature", "-1")
     assert "tree 'bush'" in refused(source, output, "--tree", "bush")

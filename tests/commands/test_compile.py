@@ -38,7 +38,7 @@ def eight_devices() -> None:
 
 
 def config(**changes) -> RunConfig:
-    target = LlamaConfig(VOCAB, 64, 128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16)
+    target = LlamaConfig(VOCAB, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
     given = dict(
         target="t", data=("d",), steps=5, batch_size=8, length=128, dtype="float32", target_config=target,
         drafter=DrafterChoice(num_levels=2), loss=LossConfig(chunk=64), mesh=MeshShape(1, 4, 2),

@@ -50,7 +50,13 @@ def test_the_best_checkpoint_is_exported_with_its_average(talkative, tmp_path):
     questions.write_text(json.dumps({"prompt": "Why so long?"}) + "\n")
     with ConversationWriter(tmp_path / "data.jsonl") as writer:
         writer.append([Conversation.of("a", list(range(40)), [[4, 40]])])
-    changes = ["steps=3", "optimizer.ema=0.9", f"evaluation.prompts={questions}", "evaluation.every=1"]
+    changes = [
+        "drafter.num_levels=1",
+        "steps=3",
+        "optimizer.ema=0.9",
+        f"evaluation.prompts={questions}",
+        "evaluation.every=1",
+    ]
     changes += [f"target={target}", f"data={tmp_path / 'data.jsonl'}", "evaluation.trees=chain", "evaluation.max_new=4"]
     assert train(["--config", str(CONFIG), "--run", str(tmp_path / "run"), *changes, "tensorboard=False"]) == 0
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
@@ -65,7 +71,7 @@ def test_the_best_checkpoint_is_exported_with_its_average(talkative, tmp_path):
 
 def test_an_eagle3_run_is_exported(run, target_folder, tmp_path):
     changes = [f"target={target_folder}", f"data={run.parent / 'data.jsonl'}", "steps=2", "drafter.kind=eagle3"]
-    changes += ["drafter.reinject=False", "drafter.correction=None", "loss.within_draft=True"]
+    changes += ["drafter.reinject=False", "drafter.correction=None", "loss.within_draft=True", "drafter.num_levels=2"]
     assert train(["--config", str(CONFIG), "--run", str(tmp_path / "run"), *changes, "tensorboard=False"]) == 0
     assert main(["--run", str(tmp_path / "run"), "--output", str(tmp_path / "drafter")]) == 0
     for file in ("model.safetensors", "config.json"):

@@ -50,6 +50,7 @@ def data_file(tmp_path_factory) -> Path:
 
 def changes(target: Path, data: Path, mesh: str = "", *more: str) -> list[str]:
     words = [f"target={target}", f"data={data}", f"steps={STEPS}", "batch_size=8", "save_every=10", "tensorboard=False"]
+    words.append("drafter.num_levels=2")  # a third is another of the same
     sizes = dict(word.split("=") for word in mesh.split())
     if mesh:
         sizes = {"data": "1", "fsdp": "1", "tensor": "1"} | sizes

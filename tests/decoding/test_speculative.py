@@ -216,7 +216,7 @@ def test_fasteagle_is_lossless(target, plain, drafter, sampling, tree, shared_no
     assert statistics.accepted_at.sum() > 0  # something was at stake
 
 
-@pytest.mark.parametrize("tree", ["backbone:4", "best_first:12"])
+@pytest.mark.parametrize("tree", [pytest.param("backbone:4", marks=pytest.mark.slow), "best_first:12"])
 def test_fasteagle_with_a_reduced_vocabulary_and_its_options_is_lossless(target, plain, tree):
     model = random_drafter(draft_vocab_size=11, reinject=True, correction=8)
     for sampling, expected in plain.items():
@@ -225,7 +225,7 @@ def test_fasteagle_with_a_reduced_vocabulary_and_its_options_is_lossless(target,
         assert statistics.accepted_at.sum() > 0
 
 
-@pytest.mark.parametrize(("tree", "rounds"), [("chain:2", 8), ("backbone:4", 6)])
+@pytest.mark.parametrize(("tree", "rounds"), [pytest.param("chain:2", 8, marks=pytest.mark.slow), ("backbone:4", 6)])
 def test_where_the_noise_decides_a_random_drafters_best_guesses_are_all_right(target, tree, rounds):
     """23 tokens by 3 or 4 a round: guesses that know the token before them are ranked by their own position's noise."""
     sampling = make_sampling(B, 1e6, seed=list(range(B)))
@@ -261,7 +261,7 @@ def test_sharing_the_targets_noise_makes_rounds_fewer(target, trained_fasteagle)
 # --- batches, chunks, steps -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_row_says_the_same_alone_as_in_any_batch(target, plain, random_fasteagle, size):
     """The plain answers are those of a batch of 8 with mixed lengths and settings."""
     groups = [[b] for b in range(B)] if size == 1 else [[7, 0, 3], [2, 1, 4], [6, 5, 6]]

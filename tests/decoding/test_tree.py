@@ -138,14 +138,19 @@ def test_a_tree_grown_from_guesses_of_each_path_is_the_best_there_is(nodes, leve
     num_paths = sum(vocab**depth for depth in range(levels))
     scores = np.concatenate([random_scores(3, 2, num_paths, vocab, step) for step in (0, 0.5)])  # [B, paths, V]
     rows = np.arange(4)[:, None]
-    draft = library.grow(
-        TreeSpec("best_first", nodes),
-        jnp.arange(4),
-        levels,
-        jnp.zeros((4, 1), jnp.int32),
-        lambda path, depth: library.Guesses(jnp.asarray(scores)[rows, path], jnp.arange(vocab)),
-        lambda path, parent, tokens, index, depth: jnp.take_along_axis(path, parent, axis=1) * vocab + tokens + 1,
-    )
+
+    @jax.jit
+    def grown():
+        return library.grow(
+            TreeSpec("best_first", nodes),
+            jnp.arange(4),
+            levels,
+            jnp.zeros((4, 1), jnp.int32),
+            lambda path, depth: library.Guesses(jnp.asarray(scores)[rows, path], jnp.arange(vocab)),
+            lambda path, parent, tokens, index, depth: jnp.take_along_axis(path, parent, axis=1) * vocab + tokens + 1,
+        )
+
+    draft = grown()
     parents, depths = np.asarray(draft.parents), np.asarray(draft.depths)
     for b in range(4):
         every = {}

@@ -75,7 +75,7 @@ class ReadsContext(DrafterModule):
         return None
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["stacked", "list"])
+@pytest.fixture(scope="module", params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["stacked", "list"])
 def target(request):
     return tiny_target(stacked=request.param)
 
@@ -84,7 +84,7 @@ def target(request):
 def drafter(target):
     config = default_config(target.config, num_levels=N, feature_layers=(1,))
     sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(DrafterConfig)}
-    return ReadsContext(DrafterConfig(**sizes), jax.random.key(1))
+    return jax.jit(lambda: ReadsContext(DrafterConfig(**sizes), jax.random.key(1)))()
 
 
 def test_decoding_with_it_is_plain_decoding(target, drafter):
@@ -97,22 +97,31 @@ def test_decoding_with_it_is_plain_decoding(target, drafter):
 
 def test_training_gives_it_the_keys_and_values_that_decoding_does(target, drafter, monkeypatch):
     """The states of a text's every position: those of training, and those a draft makes after each prefix."""
-    text = np.asarray(jax.random.randint(jax.random.key(2), (10,), 0, target.config.vocab_size))
-    seen = {}
-    monkeypatch.setattr(step, "level_loss", lambda hidden, *rest: seen.setdefault("hidden", hidden) and (0.0, None))
+    text = np.random.default_rng(2).integers(target.config.vocab_size, size=10)
     arrays = text, np.arange(10), np.ones(10, int), np.ones(10, bool)
-    batch = Batch(*(jnp.asarray(x)[None] for x in arrays))
-    step.drafter_loss(drafter, target, batch, jax.random.key(0), LossConfig())
+    batch = Batch(*(x[None] for x in arrays))
 
-    drafts = []
-    monkeypatch.setattr(ReadsContext, "states", lambda self, k, v: drafts.append((k, v)) or STATES(self, k, v))
-    with jax.disable_jit():
-        for n in (9,):  # in two chunks
-            generate(target, drafter, [text[:n].tolist()], make_sampling(1), max_new=2, chunk=CHUNK, tree=TreeSpec())
-            k, v = drafts.pop()
-            drafts.clear()
-            for trained, drafted in zip(seen["hidden"], STATES(drafter, k, v), strict=True):
-                np.testing.assert_allclose(drafted[0], trained[0, n - 1], rtol=1e-4, atol=1e-5)
+    @jax.jit
+    def trained_states(drafter, target):
+        hidden = []
+        with monkeypatch.context() as patch:
+            patch.setattr(step, "level_loss", lambda states, *rest: hidden.append(states) or (0.0, None))
+            step.drafter_loss(drafter, target, batch, jax.random.key(0), LossConfig())
+        return hidden[0]
+
+    drafts, n = [], 9  # in two chunks
+
+    def noted(self, k, v):
+        jax.debug.callback(lambda *both: drafts.append(both), k, v)
+        return STATES(self, k, v)
+
+    monkeypatch.setattr(ReadsContext, "states", noted)
+    generate(target, drafter, [text[:n].tolist()], make_sampling(1), max_new=2, chunk=CHUNK, tree=TreeSpec())
+    jax.effects_barrier()
+    monkeypatch.undo()
+    ((k, v),) = drafts
+    for trained, drafted in zip(trained_states(drafter, target), STATES(drafter, k, v), strict=True):
+        np.testing.assert_allclose(drafted[0], trained[0, n - 1], rtol=1e-4, atol=1e-5)
 
 
 STATES = ReadsContext.states

@@ -109,7 +109,7 @@ def compare(made: list[Completion], expected: list[Completion]) -> None:
     [
         (SPLIT, "fasteagle", 16),
         pytest.param(MeshShape(8, 1, 1), "fasteagle", 8, marks=pytest.mark.slow),
-        (MeshShape(1, 4, 2), "eagle3", 4),
+        pytest.param(MeshShape(1, 4, 2), "eagle3", 4, marks=pytest.mark.slow),
         (SPLIT, "cheap", 8),
     ],
     ids=["data2-fsdp2-tensor2", "data8", "fsdp4-tensor2-eagle3", "data2-fsdp2-tensor2-cheap"],

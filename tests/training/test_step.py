@@ -67,7 +67,8 @@ def new_run(
 
 def small_drafter(target: object, **changes: object) -> FastEagle:
     """Of LEVELS levels, to train."""
-    return init_drafter(default_config(target.config, num_levels=LEVELS, **changes), target, jax.random.key(0))
+    config = default_config(target.config, num_levels=LEVELS, **changes)
+    return jax.jit(lambda target: init_drafter(config, target, jax.random.key(0)))(target)
 
 
 # Every switch of the cascade that is not the paper's, but a correction.
@@ -78,7 +79,7 @@ CHEAP: dict[str, Any] = dict(context="target", context_layer=2, levels="shared",
 @pytest.mark.parametrize("stacked", [True, False])
 def test_levels_start_as_the_targets_last_layer_or_the_one_that_they_read(stacked: bool, changes: dict) -> None:
     target = tiny_target(stacked=stacked)
-    drafter = init_drafter(default_config(target.config, num_levels=LEVELS, **changes), target, jax.random.key(0))
+    drafter = small_drafter(target, **changes)
     to_columns(target)  # as what is trained has them
     source = target.layer(2 if changes else 4)
     for level in unstack(drafter.levels, LEVELS) if drafter.scans else list(drafter.levels):
@@ -94,26 +95,31 @@ def test_levels_start_as_the_targets_last_layer_or_the_one_that_they_read(stacke
 def test_eagle3_starts_as_the_targets_last_layer_and_head(stacked: bool) -> None:
     target, ids = tiny_target(stacked=stacked), jnp.arange(5, 35)
     config = default_config(target.config, kind="eagle3", num_levels=LEVELS, draft_vocab_size=30)
-    drafter = init_drafter(config, target, jax.random.key(0), token_ids=ids, feature_rms=jnp.asarray([1.0, 2.0, 4.0]))
-    last = unstack(target.layers, 5)[-1] if stacked else target.layers[-1]
+    start = jax.jit(lambda target, **more: init_drafter(config, target, jax.random.key(0), **more))
+    drafter = start(target, token_ids=ids, feature_rms=jnp.asarray([1.0, 2.0, 4.0]))
     # Without its attention to embeddings the layer says of a feature what the target's says of a hidden state.
-    features = jax.random.normal(jax.random.key(1), (1, 6, 3 * config.hidden_size))
-    positions, visible = jnp.arange(6)[None], jnp.tril(jnp.ones((1, 6, 6), bool))
-    found, _ = drafter.hidden_states(target.embedding[...], features, jnp.zeros((1, 6), jnp.int32), positions, visible)
-    turn = rotation(positions, config.rope, config.head_dim)
-    out, _ = last(features[..., -config.hidden_size :], turn, Cached(visible))
-    expected = rms_norm(out, target.norm.weight[...], config.rms_norm_eps)
-    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+    features = np.random.default_rng(1).standard_normal((1, 6, 3 * config.hidden_size), np.float32)
+    positions, visible = np.arange(6)[None], np.tril(np.ones((1, 6, 6), bool))
+
+    @jax.jit
+    def both(drafter, target):
+        no_tokens = jnp.zeros((1, 6), jnp.int32)
+        found, _ = drafter.hidden_states(target.embedding[...], features, no_tokens, positions, visible)
+        last = unstack(target.layers, 5)[-1] if stacked else target.layers[-1]
+        turn = rotation(positions, config.rope, config.head_dim)
+        out, _ = last(features[..., -config.hidden_size :], turn, Cached(visible))
+        return found[0], rms_norm(out, target.norm.weight[...], config.rms_norm_eps)
+
+    np.testing.assert_allclose(*both(drafter, target), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(drafter.head[...], target.head_rows()[ids])
 
 
 def test_a_drafter_of_other_sizes_cannot_start_from_the_target() -> None:
     target = tiny_target()
     with pytest.raises(UserError, match="from_target"):
-        init_drafter(default_config(target.config, num_levels=2, intermediate_size=8), target, jax.random.key(0))
+        small_drafter(target, intermediate_size=8)
     with pytest.raises(UserError, match="from_target"):
-        sizes = default_config(target.config, kind="eagle3", intermediate_size=8)
-        init_drafter(sizes, target, jax.random.key(0))
+        small_drafter(target, kind="eagle3", intermediate_size=8)
     with pytest.raises(UserError, match="kind eagle3 has no reinject: it has hidden_size"):
         default_config(target.config, kind="eagle3", reinject=True)
 
@@ -122,7 +128,9 @@ def test_training_never_consumes_the_target() -> None:
     """The step donates its state: a buffer that a drafter shares with the target would be gone after it."""
     target = tiny_target(stacked=False)
     before = jax.tree.map(np.asarray, target)
-    state, step, _, _ = new_run(init_drafter(default_config(target.config, num_levels=2), target, jax.random.key(0)))
+    state, step, _, _ = new_run(
+        init_drafter(default_config(target.config, num_levels=LEVELS), target, jax.random.key(0))
+    )
     run_steps(state, step, target, 2)
     jax.tree.map(np.testing.assert_array_equal, target, before)
 
@@ -160,7 +168,7 @@ def test_stacked_and_listed_models_have_the_same_loss_and_gradient(changes: dict
 
 def test_feature_rms_is_of_an_ordinary_token() -> None:
     target = tiny_target()
-    rms = feature_rms(target, packed_batch(), (0, 2))
+    rms = jax.jit(feature_rms, static_argnums=2)(target, packed_batch(), (0, 2))
     embedding = np.asarray(target.embedding[...])
     np.testing.assert_allclose(rms[0], np.sqrt((embedding**2).mean()), rtol=0.2)
     assert rms[1] > rms[0]
@@ -182,7 +190,7 @@ def test_the_rate_warms_up_stays_and_falls() -> None:
 
 def test_the_loss_falls_and_a_restored_state_goes_on_bitwise(tmp_path: object) -> None:
     target = tiny_target(stacked=False)
-    drafter = init_drafter(default_config(target.config, num_levels=2), target, jax.random.key(0))
+    drafter = small_drafter(target)
     state, step, _, constants = new_run(drafter)
     state, early = run_steps(state, step, target, 4)
     with Checkpoints(f"{tmp_path}/checkpoints", keep=1) as checkpoints:
@@ -200,7 +208,7 @@ def test_the_loss_falls_and_a_restored_state_goes_on_bitwise(tmp_path: object) -
     assert again == late
 
 
-@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("stacked", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_bfloat16_step_casts_matrices_and_keeps_norms_in_float32(stacked: bool) -> None:
     """Norms of stacked levels are [N, H]: two dimensions make no matrix, and in bfloat16 a norm of 1.003 is 1."""
     target = tiny_target(num_layers=2, stacked=stacked)
@@ -241,7 +249,10 @@ def test_runs_of_equal_settings_compile_one_step_whatever_their_data(compilation
 # --- accumulation, skipped updates, the average -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_parts", "stacked", "kind"), [(2, True, "fasteagle"), (4, False, "eagle3")])
+@pytest.mark.parametrize(
+    ("num_parts", "stacked", "kind"),
+    [(2, True, "fasteagle"), pytest.param(4, False, "eagle3", marks=pytest.mark.slow)],
+)
 def test_parts_of_a_batch_one_after_the_other_give_the_step_of_the_whole_batch(
     num_parts: int, stacked: bool, kind: str
 ) -> None:
@@ -269,7 +280,7 @@ def poisoned_target() -> object:
     return target
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])  # with one, there is more to change
 def test_a_batch_without_a_finite_loss_changes_nothing_but_the_step(ema: float) -> None:
     target = poisoned_target()
     state, step, _, _ = new_run(small_drafter(tiny_target(num_layers=2)), ema=ema)
@@ -310,7 +321,7 @@ def test_the_average_follows_the_weights_and_is_what_decodes() -> None:
 # --- Muon -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("stacked", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_muon_takes_the_matrices_and_leaves_the_vectors_to_adamw(stacked: bool) -> None:
     target = tiny_target(num_layers=2, stacked=stacked)
     drafter = small_drafter(target, reinject=True, correction=8)
