@@ -94,8 +94,6 @@ def _train(
     check_target(config.data, loaded.fingerprint)
     conversations = read_conversations(*config.data, vocab_size=target.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed)
-    if any(data.left_out):
-        _say(quiet, f"left out  {data.left_out}")
     digest = data.digest()
     _check_sources(saved, loaded.fingerprint, digest, run, allow_change=allow_change)
 
@@ -120,6 +118,8 @@ def _train(
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
     state = make_on(mesh, lambda params: first_state(params, optimizer, config.optimizer.ema), params)
     num_params = sum(p.size for p in jax.tree.leaves(params))
+    if any(data.left_out):
+        _say(quiet, f"left out  {data.left_out}")
     _say(quiet, f"target    {config.target}: {target.config.num_layers} layers, fingerprint {loaded.fingerprint}")
     _say(quiet, f"drafter   {drafter.num_levels} levels, {num_params / 1e6:.1f}M parameters, {config.dtype} products")
     peak = peak_flops(jax.devices()[0].device_kind)
