@@ -142,7 +142,7 @@ class DrafterModule(nnx.Module):
         """
         c = self.config
         slots = ring_slots(num_slots, c.window, most_written)
-        dtype = self.fc.weight.dtype
+        dtype = self.fc.dtype
         return as_ring(empty_cache(num_layers, batch, c.num_kv_heads, slots, c.head_dim, dtype, stacked=stacked))
 
     def stored(self) -> list[NamedVariable]:

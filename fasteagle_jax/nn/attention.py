@@ -191,7 +191,7 @@ class Attention(nnx.Module):
         # Without the barrier XLA's TPU compiler fuses the split into heads with the product and copies all weights.
         q, k, v = jax.lax.optimization_barrier((self.q(x), self.k(x), self.v(x)))
         q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in (q, k, v))
-        dtype = self.k.weight.dtype
+        dtype = self.k.dtype
         return rotate(q, rotation).astype(dtype), rotate(k, rotation).astype(dtype), v.astype(dtype)
 
     def output(self, attended: jax.Array) -> jax.Array:

@@ -131,10 +131,11 @@ class RowWeight(nnx.Param):
 
 
 class Linear(nnx.Module):
-    """A matrix product with an optional bias, which owns its weight's layout and logical axes.
+    """A matrix product with an optional bias, which owns its weight's layout, scale and logical axes.
 
     `weight` is [in, out] (with a leading dimension in a stack of layers) or a RowWeight [out, in], `matrix` [in, out]
-    for either. The variable's `axes` are the logical axes of its last two dimensions (see sharding.RULES).
+    for either. The variable's `axes` are the logical axes of its last two dimensions (see sharding.RULES). A frozen
+    weight may be int8 with a `scale` float32 [out], by which the product is multiplied.
     """
 
     def __init__(
@@ -146,22 +147,34 @@ class Linear(nnx.Module):
         dtype: Any = jnp.float32,
         *,
         bias: bool = False,
+        int8: bool = False,
     ):
-        """Random weights of variance 1 / num_in, or zeros if `key` is None."""
+        """Random weights of variance 1 / num_in, or zeros if `key` is None.
+
+        With `int8` they are rounded, and multiplied in `dtype`.
+        """
         shape = (num_in, num_out)
         value = jnp.zeros(shape, dtype) if key is None else jax.random.normal(key, shape, dtype) * num_in**-0.5
-        self.weight = nnx.Param(value, axes=axes)
         # A vector of the stream's width is replicated, as norms are.
-        bias_axis = None if axes[1] == "embed" else axes[1]
-        self.bias = nnx.Param(jnp.zeros((num_out,), dtype), axes=(bias_axis,)) if bias else None
+        vector_axes = (None if axes[1] == "embed" else axes[1],)
+        scale = None
+        if int8:
+            value, scale = to_int8(value)
+        self.weight = nnx.Param(value, axes=axes)
+        self.scale = None if scale is None else nnx.Param(scale, axes=vector_axes)
+        self.bias = nnx.Param(jnp.zeros((num_out,), dtype), axes=vector_axes) if bias else None
+        self.product_dtype = jnp.dtype(dtype)  # of an int8 weight
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] times the weight, plus the bias: [..., out] in x's dtype."""
+        weight = self.weight[...].astype(self.dtype)
         if self.by_rows:
-            rows = x.reshape(-1, x.shape[-1]).astype(self.weight.dtype)
-            y = matmul_by_rows(rows, self.weight[...], FEW_ROWS).reshape(*x.shape[:-1], -1).astype(x.dtype)
+            rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+            y = matmul_by_rows(rows, weight, FEW_ROWS).reshape(*x.shape[:-1], -1).astype(x.dtype)
         else:
-            y = matmul(x, self.weight[...])
+            y = matmul(x, weight)
+        if self.scale is not None:
+            y = (y * self.scale[...]).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     @property
@@ -170,12 +183,20 @@ class Linear(nnx.Module):
         return isinstance(self.weight, RowWeight)
 
     @property
+    def dtype(self) -> Any:
+        """The dtype of products: the weight's, or of an int8 one that it was made for."""
+        return self.weight.dtype if self.scale is None else self.product_dtype
+
+    @property
     def matrix(self) -> jax.Array:
-        """The weight as [..., in, out]."""
-        return self.weight[...].mT if self.by_rows else self.weight[...]
+        """The weight as [..., in, out], scaled."""
+        matrix = self.weight[...].mT if self.by_rows else self.weight[...]
+        return matrix if self.scale is None else (matrix * self.scale[...][..., None, :]).astype(self.dtype)
 
     def set_matrix(self, value: jax.Array) -> None:
         """Sets the weight from [..., in, out]."""
+        if self.scale is not None:
+            value, self.scale[...] = to_int8(value)
         self.weight[...] = value.mT if self.by_rows else value
 
     def set_layout(self, kind: type[nnx.Param]) -> None:
@@ -183,6 +204,13 @@ class Linear(nnx.Module):
         weight = self.weight
         if type(weight) is not kind and weight.ndim == 2:
             self.weight = kind(weight[...].T, axes=weight.axes[::-1])
+
+
+def to_int8(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A matrix [..., in, out] rounded to int8, and the scale float32 [..., out] that gives its size back."""
+    largest = jnp.abs(matrix.astype(jnp.float32)).max(axis=-2)
+    scale = jnp.where(largest > 0, largest / 127, 1.0)
+    return jnp.rint(matrix / scale[..., None, :]).astype(jnp.int8), scale
 
 
 def rows_are_faster() -> bool:
