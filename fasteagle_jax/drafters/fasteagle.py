@@ -50,6 +50,7 @@ from fasteagle_jax.nn.rope import Rotation, rotation
 from fasteagle_jax.nn.stored import NamedVariable, stored_tensors
 from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, run_layers, stack, unstack
 
+NO_TOKEN = -1  # before x[t+1]
 EMBEDDING_SHARE = 0.1  # initial size of the embedding relative to the stream, since copied layers never read one there
 
 _LEVEL = DECODER_LAYER_NAMES | {"norm": "norm", "reinject": "reinject"}  # name in the file: place in a Level
@@ -68,6 +69,7 @@ class FastEagleConfig(DrafterConfig):
     levels: str = "own"  # of LEVELS: whether each level has its own attention and MLP
     side_by_side: bool = False  # attention and MLP of a level read the same stream
     edges: int | None = None  # rank of the EdgeScores; None for none
+    edges_reach: int = 1  # tokens before a guess that they read
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +80,8 @@ class FastEagleConfig(DrafterConfig):
         for name, known in (("context", CONTEXTS), ("levels", LEVELS)):
             if getattr(self, name) not in known:
                 raise UserError(f"drafter {name} is {getattr(self, name)!r}: use {' or '.join(known)}")
+        if not isinstance(self.edges_reach, int) or not 1 <= self.edges_reach <= self.num_levels:
+            raise UserError(f"drafter edges_reach is {self.edges_reach!r}: give 1 to num_levels {self.num_levels}")
         if self.correction and self.edges:
             raise UserError("a drafter has a correction or edges, not both: set one of them to None")
         if (self.context_layer is None) == (self.context == "target"):
@@ -112,8 +116,9 @@ class FastEagleConfig(DrafterConfig):
 
     @property
     def level_parameters(self) -> int:
-        """Those of DrafterConfig, H^2 for reinjection and 3 H R for a correction of R units, 2 H R for edges."""
-        extra = self.hidden_size * self.reinject + 3 * (self.correction or 0) + 2 * (self.edges or 0)
+        """Those of DrafterConfig, H^2 for reinjection and 3 H R for a correction of R units, (1 + J) H R for edges."""
+        extra = self.hidden_size * self.reinject + 3 * (self.correction or 0)
+        extra += (1 + self.edges_reach) * (self.edges or 0)
         return super().level_parameters + self.hidden_size * extra
 
     @property
@@ -195,7 +200,7 @@ class FastEagle(DrafterModule):
         self.fuse = Linear(2 * c.hidden_size, c.hidden_size, ("embed", "fused"), key_input, dtype)
         # One for all levels: one a level had five times the parameters and was no better.
         self.correction = Correction(c, jax.random.fold_in(key, 1), dtype) if c.correction else None
-        sizes = c.hidden_size, c.edges, c.draft_vocab_size, c.rms_norm_eps
+        sizes = c.hidden_size, c.edges, c.edges_reach, c.draft_vocab_size, c.rms_norm_eps
         self.edges = EdgeScores(*sizes, jax.random.fold_in(key, 2), dtype) if c.edges else None
         self.shared = Layer(c, jax.random.fold_in(key, 3), dtype) if c.levels == "shared" else None
         levels = jax.vmap(lambda k: Level(c, k, dtype))(jax.random.split(key_levels, c.num_levels))
@@ -309,11 +314,16 @@ class FastEagle(DrafterModule):
         past = cache.layers if cache is not None else (None if self.scans else [None] * c.num_levels)
         filled = None if cache is None else cache.filled()
 
-        # The token before level i's guess is i - 1 further on; no loss reads past a segment's end.
+        # The token before level i's guess is i - 1 further on; no loss reads past a segment's end. Of the J tokens
+        # before it those from x[t+1] on are known.
         knows_token_before = head_inputs and not self.has_split_draft
         tokens_before: Any = [None] * c.num_levels
         if knows_token_before:
-            tokens_before = [jnp.roll(next_tokens, -i, axis=1) for i in range(c.num_levels)]
+            none = jnp.full_like(next_tokens, NO_TOKEN)
+            tokens_before = [
+                jnp.stack([jnp.roll(next_tokens, j - i, axis=1) if j <= i else none for j in range(c.edges_reach)], -1)
+                for i in range(c.num_levels)
+            ]  # [B, T, J]
         if self.scans:
             tokens_before = jnp.stack(tokens_before) if knows_token_before else None
 
@@ -331,7 +341,9 @@ class FastEagle(DrafterModule):
             h = training_rows(h, visible)
             if not head_inputs:
                 return h, (h, kv)
-            e = None if before is None else embed(embedding, before, dtype)
+            e = None
+            if before is not None:
+                e = embed(embedding, jnp.maximum(before, 0), dtype) * (before != NO_TOKEN)[..., None].astype(dtype)
             return h, (self.head_input(level, h, e), kv)
 
         if remat is not None:
@@ -358,13 +370,13 @@ class FastEagle(DrafterModule):
         return h + layer.mlp(level.mlp_norm(h)), fresh
 
     def head_input(self, level: Level, h: jax.Array, e: jax.Array | None) -> jax.Array:
-        """The head's input [..., H] from a level's output h, given e, the embedding of the token before the guess.
+        """The head's input [..., H] from a level's output h, given the embeddings of the tokens before the guess.
 
-        With edges [..., H + R].
+        `e` is [..., J, H], the nearest first, zero for those that are not known. With edges [..., H + R].
         """
         if self.correction is not None:
             assert e is not None
-            h = self.correction(h, e, self.config.rms_norm_eps)
+            h = self.correction(h, e[..., 0, :], self.config.rms_norm_eps)
         if self.edges is not None and e is not None:
             return jnp.concatenate([level.norm(h), self.edges.query(h, e)], axis=-1)
         return level.norm(h)
@@ -417,7 +429,7 @@ class FastEagle(DrafterModule):
             """The head's input [B, f, H] for guesses at a depth, below f nodes that hold `tokens` int32 [B, f]."""
             e = embed(vocab.embedding, tokens, states.dtype)
             h = jnp.broadcast_to(states[:, depth - 1, None], e.shape)
-            return self.head_input(levels[depth - 1], h, e)
+            return self.head_input(levels[depth - 1], h, e[..., None, :])
 
         def guess(below: jax.Array, depth: int) -> Guesses:
             return Guesses(rank(vocab.logits(below), length[:, None] + depth, ids, ranking), ids)  # [B, f, V]
@@ -443,15 +455,17 @@ class FastEagle(DrafterModule):
         logits = vocab.logits(jnp.stack(hidden, axis=1))  # [B, N, V]
         logits = logits.at[:, 0].add(self.edges.of_all(states[:, 0], embed(vocab.embedding, root, states.dtype)))
         ranked = rank(logits, length[:, None] + 1 + jnp.arange(num_levels), ids, ranking)
-        candidates = Candidates(self.edges, vocab, ids, states, ranked, ranking.sampling.temperature)
+        candidates = Candidates(self.edges, vocab, ids, root, states, ranked, ranking.sampling.temperature)
 
-        def guess(index: jax.Array, depth: int) -> Guesses:
-            return Guesses(candidates.after(index, depth - 1), candidates.token_ids[:, depth - 1])
+        def guess(path: jax.Array, depth: int) -> Guesses:
+            return Guesses(candidates.after(path, depth - 1), candidates.token_ids[:, depth - 1])
 
-        def follow(_: jax.Array, parent: jax.Array, tokens: jax.Array, index: jax.Array, depth: int) -> jax.Array:
-            return index
+        def follow(path: jax.Array, parent: jax.Array, tokens: jax.Array, index: jax.Array, depth: int) -> jax.Array:
+            above = jnp.take_along_axis(path, parent[..., None], axis=1)  # [B, f, J]
+            return jnp.concatenate([index[..., None], above[..., :-1]], axis=-1)
 
-        return grow(tree, root, num_levels, jnp.zeros((len(root), 1), jnp.int32), guess, follow)
+        start = jnp.zeros((len(root), 1, self.config.edges_reach), jnp.int32)
+        return grow(tree, root, num_levels, start, guess, follow)
 
     @property
     def has_split_draft(self) -> bool:

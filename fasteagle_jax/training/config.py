@@ -57,7 +57,8 @@ class DrafterChoice:
     context_layer: int | None = None  # of the target, for context target; None for the last
     levels: str = "own"  # each level's attention and MLP: "own", or "shared" by all
     side_by_side: bool = False  # a level's attention and MLP read the same stream
-    edges: int | None = None  # rank of scores that a guess gets by the token before it; None for none
+    edges: int | None = None  # rank of scores that a guess gets by the tokens before it; None for none
+    edges_reach: int = 1  # how many tokens
     window: int | None = None  # positions that a level attends to; None for all
     from_target: bool = False  # start each level, or EAGLE-3's one layer, from the target's last layer
     start: str = ""  # start from the drafter in this folder: its weights, draft vocabulary and first levels
@@ -66,7 +67,7 @@ class DrafterChoice:
 
 
 # Of DrafterChoice, of some kinds alone.
-KIND_FIELDS = {"reinject", "correction", "context", "context_layer", "levels", "side_by_side", "edges"}
+KIND_FIELDS = {"reinject", "correction", "context", "context_layer", "levels", "side_by_side", "edges", "edges_reach"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,9 +64,9 @@ def drafter_from(
     """
     old, new = dataclasses.asdict(trained.config), dataclasses.asdict(config)
     old |= {"window": config.window, "num_levels": min(config.num_levels, trained.config.num_levels)}
-    for name in ("correction", "edges"):
+    for name, others in (("correction", ()), ("edges", ("edges_reach",))):
         if old.get(name, 0) is None:  # none of its own: the new one's may be another
-            old[name] = new.get(name)
+            old |= {each: new.get(each) for each in (name, *others)}
     if old != new:
         wrong = ", ".join(
             f"{name} {old.get(name)} instead of {new[name]}" for name in new if old.get(name) != new[name]

@@ -71,7 +71,7 @@ FORMS = {  # changes of the configuration, stacked
     "correction, stacked": (dict(correction=8), True),
     "reduced vocabulary and correction, list": (dict(draft_vocab_size=len(IDS), correction=8), False),
     "shared, side by side, stacked": (dict(levels="shared", side_by_side=True, reinject=True), True),
-    "edges, stacked": (dict(edges=4), True),
+    "edges, stacked": (dict(edges=4, edges_reach=2), True),
     "reduced vocabulary, shared, edges, list": (dict(draft_vocab_size=len(IDS), levels="shared", edges=4), False),
     "a window, stacked": (dict(window=3), True),
     "a window of one, list": (dict(window=1), False),
@@ -120,16 +120,19 @@ def whole_pass(drafter, vocab, tokens, features, **how):
 def chains(drafter, vocab, tokens, features, **how):
     """The guesses of a chain from every stream position on: int32 [N, B, T]."""
     outputs, _ = whole_pass(drafter, vocab, tokens, features, head_inputs=False, **how)  # of the levels
-    guesses, before = [], tokens[:, 1:]
+    guesses = []
     for i, (h, level) in enumerate(zip(outputs, drafter.unstacked().levels, strict=True)):
-        h = drafter.head_input(level, h, vocab.embedding[before])
+        nearest = jnp.stack([*guesses[::-1], tokens[:, 1:]][: drafter.config.edges_reach], axis=-1)  # [B, T, <= J]
+        e = jnp.pad(
+            vocab.embedding[nearest], [(0, 0)] * 2 + [(0, drafter.config.edges_reach - nearest.shape[-1]), (0, 0)]
+        )
+        h = drafter.head_input(level, h, e)
         logits = head_logits(h[..., : vocab.head.shape[1]], vocab.head)
         if (table := drafter.own_head()) is not None:  # after the first level of the best without the token before
             least = jax.lax.top_k(logits, edges.NUM_CANDIDATES)[0][..., -1:] if i else -jnp.inf
             logits = jnp.where(logits >= least, logits + h[..., vocab.head.shape[1] :] @ table.T, -jnp.inf)
         best = jnp.argmax(logits, axis=-1)
-        before = best if vocab.token_ids is None else vocab.token_ids[best]
-        guesses.append(before)
+        guesses.append(best if vocab.token_ids is None else vocab.token_ids[best])
     return jnp.stack(guesses)
 
 
@@ -186,7 +189,7 @@ SWITCHES = {
     "reinjection": {"reinject": True},
     "correction": {"correction": 8},
     "shared": {"levels": "shared", "side_by_side": True},
-    "edges": {"edges": 4},
+    "edges": {"edges": 4, "edges_reach": 3},
 }
 
 
@@ -226,7 +229,9 @@ def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
                 read = h + (units / (1 + jnp.exp(-units))) @ c.to_state.weight[...]
             read = normed(read) * level.norm.weight[...]
             if (c := drafter.edges) is not None:
-                product = (token @ c.of_token.weight[...]) * (normed(h) @ c.of_state.weight[...])
+                known = [jnp.pad(tokens, ((0, 0), (0, N)))[:, j : j + T] for j in range(i, max(i - 3, 0), -1)]
+                e = jnp.concatenate([normed(target.embedding[...][x]) for x in known], axis=-1)
+                product = (e @ c.of_token.weight[...][: e.shape[-1]]) * (normed(h) @ c.of_state.weight[...])
                 read = jnp.concatenate([read, product], axis=-1)
             out.append(read)
         return jnp.stack(out)
