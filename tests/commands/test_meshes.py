@@ -135,6 +135,7 @@ def test_a_cascade_that_shares_its_layer_and_reads_the_targets_cache_trains_on_a
     assert_same_drafter(tmp_path / "mesh", tmp_path / "one")
 
 
+@pytest.mark.slow  # its step on a mesh: tests/training/test_deepkd.py
 def test_deepkd_trains_on_a_mesh_in_microbatches_with_recomputation_as_on_one_device(
     target_folder, data_file, tmp_path
 ):

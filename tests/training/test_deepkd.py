@@ -490,7 +490,11 @@ def test_a_skipped_update_leaves_the_buffers() -> None:
     np.testing.assert_array_equal(result.parts.signal_to_noise, before.optimizer.signal_to_noise)
 
 
-@pytest.mark.parametrize(("kind", "changes"), KINDS, ids=["fasteagle", "edges", "eagle3"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [pytest.param(*kind, marks=[pytest.mark.slow] * ("edges" not in kind[1])) for kind in KINDS],
+    ids=["fasteagle", "edges", "eagle3"],
+)
 def test_steps_on_a_mesh_are_those_on_one_device(kind: str, changes: dict) -> None:
     """Rows over data and fsdp, the vocabulary over tensor: the mask's counts, and the parts' sums, are exchanged."""
     target = tiny_target(num_layers=2)
