@@ -35,11 +35,11 @@ def pack(output: Path, packed: Path) -> tuple[int, int]:
     manifest = read_json(path)
     if ready := [s["name"] for s in manifest["settings"]["sources"] if s["kind"] == "dialogues"]:
         raise UserError(f"{output} holds ready dialogues of {ready[0]}: pack answers of the target alone")
-    conversations = read_conversations(output)
+    # Those that the manifest counts: a run that is under way may have written more.
+    conversations = read_conversations(output)[: manifest["counts"]["conversations"]]
     num_tokens = 0
-    counts = manifest["counts"] | {"conversations": len(conversations)}
     with replacing(packed) as aside, lzma.open(aside, "wt", preset=9, encoding="utf-8") as file:
-        file.write(json.dumps({"settings": manifest["settings"], "counts": counts}) + "\n")
+        file.write(json.dumps({"settings": manifest["settings"], "counts": manifest["counts"]}) + "\n")
         for c in conversations:
             answers = [c.tokens[start:end].tolist() for start, end in c.assistant]
             num_tokens += sum(map(len, answers))

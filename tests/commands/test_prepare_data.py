@@ -238,6 +238,18 @@ def test_packed_answers_give_the_same_file_and_the_run_goes_on(
     assert "has no d.jsonl.manifest.json" in complaint(main, *words, packed, "--pack", tmp_path / "x.xz")
 
 
+def test_answers_are_packed_while_the_run_goes_on(prepare, tmp_path):
+    """Lines are written before they are counted: those that are not counted yet are left for the next time."""
+    options = ["--keep-truncated", "--prompts", "self"]
+    path = prepare("a.jsonl", *options, "--limit", 8)
+    manifest = path.with_name("a.jsonl.manifest.json")
+    before, counted = path.read_bytes(), manifest.read_bytes()
+    prepare("a.jsonl", *options, "--limit", 16)
+    manifest.write_bytes(counted)
+    prepare("a.jsonl", "--pack", tmp_path / "answers.xz")
+    assert prepare("b.jsonl", *options, "--limit", 8, "--packed", tmp_path / "answers.xz").read_bytes() == before
+
+
 def test_other_settings_are_refused(prepare, complaint, target_folder, prompts_file, tmp_path):
     path = prepare("a.jsonl", "--limit", 4)
     options = ["--target", target_folder, "--output", path, "--max-length", 192, "--prompts", prompts_file]
