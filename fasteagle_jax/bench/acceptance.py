@@ -78,9 +78,9 @@ def acceptance(
     decoders = decoders[1:]  # plain decoding's length is 1
     num_cases = sum(len(prompt.turns) for prompts in tasks.values() for prompt in prompts)
     progress = Progress(num_cases * len(decoders) * len(args.temperature), "answer")
-    tables, records = [], []
+    different: list[dict[DecoderSpec, int]] = []  # answers by temperature
+    titles, records = [], []
     figures: dict[str, Callable[[], Any]] = {}
-    differing = 0
 
     def start(decoder: DecoderSpec) -> Engine:
         assert decoder.folder is not None
@@ -104,14 +104,14 @@ def acceptance(
                 progress.update(f"{name} is measured already", num_cases)
             answers[decoder] = [Answer(**answer) for answer in part["answers"]]
         first = answers[decoders[0]]
-        different = {
-            decoder: sum(a.tokens != b.tokens for a, b in zip(given, first, strict=True))
-            for decoder, given in answers.items()
-        }
-        differing += sum(different.values())
+        different.append(
+            {
+                decoder: sum(a.tokens != b.tokens for a, b in zip(given, first, strict=True))
+                for decoder, given in answers.items()
+            }
+        )
         counts = Counts.of(cases, answers)
-        title = f"temperature {temperature:g}, {args.max_new} new tokens at most, {models.dtype}, {machine()}"
-        tables.append((title, counts, different))
+        titles.append(f"temperature {temperature:g}, {args.max_new} new tokens at most, {models.dtype}, {machine()}")
         estimates = counts.estimates()
         records.append({"temperature": temperature, "estimates": estimates, "differences": counts.differences()})
         records[-1]["cases"] = [
@@ -119,15 +119,15 @@ def acceptance(
             | {"counts": {str(d): [a[i].rounds, *a[i].accepted_at] for d, a in answers.items()}}
             for i, case in enumerate(cases)
         ]
-        figures[f"acceptance_t{temperature:g}"] = functools.partial(intervals_figure, title, estimates)
+        figures[f"acceptance_t{temperature:g}"] = functools.partial(intervals_figure, titles[-1], estimates)
     progress.close()
-    for title, counts, different in tables:
-        _show(title, counts, different)
+    for title, record, of_decoders in zip(titles, records, different, strict=True):
+        _show(title, record, of_decoders)
     print(
         "tau: tokens a target pass, without the token that prefill makes, and its standard error; by depth: of those"
         f" whose predecessor held, all tasks together. Intervals hold 95% of {RESAMPLES} draws of the conversations."
     )
-    return Outcome({"acceptance": records}, figures, differing)
+    return Outcome({"acceptance": records}, figures, sum(sum(of_decoders.values()) for of_decoders in different))
 
 
 def _converse(
@@ -181,10 +181,12 @@ def _answer(
 def _generate(engine: Engine, params: SamplingParams, cases: Sequence[Case], progress: Progress) -> list[Completion]:
     """The answers to cases, in their order."""
     seeded = [dataclasses.replace(params, seed=case.seed) for case in cases]
-    completions = []
+    completions: list[Completion] = []
+    counts: Acceptance | None = None
     for completion in engine.complete([case.tokens for case in cases], seeded):
         completions.append(completion)
-        progress.update(f"{engine.trees[0]}: tau {Acceptance.total([c.statistics for c in completions]).length:.2f}")
+        counts = completion.statistics if counts is None else counts + completion.statistics
+        progress.update(f"{engine.trees[0]}: tau {counts.length:.2f}")
     return sorted(completions, key=lambda completion: completion.prompt_index)
 
 
@@ -207,12 +209,13 @@ class Counts:
         rng = np.random.default_rng(0)
         for task in dict.fromkeys(case.task for case in cases):
             chosen = [i for i, case in enumerate(cases) if case.task == task]
-            conversations = list(dict.fromkeys(cases[i].conversation for i in chosen))
+            names = dict.fromkeys(cases[i].conversation for i in chosen)
+            conversations = {conversation: c for c, conversation in enumerate(names)}
             counts = np.zeros((len(conversations), len(answers), 1 + depths))
             for x, given in enumerate(answers.values()):
                 for i in chosen:
                     row = [given[i].rounds, *given[i].accepted_at]
-                    counts[conversations.index(cases[i].conversation), x, : len(row)] += row
+                    counts[conversations[cases[i].conversation], x, : len(row)] += row
             num = len(conversations)
             drawn = rng.multinomial(num, np.full(num, 1 / num), RESAMPLES)  # [R, C], how often each is drawn
             by_task[task], draws[task] = counts, np.einsum("rc,cxn->rxn", drawn, counts)
@@ -289,11 +292,13 @@ def _length(counts: np.ndarray) -> np.ndarray:
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
-def _show(title: str, counts: Counts, different: Mapping[DecoderSpec, int]) -> None:
+def _show(title: str, record: Mapping[str, Any], different: Mapping[DecoderSpec, int]) -> None:
+    """Prints the tables of a temperature's record; `different` are a decoder's answers that are not the first one's."""
     rows = []
-    for estimate, decoder in zip(counts.estimates(), itertools.cycle(counts.decoders)):
+    last_task = record["estimates"][-1]["task"]
+    for estimate, decoder in zip(record["estimates"], itertools.cycle(different), strict=False):
         low, high = estimate["interval"]
-        last = estimate["task"] == counts.tasks[-1]
+        last = estimate["task"] == last_task
         rows.append(
             (
                 estimate["task"],
@@ -306,11 +311,11 @@ def _show(title: str, counts: Counts, different: Mapping[DecoderSpec, int]) -> N
             )
         )
     show(title, ("task", "drafter", "passes", "tau", "95%", "by depth", "differ"), rows)
-    if len(counts.decoders) < 2:
+    if len(different) < 2:
         return
     pairs = []
-    for pair in counts.differences():
-        if pair["ratio"] is not None and (pair["task"] == counts.tasks[-1] or len(counts.decoders) == 2):
+    for pair in record["differences"]:
+        if pair["ratio"] is not None and (pair["task"] == last_task or len(different) == 2):
             low, high = pair["ratio_interval"]
             by = f"{pair['difference']:+.3f} ({pair['difference_interval'][0]:+.3f} to"
             by += f" {pair['difference_interval'][1]:+.3f})"

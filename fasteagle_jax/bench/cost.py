@@ -235,7 +235,7 @@ def switches(config: Mapping[str, Any], run: RunConfig, draft_vocab: str | None)
     if values.get("correction"):
         share = values["correction"] / config["hidden_size"]
         values["correction"] = max(round(share * target.hidden_size), 1)
-    if (num := len(config["feature_layers"])) != len(_default_layers(target.num_layers)):
+    if (num := len(config["feature_layers"])) != len(drafter_config(run.drafter, target).feature_layers):
         values["feature_layers"] = tuple(i * (target.num_layers - 1) // max(num - 1, 1) for i in range(num))
     if draft_vocab == SCALED:
         share = config["draft_vocab_size"] / config["vocab_size"]
@@ -245,10 +245,6 @@ def switches(config: Mapping[str, Any], run: RunConfig, draft_vocab: str | None)
             raise UserError(f"--draft-vocab {draft_vocab!r} is not understood: give a number or `{SCALED}`")
         values["draft_vocab_size"] = int(draft_vocab)
     return [f"drafter.{name}={value}" for name, value in values.items()]
-
-
-def _default_layers(num_layers: int) -> tuple[int, ...]:
-    return 2, num_layers // 2, num_layers - 3
 
 
 def _batches(text: str) -> list[int]:

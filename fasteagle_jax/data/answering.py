@@ -148,9 +148,8 @@ class Rules:
         answered = [i for i, messages in enumerate(all_messages) if any(m["role"] == "assistant" for m in messages)]
         chats = encode_chats(self.tokenizer, [all_messages[i] for i in answered])
         for i, chat in zip(answered, chats, strict=True):
-            if isinstance(
-                chat, UserError
-            ):  # e.g. roles that do not alternate; _rules finds a template that never works
+            # E.g. roles that do not alternate; _rules of prepare_data finds a template that never works.
+            if isinstance(chat, UserError):
                 outcomes[i] = "dialogues that the chat template refuses"
             elif chat.spans:  # else the template marks no message as an answer
                 outcomes[i] = self._windows(samples[i].id, all_messages[i], chat)

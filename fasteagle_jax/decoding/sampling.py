@@ -131,7 +131,7 @@ def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling) -> j
     both = (k < vocab) & (p < 1)
 
     def kept_by_top_k() -> jax.Array:
-        kept = jnp.where(scaled >= _kth_largest(scaled, k)[..., None], mass, 0).sum(axis=-1)
+        kept = jnp.where(scaled >= kth_largest(scaled, k)[..., None], mass, 0).sum(axis=-1)
         return jnp.where(both, kept, whole)  # a row's total does not depend on other rows' filters
 
     whole = mass.sum(axis=-1)
@@ -164,8 +164,11 @@ def _draw_filtered(scaled: jax.Array, noise: jax.Array, sampling: Sampling) -> j
     return jax.lax.while_loop(undecided, attempt, start)[1]
 
 
-def _kth_largest(x: jax.Array, k: jax.Array) -> jax.Array:
-    """The k-th largest value float32 [B, M] of x float32 [B, M, V], k int32 [B, 1]: 32 counting passes, one a bit."""
+def kth_largest(x: jax.Array, k: jax.Array) -> jax.Array:
+    """The k-th largest value float32 [B, M] of x float32 [B, M, V], k int32 [B, 1] or [].
+
+    32 counting passes, one a bit: k need not be a constant, and devices that share a vocabulary exchange counts alone.
+    """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = jnp.uint32(0x80000000)
     ordered = jnp.where(bits & sign, ~bits, bits | sign)  # uint32 in the order of the floats

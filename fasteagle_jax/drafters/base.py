@@ -109,7 +109,6 @@ class DrafterModule(nnx.Module):
 
     architecture: str  # its name in a config.json
     Config: Any = DrafterConfig  # the kind's own
-    context_layers: tuple[int, ...] = ()  # the target's layers whose keys and values it reads
 
     def __init__(self, config: DrafterConfig, key: jax.Array, dtype: Any):
         c = config
@@ -129,6 +128,11 @@ class DrafterModule(nnx.Module):
     def feature_layers(self) -> tuple[int, ...]:
         """The target's layers whose inputs are the features."""
         return self.config.feature_layers
+
+    @property
+    def context_layers(self) -> tuple[int, ...]:
+        """The target's layers whose keys and values it reads."""
+        return self.config.context_layers
 
     def fused(self, features: jax.Array) -> jax.Array:
         """g [B, T, H] of the target's features [B, T, F*H]."""

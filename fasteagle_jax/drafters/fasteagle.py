@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
+from fasteagle_jax.decoding.state import NO_TOKEN
 from fasteagle_jax.decoding.tree import Draft, Guesses, TreeSpec, build, grow
 from fasteagle_jax.devices.sharding import constrain, training_rows
 from fasteagle_jax.drafters.base import (
@@ -50,7 +51,6 @@ from fasteagle_jax.nn.rope import Rotation, rotation
 from fasteagle_jax.nn.stored import NamedVariable, stored_tensors
 from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, run_layers, stack, unstack
 
-NO_TOKEN = -1  # before x[t+1]
 EMBEDDING_SHARE = 0.1  # initial size of the embedding relative to the stream, since copied layers never read one there
 
 _LEVEL = DECODER_LAYER_NAMES | {"norm": "norm", "reinject": "reinject"}  # name in the file: place in a Level
@@ -210,11 +210,6 @@ class FastEagle(DrafterModule):
     def scans(self) -> bool:
         """Whether the levels are one scanned stack rather than a list."""
         return self.stacked and self.shared is None
-
-    @property
-    def context_layers(self) -> tuple[int, ...]:  # type: ignore[override]
-        """The target's layers whose keys and values it reads."""
-        return self.config.context_layers
 
     def start_from(self, target: Any, feature_rms: jax.Array, *, layers: bool) -> None:
         """Initialises its norms from the target's final one and, with `layers`, each layer from one of the target's.
@@ -411,19 +406,13 @@ class FastEagle(DrafterModule):
             return self.build_tree(vocab, new, cache, logits, tree, ranking), cache
         states, cache = self._newest_states(vocab, new, cache, num_levels, context)  # [B, N, H]
         grown = self._corrected_tree if self.edges is None else self._tree_of_edges
-        return grown(vocab, pending(new), cache.length, states, tree, ranking), cache
+        return grown(vocab, new, cache, states, tree, ranking), cache
 
     def _corrected_tree(
-        self,
-        vocab: VocabWeights,
-        root: jax.Array,
-        length: jax.Array,
-        states: jax.Array,
-        tree: TreeSpec,
-        ranking: Ranking,
+        self, vocab: VocabWeights, new: Accepted, cache: Any, states: jax.Array, tree: TreeSpec, ranking: Ranking
     ) -> Draft:
-        """The Draft of states [B, N, H] of levels, corrected by the token before a guess; the root is at `length`."""
-        levels, ids = self._level_list(), draft_ids(vocab)
+        """The tree of states [B, N, H] of levels, corrected by the token before a guess."""
+        levels, ids, root, length = self._level_list(), draft_ids(vocab), pending(new), cache.length
 
         def states_below(depth: int, tokens: jax.Array) -> jax.Array:
             """The head's input [B, f, H] for guesses at a depth, below f nodes that hold `tokens` int32 [B, f]."""
@@ -440,21 +429,15 @@ class FastEagle(DrafterModule):
         return grow(tree, root, states.shape[1], states_below(1, root[:, None]), guess, follow)
 
     def _tree_of_edges(
-        self,
-        vocab: VocabWeights,
-        root: jax.Array,
-        length: jax.Array,
-        states: jax.Array,
-        tree: TreeSpec,
-        ranking: Ranking,
+        self, vocab: VocabWeights, new: Accepted, cache: Any, states: jax.Array, tree: TreeSpec, ranking: Ranking
     ) -> Draft:
-        """The Draft of levels' states [B, N, H] with edge scores; the root is at `length`."""
+        """The tree of states [B, N, H] of levels, with edge scores."""
         assert self.edges is not None
-        ids, num_levels = draft_ids(vocab), states.shape[1]
+        ids, num_levels, root = draft_ids(vocab), states.shape[1], pending(new)
         hidden = [self.head_input(level, states[:, i], None) for i, level in enumerate(self._level_list()[:num_levels])]
         logits = vocab.logits(jnp.stack(hidden, axis=1))  # [B, N, V]
         logits = logits.at[:, 0].add(self.edges.of_all(states[:, 0], embed(vocab.embedding, root, states.dtype)))
-        ranked = rank(logits, length[:, None] + 1 + jnp.arange(num_levels), ids, ranking)
+        ranked = rank(logits, cache.length[:, None] + 1 + jnp.arange(num_levels), ids, ranking)
         candidates = Candidates(self.edges, vocab, ids, root, states, ranked, ranking.sampling.temperature)
 
         def guess(path: jax.Array, depth: int) -> Guesses:

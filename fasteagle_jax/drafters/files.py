@@ -33,7 +33,7 @@ from fasteagle_jax.drafters.base import DrafterConfig
 from fasteagle_jax.drafters.table import CLASSES, class_named, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import new_folder, sha256
-from fasteagle_jax.nn.linear import to_rows
+from fasteagle_jax.nn.linear import to_int8, to_rows
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.nn.transformer import stacks_are_faster
 
@@ -173,12 +173,11 @@ def to_storage(tensors: Mapping[str, np.ndarray], storage: str) -> dict[str, np.
         if value.ndim != 2 or storage == "float32":
             stored[name] = value
             continue
-        largest = np.abs(value.astype(np.float32)).max(axis=1, keepdims=True)
-        scale = np.where(largest > 0, largest / 127, np.float32(1))  # [out, 1]
-        rounded = np.rint(value / scale)
+        columns, column_scale = to_int8(value.T)
+        rounded, scale = np.ascontiguousarray(columns.T), column_scale[:, None]  # int8 [out, in], float32 [out, 1]
         error = np.linalg.norm(rounded * scale - value)
         if storage == "int8" and error <= MAX_INT8_RELATIVE_ERROR * np.linalg.norm(value):
-            stored[name], stored[name + _SCALE] = rounded.astype(np.int8), scale
+            stored[name], stored[name + _SCALE] = rounded, scale
         else:
             stored[name] = value.astype(jnp.bfloat16)
     return stored

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 FEW_ROWS = 64  # up to so many a CPU multiplies faster from the left (see _product_from_left)
@@ -206,11 +207,15 @@ class Linear(nnx.Module):
             self.weight = kind(weight[...].T, axes=weight.axes[::-1])
 
 
-def to_int8(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A matrix [..., in, out] rounded to int8, and the scale float32 [..., out] that gives its size back."""
-    largest = jnp.abs(matrix.astype(jnp.float32)).max(axis=-2)
-    scale = jnp.where(largest > 0, largest / 127, 1.0)
-    return jnp.rint(matrix / scale[..., None, :]).astype(jnp.int8), scale
+def to_int8(matrix: Any) -> tuple[Any, Any]:
+    """A matrix [..., in, out] rounded to int8, and the scale float32 [..., out] that gives its size back.
+
+    Of JAX's arrays, or of NumPy's.
+    """
+    xp: Any = jnp if isinstance(matrix, jax.Array) else np
+    largest = xp.abs(matrix.astype(np.float32)).max(axis=-2)
+    scale = xp.where(largest > 0, largest / 127, np.float32(1))
+    return xp.rint(matrix / scale[..., None, :]).astype(np.int8), scale
 
 
 def rows_are_faster() -> bool:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fasteagle_jax.decoding.sampling import kth_largest
 from fasteagle_jax.devices.sharding import constrain_all
 from fasteagle_jax.errors import UserError
 
@@ -110,23 +111,10 @@ def num_kept(config: DeepKD, num_classes: int, step: jax.Array, num_steps: int) 
 
 
 def largest(logits: jax.Array, among: jax.Array, k: jax.Array) -> jax.Array:
-    """The k largest logits of those `among`, bool [..., V]; what ties with the k-th is in.
-
-    A radix selection of the k-th, bit by bit: k need not be a constant, and devices that share a vocabulary exchange
-    counts alone.
-    """
-    bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
-    top = jnp.uint32(1 << 31)
-    # Unsigned integers in the order of the floats, and 0, which no number has, for those left out.
-    rank = jnp.where(among, jnp.where(bits >= top, ~bits, bits | top), 0)
-
-    def add_bit(i: jax.Array, found: jax.Array) -> jax.Array:
-        higher = found | (top >> i.astype(jnp.uint32))
-        enough = (rank >= higher).sum(axis=-1, keepdims=True, dtype=jnp.int32) >= k
-        return jnp.where(enough, higher, found)
-
-    kth = jax.lax.fori_loop(0, 32, add_bit, jnp.zeros((*logits.shape[:-1], 1), jnp.uint32))
-    return among & (rank >= kth)
+    """bool [..., V], the k largest logits of those `among`, bool [..., V]; what ties with the k-th is in."""
+    masked = jnp.where(among, logits.astype(jnp.float32), -jnp.inf)
+    kth = kth_largest(masked, jnp.minimum(k, masked.shape[-1]))  # -inf if there are fewer than k
+    return among & (masked >= kth[..., None])
 
 
 # --- the three losses -------------------------------------------------------------------------------------------
