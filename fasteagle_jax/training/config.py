@@ -59,6 +59,7 @@ class DrafterChoice:
     side_by_side: bool = False  # a level's attention and MLP read the same stream
     edges: int | None = None  # rank of scores that a guess gets by the tokens before it; None for none
     edges_reach: int = 1  # how many tokens
+    edges_gated: bool = False  # these read silu of the tokens and the state
     window: int | None = None  # positions that a level attends to; None for all
     from_target: bool = False  # start each level, or EAGLE-3's one layer, from the target's last layer
     start: str = ""  # start from the drafter in this folder: its weights, draft vocabulary and first levels
@@ -67,7 +68,17 @@ class DrafterChoice:
 
 
 # Of DrafterChoice, of some kinds alone.
-KIND_FIELDS = {"reinject", "correction", "context", "context_layer", "levels", "side_by_side", "edges", "edges_reach"}
+KIND_FIELDS = {
+    "reinject",
+    "correction",
+    "context",
+    "context_layer",
+    "levels",
+    "side_by_side",
+    "edges",
+    "edges_reach",
+    "edges_gated",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,8 @@ from fasteagle_jax.devices.sharding import constrain
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.linear import LogitMap, head_logits
 from fasteagle_jax.training.deepkd import DeepKD, part_losses, teacher, value_and_jacobian
+
+SPAN = 32  # tokens of a stretch, where the loss looks at whole stretches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +75,39 @@ class LevelMetrics(NamedTuple):
 
 
 def select_positions(
-    supervised: jax.Array, positions: jax.Array, share: float, key: jax.Array
+    supervised: jax.Array, positions: jax.Array, share: float, key: jax.Array, span: int = 1
 ) -> tuple[jax.Array, jax.Array]:
     """Each row's target positions that the loss looks at, int32 [B, S], and which of them count, bool [B, S].
 
     A position s counts if x[s+1] is supervised and level 1 can guess it (positions[s] >= 1). S is `share` of a row's T
-    slots; if more positions count, it is a random subset of them.
+    slots; if more positions count, it is a random subset of them. They are taken in stretches of `span` tokens, which
+    divides T; a stretch is as likely as any other where a position of it counts.
     """
     counts = jnp.roll(supervised, -1, axis=1).at[:, -1].set(False) & (positions >= 1)  # [B, T]
-    size = max(1, round(share * counts.shape[1]))
-    order = jnp.where(counts, jax.random.uniform(key, counts.shape), 2.0)
-    picked = jnp.sort(jax.lax.top_k(-order, size)[1], axis=1)
-    return picked.astype(jnp.int32), jnp.take_along_axis(counts, picked, axis=1)
+    stretches = counts.reshape(len(counts), -1, span).any(axis=-1)  # [B, T / span]
+    size = max(1, round(share * stretches.shape[1]))
+    order = jnp.where(stretches, jax.random.uniform(key, stretches.shape), 2.0)
+    first = span * jnp.sort(jax.lax.top_k(-order, size)[1], axis=1)
+    picked = (first[..., None] + jnp.arange(span)).reshape(len(counts), -1).astype(jnp.int32)
+    return picked, jnp.take_along_axis(counts, picked, axis=1)
+
+
+def span_of(num_tokens: int) -> int:
+    """The tokens of a stretch in rows of so many: at most SPAN."""
+    return math.gcd(num_tokens, SPAN)
+
+
+def stretches_read(picked: jax.Array, span: int, num_levels: int) -> tuple[jax.Array, list[jax.Array]]:
+    """The stream positions that N levels need for their guesses at `picked` target positions, in stretches of `span`.
+
+    Returns int32 [B, A], A = S (span + N - 1) / span, and for each level its guesses' places among them, int32 [B, S].
+    """
+    first = picked[:, ::span]  # [B, S / span]
+    size = span + num_levels - 1
+    at = first[..., None] - num_levels + jnp.arange(size)  # level i's guess for the token after s stands at s - i
+    start = (size * jnp.arange(first.shape[1]))[:, None] + jnp.arange(span)  # [S / span, span]
+    places = [jnp.broadcast_to((start + num_levels - i).reshape(-1), picked.shape) for i in range(1, num_levels + 1)]
+    return jnp.maximum(at, 0).reshape(len(picked), -1), places
 
 
 def level_loss(
@@ -99,6 +123,7 @@ def level_loss(
     level_share: jax.Array | None = None,
     logit_map: LogitMap = LogitMap(),  # noqa: B008  # immutable
     num_kept: jax.Array | None = None,
+    places: list[jax.Array] | None = None,
 ) -> tuple[jax.Array, LevelMetrics]:
     """The loss float32 [] and metrics of N levels at the selected target positions; of DeepKD three losses [3].
 
@@ -116,12 +141,14 @@ def level_loss(
       level_share: float32 [N], factors of the levels' losses, as a microbatch has them; None for 1.
       logit_map: the target's, from the products with `head` to logits; a head of the drafter's own has none.
       num_kept: int32 [], DeepKD's K; None for no mask.
+      places: of each level int32 [B, S], where along T its hidden state for each picked position is, if `hidden` is of
+        some stream positions alone (see stretches_read); None: of all.
     """
     num_levels, (batch, size) = len(hidden), picked.shape
     levels = range(1, num_levels + 1)
     # Level i's guess for the token after s stands at stream position s - i, if the segment reaches back that far.
-    at_level = [jnp.maximum(picked - i, 0)[..., None] for i in levels]
-    at_guess = [jnp.take_along_axis(h, at, axis=1) for h, at in zip(hidden, at_level, strict=True)]
+    at_level = [jnp.maximum(picked - i, 0) for i in levels] if places is None else places
+    at_guess = [jnp.take_along_axis(h, at[..., None], axis=1) for h, at in zip(hidden, at_level, strict=True)]
     depth = jnp.take_along_axis(positions, picked, axis=1)
     valid = real & (depth >= jnp.asarray(levels)[:, None, None])  # [N, B, S]
     count = jnp.maximum(valid.sum(axis=(1, 2)), 1)  # [N]

@@ -20,7 +20,14 @@ from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.training.config import REMAT, RunConfig, StepOptions
 from fasteagle_jax.training.deepkd import Parts, num_kept, value_and_parts
-from fasteagle_jax.training.losses import LevelMetrics, LossConfig, level_loss, select_positions
+from fasteagle_jax.training.losses import (
+    LevelMetrics,
+    LossConfig,
+    level_loss,
+    select_positions,
+    span_of,
+    stretches_read,
+)
 from fasteagle_jax.training.optimizer import is_matrix, make_optimizer
 
 
@@ -85,8 +92,14 @@ def drafter_loss(
 
     Of DeepKD the three losses [3], without a mask.
     """
-    picked, real = select_positions(batch.supervised, batch.positions, config.share, key)
-    return _loss_at(drafter, target, _Rows(batch, None, picked, real), None, config, StepOptions())
+    rows = _Rows(batch, None, *_select(drafter, batch, config.share, key))
+    return _loss_at(drafter, target, rows, None, config, StepOptions())
+
+
+def _select(drafter: Any, batch: Batch, share: float, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The positions of `select_positions`, in stretches where a drafter can do without the rest of the row."""
+    span = span_of(batch.tokens.shape[1]) if drafter.pointwise else 1
+    return select_positions(batch.supervised, batch.positions, share, key, span)
 
 
 class _Rows(NamedTuple):
@@ -126,12 +139,16 @@ def _loss_at(
     next_tokens = jnp.roll(batch.tokens, -1, axis=1)  # wrong at a segment's end, where no loss looks
     attend = Packed(batch.segments, drafter.config.window, options.attention)
     stream = target.embedding[...], features, next_tokens, batch.positions, attend
-    hidden, _ = drafter.hidden_states(*stream, context=context, remat=REMAT[options.remat])
+    remat, at, at_level = REMAT[options.remat], {}, None
+    if drafter.pointwise:
+        stream_positions, at_level = stretches_read(rows.picked, span_of(batch.tokens.shape[1]), drafter.num_levels)
+        at = {"at": stream_positions}
+    hidden, _ = drafter.hidden_states(*stream, context=context, remat=remat, **at)
     head = target.head_rows()
     token_ids = None if drafter.token_ids is None else drafter.token_ids[...]
     places = batch.positions, rows.picked, rows.real
-    own_head, logit_map = drafter.own_head(), target.logit_map
-    return level_loss(hidden, out.hidden, *places, head, token_ids, config, own_head, level_share, logit_map, kept)
+    heads = head, token_ids, config, drafter.own_head(), level_share, target.logit_map
+    return level_loss(hidden, out.hidden, *places, *heads, kept, at_level)
 
 
 def make_train_step(
@@ -191,7 +208,7 @@ def make_train_step(
         values: TargetValues | None = None,
     ) -> tuple[TrainState, StepResult]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        whole = _Rows(batch, values, *select_positions(batch.supervised, batch.positions, config.share, key))
+        whole = _Rows(batch, values, *_select(nnx.merge(graph, state.params, constants), batch, config.share, key))
         kept = None  # DeepKD's K
         if deepkd is not None and num_steps is not None:
             num_classes = nnx.merge(graph, state.params, constants).config.draft_vocab_size

@@ -13,7 +13,7 @@ import pytest
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.linear import LogitMap
 from fasteagle_jax.training import losses
-from fasteagle_jax.training.losses import LossConfig, level_loss, select_positions
+from fasteagle_jax.training.losses import LossConfig, level_loss, select_positions, stretches_read
 
 N, B, T, H, V = 3, 2, 12, 8, 20
 CLOSE = dict(rtol=1e-5, atol=1e-6)  # float32; sums over 20 tokens and 24 positions in another order
@@ -282,6 +282,21 @@ def test_a_small_share_is_a_new_subset_for_every_key_and_every_position_gets_its
     assert seen == expected and len(subsets) > 30
     again = select(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 0.25, jax.random.key(39))[0]
     np.testing.assert_array_equal(again, picked)
+
+
+def test_stretches_hold_what_counts_and_the_stream_positions_before_it():
+    span, seen = 4, set()
+    select = jax.jit(select_positions, static_argnums=(2, 4))
+    for seed in range(20):
+        picked, real = select(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 0.6, jax.random.key(seed), span)
+        assert picked.shape == (B, 8)
+        np.testing.assert_array_equal(picked % span, np.tile(np.arange(span), (B, 2)))
+        seen |= set(pairs_of(picked, real))
+        at, places = stretches_read(picked, span, N)
+        assert at.shape == (B, 2 * (span + N - 1))
+        for level, place in enumerate(places, 1):
+            np.testing.assert_array_equal(np.take_along_axis(at, place, 1), np.maximum(picked - level, 0))
+    assert seen == set(pairs_that_count())
 
 
 # --- memory -----------------------------------------------------------------------------------------------------

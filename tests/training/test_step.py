@@ -166,6 +166,41 @@ def test_stacked_and_listed_models_have_the_same_loss_and_gradient(changes: dict
         assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(ours))
 
 
+def test_levels_that_read_the_target_alone_are_computed_where_the_loss_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a share of 1 that is every position, in whichever order: the same loss and gradient, to float32 rounding."""
+    target = tiny_target()
+    changes = CHEAP | dict(edges_reach=2, edges_gated=True, reinject=True, num_levels=3)
+    drafter = init_drafter(default_config(target.config, **changes), target, jax.random.key(0))
+    drafter.edges.table[...] += 0.1 * jax.random.normal(jax.random.key(2), drafter.edges.table.shape)
+    graph, params, constants = nnx.split(drafter, nnx.Param, ...)
+    read: list[int] = []
+    states = FastEagle.hidden_states
+
+    def watched(self: FastEagle, *args: Any, **more: Any) -> Any:
+        hidden, fresh = states(self, *args, **more)
+        read.append(hidden[0].shape[1])
+        return hidden, fresh
+
+    monkeypatch.setattr(FastEagle, "hidden_states", watched)
+
+    def gradient(share: float) -> Any:
+        def loss(params: Any) -> Any:
+            drafter = nnx.merge(graph, params, constants)
+            return drafter_loss(drafter, target, packed_batch(), jax.random.key(1), LossConfig(chunk=16, share=share))
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    stretches = gradient(1.0)
+    gradient(0.4)
+    monkeypatch.setattr(FastEagle, "pointwise", False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), stretches, gradient(1.0))
+    assert read == [
+        5 * (8 + 2),
+        2 * (8 + 2),
+        40,
+    ]  # stretches of 8 in rows of 40 tokens, and N - 1 positions before each
+
+
 def test_feature_rms_is_of_an_ordinary_token() -> None:
     target = tiny_target()
     rms = jax.jit(feature_rms, static_argnums=2)(target, packed_batch(), (0, 2))
