@@ -273,6 +273,7 @@ class FastEagle(DrafterModule):
         context: tuple[Any, ...] = (),
         remat: Any = None,
         head_inputs: bool = True,
+        uncorrected: bool = False,
     ) -> tuple[Any, Any]:
         """The head's input at every level and position, and the fresh keys and values.
 
@@ -290,10 +291,11 @@ class FastEagle(DrafterModule):
           remat: a policy of jax.checkpoint_policies, by which the backward pass recomputes levels; None: it does not.
           head_inputs: False returns the levels' outputs in place of the head's input for guesses after the true tokens
             before them.
+          uncorrected: True adds the head's input without the correction, if there is one.
 
         Returns:
           A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i], with edges [B, T, H + R], of
-          which `own_head` reads the last R; and (k, v) for commit_ring.
+          which `own_head` reads the last R, and [B, T, 2 H] if the last H are uncorrected; and (k, v) for commit_ring.
         """
         c = self.config
         dtype = features.dtype  # of all activations
@@ -339,7 +341,10 @@ class FastEagle(DrafterModule):
             e = None
             if before is not None:
                 e = embed(embedding, jnp.maximum(before, 0), dtype) * (before != NO_TOKEN)[..., None].astype(dtype)
-            return h, (self.head_input(level, h, e), kv)
+            hidden = self.head_input(level, h, e)
+            if uncorrected and self.correction is not None:
+                hidden = jnp.concatenate([hidden, level.norm(h)], axis=-1)
+            return h, (hidden, kv)
 
         if remat is not None:
             level_step = jax.checkpoint(level_step, policy=remat)

@@ -97,6 +97,11 @@ class LossConfig:
         """Whether the terms' weights depend on the share of the run that is done."""
         return bool(self.curriculum or self.tv_last)
 
+    @property
+    def weighs_without_edges(self) -> bool:
+        """Whether the guesses without edge scores or correction have a weight, at some time of the run."""
+        return bool(self.without_edges or (self.curriculum and self.without_edges_end))
+
     def uses(self, term: str) -> bool:
         """Whether one of TERMS has a weight, at some time of the run."""
         return bool(getattr(self, term) or (term == "total_variation" and self.tv_last))
@@ -446,7 +451,7 @@ def _scan(
                 if losses_of is not None:
                     losses = jnp.where(valid_BC & counted, losses_of(logits), 0).sum(axis=(1, 2))  # [3]
                     return weight * losses, (jnp.stack([losses.sum(), *sums_of(*stats, ~counted)]), stats)
-                if config.without_edges and without_edges is not None:
+                if config.weighs_without_edges and without_edges is not None:
                     others, _ = _distances(without_edges, p, entropy, best, config, mix)
                     terms = mix.whole * terms + mix.without_edges * others
                 if config.smooth_l1:

@@ -132,7 +132,9 @@ def _loss_at(
     next_tokens = jnp.roll(batch.tokens, -1, axis=1)  # wrong at a segment's end, where no loss looks
     attend = Packed(batch.segments, drafter.config.window, options.attention)
     stream = target.embedding[...], features, next_tokens, batch.positions, attend
-    hidden, _ = drafter.hidden_states(*stream, context=context, remat=REMAT[options.remat])
+    has_both = config.weighs_without_edges and getattr(drafter.config, "correction", None)
+    more = {"uncorrected": True} if has_both else {}
+    hidden, _ = drafter.hidden_states(*stream, context=context, remat=REMAT[options.remat], **more)
     head = target.head_rows()
     token_ids = None if drafter.token_ids is None else drafter.token_ids[...]
     places = batch.positions, rows.picked, rows.real

@@ -151,6 +151,25 @@ def test_a_table_of_edge_scores_is_added_to_the_frozen_heads_logits_and_trained(
     assert np.abs(found[1][1]).max() > 1e-3
 
 
+def test_the_loss_moves_from_the_guesses_without_a_correction_to_the_whole_ones():
+    """Hidden states hold both. A quarter of the run is half of its curriculum."""
+    hidden, target_hidden, head = inputs()
+    both = jnp.concatenate([hidden, normal(5, N, B, T, H)], axis=-1)
+    places = jnp.asarray(POSITIONS), *select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, KEY)
+    config = LossConfig(0.1, 0.9, without_edges=1.0, curriculum=0.5, chunk=5)
+
+    def moving(both, done):
+        return level_loss(both, target_hidden, *places, head, None, config, done=done)[0]
+
+    def of(hidden):
+        return level_loss(hidden, target_hidden, *places, head, None, LossConfig(0.1, 0.9, chunk=5))[0]
+
+    grad = jax.jit(jax.value_and_grad(moving))
+    for done, share in ((0.0, 1.0), (0.25, 0.5), (0.75, 0.0)):
+        slow = jax.value_and_grad(lambda both, s=share: (1 - s) * of(both[..., :H]) + s * of(both[..., H:]))(both)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), grad(both, done), slow)
+
+
 # --- weights along a path, and over a run -----------------------------------------------------------------------
 
 

@@ -170,6 +170,25 @@ def test_stacked_and_listed_models_have_the_same_loss_and_gradient(changes: dict
         assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(ours))
 
 
+@pytest.mark.parametrize("changes", [{"correction": 8}, CHEAP], ids=["correction", "edges"])
+def test_a_curriculum_starts_at_the_guesses_that_do_not_know_the_token_before(changes: dict) -> None:
+    """Neither a correction nor edge scores have a gradient then, and all the rest of the cascade has."""
+    target = tiny_target(stacked=False)
+    drafter = small_drafter(target, **changes)
+    part = drafter.edges.table if "edges" in changes else drafter.correction.to_state.weight
+    part[...] += 0.1  # not at zero, where its other parts have no gradient
+    graph, params, constants = nnx.split(drafter, nnx.Param, ...)
+
+    def loss(params: object) -> jax.Array:
+        config = LossConfig(chunk=16, without_edges=1.0, curriculum=0.5)
+        return drafter_loss(nnx.merge(graph, params, constants), target, packed_batch(), jax.random.key(1), config)[0]
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+        name = jax.tree_util.keystr(path)
+        is_silent = "edges" in name or "correction" in name
+        assert (np.abs(leaf).max() == 0) == is_silent, name
+
+
 def test_feature_rms_is_of_an_ordinary_token() -> None:
     target = tiny_target()
     rms = jax.jit(feature_rms, static_argnums=2)(target, packed_batch(), (0, 2))
