@@ -281,6 +281,7 @@ class FastEagle(DrafterModule):
         remat: Any = None,
         head_inputs: bool = True,
         at: jax.Array | None = None,
+        uncorrected: bool = False,
     ) -> tuple[Any, Any]:
         """The head's input at every level and position, and the fresh keys and values.
 
@@ -300,10 +301,11 @@ class FastEagle(DrafterModule):
             before them.
           at: int32 [B, A], with a context: the places along T that are wanted, of which alone states are computed; None
             for all.
+          uncorrected: True adds the head's input without the correction, if there is one.
 
         Returns:
           A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i], with edges [B, T, H + R], of
-          which `own_head` reads the last R; and (k, v) for commit_ring.
+          which `own_head` reads the last R, and [B, T, 2 H] if the last H are uncorrected; and (k, v) for commit_ring.
         """
         c = self.config
         dtype = features.dtype  # of all activations
@@ -353,7 +355,10 @@ class FastEagle(DrafterModule):
             e = None
             if before is not None:
                 e = embed(embedding, jnp.maximum(before, 0), dtype) * (before != NO_TOKEN)[..., None].astype(dtype)
-            return h, (self.head_input(level, h, e), kv)
+            hidden = self.head_input(level, h, e)
+            if uncorrected and self.correction is not None:
+                hidden = jnp.concatenate([hidden, level.norm(h)], axis=-1)
+            return h, (hidden, kv)
 
         if remat is not None:
             level_step = jax.checkpoint(level_step, policy=remat)
