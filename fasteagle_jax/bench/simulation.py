@@ -1,7 +1,7 @@
 """Random targets and drafters, decoded: `fasteagle simulate` compares what theory predicts with what happens.
 
-V vocabulary · N levels · M nodes. Targets are Markov chains of random laws, drafters these with an error; both are drawn
-from a seed, and so is the noise.
+V vocabulary · N levels · M nodes. Targets are Markov chains of random laws, drafters these with an error; both are
+drawn from a seed, and so is the noise.
 """
 
 from __future__ import annotations
