@@ -57,7 +57,7 @@ def add_answer_options(parser: Any, max_new: int) -> None:
 
 
 def add_engine_options(parser: Any, default_tree: str) -> None:
-    """Adds --target, --dtype, --drafter, --strict, --tree, --max-len and --mesh, to be read with `load_engine`."""
+    """Adds --target, --adapter, --dtype, --drafter, --strict, --tree, --max-len and --mesh: `load_engine` reads them."""
     group = parser.add_argument_group("models")
     add_target_options(group)
     add_draft_options(group, default_tree)
@@ -118,7 +118,7 @@ def sampling_params(args: argparse.Namespace, stop: Sequence[str] = ()) -> Sampl
 
 def load_engine(args: argparse.Namespace, tree: TreeSpec | str | None, slots: int) -> Engine:
     """The engine that the options name, its trees measured if there is a choice."""
-    if args.show_drafts and drafter_folder(args.drafter, open_checkpoint(args.target)) is None:
+    if args.show_drafts and drafter_folder(args.drafter, open_checkpoint(args.target, args.adapter)) is None:
         raise UserError("--show-drafts without a drafter: name its folder with --drafter")
     engine = Engine.load(
         args.target,
@@ -129,6 +129,7 @@ def load_engine(args: argparse.Namespace, tree: TreeSpec | str | None, slots: in
         mesh=mesh_named(args.mesh),
         dtype=args.dtype,
         strict=args.strict,
+        adapter=args.adapter,
     )
     if len(engine.trees) > 1:
         print("measuring which tree is the fastest", file=sys.stderr)

@@ -117,6 +117,7 @@ class RunConfig:
     mesh: MeshShape | None = None  # of devices; None for one device
     attention: str = "auto"  # over packed rows, one of packed_attention.KINDS
     remat: str = "none"  # of the drafter's levels, a policy of REMAT
+    adapter: str = ""  # folder of a LoRA adapter that is merged into the target; empty for none
     features: str = ""  # a folder of prepare-features, which replaces the target's layers; empty: they run
     target_config: LlamaConfig | None = None  # the target's sizes, for use without its weights
 
