@@ -6,6 +6,7 @@ The target is frozen and only read; parameters and optimiser state are float32, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +21,15 @@ from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.training.config import REMAT, RunConfig, StepOptions
 from fasteagle_jax.training.deepkd import Parts, num_kept, value_and_parts
-from fasteagle_jax.training.losses import LevelMetrics, LossConfig, counted_guesses, level_loss, select_positions
+from fasteagle_jax.training.losses import (
+    LevelMetrics,
+    LossConfig,
+    PathSums,
+    counted_guesses,
+    level_loss,
+    path_sums,
+    select_positions,
+)
 from fasteagle_jax.training.optimizer import is_matrix, make_optimizer
 
 
@@ -94,6 +103,27 @@ def _selected(batch: Batch, config: LossConfig, key: jax.Array) -> tuple[jax.Arr
     return select_positions(batch.supervised, batch.positions, config.share, key, in_runs=config.whole_paths)
 
 
+def path_measure(config: RunConfig, graph: Any, out_sharding: Any = None) -> Callable[..., PathSums]:
+    """A compiled function (weights, constants, target, batch, values = None) -> PathSums of all supervised positions.
+
+    For the arguments see `make_train_step`.
+    """
+    loss, dtype = dataclasses.replace(config.loss, without_edges=0.0, without_edges_end=0.0), jnp.dtype(config.dtype)
+    options = StepOptions(config.attention)
+
+    def measure(
+        weights: Any, constants: Any, target: Any, batch: Batch, values: TargetValues | None = None
+    ) -> PathSums:
+        drafter = nnx.merge(graph, in_dtype(weights, dtype), constants)
+        hidden, target_hidden, heads = _guesses(drafter, target, batch, values, loss, options)
+        picked, real = select_positions(batch.supervised, batch.positions, 1.0, jax.random.key(0))
+        head, token_ids, own_head, logit_map = heads
+        places = batch.positions, picked, real
+        return path_sums(hidden, target_hidden, *places, head, token_ids, loss, own_head, logit_map)
+
+    return jax.jit(measure, out_shardings=out_sharding)
+
+
 class _Rows(NamedTuple):
     """Rows of a batch, all or a microbatch, with the positions that the loss looks at."""
 
@@ -117,9 +147,20 @@ def _loss_at(
 
     `kept` is the K of DeepKD's mask, `done` the share of the run's steps that is done.
     """
-    batch = rows.batch
+    hidden, target_hidden, heads = _guesses(drafter, target, rows.batch, rows.values, config, options)
+    places = rows.batch.positions, rows.picked, rows.real
+    head, token_ids, own_head, logit_map = heads
+    return level_loss(
+        hidden, target_hidden, *places, head, token_ids, config, own_head, level_share, logit_map, kept, done
+    )
+
+
+def _guesses(
+    drafter: Any, target: Any, batch: Batch, values: TargetValues | None, config: LossConfig, options: StepOptions
+) -> tuple[Any, jax.Array, tuple[Any, Any, Any, Any]]:
+    """The drafter's hidden states, the target's, and the head, draft vocabulary, own head and logit map."""
     layers = drafter.feature_layers + drafter.context_layers
-    out = rows.values or target_outputs(target, batch, layers, options.attention)
+    out = values or target_outputs(target, batch, layers, options.attention)
     # The inputs of the context layers come after the features.
     width = len(drafter.feature_layers) * target.config.hidden_size
     features, inputs = (
@@ -137,11 +178,7 @@ def _loss_at(
     hidden, _ = drafter.hidden_states(*stream, context=context, remat=REMAT[options.remat], **more)
     head = target.head_rows()
     token_ids = None if drafter.token_ids is None else drafter.token_ids[...]
-    places = batch.positions, rows.picked, rows.real
-    own_head, logit_map = drafter.own_head(), target.logit_map
-    return level_loss(
-        hidden, out.hidden, *places, head, token_ids, config, own_head, level_share, logit_map, kept, done
-    )
+    return hidden, out.hidden, (head, token_ids, drafter.own_head(), target.logit_map)
 
 
 def make_train_step(

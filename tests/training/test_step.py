@@ -170,7 +170,9 @@ def test_stacked_and_listed_models_have_the_same_loss_and_gradient(changes: dict
         assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(ours))
 
 
-@pytest.mark.parametrize("changes", [{"correction": 8}, CHEAP], ids=["correction", "edges"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({"correction": 8}, marks=pytest.mark.slow), CHEAP], ids=["correction", "edges"]
+)
 def test_a_curriculum_starts_at_the_guesses_that_do_not_know_the_token_before(changes: dict) -> None:
     """Neither a correction nor edge scores have a gradient then, and all the rest of the cascade has."""
     target = tiny_target(stacked=False)
