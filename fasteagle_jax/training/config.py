@@ -15,12 +15,15 @@ import jax
 from fasteagle_jax.data.manifest import differences
 from fasteagle_jax.devices.sharding import MeshShape
 from fasteagle_jax.drafters.base import DrafterConfig
+from fasteagle_jax.drafters.files import TOKENIZER
 from fasteagle_jax.drafters.table import CLASSES, class_named, default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import read_json
 from fasteagle_jax.nn.packed_attention import KINDS
 from fasteagle_jax.nn.rope import RopeConfig
+from fasteagle_jax.targets.checkpoint import Checkpoint
 from fasteagle_jax.targets.llama import LlamaConfig
+from fasteagle_jax.targets.tokenizer import load_tokenizer, vocabulary_fingerprint
 from fasteagle_jax.training.deepkd import DeepKD
 from fasteagle_jax.training.losses import LossConfig
 from fasteagle_jax.training.optimizer import OptimizerConfig
@@ -271,6 +274,14 @@ def trained(config: RunConfig, steps: int, tokens: int, earlier: Sequence[dict[s
     is_known = bool(earlier) and not earlier[0]["run"]["drafter"]["start"]
     total = tokens + sum(run["tokens"] for run in earlier) if is_known else None
     return entry | {"total_tokens": total, "earlier": list(earlier)}
+
+
+def target_tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A drafter's entry in config.json of its target's tokenizer; none for a target without one."""
+    try:
+        return {TOKENIZER: vocabulary_fingerprint(load_tokenizer(checkpoint.path))}
+    except UserError:
+        return {}
 
 
 def earlier_runs(folder: str) -> list[dict[str, Any]]:

@@ -40,7 +40,15 @@ from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
-from fasteagle_jax.training.config import RunConfig, changes_since, drafter_config, earlier_runs, to_json, trained
+from fasteagle_jax.training.config import (
+    RunConfig,
+    changes_since,
+    drafter_config,
+    earlier_runs,
+    target_tokenizer,
+    to_json,
+    trained,
+)
 from fasteagle_jax.training.deepkd import Parts, mask_sizes
 from fasteagle_jax.training.flops import flops_per_token, peak_flops
 from fasteagle_jax.training.held_out import LENGTH, HeldOut, stalled
@@ -270,7 +278,7 @@ def _train(
     if not is_first:
         return
     drafter = nnx.merge(graph, weights, constants)
-    info = {"trained": trained(config, steps, tokens_seen, earlier)}
+    info = target_tokenizer(loaded.checkpoint) | {"trained": trained(config, steps, tokens_seen, earlier)}
     _save_drafter(drafter, run / "drafter", loaded.fingerprint, info)
     plot(log.records, run / "curve.png")
     _say(quiet, f"written   {run / 'drafter'}, {run / 'curve.png'}")
