@@ -11,9 +11,10 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from fasteagle_jax.drafters.files import save_drafter
+from fasteagle_jax.drafters.files import TOKENIZER, save_drafter
 from fasteagle_jax.drafters.table import class_of, default_config
 from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.targets.tokenizer import load_tokenizer, vocabulary_fingerprint
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -105,5 +106,6 @@ def make_drafter(folder: Path, target_folder: Path, **changes: Any) -> Path:
     target = load_target(str(target_folder))
     config = default_config(target.checkpoint.config, **({"num_levels": 2} | changes))
     drafter = jax.jit(lambda: class_of(config)(config, jax.random.key(1)))()  # one program instead of one an operation
-    save_drafter(drafter, folder, target.fingerprint, {})
+    info = {TOKENIZER: vocabulary_fingerprint(load_tokenizer(target_folder))}
+    save_drafter(drafter, folder, target.fingerprint, info)
     return folder

@@ -23,14 +23,21 @@ from etils import epath
 from flax import nnx
 
 from fasteagle_jax.commands.terminal import Parser, program, whole
-from fasteagle_jax.drafters.files import STORAGE, from_storage, load_drafter, save_drafter, tensors_of, to_storage
+from fasteagle_jax.drafters.files import (
+    STORAGE,
+    from_storage,
+    load_drafter,
+    save_drafter,
+    tensors_of,
+    to_storage,
+)
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_new
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.training.checkpoints import Checkpoints
-from fasteagle_jax.training.config import RunConfig, drafter_config, earlier_runs, from_json, trained
+from fasteagle_jax.training.config import RunConfig, drafter_config, earlier_runs, from_json, target_tokenizer, trained
 from fasteagle_jax.training.optimizer import make_optimizer
 from fasteagle_jax.training.step import first_state
 
@@ -86,7 +93,7 @@ def export(args: argparse.Namespace) -> None:
         )
     tokens = record["data"]["tokens"] if record is not None else _tokens_until(step, args.run / "metrics.jsonl")
     earlier = (record or {}).get("earlier") or earlier_runs(config.drafter.start)
-    info = {"trained": trained(config, step, tokens, earlier)}
+    info = target_tokenizer(target) | {"trained": trained(config, step, tokens, earlier)}
     save_drafter(drafter, args.output, mark, info, args.storage)
     expected = from_storage(to_storage(tensors_of(drafter), args.storage))
     found = tensors_of(load_drafter(args.output, target.config, mark, stacked=False))

@@ -194,7 +194,10 @@ class Features:
 
     def batch(self, step: int, rows: slice | None = None) -> TargetValues:
         """The features of `PackedData.batch(step, rows)`, zero if it is padding."""
-        rows_pieces = self._data.pieces(step, rows)
+        return self.of(self._data.pieces(step, rows))
+
+    def of(self, rows_pieces: Sequence[Sequence[int] | np.ndarray]) -> TargetValues:
+        """The features of `PackedData.filled(rows_pieces)`, likewise."""
         values = np.zeros((len(rows_pieces), self._data.T, self._width), self._dtype)
         for row, pieces in zip(values, rows_pieces, strict=True):
             at = 0

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from fasteagle_jax.data.conversations import Conversation, Conversations, log
+from fasteagle_jax.data.windows import conversation_id
 from fasteagle_jax.errors import UserError
 
 MIN_WINDOW = 16  # tokens: a shorter last window of a sample has too little context to be worth a segment
@@ -64,9 +65,12 @@ class PackedData:
     is a piece without a token that a loss looks at: a row of such pieces would be a step of loss 0. Both are counted
     (`left_out`). Each PACKING_WINDOW shuffled pieces are packed by best fit; an epoch's last batch may have empty rows.
     Samples without an assistant's turn are counted (`num_dropped`), logged and dropped.
+
+    With `held_out` this share of the conversations, chosen by their ids, is in no batch: `sample_rows` has their
+    pieces. All windows of a conversation are of one side. Which pieces there are does not depend on it.
     """
 
-    def __init__(self, conversations: Sequence[Conversation], T: int, B: int, seed: int) -> None:
+    def __init__(self, conversations: Sequence[Conversation], T: int, B: int, seed: int, held_out: float = 0.0) -> None:
         if T < 2 or B < 1 or seed < 0:
             raise UserError(f"row length {T}, batch size {B}, seed {seed}: give at least 2, 1 and 0")
         if not conversations:
@@ -109,6 +113,13 @@ class PackedData:
                 f"third or later in its piece of at most {T}: give longer conversations"
             )
         self._starts, self.lengths = start[kept], length[kept]  # int64, of the pieces
+        is_held_out = np.zeros(int(kept.sum()), bool)
+        if held_out:
+            is_held_out = np.array([_fraction(id) < held_out for id in samples.ids])[sample[kept]]
+        self._trained, self._held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+        if held_out and not (len(self._trained) and len(self._held_out)):
+            some = "none" if len(self._trained) else "all"
+            raise UserError(f"{some} of {len(is_held_out)} pieces are held out: change held_out.share {held_out}")
         self._first_step = [0]  # of each epoch planned so far
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -137,6 +148,18 @@ class PackedData:
             start, end = (row_starts[min(first_row + r, num_rows)] for r in (row, row + 1))
             found.append(order[start:end])
         return found
+
+    def epochs(self, step: int) -> float:
+        """The number of epochs in the first `step` batches."""
+        epoch, first = 0, 0
+        while first + self.num_batches_per_epoch(epoch) <= step:
+            first += self.num_batches_per_epoch(epoch)
+            epoch += 1
+        return epoch + (step - first) / self.num_batches_per_epoch(epoch)
+
+    def sample_rows(self, limit: int, *, held_out: bool) -> list[list[int]]:
+        """At most so many rows of pieces that batches have, or that none has; the same for all seeds and B."""
+        return self._packed(self._held_out if held_out else self._trained, 0, 0)[:limit]
 
     def num_tokens(self, step: int) -> int:
         """The number of tokens in a step's batch, without padding."""
@@ -168,17 +191,27 @@ class PackedData:
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The pieces' order in an epoch, and the index in it at which each row starts (one entry more than rows)."""
         if epoch not in self._plans:
-            # Sorted raw bits of Philox: unlike Generator.permutation, the same in every version of NumPy.
-            bits = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(len(self.lengths))
-            order = np.argsort(bits, kind="stable")
-            windows = [order[i : i + PACKING_WINDOW] for i in range(0, len(order), PACKING_WINDOW)]
-            packed = [row for window in windows for row in best_fit(window, self.lengths, self.T)]
+            packed = self._packed(self._trained, self.seed, epoch)
             rows = np.cumsum([0, *map(len, packed)])
             order = np.concatenate(packed)
             for old in sorted(self._plans)[:-1]:  # keep two, for a reader between two epochs
                 del self._plans[old]
             self._plans[epoch] = order, rows
         return self._plans[epoch]
+
+    def _packed(self, pieces: np.ndarray, seed: int, epoch: int) -> list[list[int]]:
+        """The pieces in rows, in a random order."""
+        # Sorted raw bits of Philox: unlike Generator.permutation, the same in every version of NumPy.
+        bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(len(pieces))
+        order = pieces[np.argsort(bits, kind="stable")]
+        windows = [order[i : i + PACKING_WINDOW] for i in range(0, len(order), PACKING_WINDOW)]
+        return [row for window in windows for row in best_fit(window, self.lengths, self.T)]
+
+
+def _fraction(id: str) -> float:
+    """A number from 0 to 1 by the id of a conversation, the same for all its windows."""
+    digest = hashlib.sha256(conversation_id(id).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def best_fit(pieces: np.ndarray, lengths: np.ndarray, T: int) -> list[list[int]]:

@@ -63,6 +63,12 @@ def window_id(id: str, number: int) -> str:
     return id if number == 1 else f"{id}#w{number}"
 
 
+def conversation_id(id: str) -> str:
+    """The id of the conversation whose window has this id."""
+    match = _LATER_WINDOW.fullmatch(id)
+    return match[1] if match else id
+
+
 def later_windows(ids: Iterable[str]) -> dict[str, list[str]]:
     """Of ids, those that are windows after the first, by the conversation's id."""
     found: dict[str, list[str]] = {}

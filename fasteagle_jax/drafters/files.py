@@ -38,6 +38,7 @@ from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.nn.transformer import stacks_are_faster
 
 TENSORS = "model.safetensors"
+TOKENIZER = "target_tokenizer"  # entry of config.json: tokenizer.vocabulary_fingerprint of the target's
 STORAGE = ("float32", "bfloat16", "int8")
 MAX_INT8_RELATIVE_ERROR = 0.01  # root mean square of the rounding error over that of the matrix
 _SCALE = ".scale"
@@ -90,7 +91,7 @@ def load_drafter(
     accepted. A folder without a drafter, a damaged file and a target of other sizes are always a UserError.
     """
     folder = Path(folder)
-    raw = _read_raw(folder)
+    raw = read_raw(folder)
     config, trained_for = _config_of(raw, folder)
     path, digest = folder / TENSORS, raw.get("sha256")  # None in folders of older versions
     for name in ("hidden_size", "vocab_size"):
@@ -129,7 +130,7 @@ def load_drafter(
 
 def read_config(folder: Path) -> tuple[DrafterConfig, str]:
     """The configuration of the drafter in a folder, and its target's fingerprint; UserError if there is no drafter."""
-    return _config_of(_read_raw(folder), folder)
+    return _config_of(read_raw(folder), folder)
 
 
 def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
@@ -208,7 +209,8 @@ def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
         raise UserError(f"{path} is damaged ({error}): copy the drafter again") from None
 
 
-def _read_raw(folder: Path) -> dict[str, Any]:
+def read_raw(folder: Path) -> dict[str, Any]:
+    """The entries of the config.json of the drafter in a folder; UserError if there is no drafter."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text())

@@ -7,6 +7,8 @@ only if torch is installed. All functions take the result of `load_tokenizer`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +47,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} has no usable tokenizer ({reason}): put its tokenizer.json there") from error
+
+
+def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
+    """Sixteen hex digits of the tokens and their ids, the same for a model folder's tokenizer and its GGUF file's."""
+    pairs = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
 def stop_token_ids(tokenizer: Tokenizer, checkpoint_path: str | os.PathLike[str]) -> tuple[int, ...]:

@@ -15,12 +15,15 @@ import jax
 from fasteagle_jax.data.manifest import differences
 from fasteagle_jax.devices.sharding import MeshShape
 from fasteagle_jax.drafters.base import DrafterConfig
+from fasteagle_jax.drafters.files import TOKENIZER
 from fasteagle_jax.drafters.table import CLASSES, class_named, default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import read_json
 from fasteagle_jax.nn.packed_attention import KINDS
 from fasteagle_jax.nn.rope import RopeConfig
+from fasteagle_jax.targets.checkpoint import Checkpoint
 from fasteagle_jax.targets.llama import LlamaConfig
+from fasteagle_jax.targets.tokenizer import load_tokenizer, vocabulary_fingerprint
 from fasteagle_jax.training.deepkd import DeepKD
 from fasteagle_jax.training.losses import LossConfig
 from fasteagle_jax.training.optimizer import OptimizerConfig
@@ -93,6 +96,29 @@ class EvalChoice:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOutChoice:
+    """The acceptance on held-out rows during training, given the true tokens: cheap, and what stops a run."""
+
+    share: float = 0.0  # of the run's conversations, which are then never trained on
+    data: tuple[str, ...] = ()  # or files of conversations that the run's data does not have
+    rows: int = 32  # packed rows that are measured, at most
+    every: int = 500  # steps
+    patience: int = 0  # measurements without gain after which training stops; 0 for none
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise UserError(f"held_out share is {self.share}: it must be 0 or more and below 1")
+        for name, least in (("rows", 1), ("every", 1), ("patience", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"held_out {name} is {getattr(self, name)}: it must be at least {least}")
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anything is held out."""
+        return bool(self.share or self.data)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Settings of a training run: all that decides its result, and what is logged of it."""
 
@@ -108,8 +134,9 @@ class RunConfig:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvalChoice = EvalChoice()
+    held_out: HeldOutChoice = HeldOutChoice()
     save_every: int = 200
-    keep: int = 2  # last checkpoints; that of the best measured acceptance length is kept besides
+    keep: int = 2  # last checkpoints; that of the best acceptance length, held-out or else measured, is kept besides
     spike_factor: float = 0.0  # skip a batch whose loss is above this many times the mean of the last 100; 0 for none
     max_bad_steps: int = 20  # skipped updates in a row (not finite, or spikes) that end the run
     tensorboard: bool = True  # events in the run folder's tensorboard/
@@ -241,7 +268,7 @@ def trained(config: RunConfig, steps: int, tokens: int, earlier: Sequence[dict[s
     def name(path: str) -> str:
         return Path(path).name if path and Path(path).exists() else path
 
-    choice, evaluation = config.drafter, config.evaluation
+    choice, evaluation, held_out = config.drafter, config.evaluation, config.held_out
     config = dataclasses.replace(
         config,
         target=name(config.target),
@@ -251,6 +278,7 @@ def trained(config: RunConfig, steps: int, tokens: int, earlier: Sequence[dict[s
             choice, start=name(choice.start), vocabulary_data=tuple(map(name, choice.vocabulary_data))
         ),
         evaluation=dataclasses.replace(evaluation, prompts=name(evaluation.prompts)),
+        held_out=dataclasses.replace(held_out, data=tuple(map(name, held_out.data))),
     )
     entry = {"steps": steps, "tokens": tokens, "run": to_json(config)}
     if not choice.start:
@@ -258,6 +286,14 @@ def trained(config: RunConfig, steps: int, tokens: int, earlier: Sequence[dict[s
     is_known = bool(earlier) and not earlier[0]["run"]["drafter"]["start"]
     total = tokens + sum(run["tokens"] for run in earlier) if is_known else None
     return entry | {"total_tokens": total, "earlier": list(earlier)}
+
+
+def target_tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A drafter's entry in config.json of its target's tokenizer; none for a target without one."""
+    try:
+        return {TOKENIZER: vocabulary_fingerprint(load_tokenizer(checkpoint.path))}
+    except UserError:
+        return {}
 
 
 def earlier_runs(folder: str) -> list[dict[str, Any]]:
@@ -298,6 +334,7 @@ _PARTS: dict[str, Any] = {
     "DeepKD | None": DeepKD,
     "OptimizerConfig": OptimizerConfig,
     "EvalChoice": EvalChoice,
+    "HeldOutChoice": HeldOutChoice,
     "LlamaConfig | None": LlamaConfig,
     "MeshShape | None": MeshShape,
     "RopeConfig": RopeConfig,

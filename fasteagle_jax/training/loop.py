@@ -40,9 +40,18 @@ from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
-from fasteagle_jax.training.config import RunConfig, changes_since, drafter_config, earlier_runs, to_json, trained
+from fasteagle_jax.training.config import (
+    RunConfig,
+    changes_since,
+    drafter_config,
+    earlier_runs,
+    target_tokenizer,
+    to_json,
+    trained,
+)
 from fasteagle_jax.training.deepkd import Parts, mask_sizes
 from fasteagle_jax.training.flops import flops_per_token, peak_flops
+from fasteagle_jax.training.held_out import LENGTH, HeldOut, stalled
 from fasteagle_jax.training.init import drafter_from, feature_rms, init_drafter
 from fasteagle_jax.training.metrics_log import Log, Record, check_wandb, expected_length, finite, plot, rounded
 from fasteagle_jax.training.optimizer import make_optimizer
@@ -83,6 +92,8 @@ def _train(
     is_first = jax.process_index() == 0  # the process that writes
     quiet = quiet or not is_first
     check_wandb(config.wandb)
+    if config.held_out.patience and not config.held_out.is_wanted:
+        raise UserError("held_out.patience stops by held-out rows, and there are none: set held_out.share or data")
     check_writable(run)
     saved = newest_record(run / "checkpoints")
     _check_config(saved, config, run, allow_change=allow_change)
@@ -93,7 +104,7 @@ def _train(
     target = loaded.model
     check_target(config.data, loaded.fingerprint)
     conversations = read_conversations(*config.data, vocab_size=target.config.vocab_size)
-    data = PackedData(conversations, config.length, config.batch_size, config.seed)
+    data = PackedData(conversations, config.length, config.batch_size, config.seed, config.held_out.share)
     digest = data.digest()
     _check_sources(saved, loaded.fingerprint, digest, run, allow_change=allow_change)
 
@@ -118,7 +129,8 @@ def _train(
         store = load_features(Path(config.features), data, loaded.fingerprint, sizes.input_layers, hidden)
     drafter = _new_drafter(config, loaded, mesh, conversations, data, store, quiet)
     earlier = earlier_runs(config.drafter.start)
-    if store is not None and not config.evaluation.prompts and not sizes.context_layers:
+    needs_target = config.evaluation.prompts or config.held_out.data or sizes.context_layers
+    if store is not None and not needs_target:
         target.layers = nnx.List([])  # never run: this frees their memory
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)  # type: ignore[misc]  # `...`: all the rest
     state = make_on(mesh, lambda params: first_state(params, optimizer, config.optimizer.ema), params)
@@ -147,6 +159,7 @@ def _train(
         # --- the loop -----------------------------------------------------------------------------------------
         resume_step = int(state.step)
         evaluate = _Evaluation(config, loaded, graph, constants, dtype)
+        held_out = HeldOut(config, loaded, data, store, graph, constants, mesh)
         best = (checkpoints.best() or (0, 0.0))[1]
         with (
             Log(
@@ -166,21 +179,29 @@ def _train(
                 if not quiet:  # which a disabled bar's own `write` does not ask
                     bar.write(line, file=sys.stderr)
 
-            def is_evaluated(step: int) -> bool:
-                return step == config.steps or step % config.evaluation.every == 0
+            def is_due(step: int, every: int) -> bool:
+                return step == config.steps or step % every == 0
 
-            if resume_step and is_evaluated(resume_step) and log.records and not _measured(log.records[-1]):
-                measured: Record = {}
-                with sigterm.interrupts():  # the evaluation that SIGTERM had interrupted
-                    measured = evaluate(state.weights)
-                if (tau := _measured(measured)) is not None:
-                    checkpoints.set_tau(resume_step, tau)  # before the record, which says that it is done
-                    best = max(best, tau)
-                log.amend(measured)
+            def measured_at(step: int, known: Record) -> Record:
+                """The measurements of the step's weights that are due and not known."""
+                found: Record = {}
+                with sigterm.interrupts():
+                    if is_due(step, config.held_out.every) and LENGTH not in known:
+                        found.update(held_out(state.weights))
+                    if is_due(step, config.evaluation.every) and _tau(known) is None:
+                        found.update(evaluate(state.weights))
+                return found | ({"epochs": round(data.epochs(step), 4)} if found else {})
+
+            if resume_step and log.records:  # measurements that SIGTERM had interrupted
+                more = measured_at(resume_step, log.records[-1])
+                if (score := _score(config, log.records[-1] | more)) is not None and more:
+                    checkpoints.set_tau(resume_step, score)  # before the record, which says that it is done
+                    best = max(best, score)
+                log.amend(more)
 
             terminated = False  # by SIGTERM, whichever process got it
             for index in range(resume_step, config.steps):
-                if terminated:
+                if terminated or stalled(log.records, config.held_out.patience):
                     break
                 profiler.at(index + 1)
                 start_time = time.perf_counter()
@@ -219,16 +240,17 @@ def _train(
                 speed = f"{num_tokens / seconds:.0f} tokens/s"
                 bar.set_postfix_str(f"loss {loss:.3f}, right by level {accuracy}, {speed}", refresh=False)
                 bar.update()
-                if is_evaluated(index + 1) and not terminated:
-                    with sigterm.interrupts():
-                        record.update(evaluate(state.weights))
-                        for name, value in record.items():
-                            if name.startswith("tau"):
-                                say(f"step {index + 1}: {name} {value:.3f}")
+                is_measured = any(is_due(index + 1, c.every) for c in (config.held_out, config.evaluation))
+                if is_measured and not terminated:
+                    more = measured_at(index + 1, record)
+                    for name in more:
+                        if name.startswith(("tau", LENGTH)):
+                            say(f"step {index + 1}: {name} {more[name]:.3f}")
+                    record.update(more)
                     terminated = sigterm.came_anywhere()
                 log.write(record)
-                tau = _measured(record)
-                better, best = (tau or 0.0) > best, max(best, tau or 0.0)
+                score = _score(config, record)
+                better, best = (score or 0.0) > best, max(best, score or 0.0)
                 if better or terminated or index + 1 == config.steps or (index + 1) % config.save_every == 0:
                     position = {"digest": digest, "next_batch": index + 1, "tokens": tokens_seen}
                     about: Record = {
@@ -237,20 +259,26 @@ def _train(
                         "data": position,
                         "seed": config.seed,
                     } | ({"earlier": earlier} if earlier else {})
-                    checkpoints.save(index + 1, (state, constants), about, tau)
+                    checkpoints.save(index + 1, (state, constants), about, score)
                     log.flush()
                 _check_skipped(config, log.records, checkpoints, run)
         checkpoints.wait()
         if terminated:
             _say(quiet, f"stopped   by SIGTERM at step {int(state.step)}: the same command resumes from there")
             raise SystemExit(0)
+        steps = int(state.step)
+        if config.held_out.is_wanted and (found := checkpoints.best()) is not None and found[0] != steps:
+            steps = found[0]
+            _say(quiet, f"best      of the held-out rows at step {steps}: length {found[1]:.3f}")
+            state, constants = checkpoints.restore(steps, (state, constants))
+            tokens_seen = sum(record["tokens"] for record in log.records[:steps])
 
     # --- the finished drafter ---------------------------------------------------------------------------------
     weights, constants = fetch((state.weights, constants))
     if not is_first:
         return
     drafter = nnx.merge(graph, weights, constants)
-    info = {"trained": trained(config, config.steps, tokens_seen, earlier)}
+    info = target_tokenizer(loaded.checkpoint) | {"trained": trained(config, steps, tokens_seen, earlier)}
     _save_drafter(drafter, run / "drafter", loaded.fingerprint, info)
     plot(log.records, run / "curve.png")
     _say(quiet, f"written   {run / 'drafter'}, {run / 'curve.png'}")
@@ -488,7 +516,12 @@ def _of_parts(result: StepResult) -> Record:
     return found | {"left_out": np.asarray(result.metrics.left_out).tolist()}
 
 
-def _measured(record: Record) -> float | None:
-    """The acceptance length of a record, the mean over trees; None if none was measured."""
+def _score(config: RunConfig, record: Record) -> float | None:
+    """The acceptance length of a record that checkpoints are compared by: on held-out rows, if there are any."""
+    return record.get(LENGTH) if config.held_out.is_wanted else _tau(record)
+
+
+def _tau(record: Record) -> float | None:
+    """The acceptance length of a record's real decode, the mean over trees; None if none was measured."""
     lengths = [value for name, value in record.items() if name.startswith("tau ")]
     return sum(lengths) / len(lengths) if lengths else None

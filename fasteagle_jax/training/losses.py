@@ -143,6 +143,16 @@ class LevelMetrics(NamedTuple):
     left_out: jax.Array | None = None
 
 
+class PathSums(NamedTuple):
+    """Sums over guesses, and over the paths that the guesses of one stream position make."""
+
+    count: jax.Array  # type: ignore[assignment]  # int32 [N]; the first is also the number of paths
+    hits: jax.Array  # int32 [N]: the guess of highest probability is the target's
+    accepted: jax.Array  # float32 [N], of sum min(p, q)
+    run: jax.Array  # float32 [], of the number of leading hits of a path
+    length: jax.Array  # float32 [], of the accepted length that is expected of a path's sum min(p, q)
+
+
 def select_positions(
     supervised: jax.Array, positions: jax.Array, share: float, key: jax.Array, span: int = 1
 ) -> tuple[jax.Array, jax.Array]:
@@ -233,48 +243,47 @@ def level_loss(
       places: of each level int32 [B, S], where along T its hidden state for each picked position is, if `hidden` is of
         some stream positions alone (see stretches_read); None: of all.
     """
-    num_levels, (batch, size) = len(hidden), picked.shape
-    levels = range(1, num_levels + 1)
-    # Level i's guess for the token after s stands at stream position s - i, if the segment reaches back that far.
-    at_level = [jnp.maximum(picked - i, 0) for i in levels] if places is None else places
-    at_guess = [jnp.take_along_axis(h, at[..., None], axis=1) for h, at in zip(hidden, at_level, strict=True)]
-    valid = counted_guesses(picked, real, positions, num_levels, config.whole_paths)  # [N, B, S]
+    valid = counted_guesses(picked, real, positions, len(hidden), config.whole_paths)  # [N, B, S]
     count = jnp.maximum(valid.sum(axis=(1, 2)), 1)  # [N]
-    weights = jnp.asarray(level_weights(num_levels, config)) / count
+    weights = jnp.asarray(level_weights(len(hidden), config)) / count
     if level_share is not None:
         weights *= level_share
-
-    per_chunk = min(max(config.chunk // batch, 1), size)  # C
-    num_chunks = -(-size // per_chunk)
-    pad = num_chunks * per_chunk - size
-
-    def in_chunks(x: jax.Array) -> jax.Array:
-        """[..., B, S, H] as [chunks, ..., B, C, H]."""
-        x = jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, pad), (0, 0)))
-        x = jnp.moveaxis(x.reshape(*x.shape[:-2], num_chunks, per_chunk, x.shape[-1]), -3, 0)
-        return constrain(x, *[None] * (x.ndim - 3), "batch", None, None)
-
-    chosen = in_chunks(jnp.stack(at_guess))  # [chunks, N, B, C, H]
-    valid_chunks = in_chunks(valid[..., None])[..., 0]  # [chunks, N, B, C]
-    at_target = in_chunks(jnp.take_along_axis(target_hidden, picked[..., None], axis=1))  # [chunks, B, C, H]
-
-    draft_head, in_draft = head, None
-    if token_ids is not None:
-        draft_head, in_draft = head[token_ids], jnp.zeros(head.shape[:1], bool).at[token_ids].set(True)
-    unrolled = isinstance(hidden, list)  # as the levels are, see transformer.run_layers
-    heads = head, draft_head, in_draft, own_head
+    made = _in_chunks(hidden, target_hidden, picked, valid, head, token_ids, own_head, config.chunk, places)
     factors = None
     if config.whole_paths:
-        first = jax.lax.stop_gradient((chosen, valid_chunks, None, at_target, weights, *heads, num_kept, config.mix(0)))
-        without_terms = LossConfig(cross_entropy=0, within_draft=config.within_draft)
-        *_, stats = _scan(*first, without_terms, logit_map, unrolled, with_gradient=False)  # [chunks, N, B, C]
-        hits, accepted = (jnp.moveaxis(x, 0, 2).reshape(num_levels, batch, -1)[..., :size] for x in stats)
-        factors = path_factors(hits > 0, accepted, valid, picked, positions.shape[1], config)
-        factors = in_chunks(factors[..., None])[..., 0]
-    chunks = chosen, valid_chunks, factors, at_target, weights
-    loss, sums = _chunked(*chunks, *heads, num_kept, config.mix(done), config, logit_map, unrolled)
+        hits, accepted = _stats(made, picked, config.within_draft, logit_map)
+        factors = path_factors(hits, accepted, valid, picked, positions.shape[1], config)
+        factors = _split(factors[..., None], made.chosen.shape[3])[..., 0]
+    chunks = made.chosen, made.valid, factors, made.at_target, weights
+    # Levels that are a list are unrolled here too, see transformer.run_layers.
+    loss, sums = _chunked(*chunks, *made.heads, num_kept, config.mix(done), config, logit_map, isinstance(hidden, list))
     left_out = None if config.deepkd is None else jnp.round(sums[3]).astype(jnp.int32)
     return loss, LevelMetrics(sums[0] / count, sums[1] / count, sums[2] / count, count, left_out)
+
+
+def path_sums(
+    hidden: Any,
+    target_hidden: jax.Array,
+    positions: jax.Array,
+    picked: jax.Array,
+    real: jax.Array,
+    head: jax.Array,
+    token_ids: jax.Array | None,
+    config: LossConfig,
+    own_head: jax.Array | None = None,
+    logit_map: LogitMap = LogitMap(),  # noqa: B008  # immutable
+) -> PathSums:
+    """Sums over the guesses and the paths of a batch, given the true tokens; for the arguments see `level_loss`."""
+    valid = counted_guesses(picked, real, positions, len(hidden), True)
+    made = _in_chunks(hidden, target_hidden, picked, valid, head, token_ids, own_head, config.chunk)
+    hits, accepted = _stats(made, picked, config.within_draft, logit_map)
+    # The sum over m of a_1 ... a_m of each path, as float32 [N, B, T] before the sum.
+    run, length = (
+        jnp.cumprod(_by_path(jnp.where(valid, x, 0.0), picked, positions.shape[1]), axis=0).sum()
+        for x in (hits, accepted)
+    )
+    count, right, overlap = (jnp.where(valid, x, 0).sum(axis=(1, 2)) for x in (1, hits, accepted))
+    return PathSums(count, right, overlap, run, length)
 
 
 def level_weights(num_levels: int, config: LossConfig) -> list[float]:
@@ -334,6 +343,67 @@ def _at_picked(by_path: jax.Array, picked: jax.Array) -> jax.Array:
     """The reverse of `_by_path`: [N, B, S]."""
     at_target = jnp.stack([jnp.roll(level, i, axis=1) for i, level in enumerate(by_path, 1)])
     return jnp.take_along_axis(at_target, picked[None], axis=2)
+
+
+# --- chunks of positions ----------------------------------------------------------------------------------------
+
+
+class _Chunks(NamedTuple):
+    """What the scan over chunks reads."""
+
+    chosen: jax.Array  # [chunks, N, B, C, H]
+    valid: jax.Array  # bool [chunks, N, B, C]
+    at_target: jax.Array  # [chunks, B, C, H]
+    heads: tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]  # whole, draft, in draft, own
+
+
+def _in_chunks(
+    hidden: Any,
+    target_hidden: jax.Array,
+    picked: jax.Array,
+    valid: jax.Array,
+    head: jax.Array,
+    token_ids: jax.Array | None,
+    own_head: jax.Array | None,
+    chunk: int,
+    places: list[jax.Array] | None = None,
+) -> _Chunks:
+    """The states of the guesses at picked positions, in chunks of so many positions of all rows."""
+    # Level i's guess for the token after s stands at stream position s - i, if the segment reaches back that far.
+    if places is None:
+        places = [jnp.maximum(picked - i, 0) for i in range(1, len(hidden) + 1)]
+    at_guess = [jnp.take_along_axis(h, place[..., None], axis=1) for h, place in zip(hidden, places, strict=True)]
+    batch, size = picked.shape
+    per_chunk = min(max(chunk // batch, 1), size)  # C
+    draft_head, in_draft = head, None
+    if token_ids is not None:
+        draft_head, in_draft = head[token_ids], jnp.zeros(head.shape[:1], bool).at[token_ids].set(True)
+    return _Chunks(
+        _split(jnp.stack(at_guess), per_chunk),
+        _split(valid[..., None], per_chunk)[..., 0],
+        _split(jnp.take_along_axis(target_hidden, picked[..., None], axis=1), per_chunk),
+        (head, draft_head, in_draft, own_head),
+    )
+
+
+def _split(x: jax.Array, per_chunk: int) -> jax.Array:
+    """[..., B, S, H] as [chunks, ..., B, C, H]."""
+    num_chunks = -(-x.shape[-2] // per_chunk)
+    pad = num_chunks * per_chunk - x.shape[-2]
+    x = jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, pad), (0, 0)))
+    x = jnp.moveaxis(x.reshape(*x.shape[:-2], num_chunks, per_chunk, x.shape[-1]), -3, 0)
+    return constrain(x, *[None] * (x.ndim - 3), "batch", None, None)
+
+
+def _stats(made: _Chunks, picked: jax.Array, within_draft: bool, logit_map: LogitMap) -> tuple[jax.Array, jax.Array]:
+    """Hits bool [N, B, S] and acceptances float32 [N, B, S] of all guesses, by a scan without gradients."""
+    (batch, size), num_levels = picked.shape, made.chosen.shape[1]
+    config = LossConfig(cross_entropy=0, within_draft=within_draft)  # no terms
+    weights = jnp.zeros((num_levels,))
+    parts = made.chosen, made.valid, None, made.at_target, weights, *made.heads, None, config.mix(0)
+    *_, stats = _scan(*jax.lax.stop_gradient(parts), config, logit_map, False, with_gradient=False)
+    hits, accepted = (jnp.moveaxis(x, 0, 2).reshape(num_levels, batch, -1)[..., :size] for x in stats)
+    return hits > 0, accepted
 
 
 # --- the scan over chunks, with its gradient --------------------------------------------------------------------

@@ -45,10 +45,10 @@ def scalars(record: Record) -> dict[str, float]:
     """A record's numbers under their names in TensorBoard and W&B: lists by level, measured ones under eval/."""
     found = {}
     for key, value in record.items():
-        measured = key.startswith(("tau", "by depth"))
+        measured = key.startswith(("tau", "by depth", "held-out"))
         name = ("eval/" if measured else "train/") + re.sub(r"\W+", "_", key)
         if isinstance(value, list):
-            each = "depth" if measured else "level"
+            each = "depth" if key.startswith("by depth") else "level"
             pairs = [(f"{name}/{each}_{i}", v) for i, v in enumerate(value, 1) if not isinstance(v, list)]
         else:
             pairs = [(name, value)] if key != "step" else []
@@ -194,8 +194,9 @@ def plot(records: list[Record], path: epath.Path) -> None:
         axes.set_xlabel("training tokens, millions")
         axes.grid(alpha=0.3)
         if name == "tau":
-            measured = sorted({key for record in records for key in record if key.startswith("tau ")})
-            axes.set_title("acceptance length of the real decode" if measured else "acceptance length: not measured")
+            keys = {key for record in records for key in record}
+            measured = sorted(key for key in keys if key.startswith("tau ") or key == "held-out length")
+            axes.set_title("acceptance length" if measured else "acceptance length: not measured")
             for key in measured:
                 points = [(t, record[key]) for t, record in zip(tokens, records, strict=True) if key in record]
                 axes.plot(*zip(*points, strict=True), marker="o", label=key.removeprefix("tau "))

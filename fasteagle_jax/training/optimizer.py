@@ -22,7 +22,8 @@ class OptimizerConfig:
     A run can be extended, since the rate before the fall does not depend on the number of steps.
     """
 
-    # adamw; muon: matrices by Muon, norms by AdamW with Nesterov's momentum, at one rate; sgd, with momentum.
+    # adamw; muon: matrices by Muon, norms and tables with a row a token (a head, edge scores) by AdamW with Nesterov's
+    # momentum, at one rate; sgd, with momentum.
     name: str = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 100
@@ -101,10 +102,14 @@ def _decays(config: OptimizerConfig, deepkd: DeepKD) -> tuple[float, float, floa
 
 
 def _matrices(params: Any) -> Any:
-    """For each of a drafter's parameters, the dimensions of its matrix (the last two of a stack); None for vectors."""
+    """For each of a drafter's parameters, the dimensions of its matrix (the last two of a stack).
+
+    None for vectors, and for tables with a row a token, whose rows have gradients of their own rather than of a map.
+    """
 
     def of(param: nnx.Variable[Any]) -> Any:
-        dimensions = optax.contrib.MuonDimensionNumbers(-2, -1) if is_matrix(param) else None
+        is_map = is_matrix(param) and "vocab" not in param.axes
+        dimensions = optax.contrib.MuonDimensionNumbers(-2, -1) if is_map else None
         return jax.tree.map(lambda _: dimensions, param)
 
     return jax.tree.map(of, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

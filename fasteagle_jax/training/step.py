@@ -6,6 +6,7 @@ The target is frozen and only read; parameters and optimiser state are float32, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,8 +24,10 @@ from fasteagle_jax.training.deepkd import Parts, num_kept, value_and_parts
 from fasteagle_jax.training.losses import (
     LevelMetrics,
     LossConfig,
+    PathSums,
     counted_guesses,
     level_loss,
+    path_sums,
     select_positions,
     span_of,
     stretches_read,
@@ -103,6 +106,27 @@ def _select(drafter: Any, batch: Batch, config: LossConfig, key: jax.Array) -> t
     return select_positions(batch.supervised, batch.positions, config.share, key, span)
 
 
+def path_measure(config: RunConfig, graph: Any, out_sharding: Any = None) -> Callable[..., PathSums]:
+    """A compiled function (weights, constants, target, batch, values = None) -> PathSums of all supervised positions.
+
+    For the arguments see `make_train_step`.
+    """
+    loss, dtype = dataclasses.replace(config.loss, without_edges=0.0, without_edges_end=0.0), jnp.dtype(config.dtype)
+    options = StepOptions(config.attention)
+
+    def measure(
+        weights: Any, constants: Any, target: Any, batch: Batch, values: TargetValues | None = None
+    ) -> PathSums:
+        drafter = nnx.merge(graph, in_dtype(weights, dtype), constants)
+        hidden, target_hidden, heads, _ = _guesses(drafter, target, batch, values, None, loss, options)
+        picked, real = select_positions(batch.supervised, batch.positions, 1.0, jax.random.key(0))
+        head, token_ids, own_head, logit_map = heads
+        places = batch.positions, picked, real
+        return path_sums(hidden, target_hidden, *places, head, token_ids, loss, own_head, logit_map)
+
+    return jax.jit(measure, out_shardings=out_sharding)
+
+
 class _Rows(NamedTuple):
     """Rows of a batch, all or a microbatch, with the positions that the loss looks at."""
 
@@ -126,9 +150,29 @@ def _loss_at(
 
     `kept` is the K of DeepKD's mask, `done` the share of the run's steps that is done.
     """
-    batch = rows.batch
+    args = drafter, target, rows.batch, rows.values, rows.picked, config, options
+    hidden, target_hidden, (head, token_ids, own_head, logit_map), at_level = _guesses(*args)
+    places = rows.batch.positions, rows.picked, rows.real
+    weighed = config, own_head, level_share, logit_map, kept, done
+    return level_loss(hidden, target_hidden, *places, head, token_ids, *weighed, at_level)
+
+
+def _guesses(
+    drafter: Any,
+    target: Any,
+    batch: Batch,
+    values: TargetValues | None,
+    picked: jax.Array | None,
+    config: LossConfig,
+    options: StepOptions,
+) -> tuple[Any, jax.Array, tuple[Any, Any, Any, Any], list[jax.Array] | None]:
+    """The drafter's hidden states, the target's, and the head, draft vocabulary, own head and logit map.
+
+    At last the places of guesses at the `picked` positions among the drafter's states, which are then of no others if
+    the drafter is pointwise; else None.
+    """
     layers = drafter.feature_layers + drafter.context_layers
-    out = rows.values or target_outputs(target, batch, layers, options.attention)
+    out = values or target_outputs(target, batch, layers, options.attention)
     # The inputs of the context layers come after the features.
     width = len(drafter.feature_layers) * target.config.hidden_size
     features, inputs = (
@@ -145,15 +189,12 @@ def _loss_at(
     if config.weighs_without_edges and getattr(drafter.config, "correction", None):
         more["uncorrected"] = True
     at_level = None
-    if drafter.pointwise:
-        span = span_of(batch.tokens.shape[1])
-        more["at"], at_level = stretches_read(rows.picked, span, drafter.num_levels)
+    if drafter.pointwise and picked is not None:
+        more["at"], at_level = stretches_read(picked, span_of(batch.tokens.shape[1]), drafter.num_levels)
     hidden, _ = drafter.hidden_states(*stream, context=context, remat=REMAT[options.remat], **more)
     head = target.head_rows()
     token_ids = None if drafter.token_ids is None else drafter.token_ids[...]
-    places = batch.positions, rows.picked, rows.real
-    heads = head, token_ids, config, drafter.own_head(), level_share, target.logit_map
-    return level_loss(hidden, out.hidden, *places, *heads, kept, done, at_level)
+    return hidden, out.hidden, (head, token_ids, drafter.own_head(), target.logit_map), at_level
 
 
 def make_train_step(

@@ -135,6 +135,24 @@ def test_a_cascade_that_shares_its_layer_and_reads_the_targets_cache_trains_on_a
     assert_same_drafter(tmp_path / "mesh", tmp_path / "one")
 
 
+@pytest.mark.slow
+def test_every_switch_of_the_loss_muon_and_held_out_rows_are_on_a_mesh_as_on_one_device(
+    target_folder, data_file, tmp_path
+):
+    more = ["steps=4", "drafter.correction=None", "drafter.edges=8", "drafter.levels=shared", "drafter.context=target"]
+    more += ["loss.cross_entropy=0.1", "loss.total_variation=0.5", "loss.hybrid=0.4", "loss.expected_length=True"]
+    more += ["loss.after_wrong=0.5", "loss.without_edges=1", "loss.curriculum=0.5", "loss.tv_last=0.25"]
+    more += ["loss.chunk=256", "optimizer.name=muon", "held_out.share=0.2", "held_out.rows=9"]
+    train(config(*changes(target_folder, data_file, "", *more)), tmp_path / "one", quiet=True)
+    more.append("accumulate=2")
+    train(config(*changes(target_folder, data_file, MESHES[3], *more)), tmp_path / "mesh", quiet=True)
+    np.testing.assert_allclose(losses(tmp_path / "mesh"), losses(tmp_path / "one"), **CLOSE)
+    assert_same_drafter(tmp_path / "mesh", tmp_path / "one")
+    one, mesh = (json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1]) for run in ("one", "mesh"))
+    assert one["held-out expected length"] == pytest.approx(mesh["held-out expected length"], rel=2e-4)
+    assert one["held-out expected length"] > 1
+
+
 @pytest.mark.slow  # its step on a mesh: tests/training/test_deepkd.py
 def test_deepkd_trains_on_a_mesh_in_microbatches_with_recomputation_as_on_one_device(
     target_folder, data_file, tmp_path

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -24,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import load_file, save_file
 
-from fasteagle_jax.commands import ablate, export
+from fasteagle_jax.commands import ablate, export, prepare_features
 from fasteagle_jax.commands.train_drafter import main
 from fasteagle_jax.data.conversations import Conversation, ConversationWriter
 from fasteagle_jax.data.manifest import manifest_path
@@ -34,6 +35,7 @@ from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.training import loop
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
 from fasteagle_jax.training.config import apply_changes, load_config
+from fasteagle_jax.training.held_out import LENGTH, HeldOut
 from fasteagle_jax.training.loop import _spike_limit
 from tests.tiny_folder import make_target
 
@@ -240,6 +242,80 @@ def test_sigterm_saves_ends_with_0_and_an_evaluation_cut_short_is_made_up_for(
         with Checkpoints(folder / "checkpoints") as checkpoints:
             best.append((checkpoints.best(), checkpoints.steps()))
     assert best[0] == best[1] and best[0][0][0] == 3
+
+
+# --- held-out rows ----------------------------------------------------------------------------------------------
+
+
+def test_held_out_rows_stop_a_run_and_its_drafter_is_the_best_one(
+    target_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed in a measurement ends likewise."""
+    scripted = {2: 1.25, 4: 1.5, 6: 1.375, 8: 1.4375}  # by step
+    changes = ["held_out.share=0.2", "held_out.every=2", "held_out.patience=2", "held_out.rows=3", "keep=9"]
+    measure, seen, kill_at = HeldOut.__call__, [], [0]
+
+    def measured(self: HeldOut, weights: object) -> dict:
+        found = measure(self, weights)
+        seen.append(found)
+        step = 2 * len(seen)
+        if step == kill_at[0]:
+            raise KeyboardInterrupt
+        return found | {LENGTH: scripted[step]}
+
+    monkeypatch.setattr(HeldOut, "__call__", measured)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(command(target_folder, data_file, whole, *changes)) == 0
+    assert len(records(whole)) == 8 and [LENGTH in record for record in records(whole)] == [False, True] * 4
+    accuracy, expected = (seen[-1][f"held-out {name}"] for name in ("accuracy", "expected length"))
+    assert 1 + accuracy[0] == pytest.approx(seen[-1][LENGTH]) and expected > 1  # one level, so a path is a guess
+    first, kill_at[0] = seen.copy(), 6
+    seen.clear()
+    assert main(command(target_folder, data_file, killed, *changes)) != 0
+    seen[:], kill_at[0] = seen[:2], 0
+    assert main(command(target_folder, data_file, killed, *changes)) == 0
+    assert losses(killed) == losses(whole) and seen == first
+    assert export.main(["--run", str(killed), "--best", "--output", str(tmp_path / "best")]) == 0
+    drafters = [load_file(folder / "model.safetensors") for folder in (whole / "drafter", tmp_path / "best")]
+    jax.tree.map(np.testing.assert_array_equal, *drafters)
+    for folder in (whole / "drafter", killed / "drafter"):
+        assert json.loads((folder / "config.json").read_text())["trained"]["steps"] == 4
+
+
+@pytest.mark.slow
+def test_held_out_files_are_measured_beside_stored_features_which_serve_any_share(
+    target_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    features = tmp_path / "features"
+    arguments = ["--config", str(CONFIG), "--output", str(features), "--store", "float32"]
+    settings = [f"target={target_folder}", f"data={data_file}", "drafter.num_levels=1"]
+    assert prepare_features.main([*arguments, *settings]) == 0
+    lengths = []
+    for name, change in (("share", "held_out.share=0.3"), ("file", f"held_out.data={data_file}")):
+        changes = ["held_out.rows=4", f"features={features}", change]
+        assert main(command(target_folder, data_file, tmp_path / name, *changes)) == 0
+        lengths.append(records(tmp_path / name)[-1][LENGTH])
+    assert all(1 <= length <= 2 for length in lengths)
+    run_layers = tmp_path / "layers"
+    assert main(command(target_folder, data_file, run_layers, "held_out.rows=4", "held_out.share=0.3")) == 0
+    found = [records(run)[-1] for run in (tmp_path / "share", run_layers)]
+    for name in ("loss", "held-out expected length"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("held_out.patience=3", "there are none: set held_out.share or data"),
+        ("held_out.share=1", "share is 1.0: it must be 0 or more and below 1"),
+        ("held_out.every=0", "every is 0: it must be at least 1"),
+        ("held_out.share=1e-9", "none of 40 pieces are held out: change held_out.share 1e-09"),
+    ],
+)
+def test_a_bad_held_out_choice_is_refused(
+    target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str], change: str, said: str
+) -> None:
+    assert said in complaint(main, *command(target_folder, data_file, tmp_path / "run", change))
 
 
 # --- bad steps --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from fasteagle_jax.data.conversations import Conversation, ConversationWriter, r
 from fasteagle_jax.data.packing import MIN_WINDOW, Batch, LeftOut, PackedData
 from fasteagle_jax.data.sources import Prompt, read_dialogues, read_prompts
 from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
+from fasteagle_jax.data.windows import window_id
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io import fetch
 
@@ -587,6 +588,25 @@ def test_the_order_differs_between_epochs():
     packed = PackedData(samples(), T, B, SEED)
     first = packed.num_batches_per_epoch(0)
     assert not equal(packed.batch(0), packed.batch(first))
+
+
+def test_what_is_held_out_is_in_no_batch_and_has_all_windows_of_a_conversation():
+    """Nor does it change which pieces there are, so that their stored features serve any share."""
+    made = [
+        Conversation.of(window_id(f"c{i}", part), [7] * (20 + i % 9), [[2, 20]]) for i in range(60) for part in (1, 2)
+    ]
+    whole, data = PackedData(made, 64, 2, SEED), PackedData(made, 64, 2, SEED, 0.25)
+    assert data.digest() == whole.digest() and len(data.lengths) == len(whole.lengths) == 120
+    held_out = {piece for row in data.sample_rows(999, held_out=True) for piece in row}
+    num_batches = [data.num_batches_per_epoch(epoch) for epoch in range(2)]
+    trained = [int(piece) for step in range(sum(num_batches)) for row in data.pieces(step) for piece in row]
+    assert 0.1 < len(held_out) / 120 < 0.4 and {piece ^ 1 for piece in held_out} == held_out
+    assert sorted(trained) == sorted(2 * list(set(range(120)) - held_out))
+    assert PackedData(made, 64, 3, SEED + 1, 0.25).sample_rows(2, held_out=True) == data.sample_rows(2, held_out=True)
+    assert [data.epochs(step) for step in (0, num_batches[0], sum(num_batches))] == [0, 1, 2]
+    assert 0 < data.epochs(1) < 1
+    with pytest.raises(UserError, match="all of 2 pieces are held out: change held_out.share 0.99"):
+        PackedData(made[:2], 64, 2, SEED, 0.99)
 
 
 def test_an_epoch_is_planned_once(monkeypatch):

@@ -209,9 +209,10 @@ PATHS = {
     "after a wrong guess half": LossConfig(after_wrong=0.5, chunk=5),
     "after a wrong guess nothing, expected length": LossConfig(after_wrong=0.0, expected_length=True, chunk=256),
 }
+SLOW = ("expected length", "after a wrong guess half")  # parts of the others
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in PATHS])
 def test_a_guess_is_weighed_by_the_others_of_its_path_as_path_by_path(name):
     """Half of the guesses are nearly the target's own, else a path would hardly ever go on after its first."""
     config, is_listed = PATHS[name], "wrong" in name
@@ -232,6 +233,29 @@ def test_a_guess_is_weighed_by_the_others_of_its_path_as_path_by_path(name):
     assert metrics.count.tolist() == counts and counts[-1] > 1
     np.testing.assert_allclose(loss, expected, **CLOSE)
     np.testing.assert_allclose(gradient, slow_gradient, **CLOSE)
+
+
+def test_sums_over_paths_are_of_leading_right_guesses_and_of_products_of_acceptances():
+    """A guess after one that does not count is not looked at."""
+    _, target_hidden, head = inputs()
+    own = jnp.stack([jnp.roll(target_hidden, -i, axis=1) for i in range(1, N + 1)])
+    hidden = jnp.where(normal(9, N, B, T, 1) > 0, own + 0.1 * normal(0, N, B, T, H), normal(3, N, B, T, H))
+    places = jnp.asarray(POSITIONS), *select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, KEY)
+    found = jax.jit(losses.path_sums, static_argnums=7)(hidden, target_hidden, *places, head, None, LossConfig(chunk=5))
+    p, q = (np.asarray(jax.nn.softmax(x @ head.T)) for x in (own, hidden))
+    hit, accepted = p.argmax(-1) == q.argmax(-1), np.minimum(p, q).sum(-1)
+    count, hits, overlap, run, length = np.zeros(N, int), np.zeros(N, int), np.zeros(N), 0, 0.0
+    for b, t in np.ndindex(B, T):
+        still, product = 1, 1.0
+        for i in range(N):
+            if (b, t + i + 1) not in pairs_that_count() or POSITIONS[b, t + i + 1] <= i:
+                break
+            count[i], hits[i], overlap[i] = count[i] + 1, hits[i] + hit[i, b, t], overlap[i] + accepted[i, b, t]
+            still, product = still * hit[i, b, t], product * accepted[i, b, t]
+            run, length = run + still, length + product
+    assert run > 3
+    for ours, theirs in zip(found, (count, hits, overlap, run, length), strict=True):
+        np.testing.assert_allclose(ours, theirs, **CLOSE)
 
 
 def test_weights_that_change_nothing_leave_the_plain_loss_bit_for_bit():
