@@ -9,6 +9,7 @@ drafter.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
+from fasteagle_jax.decoding.lookup import with_lookup
 from fasteagle_jax.decoding.prefill import first_state, init_prefill, pad_prompts, prefill
 from fasteagle_jax.decoding.sampling import Sampling, choose
 from fasteagle_jax.decoding.state import (
@@ -65,6 +67,8 @@ def decode_round(
             draft, drafter_cache = drafter.draft(  # type: ignore[union-attr]
                 vocab, state.new, state.drafter_cache, tree, ranking, context
             )
+            length, lookup = state.target_cache.length, tree.lookup  # type: ignore[union-attr]
+            draft = with_lookup(draft, state.text, length, num_levels, lookup)
         else:
             draft = root_only(state.new)
             drafter_cache = None if drafter is None else drafter.skip(state.new, state.drafter_cache)
@@ -86,13 +90,13 @@ def decode_round(
         count = jnp.where(state.done, 0, count).astype(jnp.int32)
         target_cache = commit(state.target_cache, out.fresh, count, path.nodes)
 
-        slot = state.num_emitted[:, None] + index
+        slot = state.target_cache.length[:, None] + 1 + index  # the pending token is at `length`
         real = index < count[:, None]
         depths = jnp.where(index == count[:, None] - 1, 0, index + 1)
         new_entries: tuple[Any, ...] = jnp.where(real, picked, NO_TOKEN), jnp.where(real, depths, NO_TOKEN), None
         if state.logprobs is not None:
             new_entries = *new_entries[:2], token_logprobs(logits, picked, state.wants_logprobs, path.nodes)
-        emitted, depths, logprobs = _write((state.emitted, state.depths, state.logprobs), new_entries, slot)
+        text, depths, logprobs = _write((state.text, state.depths, state.logprobs), new_entries, slot)
         num_emitted = state.num_emitted + count
         done = state.done | (until_stop <= count) | (num_emitted >= stop.max_new)
 
@@ -105,7 +109,7 @@ def decode_round(
         target_cache,
         drafter_cache,
         new,
-        emitted,
+        text,
         depths,
         logprobs,
         state.wants_logprobs,
@@ -133,7 +137,7 @@ def root_only(new: Accepted) -> Draft:
     """The draft of plain decoding: the pending token alone."""
     last = jnp.maximum(new.count - 1, 0)[:, None]
     root = jnp.take_along_axis(new.tokens, last, axis=1)
-    return Draft(root, jnp.full_like(root, NO_PARENT), jnp.zeros_like(root))
+    return Draft(root, jnp.full_like(root, NO_PARENT), jnp.zeros_like(root), jnp.zeros(root.shape))
 
 
 # --- loops of rounds, and generate ------------------------------------------------------------------------------
@@ -217,8 +221,8 @@ def start(
     num_slots = slots_needed(prompt_slots, chunk, max_new, num_levels)
     prefix = init_prefill(target, drafter, batch, num_slots, max(chunk, num_levels + 1))
     prefilled = prefill(target, drafter, vocab, prefix, prompts, lengths, chunk=chunk, num_levels=num_levels)
-    num_emitted = max_new + num_levels + 1
-    state = first_state(target, prefilled, lengths, sampling, stop, num_slots=num_emitted, num_levels=num_levels)
+    sizes = {"num_slots": prompt_slots + max_new + num_levels + 1, "num_levels": num_levels}
+    state = first_state(target, prefilled, prompts, lengths, sampling, stop, **sizes)
     return state, vocab
 
 
@@ -248,6 +252,7 @@ def generate(
     max_new: int | list[int] = 128,
     stop_tokens: tuple[int, ...] = (),
     tree: TreeSpec | None = None,
+    lookup: int | None = None,
     chunk: int = 64,
     shared_noise: bool = True,
 ) -> Generation:
@@ -255,12 +260,14 @@ def generate(
 
     Args:
       target: an interfaces.Target.
-      drafter: an interfaces.Drafter; None for plain decoding.
+      drafter: an interfaces.Drafter, for lookup alone a drafters.text_only.TextOnly; None for plain decoding.
       prompts: token ids, each prompt of at least one.
       sampling: of each row, from `sampling.make_sampling`.
       max_new: the most new tokens, for all rows or one a row.
       stop_tokens: a row ends with the first of these, which is kept.
       tree: what to draft; None for `tree_selection.default_tree`.
+      lookup: K, for a tree that also holds what is copied from the row's own text after suffixes of up to K tokens
+        (see lookup.py); None for what `tree` says.
       chunk: prompt tokens a forward pass of the prefill takes.
       shared_noise: let the drafter rank its guesses with the target's own noise at temperature > 0.
 
@@ -268,13 +275,17 @@ def generate(
       A Generation. Compiled once for each shape of the arguments.
 
     Raises:
-      UserError: an empty prompt, a token outside the vocabulary, a prompt that does not fit the target's positions.
+      UserError: a lookup out of range, an empty prompt, a token outside the vocabulary, a prompt that does not fit the
+        target's positions.
     """
     limits = max_new if isinstance(max_new, (list, tuple)) else [max_new]
     config = target.config
     if not prompts or chunk < 1:
         raise UserError(f"{len(prompts)} prompts in chunks of {chunk}: give at least one prompt, and 1")
     stop = make_stop(len(prompts), max_new, stop_tokens)
+    tree = tree or default_tree(jax.default_backend())
+    if lookup is not None:
+        tree = dataclasses.replace(tree, lookup=lookup)
     for i, prompt in enumerate(prompts):
         limit = limits[i] if len(limits) > 1 else limits[0]
         if len(prompt) + limit > config.max_positions:
@@ -294,7 +305,7 @@ def generate(
         sampling,
         stop,
         max_new=max(limits),
-        tree=tree or default_tree(jax.default_backend()),
+        tree=tree,
         chunk=chunk,
         shared_noise=shared_noise,
     )
