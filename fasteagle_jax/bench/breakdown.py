@@ -137,7 +137,7 @@ class RoundProfiler:
             return drafter.draft_logits(vocab, new, cache, num_levels, context)
 
         def finished(draft: Draft, text: Any) -> Any:
-            draft = with_lookup(draft, *text, num_levels, tree.lookup)
+            draft = with_lookup(draft, text[0], text[1], num_levels, tree.lookup)
             return draft, visible_nodes(draft)
 
         def build_tree(

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from fasteagle_jax.decoding.tree import MAX_LOOKUP, Draft, draft_of, visible_nodes
 from fasteagle_jax.devices.sharding import by_shard
 
-# How often the copied token is the next one, by the number of tokens that match: `repeats` of `bench --acceptance`.
+# By the number of tokens that match: how often the copied token is the next one, below what `bench --acceptance` counts
+# (docs/drafter.md), since where both guess it the drafter's share comes on top.
 RATES = (0.0, 0.12, 0.30, 0.45, 0.55, 0.65, 0.70, 0.75, 0.80)
 assert len(RATES) == MAX_LOOKUP + 1
 BEFORE_TEXT = -2  # stands before the first position: no token has this id, nor does a slot without one

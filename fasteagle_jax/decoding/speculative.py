@@ -221,8 +221,8 @@ def start(
     num_slots = slots_needed(prompt_slots, chunk, max_new, num_levels)
     prefix = init_prefill(target, drafter, batch, num_slots, max(chunk, num_levels + 1))
     prefilled = prefill(target, drafter, vocab, prefix, prompts, lengths, chunk=chunk, num_levels=num_levels)
-    sizes = {"num_slots": prompt_slots + max_new + num_levels + 1, "num_levels": num_levels}
-    state = first_state(target, prefilled, prompts, lengths, sampling, stop, **sizes)
+    of_text = prompt_slots + max_new + num_levels + 1
+    state = first_state(target, prefilled, prompts, lengths, sampling, stop, num_slots=of_text, num_levels=num_levels)
     return state, vocab
 
 

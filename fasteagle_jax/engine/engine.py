@@ -356,11 +356,11 @@ def _trees(tree: TreeSpec | str | None, drafter: Any | None, lookup: int | None)
     """The trees to choose from, None for plain decoding (see Engine)."""
     if drafter is None or tree is None:
         return (None,)
-    trees: tuple[TreeSpec | None, ...] = (
-        (TreeSpec.parse(tree),) if isinstance(tree, str) and tree != "auto" else (tree,)
-    )
+    trees: tuple[TreeSpec | None, ...]
     if tree == "auto":
         trees = tree_choices(drafter.num_levels)
+    else:
+        trees = (TreeSpec.parse(tree) if isinstance(tree, str) else tree,)
     if lookup is None:
         return trees
     return tuple(None if tree is None else dataclasses.replace(tree, lookup=lookup) for tree in trees)

@@ -101,7 +101,7 @@ class Request:
 def to_device_request(request: Request, prompt_slots: int) -> DeviceRequest:
     """A request as the device's programs take it, P = `prompt_slots`; numpy arrays, which compile nothing."""
     params = request.params
-    prompt = np.zeros((1, prompt_slots), np.int32)
+    prompt: Any = np.zeros((1, prompt_slots), np.int32)
     prompt[0, : len(request.prompt)] = request.prompt
 
     def row(value: Any, dtype: Any) -> Any:
