@@ -14,13 +14,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fasteagle_jax.decoding.tree import MAX_LOOKUP, Draft, draft_of, visible_nodes
+from fasteagle_jax.decoding.tree import Draft, draft_of, visible_nodes
 from fasteagle_jax.devices.sharding import by_shard
 
 # By the number of tokens that match: how often the copied token is the next one, below what `bench --acceptance` counts
 # (docs/drafter.md), since where both guess it the drafter's share comes on top.
 RATES = (0.0, 0.12, 0.30, 0.45, 0.55, 0.65, 0.70, 0.75, 0.80)
-assert len(RATES) == MAX_LOOKUP + 1
 BEFORE_TEXT = -2  # stands before the first position: no token has this id, nor does a slot without one
 
 
@@ -32,7 +31,7 @@ def with_lookup(draft: Draft, text: jax.Array, length: jax.Array, num_levels: in
       text: int32 [B, S], prompt and answer by position.
       length: int32 [B], the pending token's position.
       num_levels: N, no node gets deeper.
-      longest: K, at most MAX_LOOKUP; None for no lookup.
+      longest: K, less than the number of RATES; None for no lookup.
     """
     if longest is None:
         return draft
@@ -127,8 +126,7 @@ def _merged(draft: Draft, matched: jax.Array, copied: jax.Array, longest: int) -
     def by_distance(x: jax.Array) -> jax.Array:
         return x.transpose(0, 2, 1).reshape(batch, -1)
 
-    first = jnp.arange(num_nodes)[:, None] - 1  # the candidate that a node is; NO_PARENT for the root
-    parents = jnp.where(ahead == 0, first, num_nodes - 1 + (ahead - 1) * num_nodes + first + 1)  # [M, N]
+    parents = jnp.arange(num_nodes)[:, None] - 1 + num_nodes * ahead  # [M, N]; the root is NO_PARENT
     parents = jnp.broadcast_to(parents, copied.shape)
     of_drafter = (draft.parents[:, 1:] - 1, draft.tokens[:, 1:], draft.depths[:, 1:], scores[:, 1:])
     of_lookup = map(by_distance, (parents, copied, depths, of_copies))

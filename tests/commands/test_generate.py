@@ -224,6 +224,7 @@ def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, prompts
     assert "is empty" in complaint(main, "--target", target_folder, "--prompt", "", "--no-chat")
     assert "'0'" in complaint(main, *given, "--max-new", 0)
     assert "name its folder with --drafter" in complaint(main, *given, "--show-drafts")
+    assert "lookup is 0: give 1 to 8 tokens" in complaint(main, *given, "--lookup", 0)
     shown = [*given, "--drafter", drafter_folder, "--show-drafts", "--output", tmp_path / "new.jsonl"]
     assert "--show-drafts with --output" in complaint(main, *shown)
     assert "mesh '2x4' is not understood: write data,fsdp,tensor" in complaint(main, *given, "--mesh", "2x4")

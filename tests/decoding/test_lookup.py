@@ -12,7 +12,7 @@ import pytest
 from fasteagle_jax.decoding.lookup import RATES, with_lookup
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate
-from fasteagle_jax.decoding.tree import Draft, TreeSpec, build
+from fasteagle_jax.decoding.tree import MAX_LOOKUP, Draft, TreeSpec, build
 from fasteagle_jax.drafters.text_only import TextOnly
 from fasteagle_jax.errors import UserError
 from tests.tiny_models import tiny_target
@@ -129,6 +129,7 @@ def test_without_a_drafter_what_repeats_is_accepted_and_the_rest_stays_the_targe
 @pytest.mark.parametrize("text", ["best_first:8+lookup:4", "chain+lookup:1", "backbone:3:2+lookup:8"])
 def test_a_trees_name_holds_its_lookup(text):
     assert str(TreeSpec.parse(text)) == text and TreeSpec.parse(text).lookup == int(text[-1])
+    assert len(RATES) == MAX_LOOKUP + 1
     for wrong in (text + "x", text[:-1]):
         with pytest.raises(UserError, match="is not understood: write chain"):
             TreeSpec.parse(wrong)
