@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +32,22 @@ from fasteagle_jax.decoding.state import (
     slots_needed,
     token_logprobs,
 )
-from fasteagle_jax.decoding.tree import NO_PARENT, Draft, TreeSpec, visible_nodes, walk
+from fasteagle_jax.decoding.tree import NO_PARENT, Draft, TreeSpec, Walk, visible_nodes, walk
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.devices.sharding import by_shard, constrain_all
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import commit
 
 # --- a round ----------------------------------------------------------------------------------------------------
+
+
+class Verified(NamedTuple):
+    """What the target says of a draft."""
+
+    out: Any  # the target's TargetOutput
+    logits: jax.Array  # float32 [B, M, V]
+    chosen: jax.Array  # int32 [B, M], its token after each node
+    path: Walk  # the deepest one that it agrees with
 
 
 def decode_round(
@@ -56,55 +65,73 @@ def decode_round(
 
     Without a tree it is a plain round of one token, which the drafter, if there is one, skips.
     """
-    num_accepted = state.new.tokens.shape[1]  # A of the state: a tree may accept fewer
-    is_drafted = drafter is not None and tree is not None
-    num_levels = tree.num_levels(drafter.num_levels) if is_drafted else 0  # type: ignore[union-attr]
-
     with jax.named_scope("draft"):
-        if is_drafted:
-            ranking = Ranking(sampling, shared_noise)
-            context = context_of(state.target_cache, drafter)
-            draft, drafter_cache = drafter.draft(  # type: ignore[union-attr]
-                vocab, state.new, state.drafter_cache, tree, ranking, context
-            )
-            length, lookup = state.target_cache.length, tree.lookup  # type: ignore[union-attr]
-            draft = with_lookup(draft, state.text, length, num_levels, lookup)
-        else:
-            draft = root_only(state.new)
-            drafter_cache = None if drafter is None else drafter.skip(state.new, state.drafter_cache)
-
+        draft, drafter_cache = draft_tree(drafter, vocab, state, sampling, tree=tree, shared_noise=shared_noise)
     with jax.named_scope("verify"):
-        positions = state.target_cache.length[:, None] + draft.depths  # [B, M]
-        feature_layers = () if drafter is None else drafter.feature_layers
-        out = target(draft.tokens, positions, visible_nodes(draft), state.target_cache, feature_layers)
-        logits = target.logits(out.hidden)
-        chosen = choose(logits, positions + 1, sampling)  # [B, M]
-        path = walk(draft, chosen, num_levels)
-        picked = jnp.take_along_axis(chosen, path.nodes, axis=1)  # [B, N+1], new tokens, valid up to `accepted`
-
+        verified = verify(target, drafter, state, draft, sampling, tree=tree)
     with jax.named_scope("commit"):
-        index = jnp.arange(num_levels + 1)
-        stops = is_stop(picked, stop) & (index <= path.accepted[:, None])
-        until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1), num_levels + 1) + 1
-        count = jnp.minimum(path.accepted + 1, jnp.minimum(until_stop, stop.max_new - state.num_emitted))
-        count = jnp.where(state.done, 0, count).astype(jnp.int32)
-        target_cache = commit(state.target_cache, out.fresh, count, path.nodes)
+        return commit_path(drafter, state, drafter_cache, verified, stop, tree=tree)
 
-        slot = state.target_cache.length[:, None] + 1 + index  # the pending token is at `length`
-        real = index < count[:, None]
-        depths = jnp.where(index == count[:, None] - 1, 0, index + 1)
-        new_entries: tuple[Any, ...] = jnp.where(real, picked, NO_TOKEN), jnp.where(real, depths, NO_TOKEN), None
-        if state.logprobs is not None:
-            new_entries = *new_entries[:2], token_logprobs(logits, picked, state.wants_logprobs, path.nodes)
-        text, depths, logprobs = _write((state.text, state.depths, state.logprobs), new_entries, slot)
-        num_emitted = state.num_emitted + count
-        done = state.done | (until_stop <= count) | (num_emitted >= stop.max_new)
 
-        unused = ((0, 0), (0, num_accepted - num_levels - 1))
-        features = state.new.features
-        if drafter is not None:
-            features = jnp.pad(_at(out.features, path.nodes), (*unused, (0, 0)))
-        new = Accepted(features, jnp.pad(picked, unused), count)
+def draft_tree(
+    drafter: Any | None,
+    vocab: VocabWeights | None,
+    state: State,
+    sampling: Sampling,
+    *,
+    tree: TreeSpec | None,
+    shared_noise: bool = True,
+) -> tuple[Draft, Any]:
+    """The Draft of a round, of plain decoding the pending token alone; and the drafter's cache after it."""
+    if drafter is None or tree is None:
+        return root_only(state.new), None if drafter is None else drafter.skip(state.new, state.drafter_cache)
+    ranking, context = Ranking(sampling, shared_noise), context_of(state.target_cache, drafter)
+    draft, drafter_cache = drafter.draft(vocab, state.new, state.drafter_cache, tree, ranking, context)
+    num_levels = num_levels_of(drafter, tree)
+    return with_lookup(draft, state.text, state.target_cache.length, num_levels, tree.lookup), drafter_cache
+
+
+def verify(
+    target: Any, drafter: Any | None, state: State, draft: Draft, sampling: Sampling, *, tree: TreeSpec | None
+) -> Verified:
+    """The target's pass over the nodes of a draft, and the path that it agrees with."""
+    positions = state.target_cache.length[:, None] + draft.depths  # [B, M]
+    feature_layers = () if drafter is None else drafter.feature_layers
+    out = target(draft.tokens, positions, visible_nodes(draft), state.target_cache, feature_layers)
+    logits = target.logits(out.hidden)
+    chosen = choose(logits, positions + 1, sampling)  # [B, M]
+    return Verified(out, logits, chosen, walk(draft, chosen, num_levels_of(drafter, tree)))
+
+
+def commit_path(
+    drafter: Any | None, state: State, drafter_cache: Any, verified: Verified, stop: Stop, *, tree: TreeSpec | None
+) -> State:
+    """The State with the path's tokens and the target's own after it, up to a stop token or the row's limit."""
+    out, logits, chosen, path = verified
+    num_accepted, num_levels = state.new.tokens.shape[1], num_levels_of(drafter, tree)  # a tree may accept fewer
+    picked = jnp.take_along_axis(chosen, path.nodes, axis=1)  # [B, N+1], new tokens, valid up to `accepted`
+    index = jnp.arange(num_levels + 1)
+    stops = is_stop(picked, stop) & (index <= path.accepted[:, None])
+    until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1), num_levels + 1) + 1
+    count = jnp.minimum(path.accepted + 1, jnp.minimum(until_stop, stop.max_new - state.num_emitted))
+    count = jnp.where(state.done, 0, count).astype(jnp.int32)
+    target_cache = commit(state.target_cache, out.fresh, count, path.nodes)
+
+    slot = state.target_cache.length[:, None] + 1 + index  # the pending token is at `length`
+    real = index < count[:, None]
+    depths = jnp.where(index == count[:, None] - 1, 0, index + 1)
+    new_entries: tuple[Any, ...] = jnp.where(real, picked, NO_TOKEN), jnp.where(real, depths, NO_TOKEN), None
+    if state.logprobs is not None:
+        new_entries = *new_entries[:2], token_logprobs(logits, picked, state.wants_logprobs, path.nodes)
+    text, depths, logprobs = _write((state.text, state.depths, state.logprobs), new_entries, slot)
+    num_emitted = state.num_emitted + count
+    done = state.done | (until_stop <= count) | (num_emitted >= stop.max_new)
+
+    unused = ((0, 0), (0, num_accepted - num_levels - 1))
+    features = state.new.features
+    if drafter is not None:
+        features = jnp.pad(_at(out.features, path.nodes), (*unused, (0, 0)))
+    new = Accepted(features, jnp.pad(picked, unused), count)
     return State(
         target_cache,
         drafter_cache,
