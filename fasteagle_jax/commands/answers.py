@@ -57,7 +57,7 @@ def add_answer_options(parser: Any, max_new: int) -> None:
 
 
 def add_engine_options(parser: Any, default_tree: str) -> None:
-    """Adds --target, --adapter, --dtype, --drafter, --strict, --tree, --lookup, --max-len and --mesh, for `load_engine`."""
+    """Adds the options of `load_engine`: models, the tree, --lookup, --max-len and --mesh."""
     group = parser.add_argument_group("models")
     add_target_options(group)
     add_draft_options(group, default_tree)

@@ -248,3 +248,26 @@ def test_a_drafter_of_another_target_gives_the_same_answers_and_is_refused_with_
     plain = capsys.readouterr().out
     assert main([*words, "--tree", "chain"]) == 0
     assert capsys.readouterr().out == plain and "was trained for target" in caplog.text
+
+
+def test_a_traced_answer_is_the_same_and_a_page(generate, talkative, tmp_path):
+    target, drafter = talkative
+    asked = ["--prompt", "Why?", "--target", target, "--drafter", drafter, "--tree", "best_first:4"]
+    plain, _ = generate(*asked)
+    traced, said = generate(*asked, "--trace", tmp_path / "page.html")
+    assert traced == plain and "12 tokens in" in said
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "When?"], "--trace is of one answer"),
+        (["--tree", "auto"], "--trace with --tree auto: name the tree"),
+        (["--stop", "x"], "--trace with --stop: leave one of them out"),
+    ],
+)
+def test_what_cannot_be_traced_is_one_line(target_folder, tmp_path, capsys, options, message):
+    argv = ["--target", str(target_folder), "--prompt", "Why?", "--trace", str(tmp_path / "page.html"), *options]
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
