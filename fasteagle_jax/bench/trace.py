@@ -60,6 +60,10 @@ def trace(
     verifying = jax.jit(functools.partial(verify, **models))
     committing = jax.jit(functools.partial(commit_path, **models))
     first = int(state.emitted[0, 0])
+    draft, drafter_cache = drafting(drafter, vocab, state, sampling)  # once before they are timed: they compile
+    jax.block_until_ready(
+        committing(drafter, state, drafter_cache, verifying(target, drafter, state, draft, sampling), stop)
+    )
     rounds: list[TracedRound] = []
     while not bool(state.done[0]):
         times = [time.perf_counter()]
