@@ -28,6 +28,7 @@ from fasteagle_jax.bench.sweeps import Outcome, check_trained, machine
 from fasteagle_jax.data.sources import Prompt
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.sampling_fields import from_options
+from fasteagle_jax.decoding.tree import MAX_LOOKUP
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
@@ -114,6 +115,7 @@ def acceptance(
         titles.append(f"temperature {temperature:g}, {args.max_new} new tokens at most, {models.dtype}, {machine()}")
         estimates = counts.estimates()
         records.append({"temperature": temperature, "estimates": estimates, "differences": counts.differences()})
+        records[-1]["repeats"] = repeats([(case.tokens, a.tokens) for case, a in zip(cases, first, strict=True)])
         records[-1]["cases"] = [
             {"task": case.task, "conversation": case.conversation, "prompt_tokens": len(case.tokens)}
             | {"counts": {str(d): [a[i].rounds, *a[i].accepted_at] for d, a in answers.items()}}
@@ -188,6 +190,25 @@ def _generate(engine: Engine, params: SamplingParams, cases: Sequence[Case], pro
         counts = completion.statistics if counts is None else counts + completion.statistics
         progress.update(f"{engine.trees[0]}: tau {counts.length:.2f}")
     return sorted(completions, key=lambda completion: completion.prompt_index)
+
+
+def repeats(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[int, int]]:
+    """For JSON: what lookup finds in the text before each token of the answers, of (prompt, answer) pairs.
+
+    By the number of tokens that match, 0 to MAX_LOOKUP: how many tokens there are, and how many of them are the one
+    that followed the last time. The token that prefill makes is not counted.
+    """
+    counts = [[0, 0] for _ in range(MAX_LOOKUP + 1)]
+    for prompt, answer in texts:
+        text, followed = [*prompt, *answer], dict[tuple[int, ...], int]()
+        for i in range(1, len(text)):
+            suffixes = [tuple(text[i - size : i]) for size in range(1, min(i, MAX_LOOKUP) + 1)]
+            if i > len(prompt):
+                known = [followed[suffix] for suffix in suffixes if suffix in followed]  # all up to the longest one
+                counts[len(known)][0] += 1
+                counts[len(known)][1] += bool(known) and known[-1] == text[i]
+            followed |= dict.fromkeys(suffixes, text[i])
+    return [(num, right) for num, right in counts]
 
 
 # --- statistics -------------------------------------------------------------------------------------------------
@@ -311,6 +332,11 @@ def _show(title: str, record: Mapping[str, Any], different: Mapping[DecoderSpec,
             )
         )
     show(title, ("task", "drafter", "passes", "tau", "95%", "by depth", "differ"), rows)
+    total = sum(num for num, _ in record["repeats"])
+    found = [(size, num, right) for size, (num, right) in enumerate(record["repeats"]) if num and size]
+    words = (f"{size}: {num / total:.0%}, {right / num:.2f}" for size, num, right in found)
+    print(f"{total} tokens; by how many before them stood before, their share and that of what followed then again:")
+    print("; ".join(words))
     if len(different) < 2:
         return
     pairs = []

@@ -22,6 +22,7 @@ from fasteagle_jax.bench.decoders import DecoderSpec, find_decoder
 from fasteagle_jax.bench.runner import Case, Comparison, tree_of
 from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.decoding.interfaces import Ranking
+from fasteagle_jax.decoding.lookup import with_lookup
 from fasteagle_jax.decoding.sampling import choose
 from fasteagle_jax.decoding.speculative import advance, decode_rounds, root_only
 from fasteagle_jax.decoding.state import State, context_of
@@ -135,23 +136,29 @@ class RoundProfiler:
         def draft_logits(cache: Any, drafter: Any, vocab: Any, new: Any, context: Any) -> Any:
             return drafter.draft_logits(vocab, new, cache, num_levels, context)
 
-        def build_tree(_: Any, drafter: Any, vocab: Any, new: Any, cache: Any, logits: Any, sampling: Any) -> Any:
-            draft = drafter.build_tree(vocab, new, cache, logits, tree, Ranking(sampling, True))
+        def finished(draft: Draft, text: Any) -> Any:
+            draft = with_lookup(draft, text[0], text[1], num_levels, tree.lookup)
             return draft, visible_nodes(draft)
 
-        def whole_draft(cache: Any, drafter: Any, vocab: Any, new: Any, context: Any, sampling: Any) -> Any:
+        def build_tree(
+            _: Any, drafter: Any, vocab: Any, new: Any, text: Any, cache: Any, logits: Any, sampling: Any
+        ) -> Any:
+            return finished(drafter.build_tree(vocab, new, cache, logits, tree, Ranking(sampling, True)), text)
+
+        def whole_draft(cache: Any, drafter: Any, vocab: Any, new: Any, text: Any, context: Any, sampling: Any) -> Any:
             draft, after = drafter.draft(vocab, new, cache, tree, Ranking(sampling, True), context)
-            return draft, visible_nodes(draft), after
+            return *finished(draft, text), after
 
         models = drafter, vocab, state.new
+        text = state.text, state.target_cache.length
         context = () if drafter is None else context_of(state.target_cache, drafter)
         if drafter is None:
             draft, visible = run("tree", plain_draft, (), state.new)
         elif getattr(drafter, "has_split_draft", False):
             logits, cache = run("draft", draft_logits, state.drafter_cache, *models, context)
-            draft, visible = run("tree", build_tree, (), *models, cache, logits, sampling)
+            draft, visible = run("tree", build_tree, (), *models, text, cache, logits, sampling)
         else:
-            draft, visible, _ = run("draft", whole_draft, state.drafter_cache, *models, context, sampling)
+            draft, visible, _ = run("draft", whole_draft, state.drafter_cache, *models, text, context, sampling)
 
         # --- the target -----------------------------------------------------------------------------------------
         def verify(_: Any, target: Any, draft: Draft, visible: jax.Array, cache: Any) -> Any:

@@ -75,18 +75,19 @@ def ablation(key: str, decoder: DecoderSpec, num_levels: int) -> list[Ablation]:
     """The points of a sweep for a drafter of N levels; its own tree gives what is not swept."""
     assert decoder.tree is not None
     own = TreeSpec.parse(decoder.tree)
+    kept: dict[str, Any] = {"levels": own.levels, "lookup": own.lookup}
     trees: dict[int | str, TreeSpec] = {}
     if key == "levels":
         deepest = dataclasses.replace(own, levels=None).num_levels(num_levels)
         trees = {n: dataclasses.replace(own, levels=n) for n in range(1, deepest + 1)}
     elif key == "nodes":
-        trees = {n: TreeSpec("best_first", nodes=n, levels=own.levels) for n in NODES}
+        trees = {n: TreeSpec("best_first", nodes=n, **kept) for n in NODES}
     else:
-        kinds = [TreeSpec("chain", levels=own.levels)]
-        kinds += [TreeSpec("backbone", width=width, levels=own.levels) for width in WIDTHS]
+        kinds = [TreeSpec("chain", **kept)]
+        kinds += [TreeSpec("backbone", width=width, **kept) for width in WIDTHS]
         for tree in kinds:
             nodes = tree.num_nodes(num_levels)
-            trees |= {str(t): t for t in (tree, TreeSpec("best_first", nodes=nodes, levels=own.levels))}
+            trees |= {str(t): t for t in (tree, TreeSpec("best_first", nodes=nodes, **kept))}
     return [Ablation(key, decoder.name, x, dataclasses.replace(decoder, tree=str(tree))) for x, tree in trees.items()]
 
 

@@ -22,7 +22,7 @@ from fasteagle_jax.commands.models import add_target_options
 from fasteagle_jax.commands.terminal import add_sampling_options, whole
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.sampling_fields import from_options
-from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.decoding.tree import MAX_LOOKUP, TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh
 from fasteagle_jax.engine.detokenizer import TextStream
@@ -57,7 +57,7 @@ def add_answer_options(parser: Any, max_new: int) -> None:
 
 
 def add_engine_options(parser: Any, default_tree: str) -> None:
-    """Adds --target, --adapter, --dtype, --drafter, --strict, --tree, --max-len and --mesh, for `load_engine`."""
+    """Adds the options of `load_engine`: models, the tree, --lookup, --max-len and --mesh."""
     group = parser.add_argument_group("models")
     add_target_options(group)
     add_draft_options(group, default_tree)
@@ -76,7 +76,7 @@ def add_engine_options(parser: Any, default_tree: str) -> None:
 
 
 def add_draft_options(parser: Any, default_tree: str) -> None:
-    """Adds --drafter, --strict and --tree, to be read with `tree_named`."""
+    """Adds --drafter, --strict, --tree, to be read with `tree_named`, and --lookup."""
     parser.add_argument(
         "--drafter",
         default=SHIPPED,
@@ -91,6 +91,13 @@ def add_draft_options(parser: Any, default_tree: str) -> None:
         metavar="T",
         help="plain, chain, backbone:WIDTH, best_first:NODES, or auto: the fastest, measured at the start, which takes "
         f"a minute or more (default {default_tree})",
+    )
+    parser.add_argument(
+        "--lookup",
+        type=int,
+        metavar="K",
+        help="share the tree's nodes with what stood before in the text after the last tokens, up to K "
+        f"(1 to {MAX_LOOKUP}, default no lookup)",
     )
 
 
@@ -118,7 +125,10 @@ def sampling_params(args: argparse.Namespace, stop: Sequence[str] = ()) -> Sampl
 
 def load_engine(args: argparse.Namespace, tree: TreeSpec | str | None, slots: int) -> Engine:
     """The engine that the options name, its trees measured if there is a choice."""
-    if args.show_drafts and drafter_folder(args.drafter, open_checkpoint(args.target, args.adapter)) is None:
+    guesses = (
+        args.lookup is not None or drafter_folder(args.drafter, open_checkpoint(args.target, args.adapter)) is not None
+    )
+    if args.show_drafts and not guesses:
         raise UserError("--show-drafts without a drafter: name its folder with --drafter")
     engine = Engine.load(
         args.target,
@@ -126,6 +136,7 @@ def load_engine(args: argparse.Namespace, tree: TreeSpec | str | None, slots: in
         slots=slots,
         max_len=args.max_len,
         tree=tree,
+        lookup=args.lookup,
         mesh=mesh_named(args.mesh),
         dtype=args.dtype,
         strict=args.strict,

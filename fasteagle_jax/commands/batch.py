@@ -15,9 +15,9 @@ line's number as "line". OpenAI's records have "custom_id", "response" and "erro
 text), simple ones "id", "text", "tokens", "finish_reason" and more (with n > 1 a list "answers" of these); both have
 "statistics". A line that cannot be answered gets a record with an "error" that names the line.
 
-The same command resumes after an interruption, by whatever means. OUTPUT.manifest.json beside the
-output says how it was made; other settings need another output. --slots, --drafter, --tree and --mesh change no token
-and may change.
+The same command resumes after an interruption, by whatever means. OUTPUT.manifest.json beside the output says how it
+was made; other settings need another output. --slots, --drafter, --tree, --lookup and --mesh change no token and may
+change.
 
 Several processes share the lines: process i of n answers those whose number modulo n is i, into a file of its own,
 answers-00000-of-00002.jsonl. They meet once, to learn their numbers, and then do not wait for each other: each has an
@@ -105,7 +105,8 @@ def answer_file(args: argparse.Namespace) -> int:
     # --- the engine -------------------------------------------------------------------------------------------
     dtype = dtype_named(args.dtype)
     mesh = mesh_named(args.mesh)
-    options = {"slots": args.slots, "max_len": args.max_len, "strict": args.strict, "adapter": args.adapter}
+    options = {"slots": args.slots, "max_len": args.max_len, "strict": args.strict, "lookup": args.lookup}
+    options["adapter"] = args.adapter
     engine = Engine.load(args.target, args.drafter, **options, tree=tree, mesh=mesh, dtype=dtype)
     template = str(engine.tokenizer.chat_template or "")
     with args.input.open("rb") as requests:

@@ -7,7 +7,8 @@ over all prompts of a task. Every token is compared.
 
 Tasks are files of --prompts-folder by name (mt_bench for mt_bench.jsonl), other files, or data sets of the hub.
 Drafters are NAME=FOLDER, each with its tree behind it: chain, backbone:WIDTH or best_first:NODES, and :LEVELS behind
-that for the first levels alone. simulated=0.8/0.7/0.6 is one that is accepted so often at each depth, at no cost.
+that for the first levels alone, +lookup:K for guesses that are copied from the text after up to K tokens that match.
+simulated=0.8/0.7/0.6 is one that is accepted so often at each depth, at no cost.
 
 --sweep levels,nodes,tree measures each drafter with other trees. --sweep slots measures the engine: throughput over
 numbers of slots; --sweep memory says what its caches take. --sweep rows measures what a target pass over several rows

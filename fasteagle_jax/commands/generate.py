@@ -8,6 +8,7 @@ without, they are printed. An answer that reaches --max-new or --max-len has not
 examples:
   fasteagle generate --prompt "Why is the sky blue?"
   fasteagle generate --prompt "Why is the sky blue?" --drafter runs/smollm2/drafter --show-drafts
+  fasteagle generate --prompt "Why is the sky blue?" --trace sky.html
   fasteagle generate --drafter runs/smollm2/drafter --slots 16 --input questions.jsonl --output answers.jsonl
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fasteagle_jax.bench.timing import Stopwatch
+from fasteagle_jax.bench.trace import page, trace
 from fasteagle_jax.commands.answers import (
     ONE_AT_A_TIME,
     Screen,
@@ -35,6 +37,10 @@ from fasteagle_jax.commands.answers import (
 )
 from fasteagle_jax.commands.terminal import Parser, program, whole
 from fasteagle_jax.data.sources import Message, Prompt, read_prompts
+from fasteagle_jax.decoding.sampling import make_sampling
+from fasteagle_jax.decoding.sampling_fields import from_options
+from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.engine.detokenizer import decode
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
@@ -54,6 +60,12 @@ def _parser() -> Parser:
     parser.add_argument("--input", metavar="SOURCE", help="a file of prompts")
     parser.add_argument("--limit", type=whole(1), metavar="N", help="read N prompts of --input")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a new file for the conversations")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="decode the only prompt round by round, and write a new page (one HTML file) to look through them",
+    )
     parser.add_argument("--no-chat", action="store_true", help="continue the prompts as plain text: no chat template")
     parser.add_argument(
         "--stream",
@@ -73,6 +85,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
     # --- what was asked for -----------------------------------------------------------------------------------
     params = sampling_params(args, args.stop)
     check_new(args.output)
+    check_new(args.trace)
     prompts = [Prompt(f"prompt-{i}", [text]) for i, text in enumerate(args.prompt, 1)]
     if args.input:
         prompts += read_prompts(args.input, args.limit)
@@ -87,10 +100,17 @@ def answer_prompts(args: argparse.Namespace) -> None:
     if args.no_chat and (many := [prompt.id for prompt in prompts if len(prompt.turns) > 1]):
         raise UserError(f"prompt {many[0]} has several turns, which plain text does not have: leave --no-chat out")
 
+    if args.trace:
+        _check_trace(args, prompts, tree)
+
     engine = load_engine(args, tree, args.slots or min(8, len(prompts)))
     talks = [Talk(prompt, chat=not args.no_chat) for prompt in prompts]
     for talk in talks:
         talk.ask(engine)  # all, before the first is answered
+
+    if args.trace:
+        _trace(engine, talks[0], args)
+        return
 
     # --- answers ----------------------------------------------------------------------------------------------
     levels, watch = num_levels(engine), Stopwatch()
@@ -107,6 +127,33 @@ def answer_prompts(args: argparse.Namespace) -> None:
             took.add(answer.depths)
     for line in took.lines():
         print(line, file=sys.stderr)
+
+
+def _check_trace(args: argparse.Namespace, prompts: Sequence[Prompt], tree: TreeSpec | str | None) -> None:
+    """Raises UserError for what cannot be traced."""
+    if len(prompts) != 1 or len(prompts[0].turns) != 1:
+        raise UserError("--trace is of one answer: give one --prompt")
+    for name in ("output", "stop", "stream"):
+        if getattr(args, name):
+            raise UserError(f"--trace with --{name}: leave one of them out")
+    if tree == "auto":
+        raise UserError("--trace with --tree auto: name the tree")
+
+
+def _trace(engine: Engine, talk: Talk, args: argparse.Namespace) -> None:
+    """Writes the page of a traced answer, and prints the answer."""
+    prompt = talk.ask(engine)
+    sampling, tree = make_sampling(1, **from_options(args)), engine.trees[0]
+    limit = min(args.max_new, engine.max_len - len(prompt))
+    first, rounds = trace(
+        engine.target, engine.drafter, prompt, sampling, max_new=limit, stop_tokens=engine.eos_token_ids, tree=tree
+    )
+    title = f"{args.target}, {tree or 'plain'}, temperature {args.temperature:g}: {talk.turns[0]}"
+    write_new(args.trace, page(title, engine.tokenizer, prompt, first, rounds))
+    tokens = [first, *(token for r in rounds for token in r.emitted)]
+    print(decode(engine.tokenizer, tokens))
+    tau = (len(tokens) - 1) / max(len(rounds), 1)
+    print(f"{len(tokens)} tokens in {len(rounds)} rounds, {tau:.2f} a round: {args.trace}", file=sys.stderr)
 
 
 def _stream(engine: Engine, talk: Talk, params: SamplingParams, screen: Screen, watch: Stopwatch) -> None:

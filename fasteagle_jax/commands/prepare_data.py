@@ -11,8 +11,8 @@ message, behind the template's system prompt, or, of longer answers, in the answ
 Every answer token is to be learnt in exactly one window. The first has the dialogue's id, later ones id#w2, id#w3, ...
 
 After an interruption of any kind the same command resumes, and the file is the same as without it. OUTPUT.manifest.json
-beside the output has its settings; other settings need another output. --slots, --drafter and --tree change no token
-and may change.
+beside the output has its settings; other settings need another output. --slots, --drafter, --tree and --lookup
+change no token and may change.
 
 Several processes share the samples: process i of n takes those whose number modulo n is i, into a file of its own,
 answers-00000-of-00002.jsonl. They meet once, to learn their numbers, and then do not wait for each other.
@@ -175,7 +175,8 @@ def prepare(args: argparse.Namespace) -> None:
     manifest = Manifest.of(output, settings)
     engine = None
     if args.prompts:  # dialogues need no weights
-        options = {"slots": args.slots, "max_len": args.max_length, "strict": args.strict, "adapter": args.adapter}
+        options = {"slots": args.slots, "max_len": args.max_length, "strict": args.strict, "lookup": args.lookup}
+        options["adapter"] = args.adapter
         engine = Engine.load(args.target, args.drafter, **options, tree=tree, dtype=dtype)
 
     # --- sample by sample -------------------------------------------------------------------------------------

@@ -119,6 +119,7 @@ def prefill(
 def first_state(
     target: Any,
     prefilled: Prefilled,
+    prompts: jax.Array,
     lengths: jax.Array,
     sampling: Sampling,
     stop: Stop,
@@ -131,9 +132,9 @@ def first_state(
 
     Args:
       target, prefilled: the model, and its caches with all prompts in them.
-      lengths: int32 [B], of the prompts.
+      prompts, lengths: int32 [B, P] and [B], as of `prefill`.
       sampling, stop: of each row.
-      num_slots: of `emitted`; a round writes up to N past a row's last token.
+      num_slots: of `text`; a round writes up to N past a row's last token.
       num_levels: N of the drafter, 0 for plain decoding.
       wants_logprobs: bool [B], rows whose log-probabilities are wanted; None if they are never computed.
     """
@@ -141,10 +142,13 @@ def first_state(
     logits = target.logits(prefilled.hidden[:, None])  # [B, 1, V]
     pending = choose(logits, lengths[:, None], sampling)  # [B, 1]
     slack = ((0, 0), (0, num_levels))
-    empty = jnp.full((batch, num_slots), NO_TOKEN, jnp.int32)
+    row, at = jnp.arange(batch), lengths  # the pending token follows the prompt
+    text = jnp.pad(prompts, ((0, 0), (0, num_slots - prompts.shape[1])))
+    text = jnp.where(jnp.arange(num_slots) < lengths[:, None], text, NO_TOKEN)
     logprobs = None
     if wants_logprobs is not None:
-        logprobs = jnp.zeros((batch, num_slots)).at[:, :1].set(token_logprobs(logits, pending, wants_logprobs))
+        logprobs = token_logprobs(logits, pending, wants_logprobs)[:, 0]
+        logprobs = jnp.zeros((batch, num_slots)).at[row, at].set(logprobs)
     return State(
         prefilled.target_cache,
         prefilled.drafter_cache,
@@ -153,8 +157,8 @@ def first_state(
             jnp.pad(pending, slack),
             jnp.ones((batch,), jnp.int32),
         ),
-        empty.at[:, :1].set(pending),
-        empty.at[:, :1].set(0),
+        text.at[row, at].set(pending[:, 0]),
+        jnp.full_like(text, NO_TOKEN).at[row, at].set(0),
         logprobs,
         jnp.zeros((batch,), bool) if wants_logprobs is None else wants_logprobs,
         jnp.ones((batch,), jnp.int32),

@@ -9,13 +9,15 @@ drafter.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
+from fasteagle_jax.decoding.lookup import with_lookup
 from fasteagle_jax.decoding.prefill import first_state, init_prefill, pad_prompts, prefill
 from fasteagle_jax.decoding.sampling import Sampling, choose
 from fasteagle_jax.decoding.state import (
@@ -30,13 +32,22 @@ from fasteagle_jax.decoding.state import (
     slots_needed,
     token_logprobs,
 )
-from fasteagle_jax.decoding.tree import NO_PARENT, Draft, TreeSpec, visible_nodes, walk
+from fasteagle_jax.decoding.tree import NO_PARENT, Draft, TreeSpec, Walk, visible_nodes, walk
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.devices.sharding import by_shard, constrain_all
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import commit
 
 # --- a round ----------------------------------------------------------------------------------------------------
+
+
+class Verified(NamedTuple):
+    """What the target says of a draft."""
+
+    out: Any  # the target's TargetOutput
+    logits: jax.Array  # float32 [B, M, V]
+    chosen: jax.Array  # int32 [B, M], its token after each node
+    path: Walk  # the deepest one that it agrees with
 
 
 def decode_round(
@@ -54,58 +65,78 @@ def decode_round(
 
     Without a tree it is a plain round of one token, which the drafter, if there is one, skips.
     """
-    num_accepted = state.new.tokens.shape[1]  # A of the state: a tree may accept fewer
-    is_drafted = drafter is not None and tree is not None
-    num_levels = tree.num_levels(drafter.num_levels) if is_drafted else 0  # type: ignore[union-attr]
-
     with jax.named_scope("draft"):
-        if is_drafted:
-            ranking = Ranking(sampling, shared_noise)
-            context = context_of(state.target_cache, drafter)
-            draft, drafter_cache = drafter.draft(  # type: ignore[union-attr]
-                vocab, state.new, state.drafter_cache, tree, ranking, context
-            )
-        else:
-            draft = root_only(state.new)
-            drafter_cache = None if drafter is None else drafter.skip(state.new, state.drafter_cache)
-
+        draft, drafter_cache = draft_tree(drafter, vocab, state, sampling, tree=tree, shared_noise=shared_noise)
     with jax.named_scope("verify"):
-        positions = state.target_cache.length[:, None] + draft.depths  # [B, M]
-        feature_layers = () if drafter is None else drafter.feature_layers
-        out = target(draft.tokens, positions, visible_nodes(draft), state.target_cache, feature_layers)
-        logits = target.logits(out.hidden)
-        chosen = choose(logits, positions + 1, sampling)  # [B, M]
-        path = walk(draft, chosen, num_levels)
-        picked = jnp.take_along_axis(chosen, path.nodes, axis=1)  # [B, N+1], new tokens, valid up to `accepted`
-
+        verified = verify(target, drafter, state, draft, sampling, tree=tree)
     with jax.named_scope("commit"):
-        index = jnp.arange(num_levels + 1)
-        stops = is_stop(picked, stop) & (index <= path.accepted[:, None])
-        until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1), num_levels + 1) + 1
-        count = jnp.minimum(path.accepted + 1, jnp.minimum(until_stop, stop.max_new - state.num_emitted))
-        count = jnp.where(state.done, 0, count).astype(jnp.int32)
-        target_cache = commit(state.target_cache, out.fresh, count, path.nodes)
+        return commit_path(drafter, state, drafter_cache, verified, stop, tree=tree)
 
-        slot = state.num_emitted[:, None] + index
-        real = index < count[:, None]
-        depths = jnp.where(index == count[:, None] - 1, 0, index + 1)
-        new_entries: tuple[Any, ...] = jnp.where(real, picked, NO_TOKEN), jnp.where(real, depths, NO_TOKEN), None
-        if state.logprobs is not None:
-            new_entries = *new_entries[:2], token_logprobs(logits, picked, state.wants_logprobs, path.nodes)
-        emitted, depths, logprobs = _write((state.emitted, state.depths, state.logprobs), new_entries, slot)
-        num_emitted = state.num_emitted + count
-        done = state.done | (until_stop <= count) | (num_emitted >= stop.max_new)
 
-        unused = ((0, 0), (0, num_accepted - num_levels - 1))
-        features = state.new.features
-        if drafter is not None:
-            features = jnp.pad(_at(out.features, path.nodes), (*unused, (0, 0)))
-        new = Accepted(features, jnp.pad(picked, unused), count)
+def draft_tree(
+    drafter: Any | None,
+    vocab: VocabWeights | None,
+    state: State,
+    sampling: Sampling,
+    *,
+    tree: TreeSpec | None,
+    shared_noise: bool = True,
+) -> tuple[Draft, Any]:
+    """The Draft of a round, of plain decoding the pending token alone; and the drafter's cache after it."""
+    if drafter is None or tree is None:
+        return root_only(state.new), None if drafter is None else drafter.skip(state.new, state.drafter_cache)
+    ranking, context = Ranking(sampling, shared_noise), context_of(state.target_cache, drafter)
+    draft, drafter_cache = drafter.draft(vocab, state.new, state.drafter_cache, tree, ranking, context)
+    num_levels = num_levels_of(drafter, tree)
+    return with_lookup(draft, state.text, state.target_cache.length, num_levels, tree.lookup), drafter_cache
+
+
+def verify(
+    target: Any, drafter: Any | None, state: State, draft: Draft, sampling: Sampling, *, tree: TreeSpec | None
+) -> Verified:
+    """The target's pass over the nodes of a draft, and the path that it agrees with."""
+    positions = state.target_cache.length[:, None] + draft.depths  # [B, M]
+    feature_layers = () if drafter is None else drafter.feature_layers
+    out = target(draft.tokens, positions, visible_nodes(draft), state.target_cache, feature_layers)
+    logits = target.logits(out.hidden)
+    chosen = choose(logits, positions + 1, sampling)  # [B, M]
+    return Verified(out, logits, chosen, walk(draft, chosen, num_levels_of(drafter, tree)))
+
+
+def commit_path(
+    drafter: Any | None, state: State, drafter_cache: Any, verified: Verified, stop: Stop, *, tree: TreeSpec | None
+) -> State:
+    """The State with the path's tokens and the target's own after it, up to a stop token or the row's limit."""
+    out, logits, chosen, path = verified
+    num_accepted, num_levels = state.new.tokens.shape[1], num_levels_of(drafter, tree)  # a tree may accept fewer
+    picked = jnp.take_along_axis(chosen, path.nodes, axis=1)  # [B, N+1], new tokens, valid up to `accepted`
+    index = jnp.arange(num_levels + 1)
+    stops = is_stop(picked, stop) & (index <= path.accepted[:, None])
+    until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1), num_levels + 1) + 1
+    count = jnp.minimum(path.accepted + 1, jnp.minimum(until_stop, stop.max_new - state.num_emitted))
+    count = jnp.where(state.done, 0, count).astype(jnp.int32)
+    target_cache = commit(state.target_cache, out.fresh, count, path.nodes)
+
+    slot = state.target_cache.length[:, None] + 1 + index  # the pending token is at `length`
+    real = index < count[:, None]
+    depths = jnp.where(index == count[:, None] - 1, 0, index + 1)
+    new_entries: tuple[Any, ...] = jnp.where(real, picked, NO_TOKEN), jnp.where(real, depths, NO_TOKEN), None
+    if state.logprobs is not None:
+        new_entries = *new_entries[:2], token_logprobs(logits, picked, state.wants_logprobs, path.nodes)
+    text, depths, logprobs = _write((state.text, state.depths, state.logprobs), new_entries, slot)
+    num_emitted = state.num_emitted + count
+    done = state.done | (until_stop <= count) | (num_emitted >= stop.max_new)
+
+    unused = ((0, 0), (0, num_accepted - num_levels - 1))
+    features = state.new.features
+    if drafter is not None:
+        features = jnp.pad(_at(out.features, path.nodes), (*unused, (0, 0)))
+    new = Accepted(features, jnp.pad(picked, unused), count)
     return State(
         target_cache,
         drafter_cache,
         new,
-        emitted,
+        text,
         depths,
         logprobs,
         state.wants_logprobs,
@@ -133,7 +164,7 @@ def root_only(new: Accepted) -> Draft:
     """The draft of plain decoding: the pending token alone."""
     last = jnp.maximum(new.count - 1, 0)[:, None]
     root = jnp.take_along_axis(new.tokens, last, axis=1)
-    return Draft(root, jnp.full_like(root, NO_PARENT), jnp.zeros_like(root))
+    return Draft(root, jnp.full_like(root, NO_PARENT), jnp.zeros_like(root), jnp.zeros(root.shape))
 
 
 # --- loops of rounds, and generate ------------------------------------------------------------------------------
@@ -217,8 +248,8 @@ def start(
     num_slots = slots_needed(prompt_slots, chunk, max_new, num_levels)
     prefix = init_prefill(target, drafter, batch, num_slots, max(chunk, num_levels + 1))
     prefilled = prefill(target, drafter, vocab, prefix, prompts, lengths, chunk=chunk, num_levels=num_levels)
-    num_emitted = max_new + num_levels + 1
-    state = first_state(target, prefilled, lengths, sampling, stop, num_slots=num_emitted, num_levels=num_levels)
+    of_text = prompt_slots + max_new + num_levels + 1
+    state = first_state(target, prefilled, prompts, lengths, sampling, stop, num_slots=of_text, num_levels=num_levels)
     return state, vocab
 
 
@@ -248,6 +279,7 @@ def generate(
     max_new: int | list[int] = 128,
     stop_tokens: tuple[int, ...] = (),
     tree: TreeSpec | None = None,
+    lookup: int | None = None,
     chunk: int = 64,
     shared_noise: bool = True,
 ) -> Generation:
@@ -255,12 +287,14 @@ def generate(
 
     Args:
       target: an interfaces.Target.
-      drafter: an interfaces.Drafter; None for plain decoding.
+      drafter: an interfaces.Drafter, for lookup alone a drafters.text_only.TextOnly; None for plain decoding.
       prompts: token ids, each prompt of at least one.
       sampling: of each row, from `sampling.make_sampling`.
       max_new: the most new tokens, for all rows or one a row.
       stop_tokens: a row ends with the first of these, which is kept.
       tree: what to draft; None for `tree_selection.default_tree`.
+      lookup: K, for a tree that also holds what is copied from the row's own text after suffixes of up to K tokens
+        (see lookup.py); None for what `tree` says.
       chunk: prompt tokens a forward pass of the prefill takes.
       shared_noise: let the drafter rank its guesses with the target's own noise at temperature > 0.
 
@@ -268,13 +302,17 @@ def generate(
       A Generation. Compiled once for each shape of the arguments.
 
     Raises:
-      UserError: an empty prompt, a token outside the vocabulary, a prompt that does not fit the target's positions.
+      UserError: a lookup out of range, an empty prompt, a token outside the vocabulary, a prompt that does not fit the
+        target's positions.
     """
     limits = max_new if isinstance(max_new, (list, tuple)) else [max_new]
     config = target.config
     if not prompts or chunk < 1:
         raise UserError(f"{len(prompts)} prompts in chunks of {chunk}: give at least one prompt, and 1")
     stop = make_stop(len(prompts), max_new, stop_tokens)
+    tree = tree or default_tree(jax.default_backend())
+    if lookup is not None:
+        tree = dataclasses.replace(tree, lookup=lookup)
     for i, prompt in enumerate(prompts):
         limit = limits[i] if len(limits) > 1 else limits[0]
         if len(prompt) + limit > config.max_positions:
@@ -294,7 +332,7 @@ def generate(
         sampling,
         stop,
         max_new=max(limits),
-        tree=tree or default_tree(jax.default_backend()),
+        tree=tree,
         chunk=chunk,
         shared_noise=shared_noise,
     )

@@ -25,7 +25,7 @@ AXES = CACHE_AXES | {
     "features": ("rows", None, None),
     "tokens": ("rows", None),
     "count": ("rows",),
-    "emitted": ("rows", None),
+    "text": ("rows", None),
     "depths": ("rows", None),
     "logprobs": ("rows", None),
     "wants_logprobs": ("rows",),
@@ -49,21 +49,26 @@ class State(NamedTuple):
     target_cache: Cache
     drafter_cache: Any | None
     new: Accepted  # newly accepted tokens, the pending one last
-    emitted: jax.Array  # int32 [B, slots], NO_TOKEN past `num_emitted`
-    depths: jax.Array  # int32 [B, slots], the depth at which each was accepted, 0 for the target's own token
-    logprobs: jax.Array | None  # float32 [B, slots] of emitted tokens, in rows that want them; None: never computed
+    text: jax.Array  # int32 [B, slots], prompt and answer by position, the pending token last; then NO_TOKEN
+    depths: jax.Array  # int32 [B, slots], at which the answer's tokens were accepted, 0 for the target's own
+    logprobs: jax.Array | None  # float32 [B, slots] of the answer, in rows that want them; None: never computed
     wants_logprobs: jax.Array  # bool [B]
     num_emitted: jax.Array  # int32 [B]
     done: jax.Array  # bool [B]
 
     @property
+    def emitted(self) -> jax.Array:
+        """The answers so far, int32 [B, slots], NO_TOKEN past `num_emitted`."""
+        first = self.target_cache.length + 1 - self.num_emitted  # the pending token is at `length`
+        index = first[:, None] + jnp.arange(self.text.shape[1])
+        return jnp.take_along_axis(self.text, index, axis=1, mode="fill", fill_value=NO_TOKEN)
+
+    @property
     def statistics(self) -> Statistics:
         """The Statistics so far: each round ends with one token of the target's own, as does prefill."""
         num_levels = self.new.tokens.shape[1] - 1
-        real = jnp.arange(self.depths.shape[1]) < self.num_emitted[:, None]
-        at = jnp.arange(1, num_levels + 1)
-        accepted_at = ((self.depths[..., None] == at) & real[..., None]).sum(axis=1)
-        own = ((self.depths == 0) & real).sum(axis=1)
+        accepted_at = (self.depths[..., None] == jnp.arange(1, num_levels + 1)).sum(axis=1)
+        own = (self.depths == 0).sum(axis=1)
         return Statistics(jnp.maximum(own - 1, 0), accepted_at)
 
 

@@ -23,6 +23,8 @@ from fasteagle_jax.errors import UserError
 NO_PARENT = -1
 KINDS = ("chain", "backbone", "best_first")
 MAX_CANDIDATES = 10  # limit of f and of k, as in EAGLE-3
+MAX_LOOKUP = 8  # limit of a lookup's suffix
+LOOKUP = "+lookup:"  # between the name of a tree and the tokens of its lookup
 _SIZES = {"chain": ("levels",), "backbone": ("width", "levels"), "best_first": ("nodes", "levels")}  # as written
 
 
@@ -32,6 +34,7 @@ class Draft(NamedTuple):
     tokens: jax.Array  # int32 [B, M]
     parents: jax.Array  # int32 [B, M], NO_PARENT for the root
     depths: jax.Array  # int32 [B, M]
+    scores: jax.Array  # float32 [B, M], log-probabilities of the paths to the nodes, 0 of the root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +43,15 @@ class TreeSpec:
 
     `chain`: the best token of each level. `backbone` (FastEagle): the `width` best tokens of each level, all children
     of the best node one level up. `best_first`: the `nodes` - 1 most probable nodes (cf. DDTree, arXiv 2604.12989).
-    `levels` limits a tree to the drafter's first levels.
+    `levels` limits a tree to the drafter's first levels. With `lookup` as many nodes are shared with what is copied
+    from the row's own text after suffixes of up to so many tokens (see lookup.py).
     """
 
     kind: str = "best_first"
     nodes: int = 16  # M of best_first, root included
     width: int = 4  # k of backbone
     levels: int | None = None
+    lookup: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -55,22 +60,30 @@ class TreeSpec:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"tree {name} is {value}: it must be at least {least}")
+        check_lookup(self.lookup)
 
     @classmethod
     def parse(cls, text: str) -> TreeSpec:
-        """The TreeSpec named `chain`, `backbone:4` (width) or `best_first:16` (nodes), its levels appended as `:3`."""
-        kind, *sizes = text.split(":")
+        """The TreeSpec named `chain`, `backbone:4` (width) or `best_first:16` (nodes).
+
+        Its levels are appended as `:3`, then a lookup as `+lookup:4`.
+        """
+        shape, has_lookup, lookup = text.partition(LOOKUP)
+        kind, *sizes = shape.split(":")
         names = _SIZES.get(kind, ())
-        if kind in KINDS and (len(sizes) > len(names) or not all(size.isdigit() for size in sizes)):
+        numbers = [*sizes, lookup] if has_lookup else sizes
+        if kind in KINDS and (len(sizes) > len(names) or not all(number.isdigit() for number in numbers)):
             raise UserError(
                 f"tree {text!r} is not understood: write chain, backbone:WIDTH or best_first:NODES, "
-                "and :LEVELS behind it for the first levels alone"
+                f"and :LEVELS behind it for the first levels alone, {LOOKUP}TOKENS for a lookup"
             )
-        return cls(kind, **dict(zip(names, map(int, sizes), strict=False)))
+        given = dict(zip(names, map(int, sizes), strict=False))
+        return cls(kind, **given, lookup=int(lookup) if has_lookup else None)
 
     def __str__(self) -> str:
         sizes = (getattr(self, name) for name in _SIZES[self.kind])
-        return ":".join([self.kind, *(str(size) for size in sizes if size is not None)])
+        shape = ":".join([self.kind, *(str(size) for size in sizes if size is not None)])
+        return shape if self.lookup is None else f"{shape}{LOOKUP}{self.lookup}"
 
     def num_levels(self, drafter_levels: int) -> int:
         """N of the tree: the drafter's levels, at most `levels` and the depth that so many nodes can reach."""
@@ -81,6 +94,12 @@ class TreeSpec:
         """M, for a best-first tree of few levels an upper bound."""
         levels = self.num_levels(drafter_levels)
         return {"chain": levels + 1, "backbone": levels * self.width + 1, "best_first": self.nodes}[self.kind]
+
+
+def check_lookup(lookup: int | None) -> None:
+    """Raises UserError for a number of tokens that no lookup has."""
+    if lookup is not None and (not isinstance(lookup, int) or not 1 <= lookup <= MAX_LOOKUP):
+        raise UserError(f"lookup is {lookup!r}: give 1 to {MAX_LOOKUP} tokens, or None for no lookup")
 
 
 def build(tree: TreeSpec, root: jax.Array, scores: jax.Array, token_ids: jax.Array | None = None) -> Draft:
@@ -110,16 +129,19 @@ def _top_tokens(scores: jax.Array, k: int, token_ids: jax.Array | None) -> tuple
 def _backbone(width: int, root: jax.Array, scores: jax.Array, token_ids: jax.Array | None) -> Draft:
     batch, num_levels, vocab = scores.shape
     width = min(width, vocab)
-    _, guesses = _top_tokens(scores, width, token_ids)  # [B, N, k]
+    values, guesses = _top_tokens(scores, width, token_ids)  # [B, N, k]
     tokens = jnp.concatenate([root[:, None], guesses.reshape(batch, -1)], axis=1)
     # The nodes of level d are 1 + (d - 1) k ... d k; their parent is the first (best) node of level d - 1.
     levels = np.arange(num_levels).repeat(width)
     parents = np.concatenate([[NO_PARENT], np.where(levels == 0, 0, 1 + (levels - 1) * width)])
     depths = np.concatenate([[0], levels + 1])
+    best = values[..., 0]
+    of_nodes = (jnp.cumsum(best, axis=1) - best)[..., None] + values  # [B, N, k]
     return Draft(
         tokens,
         jnp.broadcast_to(jnp.asarray(parents, jnp.int32), tokens.shape),
         jnp.broadcast_to(jnp.asarray(depths, jnp.int32), tokens.shape),
+        jnp.pad(of_nodes.reshape(batch, -1), ((0, 0), (1, 0))),
     )
 
 
@@ -174,10 +196,13 @@ def _best_first(nodes: int, root: jax.Array, scores: jax.Array, token_ids: jax.A
     levels = jnp.asarray(table.level)[picked]
     flat = levels * guesses.shape[2] + jnp.asarray(table.rank)[picked]
     tokens = jnp.take_along_axis(guesses.reshape(batch, -1), flat, axis=1)
-    return _draft_of(root, picked, jnp.asarray(table.parent)[picked], tokens, levels + 1)
+    score = jnp.take_along_axis(total, picked, axis=1)
+    return draft_of(root, picked, jnp.asarray(table.parent)[picked], tokens, levels + 1, score)
 
 
-def _draft_of(root: jax.Array, picked: jax.Array, parent: jax.Array, tokens: jax.Array, depths: jax.Array) -> Draft:
+def draft_of(
+    root: jax.Array, picked: jax.Array, parent: jax.Array, tokens: jax.Array, depths: jax.Array, scores: jax.Array
+) -> Draft:
     """The Draft of the root and the picked candidates [B, M-1], parents before children.
 
     `picked` are their indices, ascending, `parent` those of their parents, NO_PARENT for children of the root.
@@ -189,6 +214,7 @@ def _draft_of(root: jax.Array, picked: jax.Array, parent: jax.Array, tokens: jax
         jnp.concatenate([root[:, None], tokens], axis=1),
         jnp.concatenate([zero + NO_PARENT, parents.astype(jnp.int32)], axis=1),
         jnp.concatenate([zero, depths], axis=1),
+        jnp.pad(scores, ((0, 0), (1, 0))),
     )
 
 
@@ -286,8 +312,9 @@ def _best_scored(root: jax.Array, scored: Sequence[_Scored], num_nodes: int) -> 
     score = jnp.concatenate([s.score for s in scored], axis=1)
     _, picked = top_k(score, min(num_nodes - 1, score.shape[1]))
     picked = jnp.sort(picked, axis=1)  # [B, M-1], parents before children
-    of_picked = (jnp.take_along_axis(x, picked, axis=1) for x in (parents - 1, tokens, depths))  # the root has index 0
-    return _draft_of(root, picked, *of_picked)
+    parts = (parents - 1, tokens, depths, score)  # the root has index 0
+    of_picked = (jnp.take_along_axis(x, picked, axis=1) for x in parts)
+    return draft_of(root, picked, *of_picked)
 
 
 # --- verification -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ whatever slot, order and company, with whatever tree.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import time
@@ -19,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.decoding.tree import TreeSpec, check_lookup
 from fasteagle_jax.decoding.tree_selection import TreeSelector, tree_choices
 from fasteagle_jax.devices.memory import Memory, bytes_of
 from fasteagle_jax.devices.sharding import place_weights
 from fasteagle_jax.drafters import table
 from fasteagle_jax.drafters.files import load_drafter, read_config
+from fasteagle_jax.drafters.text_only import TextOnly
 from fasteagle_jax.engine.detokenizer import TextStream
 from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.prefix_cache import PrefixCache
@@ -68,6 +70,7 @@ class Engine:
         slots: int = 8,
         max_len: int | None = None,
         tree: TreeSpec | str | None = "auto",
+        lookup: int | None = None,
         chunk: int | None = None,
         shared_noise: bool = True,
         fingerprint: str = "",
@@ -76,7 +79,7 @@ class Engine:
         """An engine of loaded models; `load` makes one by names.
 
         Args:
-          target, drafter: the models; without a drafter decoding is plain.
+          target, drafter: the models; without a drafter decoding is plain, or with `lookup` by that alone.
           tokenizer: of the target.
           eos_token_ids: end an answer.
           slots: B, requests under way at once.
@@ -84,6 +87,8 @@ class Engine:
             for, but at most 2048.
           tree: what to draft: a TreeSpec, its name ("best_first:16"), "auto" for the fastest by measurement, or None
             for plain decoding.
+          lookup: K, for trees that also hold what is copied from a request's own text after suffixes of up to K
+            tokens (see decoding.lookup); None for trees of the drafter alone.
           chunk: C, prompt tokens a forward pass of the prefill takes; None for 64 on a CPU and 256 elsewhere.
           shared_noise: let the drafter rank its guesses with the target's own noise at temperature > 0.
           fingerprint: of the target's weights.
@@ -97,6 +102,9 @@ class Engine:
         self.max_len = min(positions, 2048) if max_len is None else max_len
         chunk = (64 if jax.default_backend() == "cpu" else 256) if chunk is None else chunk
         check_sizes(slots, self.max_len, positions)
+        check_lookup(lookup)
+        if drafter is None and lookup is not None:
+            drafter = TextOnly()
         self.mesh = mesh
         if mesh is not None:
             check_mesh(mesh, slots, target.config, getattr(drafter, "config", None))
@@ -107,11 +115,7 @@ class Engine:
         self.fingerprint = fingerprint
         self.num_slots = slots
         self.row_counts = row_counts(slots, 1 if mesh is None else mesh.shape["data"])
-        self.trees: tuple[TreeSpec | None, ...] = (None,)
-        if drafter is not None and tree == "auto":
-            self.trees = tree_choices(drafter.num_levels)
-        elif drafter is not None and tree is not None:
-            self.trees = (TreeSpec.parse(tree) if isinstance(tree, str) else tree,)
+        self.trees = _trees(tree, drafter, lookup)
         self._tree_selector = TreeSelector(self.trees)
         buckets = prompt_buckets(self.max_len, chunk)
         sizes: dict[str, Any] = {"buckets": buckets, "max_len": self.max_len, "chunk": chunk}
@@ -133,6 +137,7 @@ class Engine:
         slots: int = 8,
         max_len: int | None = None,
         tree: TreeSpec | str | None = "auto",
+        lookup: int | None = None,
         mesh: Mesh | None = None,
         dtype: Any = None,
         strict: bool = False,
@@ -144,7 +149,7 @@ class Engine:
           target: a name ("smollm2-135m"), Hugging Face folder, hub name or GGUF file.
           drafter: the folder of a drafter trained for it; "shipped" is the one that comes with this package for the
             target, if one does; None decodes plainly.
-          slots, max_len, tree, mesh: as of `Engine`; the weights go straight into their shards.
+          slots, max_len, tree, lookup, mesh: as of `Engine`; the weights go straight into their shards.
           dtype: of weights and caches; None for float32 on a CPU and bfloat16 elsewhere.
           strict: a drafter trained for other weights of the same sizes is an error, not a warning.
           adapter: folder of a LoRA adapter of PEFT's that is merged into the target; empty for none.
@@ -156,6 +161,7 @@ class Engine:
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         dtype = jnp.dtype(dtype)
+        check_lookup(lookup)
         checkpoint = open_checkpoint(target, adapter)
         folder = drafter_folder(drafter, checkpoint)
         config = checkpoint.config
@@ -186,6 +192,7 @@ class Engine:
             slots=slots,
             max_len=max_len,
             tree=tree,
+            lookup=lookup,
             fingerprint=loaded.fingerprint,
             mesh=mesh,
         )
@@ -316,8 +323,8 @@ class Engine:
         """Compiles every program that requests may need, and measures the trees: minutes."""
         self.measure()
         runner, prompt = self.runner, (0,)
-        request = to_device_request(self.requests(0, prompt, SamplingParams())[0])
         for bucket in runner.buckets:
+            request = to_device_request(self.requests(0, prompt, SamplingParams())[0], bucket)
             prefix, _ = self.prefix_cache.lookup(prompt, bucket, False)
             for drafts in {tree is not None for tree in self.trees}:
                 prefilled = runner.prefill(prefix, prompt, bucket, 0, drafts)
@@ -345,6 +352,20 @@ class Engine:
         parts = (iter(requests), self.runner, self.prefix_cache, self._tree_selector, (rows,))
         for _ in Scheduler(*parts, rounds=ROUNDS, tree=tree).steps():
             pass
+
+
+def _trees(tree: TreeSpec | str | None, drafter: Any | None, lookup: int | None) -> tuple[TreeSpec | None, ...]:
+    """The trees to choose from, None for plain decoding (see Engine)."""
+    if drafter is None or tree is None:
+        return (None,)
+    trees: tuple[TreeSpec | None, ...]
+    if tree == "auto":
+        trees = tree_choices(drafter.num_levels)
+    else:
+        trees = (TreeSpec.parse(tree) if isinstance(tree, str) else tree,)
+    if lookup is None:
+        return trees
+    return tuple(None if tree is None else dataclasses.replace(tree, lookup=lookup) for tree in trees)
 
 
 def _prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:

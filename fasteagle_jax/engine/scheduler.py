@@ -98,9 +98,11 @@ class Request:
         )
 
 
-def to_device_request(request: Request) -> DeviceRequest:
-    """A request as the device's programs take it; numpy arrays, which compile nothing."""
+def to_device_request(request: Request, prompt_slots: int) -> DeviceRequest:
+    """A request as the device's programs take it, P = `prompt_slots`; numpy arrays, which compile nothing."""
     params = request.params
+    prompt: Any = np.zeros((1, prompt_slots), np.int32)
+    prompt[0, : len(request.prompt)] = request.prompt
 
     def row(value: Any, dtype: Any) -> Any:
         return np.asarray([value], dtype)
@@ -109,6 +111,7 @@ def to_device_request(request: Request) -> DeviceRequest:
     sampling["seed"] = [sample_seed(params.seed, request.sample)]
     spare = MAX_STOP_TOKENS - len(request.stop_tokens)
     return DeviceRequest(
+        prompt=prompt,
         length=row(len(request.prompt), np.int32),
         sampling=Sampling.of(sampling),
         stop=Stop(row(request.max_new, np.int32), row([*request.stop_tokens, *[NO_STOP] * spare], np.int32)),
@@ -239,7 +242,8 @@ class Scheduler:
             request.started = time.perf_counter()
             prefilled = self._prefill(request, drafts=tree is not None)
             called = time.perf_counter()
-            batch.slots = self.runner.admit(batch.slots, row, prefilled, to_device_request(request))
+            device_request = to_device_request(request, self.runner.bucket(len(request.prompt)))
+            batch.slots = self.runner.admit(batch.slots, row, prefilled, device_request)
             batch.requests[row], batch.ended[row] = request, False
             seconds += time.perf_counter() - called  # prefill is neither the host's time nor a tree's
         finished = self._read_results(batch, 0, time.perf_counter())[2] if rows else []
@@ -297,7 +301,7 @@ class Scheduler:
         """
         state = batch.slots.state
         num_emitted, done = jax.device_get((state.num_emitted, state.done))
-        emitted: Any = None  # fetched if a row needs it
+        results: Any = None  # fetched if a row needs them
         new_tokens, row_rounds, finished = 0, 0, []
         for row, request in enumerate(batch.requests):
             if request is None:
@@ -306,8 +310,8 @@ class Scheduler:
             request.num_emitted, request.rounds = int(num_emitted[row]), request.rounds + num_rounds
             ended = False
             if request.text is not None or done[row]:
-                emitted = emitted or jax.device_get((state.emitted, state.depths, state.logprobs))
-                ended = request.append(*(array[row] for array in emitted))
+                results = results or jax.device_get((state.text, state.depths, state.logprobs))
+                ended = request.append(*(array[row, len(request.prompt) :] for array in results))
             if done[row]:
                 request.rounds = request.depths.count(0) - 1  # it may have ended before the last round
             new_tokens += request.num_emitted - before[0]

@@ -24,7 +24,7 @@ from fasteagle_jax.devices.sharding import constrain_all
 from fasteagle_jax.nn import kv_cache
 
 # The logical axes of slots and of prefilled caches. Arrays that the host reads between calls are replicated.
-READ = ("emitted", "depths", "logprobs", "num_emitted", "done")
+READ = ("text", "depths", "logprobs", "num_emitted", "done")
 AXES = {name: axes for name, axes in decoding_state.AXES.items() if name not in READ}
 
 
@@ -39,6 +39,7 @@ class Slots(NamedTuple):
 class DeviceRequest(NamedTuple):
     """A request as the programs take it; arrays of one row."""
 
+    prompt: jax.Array  # int32 [1, P]
     length: jax.Array  # int32 [1], of the prompt
     sampling: Sampling
     stop: Stop
@@ -108,10 +109,11 @@ def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, requ
     one = prompts.first_state(
         target,
         prefilled,
+        request.prompt,
         request.length,
         request.sampling,
         request.stop,
-        num_slots=state.emitted.shape[1],
+        num_slots=state.text.shape[1],
         num_levels=state.new.tokens.shape[1] - 1,
         wants_logprobs=request.wants_logprobs,
     )

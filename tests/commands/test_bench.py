@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fasteagle_jax.bench import progress, runner
-from fasteagle_jax.bench.acceptance import Answer, Case, Counts
+from fasteagle_jax.bench.acceptance import Answer, Case, Counts, repeats
 from fasteagle_jax.bench.decoders import DecoderSpec, parse_decoders, read_tasks
 from fasteagle_jax.bench.figures import show
 from fasteagle_jax.bench.runner import MEAN, Comparison, Measured, Result, Run, means
@@ -112,6 +112,12 @@ def test_a_stopped_bench_keeps_finished_tasks_and_resumes(talkative, tasks, tmp_
     assert run(*argv, "--results", tmp_path / "whole") == 0
     whole = json.loads((tmp_path / "whole/results.json").read_text())
     assert whole["cases"] == report["cases"]
+
+
+def test_repeats_are_counted_by_the_longest_match_and_its_last_occurrence():
+    """Before 1 and 8 nothing is known; 2 comes after `1`, 3 after `1 2` as the last time, 9 after `1 2 3` as never."""
+    counts = repeats([([1, 2, 4, 5, 1, 2], [3, 1, 2, 3, 9, 8])])
+    assert counts == [(2, 0), (1, 1), (1, 1), (1, 0), *[(0, 0)] * 5]
 
 
 def test_acceptance_of_many_prompts_at_once_counts_what_the_bench_counts_one_by_one(talkative, tasks, tmp_path, capsys):

@@ -224,6 +224,7 @@ def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, prompts
     assert "is empty" in complaint(main, "--target", target_folder, "--prompt", "", "--no-chat")
     assert "'0'" in complaint(main, *given, "--max-new", 0)
     assert "name its folder with --drafter" in complaint(main, *given, "--show-drafts")
+    assert "lookup is 0: give 1 to 8 tokens" in complaint(main, *given, "--lookup", 0)
     shown = [*given, "--drafter", drafter_folder, "--show-drafts", "--output", tmp_path / "new.jsonl"]
     assert "--show-drafts with --output" in complaint(main, *shown)
     assert "mesh '2x4' is not understood: write data,fsdp,tensor" in complaint(main, *given, "--mesh", "2x4")
@@ -247,3 +248,26 @@ def test_a_drafter_of_another_target_gives_the_same_answers_and_is_refused_with_
     plain = capsys.readouterr().out
     assert main([*words, "--tree", "chain"]) == 0
     assert capsys.readouterr().out == plain and "was trained for target" in caplog.text
+
+
+def test_a_traced_answer_is_the_same_and_a_page(generate, talkative, tmp_path):
+    target, drafter = talkative
+    asked = ["--prompt", "Why?", "--target", target, "--drafter", drafter, "--tree", "best_first:4"]
+    plain, _ = generate(*asked)
+    traced, said = generate(*asked, "--trace", tmp_path / "page.html")
+    assert traced == plain and "12 tokens in" in said
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "When?"], "--trace is of one answer"),
+        (["--tree", "auto"], "--trace with --tree auto: name the tree"),
+        (["--stop", "x"], "--trace with --stop: leave one of them out"),
+    ],
+)
+def test_what_cannot_be_traced_is_one_line(target_folder, tmp_path, capsys, options, message):
+    argv = ["--target", str(target_folder), "--prompt", "Why?", "--trace", str(tmp_path / "page.html"), *options]
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err

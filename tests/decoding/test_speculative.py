@@ -378,8 +378,8 @@ def test_log_probabilities_are_those_of_the_targets_softmax_where_asked_for(targ
         vocab = drafter.vocab_weights(target)
         prefix = init_prefill(target, drafter, B, 32 + MAX_NEW + N + 1, CHUNK)
         prefix = prefill(target, drafter, vocab, prefix, prompts, lengths, chunk=CHUNK)
-        sizes = dict(num_slots=MAX_NEW + N + 1, num_levels=N)
-        state = first_state(target, prefix, lengths, sampling, stop, wants_logprobs=wants_logprobs, **sizes)
+        sizes = dict(num_slots=32 + MAX_NEW + N + 1, num_levels=N)
+        state = first_state(target, prefix, prompts, lengths, sampling, stop, wants_logprobs=wants_logprobs, **sizes)
         return decode_rounds(target, drafter, vocab, state, sampling, stop, tree=tree)[0]
 
     @jax.jit
@@ -393,7 +393,7 @@ def test_log_probabilities_are_those_of_the_targets_softmax_where_asked_for(targ
     for b in np.flatnonzero(wants_logprobs):
         answer, start = plain["mixed"][b], len(PROMPTS[b])
         expected = [float(law[b, start + i - 1, token]) for i, token in enumerate(answer)]
-        np.testing.assert_allclose(state.logprobs[b, : len(answer)], expected, **CLOSE)
+        np.testing.assert_allclose(state.logprobs[b, start : start + len(answer)], expected, **CLOSE)
 
 
 def test_between_rounds_the_caches_hold_what_one_pass_over_the_text_gives(target, plain, trained_fasteagle):

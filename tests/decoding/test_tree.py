@@ -32,7 +32,7 @@ def random_draft(seed: int, batch: int, nodes: int, vocab: int) -> Draft:
             tokens[b, i] = rng.choice([t for t in range(vocab) if t not in used[parent]])
             used[parent].add(tokens[b, i])
             parents[b, i], depths[b, i] = parent, depths[b, parent] + 1
-    return Draft(jnp.asarray(tokens), jnp.asarray(parents), jnp.asarray(depths))
+    return Draft(*map(jnp.asarray, (tokens, parents, depths)), jnp.zeros((batch, nodes)))
 
 
 def ancestors(parents: np.ndarray, node: int) -> list[int]:

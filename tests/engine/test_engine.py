@@ -203,6 +203,7 @@ def compare(made: list[Completion], expected: dict[tuple[int, int], Expected], o
     [
         (4, "best_first:8", 2),
         (4, "auto: few", 1),
+        pytest.param(4, "best_first:8+lookup:4", 2, marks=pytest.mark.slow),
         *[pytest.param(n, tree, 2, marks=pytest.mark.slow) for n in (1, 16) for tree in ("best_first:8", "auto")],
     ],
 )
@@ -227,6 +228,19 @@ def test_without_a_drafter_it_is_a_plain_decoder_through_the_same_code(target, t
     made = engine.generate(*zip(*requests[:60], strict=True))
     compare(made, {key: answer for key, answer in expected.items() if key[0] < 60}, list(range(60)))
     assert {completion.statistics.acceptance_length for completion in made if completion.statistics.rounds} == {1.0}
+
+
+def test_lookup_alone_needs_no_drafter(target, tokenizer, requests, expected, compilations):
+    engine = make_engine(target, None, tokenizer, lookup=4)
+    made = engine.generate(*zip(*requests[:60], strict=True))
+    compare(made, {key: answer for key, answer in expected.items() if key[0] < 60}, list(range(60)))
+    assert sum(sum(completion.statistics.accepted_at[1:]) for completion in made) > 20
+    assert 0 < len(compilations) <= engine.most_programs
+
+
+def test_a_lookup_of_no_tokens_is_a_user_error_before_anything_is_loaded(tmp_path):
+    with pytest.raises(UserError, match="lookup is 0: give 1 to 8 tokens, or None for no lookup"):
+        Engine.load(str(tmp_path / "no such target"), lookup=0)
 
 
 def test_a_second_run_compiles_nothing(target, drafter, tokenizer, requests, compilations):

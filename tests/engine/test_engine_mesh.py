@@ -7,6 +7,8 @@ Everything is float32 with the highest precision on a tiny target, whose answers
 from __future__ import annotations
 
 import argparse
+import collections
+import dataclasses
 import itertools
 import json
 import random
@@ -105,17 +107,26 @@ def compare(made: list[Completion], expected: list[Completion]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "kind", "slots"),
+    ("shape", "kind", "slots", "lookup"),
     [
-        (SPLIT, "fasteagle", 16),
-        pytest.param(MeshShape(8, 1, 1), "fasteagle", 8, marks=pytest.mark.slow),
-        pytest.param(MeshShape(1, 4, 2), "eagle3", 4, marks=pytest.mark.slow),
-        (SPLIT, "cheap", 8),
+        (SPLIT, "fasteagle", 16, None),
+        pytest.param(MeshShape(8, 1, 1), "fasteagle", 8, None, marks=pytest.mark.slow),
+        pytest.param(MeshShape(1, 4, 2), "eagle3", 4, None, marks=pytest.mark.slow),
+        (SPLIT, "cheap", 8, None),
+        pytest.param(SPLIT, "eagle3", 8, 4, marks=pytest.mark.slow),
     ],
-    ids=["data2-fsdp2-tensor2", "data8", "fsdp4-tensor2-eagle3", "data2-fsdp2-tensor2-cheap"],
+    ids=[
+        "data2-fsdp2-tensor2",
+        "data8",
+        "fsdp4-tensor2-eagle3",
+        "data2-fsdp2-tensor2-cheap",
+        "data2-fsdp2-tensor2-eagle3-lookup",
+    ],
 )
-def test_on_eight_devices_answers_are_those_of_one(target, drafters, expected, shape, kind, slots, compilations):
-    engine = load(target, drafters[kind], shape, slots=slots)
+def test_on_eight_devices_answers_are_those_of_one(
+    target, drafters, expected, shape, kind, slots, lookup, compilations
+):
+    engine = load(target, drafters[kind], shape, slots=slots, lookup=lookup)
     compilations.clear()
     made = answer(engine)
     compare(made, expected)
@@ -180,15 +191,14 @@ def collectives(program: str) -> list[Collective]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["fasteagle", "cheap"])
-def test_no_collective_moves_a_cache_or_a_weight(target, drafters, kind):
-    """What a round exchanges are activations, of a device's own 8 rows: nothing is as long as a cache."""
+def compile_round(target: Path, drafter: Path, tree: TreeSpec) -> tuple[Engine, slots.Slots, Any]:
+    """An engine of 16 slots on eight devices, the shapes of these, and its compiled round."""
     mesh = make_mesh(SPLIT)
     loaded = load_target(str(target), stacked=True, mesh=mesh)
     config = loaded.checkpoint.config
-    drafter = load_drafter(drafters[kind], config, loaded.fingerprint, stacked=True, mesh=mesh)
+    model = load_drafter(drafter, config, loaded.fingerprint, stacked=True, mesh=mesh)
     tokenizer = load_tokenizer(loaded.checkpoint.path)
-    engine = Engine(loaded.model, drafter, tokenizer, (), slots=16, max_len=1000, tree=TREE, mesh=mesh)
+    engine = Engine(loaded.model, model, tokenizer, (), slots=16, max_len=1000, tree=tree, mesh=mesh)
     with jax.set_mesh(mesh):
         empty, _ = engine.runner.shapes(16)
         placed = jax.tree.map(
@@ -196,8 +206,14 @@ def test_no_collective_moves_a_cache_or_a_weight(target, drafters, kind):
         )
         ended, one, until = np.zeros(16, bool), np.int32(1), np.asarray(False)
         models = engine.target, engine.drafter, engine.runner.vocab
-        lowered = slots.advance.lower(*models, placed, ended, one, until, tree=TREE, shared_noise=True)
-        compiled = lowered.compile()
+        lowered = slots.advance.lower(*models, placed, ended, one, until, tree=tree, shared_noise=True)
+        return engine, empty, lowered.compile()
+
+
+@pytest.mark.parametrize("kind", ["fasteagle", "cheap"])
+def test_no_collective_moves_a_cache_or_a_weight(target, drafters, kind):
+    """What a round exchanges are activations, of a device's own 8 rows: nothing is as long as a cache."""
+    engine, empty, compiled = compile_round(target, drafters[kind], TREE)
     found = collectives(compiled.as_text())
     own = [] if kind == "cheap" else [empty.state.drafter_cache]
     lengths = {cache.k.shape[3] for cache in (empty.state.target_cache, *own)}
@@ -211,6 +227,19 @@ def test_no_collective_moves_a_cache_or_a_weight(target, drafters, kind):
             assert c.kind == "all-gather" and set(c.shapes) <= {(16,), (16, 1064), (8, 3, 48)}, c
     caches = engine.memory.target_cache + engine.memory.drafter_cache
     assert compiled.memory_analysis().alias_size_in_bytes >= caches  # written in place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fasteagle", "eagle3"])
+def test_lookup_exchanges_nothing(target, drafters, kind):
+    """Each device looks up in the text of its own rows."""
+    without, with_lookup = (
+        collections.Counter((c.kind, c.shapes) for c in collectives(compiled.as_text()))
+        for _, _, compiled in (
+            compile_round(target, drafters[kind], tree) for tree in (TREE, dataclasses.replace(TREE, lookup=4))
+        )
+    )
+    assert with_lookup == without
 
 
 def test_the_stated_memory_is_what_each_device_holds(target, drafters):
