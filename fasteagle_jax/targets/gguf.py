@@ -216,6 +216,7 @@ def _hf_config(
     theta, max_positions = field("rope.freq_base", 10_000.0), field("context_length")
     scaling: dict[str, Any] = {"rope_type": field("rope.scaling.type", "none").replace("none", "default")}
     scaling["factor"] = field("rope.scaling.factor", 1.0)
+    scaling["original_max_position_embeddings"] = field("rope.scaling.original_context_length", max_positions)
     if "rope_freqs.weight" in tensors:
         original = field("rope.scaling.original_context_length", 8192)
         scaling = _llama3_scaling(path, tensors["rope_freqs.weight"].read(), theta, head_dim, original)
@@ -233,7 +234,7 @@ def _hf_config(
         "rope_theta": theta,
         "rope_scaling": scaling,
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": "blk.0.attn_output.bias" in tensors,  # q, k and v alone have theirs in Qwen2
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, read_json
-from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor
+from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor, split_fused
 from fasteagle_jax.targets.table import family_of_files
 
 
@@ -23,7 +23,8 @@ def open_folder(folder: Path) -> Checkpoint:
         raise UserError(f"{folder} has no config.json: {remedy}")
     hf = read_json(path)
     try:
-        config = family_of_files(hf).config.from_hf(hf)
+        family = family_of_files(hf)
+        config = family.config.from_hf(hf)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (TypeError, ValueError) as error:
@@ -31,6 +32,11 @@ def open_folder(folder: Path) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     for shard in _shards(folder):
         tensors.update(_read_safetensors(shard))
+    if family.fused is not None:
+        try:
+            tensors = split_fused(tensors, family.fused(config), config.num_layers)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
     return Checkpoint(folder, config, tensors)
 
 

@@ -54,7 +54,7 @@ class DrafterChoice:
     reinject: bool = False  # add the fused input again before every level
     correction: int | None = None  # hidden units that correct a guess by the token before it; None for none
     context: str = "own"  # whose keys and values a level attends to: "own", or "target" for the target's
-    context_layer: int | None = None  # of the target, for context target; None for the last
+    context_layer: int | None = None  # of the target, for context target; None for the last with full attention
     levels: str = "own"  # each level's attention and MLP: "own", or "shared" by all
     side_by_side: bool = False  # a level's attention and MLP read the same stream
     edges: int | None = None  # rank of scores that a guess gets by the tokens before it; None for none

@@ -46,7 +46,7 @@ def slow_hidden(target: Toy, tokens: jax.Array) -> jax.Array:
     distance = jnp.arange(T)[:, None] - jnp.arange(T)
     x = target.embedding[...][tokens] * c.hidden_size**0.5
     for i in range(c.num_layers):
-        kind = target.layer_kinds(c)[i]
+        kind = c.layer_kinds[i]
         seen = (distance >= 0) & (distance < (kind.window or T))
         mask = jnp.broadcast_to(seen, (*tokens.shape, T))
         x, _ = target.layer(i)(x, rotation(positions, kind.rope, c.head_dim), Cached(mask))
