@@ -342,12 +342,20 @@ def test_a_gguf_file_that_is_no_plain_llama_says_what_is_wrong(tmp_path):
     assert "lacks llama.block_count" in message(block_count=None)
     assert "differs between layers" in message(attention__head_count_kv=[2, 1])
     assert "partly rotated" in message(rope__dimension_count=8)
-    assert "'yarn'" in message(rope__scaling__type="yarn", rope__scaling__factor=4.0)
+    assert "rope type 'ntk'" in message(rope__scaling__type="ntk", rope__scaling__factor=4.0)
     assert "blk.0.ffn_gate_exps.weight" in message(
         embedding | {"blk.0.ffn_gate_exps.weight": np.zeros((2, 4, 32), np.float32)}
     )
     assert "token_embd" in message({"output_norm.weight": np.zeros(HIDDEN, np.float32)})
     assert "not 4 heads" in message(embedding | {"blk.0.attn_q.weight": np.zeros((32, HIDDEN), np.float32)})
+
+
+def test_yarn_is_read_with_its_original_positions(tmp_path):
+    embedding = {"token_embd.weight": np.zeros((VOCAB, HIDDEN), np.float32)}
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 512}
+    path = write_gguf(tmp_path / "model.gguf", embedding, **{f"rope__scaling__{key}": v for key, v in yarn.items()})
+    rope = open_checkpoint(path).config.rope
+    assert (rope.kind, rope.factor, rope.original_max_positions) == ("yarn", 4.0, 512)
 
 
 def test_linear_rope_scaling_and_equal_layers_are_read(tmp_path):
