@@ -31,7 +31,8 @@ rng = np.random.default_rng(0)
 PROMPTS = [rng.integers(V, size=n).tolist() for n in (3, 17, 30)]  # all texts are longer than a window
 SAMPLINGS = {
     "greedy": make_sampling(3),
-    "mixed": make_sampling(3, temperature=[0.0, 0.7, 1.0], top_k=[0, 8, 0], top_p=[1.0, 1.0, 0.9], seed=[0, 1, 2]),
+    # At the highest temperature the noise, which the drafter knows, decides: guesses are accepted.
+    "mixed": make_sampling(3, temperature=[0.0, 0.7, 40.0], top_k=[0, 8, 0], top_p=[1.0, 0.9, 1.0], seed=[0, 1, 2]),
 }
 CONTEXT = dict(context="target", levels="shared", side_by_side=True, reinject=True)
 OTHERS = [name for name in FAMILIES if name != "llama"]
@@ -71,17 +72,17 @@ def test_drafting_is_lossless(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tree", ["chain", "backbone:4", "best_first:12"])
-@pytest.mark.parametrize("changes", [{}, CONTEXT], ids=["own", "context"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_drafting_with_stacks_of_layers_is_lossless(name, changes, tree):
+def test_drafting_from_the_targets_cache_in_stacks_of_layers_is_lossless(name):
     target = tiny_family(hf_config(name, 1))
-    sizes = dict(max_new=MAX_NEW, chunk=CHUNK)
-    drafter = random_drafter(target, **changes)
+    sizes, accepted = dict(max_new=MAX_NEW, chunk=CHUNK), 0
+    drafter = random_drafter(target, **CONTEXT)
     for sampling in SAMPLINGS.values():
         plain = generate(target, None, PROMPTS, sampling, **sizes)
-        drafted = generate(target, drafter, PROMPTS, sampling, tree=TreeSpec.parse(tree), **sizes)
+        drafted = generate(target, drafter, PROMPTS, sampling, tree=TreeSpec.parse("backbone:4"), **sizes)
         np.testing.assert_array_equal(drafted.tokens, plain.tokens)
+        accepted += int(drafted.statistics.accepted_at.sum())
+    assert accepted > 0
 
 
 # Of the families whose attention differs from Llama's, a layer of each kind: local and capped, local and normed, not
@@ -97,10 +98,8 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [case if case == ("gemma2", 0) else pytest.param(*case, marks=pytest.mark.slow) for case in LAYERS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layer"), LAYERS)
 def test_a_drafter_that_reads_the_targets_cache_guesses_after_every_prefix_what_training_says(
     name, layer, tmp_path, monkeypatch
 ):

@@ -96,7 +96,7 @@ def test_logits_and_features_of_random_configurations_are_those_of_transformers(
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "gemma3" else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+    "name", [name if name == "qwen3" else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 )
 def test_greedy_text_is_that_of_transformers(name, tmp_path):
     import torch
