@@ -140,6 +140,7 @@ class Eagle3(DrafterModule):
     def published(self) -> dict[str, Any]:
         """The entries whose keys EAGLE-3's authors named otherwise than DrafterConfig."""
         c = self.config
+        assert c.rope is not None  # its keys are its own
         return {
             "model_type": "llama",
             "hidden_act": "silu",

@@ -205,7 +205,8 @@ class Attention(nnx.Module):
         self.o = Linear(heads, hidden_size, ("heads", "embed"), next(keys), dtype, bias=output_bias)
         # Every attention function scales scores by head_dim^-1/2: what is left of the scale goes into the queries.
         self.query_gain = 1.0 if scale is None else scale * head_dim**0.5
-        self.q_norm, self.k_norm = (None, None) if norm is None else (norm(), norm())
+        self.q_norm = None if norm is None else norm()
+        self.k_norm = None if norm is None else norm()
 
     def __call__(
         self, x: jax.Array, rotation: Rotation, attend: Attend

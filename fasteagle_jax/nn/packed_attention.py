@@ -218,8 +218,9 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Arr
     if tile is None:
         raise UserError(f"splash attention over {q.shape[1]} tokens: use a length that is a multiple of {TILES[-1]}")
     interpret = platform() != "tpu"
-    mask = {"window": packed.window, "soft_cap": packed.soft_cap}
-    run = functools.partial(_splash_shard, **mask, tile=tile, interpret=interpret)
+    run = functools.partial(
+        _splash_shard, window=packed.window, soft_cap=packed.soft_cap, tile=tile, interpret=interpret
+    )
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
         return run(q, k, v, packed.segments)

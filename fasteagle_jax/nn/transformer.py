@@ -96,7 +96,8 @@ class DecoderLayer(nnx.Module):
         )
         self.mlp_norm = norm()
         self.mlp = Mlp(c.hidden_size, c.intermediate_size, keys, dtype, bias=c.mlp_bias, activation=c.activation)
-        self.attention_output_norm, self.mlp_output_norm = (norm(), norm()) if c.output_norms else (None, None)
+        self.attention_output_norm = norm() if c.output_norms else None
+        self.mlp_output_norm = norm() if c.output_norms else None
         self.residual_scale = c.residual_scale
 
     def __call__(

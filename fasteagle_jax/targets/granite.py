@@ -38,8 +38,9 @@ class GraniteConfig(DecoderConfig):
     @property
     def layer(self) -> LayerConfig:
         """Those of DecoderConfig, and the layers' multipliers."""
-        multipliers = {"attention_scale": self.attention_multiplier, "residual_scale": self.residual_multiplier}
-        return dataclasses.replace(super().layer, **multipliers)
+        return dataclasses.replace(
+            super().layer, attention_scale=self.attention_multiplier, residual_scale=self.residual_multiplier
+        )
 
 
 class Granite(DecoderTarget):

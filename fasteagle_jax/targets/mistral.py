@@ -20,7 +20,7 @@ class MistralConfig(DecoderConfig):
     @classmethod
     def read(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
         """Those of DecoderConfig, and the window."""
-        return super().read(hf) | read_window(hf | {"layer_types": None}, lambda i: True)
+        return super().read(hf) | read_window({**hf, "layer_types": None}, lambda i: True)
 
 
 MISTRAL = Family(("MistralForCausalLM",), MistralConfig)

@@ -24,7 +24,7 @@ class Phi3Config(DecoderConfig):
     @classmethod
     def read(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
         """Those of DecoderConfig, and the window of all layers."""
-        return super().read(hf) | read_window(hf | {"layer_types": None}, lambda i: True)
+        return super().read(hf) | read_window({**hf, "layer_types": None}, lambda i: True)
 
     @classmethod
     def read_rope(cls, hf: Mapping[str, Any]) -> RopeConfig:
