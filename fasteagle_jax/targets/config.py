@@ -34,6 +34,8 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,),
     "qk_layernorm": (False,),
     "clip_qkv": (),
+    "lm_head_bias": (False,),
+    "full_attn_mod": (1,),
 }
 
 
@@ -175,7 +177,8 @@ class DecoderConfig:
 def read_window(hf: Mapping[str, Any], is_local: Callable[[int], bool]) -> dict[str, Any]:
     """The fields `window` and `local_layers` of a config.json.
 
-    `is_local` says of a layer's index whether it has the window, for files without `layer_types`.
+    `is_local` says of a layer's index whether it has the window, for files without `layer_types`. A window of all
+    positions is none.
     """
     num_layers, window, types = hf["num_hidden_layers"], hf.get("sliding_window"), hf.get("layer_types")
     if types is None:
@@ -187,7 +190,8 @@ def read_window(hf: Mapping[str, Any], is_local: Callable[[int], bool]) -> dict[
     local = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
     if local and not window:
         raise UserError("config.json has layers of sliding_attention and no sliding_window: take the model's own file")
-    return {"window": window if local else None, "local_layers": local}
+    everywhere = not local or window >= hf.get("max_position_embeddings", 2048)
+    return {"window": None if everywhere else window, "local_layers": local}
 
 
 def _architecture(hf: Mapping[str, Any]) -> str:

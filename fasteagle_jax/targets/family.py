@@ -52,6 +52,8 @@ class Family:
     # Likewise within a layer; {} is its index.
     layer: Mapping[str, str] = dataclasses.field(default_factory=layer_names)
     gguf: GgufNames | None = None
+    # Of files of larger models that contain one: a prefix of names there to the one here, None for what is left out.
+    prefixes: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     # Of a configuration: name in the file, within a layer, of several matrices in one, to their names and numbers of
     # rows.
     fused: Callable[[Any], Mapping[str, Mapping[str, int]]] | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -103,6 +103,11 @@ class Gemma3Config(Gemma2Config):
     period = 6
 
     @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
+        """As of DecoderConfig; of a model that also sees, its text part."""
+        return super().from_hf({**hf, **hf.get("text_config", {})})
+
+    @classmethod
     def read(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
         """Those of Gemma 2, and the local layers' rotary embedding."""
         own = (hf.get("rope_parameters") or {}).get("sliding_attention") or {}
@@ -148,4 +153,16 @@ class Gemma(DecoderTarget):
 
 
 GEMMA2 = Family(("Gemma2ForCausalLM",), Gemma2Config, Gemma, layer=layer_names(_LAYER_NAMES))
-GEMMA3 = Family(("Gemma3ForCausalLM",), Gemma3Config, Gemma, layer=layer_names(_LAYER_NAMES))
+GEMMA3 = Family(
+    ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+    Gemma3Config,
+    Gemma,
+    layer=layer_names(_LAYER_NAMES),
+    # Of the models that also see: as first published, and as transformers writes them now.
+    prefixes={
+        "language_model.": "",
+        "model.language_model.": "model.",
+        **dict.fromkeys(("vision_tower.", "multi_modal_projector."), None),
+        **dict.fromkeys(("model.vision_tower.", "model.multi_modal_projector."), None),
+    },
+)

@@ -20,6 +20,7 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import read_json
 from fasteagle_jax.nn.packed_attention import KINDS
 from fasteagle_jax.nn.rope import RopeConfig
+from fasteagle_jax.targets.config import DecoderConfig
 from fasteagle_jax.targets.llama import LlamaConfig
 from fasteagle_jax.training.deepkd import DeepKD
 from fasteagle_jax.training.losses import LossConfig
@@ -297,7 +298,7 @@ def changes_since(old: dict[str, Any], config: RunConfig) -> list[str]:
     return differences(to_json(from_json(old)), to_json(config))
 
 
-def drafter_config(choice: DrafterChoice, target_config: LlamaConfig) -> DrafterConfig:
+def drafter_config(choice: DrafterChoice, target_config: DecoderConfig) -> DrafterConfig:
     """The sizes of the drafter of a run for a target of these sizes."""
     known = {field.name for field in dataclasses.fields(class_named(choice.kind).Config)}
     # What is at its default, None for the target's sizes, need not be of the kind.

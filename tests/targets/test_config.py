@@ -72,7 +72,8 @@ def test_switches_at_rest_change_nothing():
 
 def test_what_a_config_leaves_out_is_at_the_familys_default():
     def without(name: str, *left_out: str):
-        hf = {key: value for key, value in hf_config(name).items() if key not in left_out}
+        hf = hf_config(name) | {"max_position_embeddings": 8192}
+        hf = {key: value for key, value in hf.items() if key not in left_out}
         return family_of_files(hf).config.from_hf(hf)
 
     assert without("mistral", "sliding_window").window == 4096
@@ -82,6 +83,12 @@ def test_what_a_config_leaves_out_is_at_the_familys_default():
     assert gemma.rope.theta == 1_000_000 and gemma.local_rope.theta == 10_000 and gemma.tie_embeddings
     assert gemma.local_layers == (0, 1, 2, 3)  # the sixth would be global
     assert without("gemma2", "attn_logit_softcapping").soft_cap == 50
+
+
+def test_a_window_of_all_positions_is_none():
+    assert read("phi3", sliding_window=256).layer_kinds == read("phi3", sliding_window=None).layer_kinds
+    kinds = read("gemma3", sliding_window=256).layer_kinds
+    assert {kind.window for kind in kinds} == {None} and len({kind.rope for kind in kinds}) == 2
 
 
 def test_yarn_has_positions_for_its_factor():

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate
 from fasteagle_jax.nn.kv_cache import commit
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.nn.rope import RopeConfig, rope_frequencies
-from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.targets.checkpoint import fingerprint
+from fasteagle_jax.targets.loading import load_target, open_checkpoint
 from fasteagle_jax.targets.table import FAMILIES, family_of_files
 from tests.tiny_families import V, hf_config, torch_family
 
@@ -84,6 +87,28 @@ def assert_parity(model, theirs, features: tuple[int, ...] = FEATURES) -> None:
 def test_logits_and_features_are_those_of_transformers(name, tmp_path):
     theirs = torch_family(hf_config(name), tmp_path)
     assert_parity(load_target(str(tmp_path), stacked=True).model, theirs, (2,))
+
+
+def test_the_text_part_of_a_model_that_sees_is_read(tmp_path):
+    """Under both names that files give it, and with what its configuration leaves out."""
+    torch_family(hf_config("gemma3") | {"num_attention_heads": 8, "num_key_value_heads": 4}, tmp_path / "text")
+    own = open_checkpoint(tmp_path / "text")
+    hf, tensors = (
+        json.loads((tmp_path / "text/config.json").read_text()),
+        load_file(tmp_path / "text/model.safetensors"),
+    )
+    assert hf.pop("architectures") == ["Gemma3ForCausalLM"]
+    text = {key: value for key, value in hf.items() if key not in ("num_attention_heads", "num_key_value_heads")}
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "vision_config": {}}
+    for renamed in ("language_model.{}", "model.language_model.{}"):
+        folder = tmp_path / renamed[:5]
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(whole))
+        short = "" if renamed.startswith("language") else "model."
+        names = {name: renamed.format(name.removeprefix(short)) for name in tensors}
+        seen = {f"{short}vision_tower.a.weight": np.zeros((2, 2), np.float32)}
+        save_file({names[name]: value for name, value in tensors.items()} | seen, folder / "model.safetensors")
+        assert fingerprint(open_checkpoint(folder)) == fingerprint(own)
 
 
 @pytest.mark.slow
