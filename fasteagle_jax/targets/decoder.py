@@ -67,7 +67,7 @@ class DecoderTarget(nnx.Module):
 
     @staticmethod
     def make_layer(config: Any, key: jax.Array, dtype: Any) -> Any:
-        """A layer of random weights: a module with DecoderLayer's call, `input_norm` and `attention`."""
+        """A layer of random weights: a DecoderLayer, or a module with its call and parts."""
         return DecoderLayer(config.layer, key, dtype)
 
     @property

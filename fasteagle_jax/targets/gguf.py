@@ -231,6 +231,7 @@ def _hf_config(
         "head_dim": head_dim,
         "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": max_positions,
+        "sliding_window": field("attention.sliding_window", 0) or None,
         "rope_theta": theta,
         "rope_scaling": scaling,
         "tie_word_embeddings": "output.weight" not in tensors,

@@ -341,6 +341,7 @@ def test_a_gguf_file_that_is_no_plain_llama_says_what_is_wrong(tmp_path):
     assert "architecture 'mamba'" in message(architecture="mamba")
     assert "lacks llama.block_count" in message(block_count=None)
     assert "differs between layers" in message(attention__head_count_kv=[2, 1])
+    assert "support sliding_window 64" in message(attention__sliding_window=64)
     assert "partly rotated" in message(rope__dimension_count=8)
     assert "rope type 'ntk'" in message(rope__scaling__type="ntk", rope__scaling__factor=4.0)
     assert "blk.0.ffn_gate_exps.weight" in message(
