@@ -573,13 +573,15 @@ def _attend(
     if not context:
         return visible if callable(visible) else Cached(visible, past)
     window = None if config.window is None else config.window - 1
-    queries = positions[:, :, None]
     if isinstance(context[0], Past):
         (given,) = context
         if window is not None:
-            given = given._replace(seen=given.seen & (queries - jnp.arange(given.k.shape[-2]) < window))
+            gap = positions[:, :, None] - jnp.arange(given.k.shape[-2])  # slot p holds position p
+            given = given._replace(seen=given.seen & (gap < window))
         return Cached(visible, given, config.soft_cap)
     k, v = (part.transpose(0, 2, 1, 3) for part in context[0])  # [B, T, K, D]
-    if window is not None:
-        visible = visible.within(window) if callable(visible) else visible & (queries - positions[:, None] < window)
+    if window is not None and callable(visible):
+        visible = visible.within(window)
+    elif window is not None:
+        visible &= positions[:, :, None] - positions[:, None] < window
     return GivenPast(k, v, visible, config.soft_cap)
