@@ -203,8 +203,10 @@ def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
     sizes = {name: value for name, value in raw.items() if name in fields}
     try:
         if sizes["rope"] is not None:  # a layer of the target without rotation is read
-            rope: dict[str, Any] = sizes["rope"]
-            sizes["rope"] = RopeConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in rope.items()})
+            rope: Any = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in sizes["rope"].items()
+            }
+            sizes["rope"] = RopeConfig(**rope)
         sizes["feature_layers"] = tuple(sizes["feature_layers"])
         return kind_config(**sizes), str(raw["target_fingerprint"])
     except (KeyError, TypeError) as error:
