@@ -23,7 +23,7 @@ from tests.tiny_families import V, hf_config, torch_family
 
 RELATIVE = 1e-4  # of the largest value, as in test_llama.py
 FEATURES = (1, 2, 3)  # each ends a segment of the layers, which is compiled; of the fast tests one must do
-LENGTHS = (45, 26, 13)  # of the texts: all longer than a window
+LENGTHS = (46, 26, 13)  # of the texts: all longer than a window
 OTHERS = [name for name in FAMILIES if name != "llama"]
 rng = np.random.default_rng(0)
 TEXTS = [rng.integers(1, V, size=n) for n in LENGTHS]
@@ -39,19 +39,23 @@ def torch_outputs(model, text: np.ndarray, features: tuple[int, ...]) -> list[np
 
 
 @functools.partial(jax.jit, static_argnames="features")
-def padded(model, tokens: jax.Array, features: tuple[int, ...]) -> list[jax.Array]:
+def one_half(model, tokens: jax.Array, start: jax.Array, cache, features: tuple[int, ...]):
+    """Logits and features [B, T/2, ...] of a half of right-padded texts, and the cache with it."""
+    batch, size = tokens.shape
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((size, size), bool)), (batch, size, size))
+    positions = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
+    out = model(tokens, positions, causal, cache, features)
+    cache = commit(cache, out.fresh, jnp.full((batch,), size))
+    return [model.logits(out.hidden), *jnp.split(out.features, len(features), axis=-1)], cache
+
+
+def padded(model, tokens: np.ndarray, features: tuple[int, ...]) -> list[jax.Array]:
     """Logits and features [B, T, ...] of right-padded texts, the second half with the first one in the cache."""
     batch, num_tokens = tokens.shape
     half = num_tokens // 2
-    cache, parts = model.empty_cache(batch, num_tokens), []
-    for start, stop in ((0, half), (half, num_tokens)):
-        size = stop - start
-        causal = jnp.broadcast_to(jnp.tril(jnp.ones((size, size), bool)), (batch, size, size))
-        positions = jnp.broadcast_to(jnp.arange(start, stop), (batch, size))
-        out = model(tokens[:, start:stop], positions, causal, cache, features)
-        cache = commit(cache, out.fresh, jnp.full((batch,), size))
-        parts.append([model.logits(out.hidden), *jnp.split(out.features, len(features), axis=-1)])
-    return [jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
+    first, cache = one_half(model, tokens[:, :half], jnp.int32(0), model.empty_cache(batch, num_tokens), features)
+    second, _ = one_half(model, tokens[:, half:], jnp.int32(half), cache, features)
+    return [jnp.concatenate(parts, axis=1) for parts in zip(first, second, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="features")
