@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import pytest
@@ -30,25 +30,29 @@ class ToyConfig(LlamaConfig):
     window: int = 6
     soft_cap: float = 20.0
 
+    handled = LlamaConfig.handled | {"sliding_window"}
+
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
-        return dataclasses.replace(super().from_hf(hf), window=hf["sliding_window"])
+    def read(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        return super().read(hf) | {"window": hf["sliding_window"]}
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """Alternating local and global layers."""
+        local, whole = LayerKind(RopeConfig(100.0), self.window), LayerKind(self.rope)
+        return tuple(whole if i % 2 else local for i in range(self.num_layers))
 
 
 class Toy(DecoderTarget):
-    """Alternating local and global layers."""
-
-    @staticmethod
-    def layer_kinds(config: ToyConfig) -> tuple[LayerKind, ...]:
-        local, whole = LayerKind(RopeConfig(100.0), config.window), LayerKind(config.rope)
-        return tuple(whole if i % 2 else local for i in range(config.num_layers))
+    """A scaled embedding and capped logits."""
 
     @property
     def logit_map(self) -> LogitMap:
         return LogitMap(0.5, self.config.soft_cap)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        return super().embed(tokens) * self.config.hidden_size**0.5
+    @property
+    def embedding_scale(self) -> float:
+        return self.config.hidden_size**0.5
 
 
 def tiny_toy(seed: int = 0, **changes: Any) -> Toy:

@@ -123,13 +123,13 @@ def ablate(args: argparse.Namespace) -> int:
                 raise SystemExit(TERMINATED) from None
 
     # --- decoding ---------------------------------------------------------------------------------------------
-    loaded = load_target(base.target, jnp.float32, adapter=base.adapter)
+    loaded = load_target(base.target, jnp.float32, max_len=room, adapter=base.adapter)
     stop = stop_token_ids(tokenizer, target.path)
     found, losses = [], {}
     for name in variants:
         run = args.folder / _folder_name(name)
         losses[name] = _last_loss(run)
-        drafter = load_drafter(run / "drafter", loaded.checkpoint.config, loaded.fingerprint)
+        drafter = load_drafter(run / "drafter", loaded.model.config, loaded.fingerprint)
         for tree in trees:
             for shared in (True, False) if any(temperatures) else (True,):
                 engine = Engine(

@@ -31,7 +31,7 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_new, first_line, read_json
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.checkpoint import fingerprint
-from fasteagle_jax.targets.llama import LlamaConfig
+from fasteagle_jax.targets.config import DecoderConfig
 from fasteagle_jax.targets.loading import DEFAULT_TARGET, open_checkpoint
 
 LEVELS = 8  # of the published evaluation: a first pass and depth 7
@@ -67,7 +67,7 @@ def import_drafter(args: argparse.Namespace) -> None:
 
 
 def eagle3_config(
-    raw: Mapping[str, Any], tensors: Mapping[str, np.ndarray], target: LlamaConfig, levels: int
+    raw: Mapping[str, Any], tensors: Mapping[str, np.ndarray], target: DecoderConfig, levels: int
 ) -> Eagle3Config:
     """The sizes of a published drafter from its config.json, in either form, for a target of these sizes."""
     sizes = dict(raw.get("transformer_layer_config") or raw)  # speculators' form nests them

@@ -30,10 +30,10 @@ def add_target_options(parser: Any) -> None:
 def load_models(args: argparse.Namespace, drafter_folder: Path | None) -> Models:
     """The models that the options name; UserError for those that cannot be had or do not fit each other."""
     dtype = dtype_named(args.dtype)
-    target = load_target(args.target, dtype, adapter=args.adapter)
+    target = load_target(args.target, dtype, max_len=getattr(args, "max_len", None), adapter=args.adapter)
     tokenizer = load_tokenizer(target.checkpoint.path)
     stop_tokens = stop_token_ids(tokenizer, target.checkpoint.path)
     drafter = None
     if drafter_folder is not None:
-        drafter = load_drafter(drafter_folder, target.checkpoint.config, target.fingerprint, dtype)
+        drafter = load_drafter(drafter_folder, target.model.config, target.fingerprint, dtype)
     return Models(target.model, target.fingerprint, tokenizer, stop_tokens, drafter, jnp.dtype(dtype).name)

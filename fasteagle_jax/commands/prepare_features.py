@@ -32,7 +32,7 @@ from fasteagle_jax.data.packing import Batch, PackedData
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import writing
 from fasteagle_jax.io.progress import progress_bar
-from fasteagle_jax.targets.llama import Llama
+from fasteagle_jax.targets.decoder import DecoderTarget
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.training.config import RunConfig, apply_changes, drafter_config, load_config
 from fasteagle_jax.training.step import target_outputs
@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def prepare(config: RunConfig, folder: Path, store: str) -> None:
     """Writes the features of a run, or what the folder still lacks of them."""
-    loaded = load_target(config.target, jnp.dtype(config.dtype), training=True, adapter=config.adapter)
+    sizes = {"training": True, "max_len": config.length, "adapter": config.adapter}
+    loaded = load_target(config.target, jnp.dtype(config.dtype), **sizes)
     check_target(config.data, loaded.fingerprint)
     conversations = read_conversations(*config.data, vocab_size=loaded.model.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed)
@@ -86,5 +87,5 @@ def prepare(config: RunConfig, folder: Path, store: str) -> None:
 
 
 @partial(jax.jit, static_argnames="layers")
-def _compute(target: Llama, batch: Batch, *, layers: tuple[int, ...]) -> TargetValues:
+def _compute(target: DecoderTarget, batch: Batch, *, layers: tuple[int, ...]) -> TargetValues:
     return target_outputs(target, batch, layers)

@@ -46,7 +46,9 @@ class Ranking(NamedTuple):
 class Target(Protocol):
     """A frozen language model in one forward pass (see targets.decoder.DecoderTarget, which families build on)."""
 
-    config: Any  # vocab_size, hidden_size, num_layers, num_kv_heads, max_positions and the sizes of a layer
+    # vocab_size, hidden_size, num_layers, num_kv_heads, max_positions, `layer` (a nn.transformer.LayerConfig) and
+    # `layer_kinds` (a LayerKind each)
+    config: Any
     activation_dtype: Any
     embedding: Any  # a variable [V, H]
     norm: Any  # the final norm, a nn.norm.RMSNorm

@@ -6,7 +6,9 @@ B rows · T stream positions · N levels · F feature layers · H hidden width �
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import logging
+from collections.abc import Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,13 @@ from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
 from fasteagle_jax.decoding.sampling import gumbel_noise
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Ring, as_ring, empty_cache, ring_slots
-from fasteagle_jax.nn.linear import Linear, to_columns
+from fasteagle_jax.nn.linear import Linear
+from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.nn.stored import NamedVariable
-from fasteagle_jax.nn.transformer import LayerConfig
+from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, LayerConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +42,7 @@ class DrafterConfig:
     kind: str = ""  # of drafters.table.CLASSES
     num_levels: int = 7  # N
     rms_norm_eps: float = 1e-5
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig | None = RopeConfig()  # None for no rotation
     window: int | None = None  # W: a position sees itself and the W - 1 before it; None for all
 
     def __post_init__(self) -> None:
@@ -80,6 +85,10 @@ class DrafterConfig:
                 f"feature_layers has {', '.join(map(str, wrong))}, the target {num_layers} layers: "
                 f"give 0 to {num_layers}, or take the target that the drafter was trained for"
             )
+
+    def for_target(self, target_config: Any) -> Self:
+        """The configuration for use with a target as it is loaded."""
+        return self
 
     # --- number of operations (see training.flops) --------------------------------------------------------------
 
@@ -183,16 +192,66 @@ def layer_config(config: DrafterConfig) -> LayerConfig:
     return LayerConfig(c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps)
 
 
-def copy_weights(into: nnx.Module, source: Any) -> None:
-    """Copies a layer's weights into another one, as float32; UserError if their sizes differ."""
-    copied = jax.tree.map(lambda w: w.astype(jnp.float32), source)
-    to_columns(copied)
-    if jax.tree.leaves(jax.tree.map(jnp.shape, into)) != jax.tree.leaves(jax.tree.map(jnp.shape, copied)):
-        raise UserError(
-            "the drafter's layers differ in size or biases from the target's and cannot start from them: "
-            "set from_target=False"
-        )
-    nnx.update(into, nnx.state(copied))
+def attention_of(target_config: Any, layer: int) -> dict[str, Any]:
+    """The fields of a drafter's configuration with which its layers attend as a layer of the target does."""
+    kind, shared = target_config.layer_kinds[layer], target_config.layer
+    return {
+        "num_heads": shared.num_heads,
+        "num_kv_heads": shared.num_kv_heads,
+        "head_dim": shared.head_dim,
+        "rope": kind.rope,
+        "window": kind.window,
+        "soft_cap": kind.soft_cap,
+        "qkv_bias": shared.attention_bias or shared.qkv_bias,
+        "qk_norm": shared.qk_norm,
+        "attention_scale": shared.attention_scale,
+    }
+
+
+def copy_layer(into: Any, source: Any) -> list[str]:
+    """Copies a target's layer into a drafter's wherever their shapes agree, as float32.
+
+    `into` has some of the places of DECODER_LAYER_NAMES, of one layer or of a stack whose layers all get the same. What
+    the target multiplies queries and outputs by goes into the matrices. Returns what was not copied, by the target's
+    names.
+    """
+    left = []
+    for name, place in DECODER_LAYER_NAMES.items():
+        module, _, attribute = place.partition(".")
+        of_source, of_drafter = getattr(source, module), getattr(into, module, None)
+        if of_drafter is None:
+            continue
+        part, own = (getattr(m, attribute) if attribute else m for m in (of_source, of_drafter))
+        if part is None:
+            continue
+        if isinstance(part, RMSNorm):
+            if own is None or own.weight.shape[-1:] != part.weight.shape:
+                left.append(name)
+            else:
+                own.weight[...] = jnp.broadcast_to(part.gain - own.offset, own.weight.shape)
+        elif own.matrix.shape[-2:] != part.matrix.shape:
+            left.append(name)
+        else:
+            scale = source.residual_scale if place in ("attention.o", "mlp.down") else 1.0
+            if place == "attention.q":
+                scale = of_source.query_gain / of_drafter.query_gain
+            own.set_matrix(jnp.broadcast_to(part.matrix.astype(jnp.float32) * scale, own.matrix.shape))
+            if part.bias is not None and own.bias is None:
+                left.append(f"{name}.bias")
+            elif part.bias is not None:
+                own.bias[...] = jnp.broadcast_to(part.bias[...].astype(jnp.float32) * scale, own.bias.shape)
+    return left
+
+
+def say_left(left: Sequence[str], layer: int, source: Any, own: Any) -> None:
+    """Warns of what a drafter's layers lack of the target's layer that they start from; silent if nothing."""
+    lacking = list(dict.fromkeys(left))
+    if source.attention_output_norm is not None:
+        lacking.append("its norms after attention and MLP")
+    if source.mlp.activation != own.mlp.activation:
+        lacking.append(f"its activation {source.mlp.activation}")
+    if lacking:
+        log.warning("the drafter starts from the target's layer %d, without %s", layer, ", ".join(lacking))
 
 
 def draft_ids(vocab: VocabWeights) -> jax.Array:

@@ -23,12 +23,13 @@ from fasteagle_jax.drafters.base import (
     DrafterConfig,
     DrafterModule,
     causal,
-    copy_weights,
+    copy_layer,
     draft_ids,
     layer_config,
     newest,
     pending,
     rank,
+    say_left,
 )
 from fasteagle_jax.nn.attention import Attention, Past, attention, by_kv_head, by_token
 from fasteagle_jax.nn.embedding import embed
@@ -92,16 +93,19 @@ class Eagle3(DrafterModule):
         """Initialises its norm and head from the target's and, with `layers`, its layer from the target's last one.
 
         The layer then reads the highest feature, of root mean square `feature_rms` float32 [F], or its own output as
-        the target's layer reads its input, and the embedding with weight 0. Raises UserError if the sizes differ.
+        the target's layer reads its input, and the embedding with weight 0. Warns of parts that are not copied.
         """
         hidden = self.config.hidden_size
         rows = target.head_rows()
         self.head[...] = (rows if self.token_ids is None else rows[self.token_ids[...]]).astype(jnp.float32)
-        self.norm.weight[...] = target.norm.weight[...].astype(jnp.float32)
+        self.norm.weight[...] = target.norm.gain
         if not layers:
             return
         like_target = DecoderLayer(layer_config(self.config), jax.random.key(0), jnp.float32)
-        copy_weights(like_target, target.layer(target.config.num_layers - 1))
+        last = target.config.num_layers - 1
+        source = target.layer(last)
+        left = copy_layer(like_target, source)
+        say_left(left, last, source, self)
         nnx.update(self.mlp, nnx.state(like_target.mlp))
         self.mlp_norm.weight[...] = like_target.mlp_norm.weight[...]
         self.hidden_norm.weight[...] = like_target.input_norm.weight[...]
@@ -136,6 +140,7 @@ class Eagle3(DrafterModule):
     def published(self) -> dict[str, Any]:
         """The entries whose keys EAGLE-3's authors named otherwise than DrafterConfig."""
         c = self.config
+        assert c.rope is not None  # its keys are its own
         return {
             "model_type": "llama",
             "hidden_act": "silu",

@@ -18,7 +18,8 @@ The paper's levels are full layers with keys and values of their own. What is no
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +32,14 @@ from fasteagle_jax.devices.sharding import constrain, training_rows
 from fasteagle_jax.drafters.base import (
     DrafterConfig,
     DrafterModule,
+    attention_of,
     causal,
-    copy_weights,
+    copy_layer,
     draft_ids,
     newest,
     pending,
     rank,
+    say_left,
 )
 from fasteagle_jax.drafters.edges import Candidates, EdgeScores
 from fasteagle_jax.errors import UserError
@@ -71,6 +74,11 @@ class FastEagleConfig(DrafterConfig):
     edges: int | None = None  # rank of the EdgeScores; None for none
     edges_reach: int = 1  # tokens before a guess that they read
     edges_gated: bool = False  # they read silu of the tokens and the state
+    # Of the attention, with context "target" as that layer's is (see transformer.LayerConfig, LayerKind).
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    attention_scale: float | None = None
+    soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,8 +98,6 @@ class FastEagleConfig(DrafterConfig):
                 f"drafter context_layer is {self.context_layer} with context {self.context}: "
                 "context target reads a layer of the target, context own none"
             )
-        if self.window is not None and self.context == "target":
-            raise UserError("a drafter with context target sees what the target's layer sees: set window to None")
 
     @property
     def context_layers(self) -> tuple[int, ...]:
@@ -99,7 +105,7 @@ class FastEagleConfig(DrafterConfig):
         return () if self.context_layer is None else (self.context_layer,)
 
     def check_target(self, target_config: Any) -> None:
-        """As of DrafterConfig; the keys that it reads must be of its own heads and rotary tables."""
+        """As of DrafterConfig; the keys that it reads must be made and seen as its own are."""
         super().check_target(target_config)
         if self.context_layer is None:
             return
@@ -108,12 +114,19 @@ class FastEagleConfig(DrafterConfig):
                 f"drafter context_layer is {self.context_layer}, the target has {target_config.num_layers} layers: "
                 f"give 0 to {target_config.num_layers - 1}"
             )
-        for name in ("num_kv_heads", "head_dim", "rope"):
-            if getattr(self, name) != getattr(target_config, name):
+        theirs = attention_of(target_config, self.context_layer)
+        for name in ("num_kv_heads", "head_dim", "rope", "window", "qk_norm", "attention_scale", "soft_cap"):
+            if getattr(self, name) != theirs[name]:
                 raise UserError(
-                    f"drafter {name} is {getattr(self, name)}, the target's {getattr(target_config, name)}: "
+                    f"drafter {name} is {getattr(self, name)}, the target's {theirs[name]}: "
                     "to read the target's keys and values they must be equal"
                 )
+
+    def for_target(self, target_config: Any) -> Self:
+        """As of DrafterConfig; what is rotated like the target's keys follows its choice of longrope's factors."""
+        if self.context_layer is None or self.rope is None:
+            return self
+        return dataclasses.replace(self, rope=dataclasses.replace(self.rope, long=target_config.rope.long))
 
     @property
     def level_parameters(self) -> int:
@@ -160,7 +173,17 @@ class Layer(nnx.Module):
 
     def __init__(self, config: FastEagleConfig, key: jax.Array, dtype: Any):
         c, keys = config, iter(jax.random.split(key, 7))
-        self.attention = Attention(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, keys, dtype)
+        sizes = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        head_norm = functools.partial(RMSNorm, c.head_dim, c.rms_norm_eps, dtype)
+        self.attention = Attention(
+            *sizes,
+            keys,
+            dtype,
+            bias=c.qkv_bias,
+            output_bias=False,
+            scale=c.attention_scale,
+            norm=head_norm if c.qk_norm else None,
+        )
         self.mlp = Mlp(c.hidden_size, c.intermediate_size, keys, dtype)
 
 
@@ -223,25 +246,20 @@ class FastEagle(DrafterModule):
 
         That is the last one, or the one whose keys and values it reads. The head reads every level's output, as it
         reads that of the target's last layer. With `layers` the input is the highest feature, of root mean square
-        `feature_rms` float32 [F], plus the embedding. Raises UserError if the sizes of the layers differ.
+        `feature_rms` float32 [F], plus the embedding. Warns of parts of the layer that are not copied.
         """
         c = self.config
         hidden = c.hidden_size
-        source = target.layer(target.config.num_layers - 1 if c.context_layer is None else c.context_layer)
-        norm = target.norm.weight[...].astype(jnp.float32)
-        for level in [self.levels] if self.scans else self.levels:
-            level.norm.weight[...] = jnp.broadcast_to(norm, level.norm.weight.shape)
+        copied = target.config.num_layers - 1 if c.context_layer is None else c.context_layer
+        levels = [self.levels] if self.scans else list(self.levels)
+        for level in levels:
+            level.norm.weight[...] = jnp.broadcast_to(target.norm.gain, level.norm.weight.shape)
         if not layers:
             return
-        if self.shared is not None:
-            for name in ("attention", "mlp"):
-                copy_weights(getattr(self.shared, name), getattr(source, name))
-        for level in [self.levels] if self.scans else self.levels:
-            for name in ("input_norm", "mlp_norm") + (("attention", "mlp") if self.shared is None else ()):
-                part = getattr(source, name)
-                if self.scans:
-                    part = jax.tree.map(lambda w: jnp.broadcast_to(w, (c.num_levels, *w.shape)), part)
-                copy_weights(getattr(level, name), part)
+        source = target.layer(copied)
+        parts = levels if self.shared is None else [self.shared, *levels]
+        left = [name for part in parts for name in copy_layer(part, source)]
+        say_left(left, copied, source, parts[0])
         # The copied layers expect a stream of the highest feature's size.
         self.fc.set_matrix(jnp.zeros(self.fc.matrix.shape).at[-hidden:].set(jnp.eye(hidden) * feature_rms[-1]))
         embedding = target.embedding[...].astype(jnp.float32)
@@ -318,6 +336,7 @@ class FastEagle(DrafterModule):
                 jnp.stack([jnp.roll(next_tokens, j - i, axis=1) if j <= i else none for j in range(c.edges_reach)], -1)
                 for i in range(c.num_levels)
             ]  # [B, T, J]
+        attend_to = functools.partial(_attend, visible, context=context, positions=positions, at=at, config=c)
         if at is not None:
             features, next_tokens, positions, *tokens_before = (
                 None if x is None else jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
@@ -348,7 +367,7 @@ class FastEagle(DrafterModule):
                 # All-reduced before the sum: XLA's partitioner (jax 0.10.2) gave wrong numbers on data 2 x fsdp 2 x
                 # tensor 2 if the stream was added to partial sums over fsdp.
                 h = h + constrain(level.reinject(reinjected), rows, None, None)
-            h, kv = self._run(level, h, table, _attend(visible, level_past, context, at))  # h_i = L_i(h_i-1)
+            h, kv = self._run(level, h, table, attend_to(level_past))  # h_i = L_i(h_i-1)
             h = training_rows(h, visible)
             if not head_inputs:
                 return h, (h, kv)
@@ -562,11 +581,32 @@ class FastEagle(DrafterModule):
         return tensors
 
 
-def _attend(visible: Any, past: Past | None, context: tuple[Any, ...], at: jax.Array | None) -> Attend:
-    """The Attend of a level: over its own past and fresh keys, or over the target's and its own at its own position."""
+def _attend(
+    visible: Any,
+    past: Past | None,
+    *,
+    context: tuple[Any, ...],
+    positions: jax.Array,
+    at: jax.Array | None,
+    config: FastEagleConfig,
+) -> Attend:
+    """The Attend of a level: over its own past and fresh keys, or over the target's and its own at its own position.
+
+    The latter is one after the stream position of `positions` int32 [B, T]: of a window W of the target, it sees the
+    W - 1 keys up to there. `at` are the places of the queries along T, None for all.
+    """
     if not context:
         return visible if callable(visible) else Cached(visible, past)
+    window = None if config.window is None else config.window - 1
     if isinstance(context[0], Past):
-        return Cached(visible, context[0])
+        (given,) = context
+        if window is not None:
+            gap = positions[:, :, None] - jnp.arange(given.k.shape[-2])  # slot p holds position p
+            given = given._replace(seen=given.seen & (gap < window))
+        return Cached(visible, given, config.soft_cap)
     k, v = (part.transpose(0, 2, 1, 3) for part in context[0])  # [B, T, K, D]
-    return GivenPast(k, v, visible, at)
+    if window is not None and callable(visible):
+        visible = visible.within(window)
+    elif window is not None:
+        visible &= positions[:, :, None] - positions[:, None] < window
+    return GivenPast(k, v, visible, at, config.soft_cap)

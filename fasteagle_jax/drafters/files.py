@@ -101,6 +101,7 @@ def load_drafter(
                 f"the drafter in {folder} has {name} {getattr(config, name)}, the target {theirs}: "
                 "use the target that it was trained for"
             )
+    config = config.for_target(target_config)
     config.check_target(target_config)
     if trained_for != fingerprint:
         difference = (
@@ -202,7 +203,11 @@ def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
     fields = {field.name for field in dataclasses.fields(kind_config)}
     sizes = {name: value for name, value in raw.items() if name in fields}
     try:
-        sizes["rope"] = RopeConfig(**sizes["rope"])
+        if sizes["rope"] is not None:  # a layer of the target without rotation is read
+            rope: Any = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in sizes["rope"].items()
+            }
+            sizes["rope"] = RopeConfig(**rope)
         sizes["feature_layers"] = tuple(sizes["feature_layers"])
         return kind_config(**sizes), str(raw["target_fingerprint"])
     except (KeyError, TypeError) as error:

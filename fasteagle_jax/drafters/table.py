@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fasteagle_jax.drafters.base import DrafterConfig
+from fasteagle_jax.drafters.base import DrafterConfig, attention_of
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.errors import UserError
@@ -33,6 +33,8 @@ def class_of(config: DrafterConfig) -> Any:
 def default_config(target_config: Any, kind: str = "fasteagle", **changes: Any) -> Any:
     """The configuration of this kind with the target's sizes and `changes`.
 
+    Its layers are plain decoder layers. With context "target" they attend as the target's `context_layer` does, by
+    default the last one with full attention.
     Raises UserError for an unknown kind or field, and for feature layers that the target does not have.
     """
     c = target_config
@@ -46,7 +48,11 @@ def default_config(target_config: Any, kind: str = "fasteagle", **changes: Any) 
     if unknown := [name for name in changes if name not in known]:
         raise UserError(f"a drafter of kind {kind} has no {', '.join(unknown)}: it has {', '.join(known)}")
     if changes.get("context") == "target":
-        sizes["context_layer"] = last
+        whole = [i for i, kind in enumerate(c.layer_kinds) if kind.window is None]
+        layer = changes.get("context_layer", max(whole, default=last))
+        sizes |= {"context_layer": layer}
+        if 0 <= layer <= last:
+            sizes |= attention_of(c, layer)
     config = kind_config(**(sizes | {"kind": kind} | changes))
     config.check_target(c)
     return config

@@ -46,6 +46,7 @@ from fasteagle_jax.targets.loading import load_target, open_checkpoint
 from fasteagle_jax.targets.table import family_of
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 
+DEFAULT_MAX_LEN = 2048  # tokens of a request, if the target has positions for so many
 ROUNDS = 16  # of a device call at most, before the host reads results
 
 WARM_UP = ("The capital of France is", "def fibonacci(n):", "Once upon a time, there was", "Water boils when")
@@ -84,7 +85,7 @@ class Engine:
           eos_token_ids: end an answer.
           slots: B, requests under way at once.
           max_len: the most tokens of a request, prompt and answer together; None for what the target has positions
-            for, but at most 2048.
+            for, but at most DEFAULT_MAX_LEN.
           tree: what to draft: a TreeSpec, its name ("best_first:16"), "auto" for the fastest by measurement, or None
             for plain decoding.
           lookup: K, for trees that also hold what is copied from a request's own text after suffixes of up to K
@@ -99,7 +100,7 @@ class Engine:
           UserError: sizes that are out of range, do not fit into memory, or that the mesh does not divide.
         """
         positions = target.config.max_positions
-        self.max_len = min(positions, 2048) if max_len is None else max_len
+        self.max_len = min(positions, DEFAULT_MAX_LEN) if max_len is None else max_len
         chunk = (64 if jax.default_backend() == "cpu" else 256) if chunk is None else chunk
         check_sizes(slots, self.max_len, positions)
         check_lookup(lookup)
@@ -177,12 +178,13 @@ class Engine:
             check_mesh(mesh, slots, config, drafter_config)
         weights = bytes_of(sizes, mesh), bytes_of(drafter_sizes, mesh)
         Memory(*weights, 0, 0, 0, 0).check(available_everywhere(mesh), "use bfloat16 or a larger device")
-        loaded = load_target(target, dtype, mesh=mesh, adapter=adapter)
+        length = max_len or min(config.max_positions, DEFAULT_MAX_LEN)
+        loaded = load_target(target, dtype, mesh=mesh, max_len=length, adapter=adapter)
         tokenizer = load_tokenizer(loaded.checkpoint.path)
         model = (
             None
             if folder is None
-            else load_drafter(folder, config, loaded.fingerprint, dtype, mesh=mesh, strict=strict)
+            else load_drafter(folder, loaded.model.config, loaded.fingerprint, dtype, mesh=mesh, strict=strict)
         )
         return cls(
             loaded.model,

@@ -15,6 +15,7 @@ from flax import nnx
 
 from fasteagle_jax.devices.sharding import platform
 from fasteagle_jax.nn.linear import Linear
+from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.rope import Rotation, rotate
 
 BLOCK = 128  # cache slots that attention reads at a time if it can stop early
@@ -67,7 +68,14 @@ class Past(NamedTuple):
     filled: jax.Array | None = None
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past: Past | None = None) -> jax.Array:
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    past: Past | None = None,
+    soft_cap: float | None = None,
+) -> jax.Array:
     """Softmax attention of fresh queries over the committed past and the fresh keys, under one softmax.
 
     Args:
@@ -75,6 +83,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
       k, v: fresh keys and values [B, K, T, D].
       visible: bool [B, Q, T], True where query i may see fresh key j; every query must see one, usually its own.
       past: committed slots; None for none.
+      soft_cap: see `capped`.
 
     Returns:
       [B, K, G*Q, D] in v's dtype. Scores and softmax are float32.
@@ -86,9 +95,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
     q = q * q.shape[-1] ** -0.5
     mask = jnp.tile(visible, (1, groups, 1))[:, None]  # [B, 1, G*Q, T]
     fresh = jnp.einsum("bkmd,bktd->bkmt", q, k, preferred_element_type=jnp.float32)
-    fresh = jnp.where(mask, fresh, MASKED)
+    fresh = jnp.where(mask, capped(fresh, soft_cap), MASKED)
     largest = jax.lax.stop_gradient(fresh.max(axis=-1, keepdims=True))  # [B, K, G*Q, 1]
-    past_scores = _past_scores(q, past, groups) if past is not None and not blockwise else None
+    past_scores = _past_scores(q, past, groups, soft_cap) if past is not None and not blockwise else None
     if past_scores is not None:
         largest = jnp.maximum(largest, past_scores.max(axis=-1, keepdims=True))
     p = jnp.exp(fresh - largest)
@@ -105,7 +114,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
     def add_block(i: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         largest, total, out = sums
         block = _block(past, i)
-        past_scores = _past_scores(q, block, groups)
+        past_scores = _past_scores(q, block, groups, soft_cap)
         new_largest = jnp.maximum(largest, past_scores.max(axis=-1, keepdims=True))
         p, rescale = jnp.exp(past_scores - new_largest), jnp.exp(largest - new_largest)
         own = jnp.einsum("bkms,bksd->bkmd", p.astype(block.v.dtype), block.v, preferred_element_type=jnp.float32)
@@ -116,11 +125,16 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, past
     return (out / total).astype(v.dtype)
 
 
-def _past_scores(q: jax.Array, past: Past, groups: int) -> jax.Array:
+def capped(scores: jax.Array, soft_cap: float | None) -> jax.Array:
+    """Scores squeezed by a tanh into +-`soft_cap`, None for no cap."""
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
+def _past_scores(q: jax.Array, past: Past, groups: int, soft_cap: float | None) -> jax.Array:
     """Scores float32 [B, K, G*Q, S] of scaled queries over committed slots, MASKED where a slot is not seen."""
     seen = jnp.tile(past.seen, (1, groups if past.seen.shape[1] > 1 else 1, 1))  # [B, G*Q or 1, S]
     scores = jnp.einsum("bkmd,bksd->bkms", q.astype(past.k.dtype), past.k, preferred_element_type=jnp.float32)
-    return jnp.where(seen[:, None], scores, MASKED)
+    return jnp.where(seen[:, None], capped(scores, soft_cap), MASKED)
 
 
 def _block(past: Past, i: jax.Array) -> Past:
@@ -144,11 +158,13 @@ class Cached:
 
     visible: jax.Array  # bool [B, Q, Q], see `attention`
     past: Past | None = None
+    soft_cap: float | None = None
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """`attention` in the layout of an Attend."""
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, Q, D]
-        return by_token(attention(by_kv_head(q, k.shape[1]), k, v, self.visible, self.past), q.shape[1])
+        q_by_head = by_kv_head(q, k.shape[1])
+        return by_token(attention(q_by_head, k, v, self.visible, self.past, self.soft_cap), q.shape[1])
 
 
 class Attention(nnx.Module):
@@ -164,16 +180,33 @@ class Attention(nnx.Module):
         dtype: Any = jnp.float32,
         *,
         bias: bool = False,
+        output_bias: bool | None = None,
         num_in: int | None = None,
+        scale: float | None = None,
+        norm: Callable[[], RMSNorm] | None = None,
     ):
-        """Random weights; the input is `num_in` wide, None for `hidden_size`."""
+        """Random weights.
+
+        Args:
+          hidden_size, num_heads, num_kv_heads, head_dim: sizes.
+          keys, dtype: of the weights.
+          bias, output_bias: of q, k and v, and of the output; None for the same.
+          num_in: the input's width; None for `hidden_size`.
+          scale: of scores; None for head_dim^-1/2.
+          norm: makes the norms of a query's and of a key's heads; None for none.
+        """
         num_in = num_in or hidden_size
+        output_bias = bias if output_bias is None else output_bias
         heads, kv_heads = num_heads * head_dim, num_kv_heads * head_dim
         self.head_dim = head_dim
         self.q = Linear(num_in, heads, ("embed", "heads"), next(keys), dtype, bias=bias)
         self.k = Linear(num_in, kv_heads, ("embed", "heads"), next(keys), dtype, bias=bias)
         self.v = Linear(num_in, kv_heads, ("embed", "heads"), next(keys), dtype, bias=bias)
-        self.o = Linear(heads, hidden_size, ("heads", "embed"), next(keys), dtype, bias=bias)
+        self.o = Linear(heads, hidden_size, ("heads", "embed"), next(keys), dtype, bias=output_bias)
+        # Every attention function scales scores by head_dim^-1/2: what is left of the scale goes into the queries.
+        self.query_gain = 1.0 if scale is None else scale * head_dim**0.5
+        self.q_norm = None if norm is None else norm()
+        self.k_norm = None if norm is None else norm()
 
     def __call__(
         self, x: jax.Array, rotation: Rotation, attend: Attend
@@ -184,15 +217,17 @@ class Attention(nnx.Module):
         return out, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
 
     def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, Q, heads, D], k and v [B, Q, K, D] of x [B, Q, in], q and k rotated.
+        """q [B, Q, heads, D], k and v [B, Q, K, D] of x [B, Q, in], q and k normed and rotated.
 
         All are in the weights' (and so the cache's) dtype, whether a key is fresh or read back.
         """
         # Without the barrier XLA's TPU compiler fuses the split into heads with the product and copies all weights.
         q, k, v = jax.lax.optimization_barrier((self.q(x), self.k(x), self.v(x)))
         q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         dtype = self.k.dtype
-        return rotate(q, rotation).astype(dtype), rotate(k, rotation).astype(dtype), v.astype(dtype)
+        return rotate(q, rotation, self.query_gain).astype(dtype), rotate(k, rotation).astype(dtype), v.astype(dtype)
 
     def output(self, attended: jax.Array) -> jax.Array:
         """What is added to the stream [B, Q, H], from attended values [B, Q, heads, D]."""

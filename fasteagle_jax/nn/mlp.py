@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,9 +12,14 @@ from flax import nnx
 
 from fasteagle_jax.nn.linear import Linear
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
 
 class Mlp(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), from the normed stream to what is added to it."""
+    """SwiGLU or GeGLU: down(act(gate(x)) * up(x)), from the normed stream to what is added to it."""
 
     def __init__(
         self,
@@ -23,11 +29,14 @@ class Mlp(nnx.Module):
         dtype: Any = jnp.float32,
         *,
         bias: bool = False,
+        activation: str = "silu",
     ):
+        """Random weights; `activation` is one of ACTIVATIONS."""
+        self.activation = activation
         self.gate = Linear(hidden_size, intermediate_size, ("embed", "mlp"), next(keys), dtype, bias=bias)
         self.up = Linear(hidden_size, intermediate_size, ("embed", "mlp"), next(keys), dtype, bias=bias)
         self.down = Linear(intermediate_size, hidden_size, ("mlp", "embed"), next(keys), dtype, bias=bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., H] of x [..., H]."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))

@@ -10,15 +10,21 @@ from flax import nnx
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm with one weight per channel, initially 1."""
+    """RMSNorm with a gain per channel, initially 1: `offset` + `weight`."""
 
-    def __init__(self, size: int, eps: float, dtype: Any = jnp.float32):
+    def __init__(self, size: int, eps: float, dtype: Any = jnp.float32, *, offset: float = 0.0):
         self.eps = eps
-        self.weight = nnx.Param(jnp.ones((size,), dtype), axes=(None,))
+        self.offset = offset
+        self.weight = nnx.Param(jnp.full((size,), 1 - offset, dtype), axes=(None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., size] normalised and weighted, in x's dtype."""
-        return rms_norm(x, self.weight[...], self.eps)
+        return rms_norm(x, self.weight[...] if self.offset == 0 else self.gain, self.eps)
+
+    @property
+    def gain(self) -> jax.Array:
+        """The gain float32 [..., size]: a sum in bfloat16 would lose what Gemma's weights add to 1."""
+        return self.weight[...].astype(jnp.float32) + self.offset
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

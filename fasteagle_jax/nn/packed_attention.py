@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from fasteagle_jax.devices.sharding import platform, spec
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line
-from fasteagle_jax.nn.attention import MASKED, attention, by_kv_head, by_token
+from fasteagle_jax.nn.attention import MASKED, attention, by_kv_head, by_token, capped
 
 BLOCK = 512  # queries whose scores are alive at once
 TILE = 128  # queries of a single block that read the keys up to their last one
@@ -34,14 +34,15 @@ class Packed(NamedTuple):
     segments: jax.Array  # int32 [B, T], the text of each token, 0 for padding
     window: int | None = None  # W: a token sees itself and the W - 1 before it; None for all
     kind: str = "auto"  # of KINDS
+    soft_cap: float | None = None  # see nn.attention.capped
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """`packed_attention`, as an Attend (see nn.attention)."""
         return packed_attention(q, k, v, self)
 
-    def within(self, window: int | None) -> Packed:
-        """This Packed with another window, None for all."""
-        return self._replace(window=window)
+    def within(self, window: int | None, soft_cap: float | None = None) -> Packed:
+        """This Packed with another window, None for all, and another soft cap of scores."""
+        return self._replace(window=window, soft_cap=soft_cap)
 
     def visible(self, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
         """The mask bool [B, size, T], True where the query at start + i sees the key at j; size None is T."""
@@ -68,12 +69,12 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -
         raise UserError(f"attention {kind!r} is not known: use one of {', '.join(KINDS)}")
     if kind == "auto":
         kind = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "xla")
-        if (kind == "splash" and _tile(q.shape[1]) is None) or (kind == "cudnn" and _no_cudnn(q, k, v)):
+        if (kind == "splash" and _tile(q.shape[1]) is None) or (kind == "cudnn" and _no_cudnn(q, k, v, packed)):
             kind = "xla"
     if kind == "splash":
         return _splash(q, k, v, packed)
     if kind == "cudnn":
-        if missing := _no_cudnn(q, k, v):
+        if missing := _no_cudnn(q, k, v, packed):
             raise UserError(f"cuDNN's attention cannot be had ({missing}): use attention auto or xla")
         return _cudnn(q, k, v, packed.visible())
     return _in_blocks(q, k, v, packed)
@@ -83,8 +84,10 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.
     return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation="cudnn")
 
 
-def _no_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> str:
+def _no_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> str:
     """The reason in a few words why cuDNN does not support the arrays; empty if it does."""
+    if packed.soft_cap is not None:
+        return "it takes no soft cap of scores"
     if q.dtype == jnp.float32:
         return "it takes no float32"
     try:
@@ -104,7 +107,8 @@ def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: 
         (rows,) = queries  # [B, Q, K*G, D]
         size = rows.shape[1]
         visible = packed.visible(start, size)[:, :, :num_keys]
-        return by_token(attention(by_kv_head(rows, kv_heads), k[:, :, :num_keys], v[:, :, :num_keys], visible), size)
+        seen = k[:, :, :num_keys], v[:, :, :num_keys], visible
+        return by_token(attention(by_kv_head(rows, kv_heads), *seen, soft_cap=packed.soft_cap), size)
 
     return in_blocks(attend, (q,), block)
 
@@ -162,10 +166,11 @@ class GivenPast:
     v: jax.Array
     visible: jax.Array | Packed  # which given keys a query sees; bool [B, T, T]
     at: jax.Array | None = None  # int32 [B, A], the places of queries along T; None for T of them, at their own
+    soft_cap: float | None = None
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """`own_path_attention`, as an Attend (see nn.attention)."""
-        return own_path_attention(q, [self.k, k], [self.v, v], self.visible, self.at)
+        return own_path_attention(q, [self.k, k], [self.v, v], self.visible, self.soft_cap, self.at)
 
 
 def own_path_attention(
@@ -173,6 +178,7 @@ def own_path_attention(
     keys: Sequence[jax.Array],
     values: Sequence[jax.Array],
     visible: jax.Array | Packed,
+    soft_cap: float | None = None,
     at: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of q [B, T, K*G, D] over keys[0] that `visible` allows and, of each later keys[i], the query's own one.
@@ -203,7 +209,8 @@ def own_path_attention(
             seen = jax.lax.dynamic_slice_in_dim(visible, start, size, axis=1)
         mask = jnp.tile(seen[:, :, :num_keys], (1, q.shape[3], 1))[:, None]
         scores = jnp.einsum("bkmd,bktd->bkmt", rows, first_k[:, :, :num_keys], preferred_element_type=jnp.float32)
-        p = jax.nn.softmax(jnp.concatenate([jnp.where(mask, scores, MASKED), later_rows], axis=-1), axis=-1)
+        scores = jnp.where(mask, capped(scores, soft_cap), MASKED)
+        p = jax.nn.softmax(jnp.concatenate([scores, capped(later_rows, soft_cap)], axis=-1), axis=-1)
         first_p = p[..., :num_keys].astype(rows.dtype)
         out = jnp.einsum("bkmt,bktd->bkmd", first_p, first_v[:, :, :num_keys], preferred_element_type=jnp.float32)
         return by_token(jnp.concatenate([out, p[..., num_keys:]], axis=-1), size)
@@ -228,7 +235,9 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Arr
     if tile is None:
         raise UserError(f"splash attention over {q.shape[1]} tokens: use a length that is a multiple of {TILES[-1]}")
     interpret = platform() != "tpu"
-    run = functools.partial(_splash_shard, window=packed.window, tile=tile, interpret=interpret)
+    run = functools.partial(
+        _splash_shard, window=packed.window, soft_cap=packed.soft_cap, tile=tile, interpret=interpret
+    )
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
         return run(q, k, v, packed.segments)
@@ -241,7 +250,15 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Arr
 
 
 def _splash_shard(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, window: int | None, tile: int, interpret: bool
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    *,
+    window: int | None,
+    soft_cap: float | None,
+    tile: int,
+    interpret: bool,
 ) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,
@@ -258,6 +275,7 @@ def _splash_shard(
     kernel = make_splash_mha_single_device(
         MultiHeadMask([mask] * num_heads),
         block_sizes=BlockSizes(tile, tile, tile, tile, tile, tile, tile, tile),
+        attn_logits_soft_cap=soft_cap,
         interpret=interpret,
     )
 

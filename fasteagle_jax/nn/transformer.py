@@ -34,8 +34,15 @@ class LayerConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    attention_bias: bool = False
+    attention_bias: bool = False  # of q, k, v and the output
     mlp_bias: bool = False
+    qkv_bias: bool = False  # of q, k and v, and not of the output
+    qk_norm: bool = False  # norms of queries' and keys' heads
+    attention_scale: float | None = None  # of scores; None for head_dim^-1/2
+    activation: str = "silu"  # of mlp.ACTIVATIONS
+    norm_offset: float = 0.0  # see norm.RMSNorm
+    output_norms: bool = False  # norms of what attention and MLP add to the stream
+    residual_scale: float = 1.0  # of what they add
 
     @property
     def matrix_size(self) -> int:
@@ -54,11 +61,15 @@ DECODER_LAYER_NAMES = {  # Hugging Face's name of a part of a decoder layer: its
     "mlp.gate_proj": "mlp.gate",
     "mlp.up_proj": "mlp.up",
     "mlp.down_proj": "mlp.down",
+    "self_attn.q_norm": "attention.q_norm",
+    "self_attn.k_norm": "attention.k_norm",
 }
 
 
 class DecoderLayer(nnx.Module):
-    """A Llama decoder layer: RMSNorm, grouped-query attention, RMSNorm, SwiGLU, each added to its input.
+    """A decoder layer: RMSNorm, grouped-query attention, RMSNorm, gated MLP, each added to its input.
+
+    That is Llama's, with what other families change in it (see LayerConfig).
 
     A stack of layers is this module with a leading axis on every leaf (see `run_layers`).
     """
@@ -66,20 +77,41 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: LayerConfig, key: jax.Array, dtype: Any = jnp.float32):
         c = config
         keys = iter(jax.random.split(key, 7))
-        self.input_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+
+        def norm(size: int = c.hidden_size) -> RMSNorm:
+            return RMSNorm(size, c.rms_norm_eps, dtype, offset=c.norm_offset)
+
+        self.input_norm = norm()
         self.attention = Attention(
-            c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, keys, dtype, bias=c.attention_bias
+            c.hidden_size,
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            keys,
+            dtype,
+            bias=c.attention_bias or c.qkv_bias,
+            output_bias=c.attention_bias,
+            scale=c.attention_scale,
+            norm=functools.partial(norm, c.head_dim) if c.qk_norm else None,
         )
-        self.mlp_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
-        self.mlp = Mlp(c.hidden_size, c.intermediate_size, keys, dtype, bias=c.mlp_bias)
+        self.mlp_norm = norm()
+        self.mlp = Mlp(c.hidden_size, c.intermediate_size, keys, dtype, bias=c.mlp_bias, activation=c.activation)
+        self.attention_output_norm = norm() if c.output_norms else None
+        self.mlp_output_norm = norm() if c.output_norms else None
+        self.residual_scale = c.residual_scale
 
     def __call__(
         self, x: jax.Array, rotation: Rotation, attend: Attend
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """The layer's output [B, Q, H] and its fresh keys and values, each [B, K, Q, D]."""
         attended, fresh = self.attention(self.input_norm(x), rotation, attend)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), fresh
+        x = x + self._added(attended, self.attention_output_norm)
+        return x + self._added(self.mlp(self.mlp_norm(x)), self.mlp_output_norm), fresh
+
+    def _added(self, output: jax.Array, norm: RMSNorm | None) -> jax.Array:
+        """What an output of attention or MLP adds to the stream."""
+        output = output if norm is None else norm(output)
+        return output if self.residual_scale == 1 else output * self.residual_scale
 
 
 # --- layers of several kinds ------------------------------------------------------------------------------------
@@ -91,6 +123,7 @@ class LayerKind:
 
     rope: RopeConfig | None = RopeConfig()  # None: no rotation
     window: int | None = None  # W: a position sees itself and the W - 1 before it; None for all
+    soft_cap: float | None = None  # of scores, see nn.attention.capped; the same for all layers
 
 
 class LayerKinds:
@@ -104,7 +137,9 @@ class LayerKinds:
         """`kinds` are those of all layers in their order, `positions` int32 [B, Q] the tokens'."""
         self.distinct = tuple(dict.fromkeys(kinds))
         ropes = tuple(dict.fromkeys(kind.rope for kind in self.distinct))
-        tables = {rope: rotation(positions, rope, head_dim) for rope in ropes}
+        # A partial rotation has fewer channels, and so has the identity beside it.
+        width = min((rope.width(head_dim) for rope in ropes if rope is not None), default=head_dim)
+        tables = {rope: rotation(positions, rope, head_dim if rope else width) for rope in ropes}
         self._positions = positions
         self._rotations = [tables[kind.rope] for kind in self.distinct]
         numbers = [self.distinct.index(kind) for kind in kinds]
@@ -116,12 +151,13 @@ class LayerKinds:
         """The LayerContext of a kind by its number: an int, an int32 [] inside a scan, or None for the only kind."""
         if not isinstance(number, jax.Array):
             kind = self.distinct[number or 0]
-            return LayerContext(self._rotations[number or 0], self._positions, kind.window, None)
+            return LayerContext(self._rotations[number or 0], self._positions, kind.window, kind.soft_cap, None)
         table = jax.tree.map(lambda *tables: jnp.stack(tables)[number], *self._rotations)
         windows = [kind.window for kind in self.distinct]
+        soft_cap = self.distinct[0].soft_cap
         if len(set(windows)) == 1:
-            return LayerContext(table, self._positions, windows[0], None)
-        return LayerContext(table, self._positions, None, (number, tuple(windows)))
+            return LayerContext(table, self._positions, windows[0], soft_cap, None)
+        return LayerContext(table, self._positions, None, soft_cap, (number, tuple(windows)))
 
 
 class LayerContext(NamedTuple):
@@ -130,6 +166,7 @@ class LayerContext(NamedTuple):
     rotation: Rotation
     positions: jax.Array  # int32 [B, Q]
     window: int | None
+    soft_cap: float | None
     choice: tuple[jax.Array, tuple[int | None, ...]] | None  # inside a scan: the kind's number, the kinds' windows
 
     def attend(self, visible: Any, past: Past | None) -> Attend:
@@ -139,13 +176,13 @@ class LayerContext(NamedTuple):
         """
         if callable(visible):
             if self.choice is None:
-                return visible.within(self.window)
+                return visible.within(self.window, self.soft_cap)
             number, windows = self.choice
             # lax.switch keeps weak references to its branches, which tuples such as Packed do not support.
-            branches = [functools.partial(visible.within(window).__call__) for window in windows]
+            branches = [functools.partial(visible.within(window, self.soft_cap).__call__) for window in windows]
             return lambda q, k, v: jax.lax.switch(number, branches, q, k, v)
         if self.choice is None and self.window is None:
-            return Cached(visible, past)
+            return Cached(visible, past, self.soft_cap)
         window: Any = self.window
         if self.choice is not None:
             number, windows = self.choice
@@ -155,14 +192,14 @@ class LayerContext(NamedTuple):
         if past is not None:
             slots = jnp.arange(past.k.shape[-2])  # slot p holds position p
             past = past._replace(seen=past.seen & (queries - slots < window))
-        return Cached(visible, past)
+        return Cached(visible, past, self.soft_cap)
 
 
 class Windowed(Protocol):
     """An Attend whose window can be set, such as Packed."""
 
-    def within(self, window: int | None) -> Attend:
-        """This attention with another window, None for all."""
+    def within(self, window: int | None, soft_cap: float | None) -> Attend:
+        """This attention with another window, None for all, and another soft cap of scores."""
         ...
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,6 +60,35 @@ class Checkpoint:
         return self.tensors[name]
 
 
+def split_fused(
+    tensors: Mapping[str, StoredTensor], fused: Mapping[str, Mapping[str, int]], num_layers: int
+) -> dict[str, StoredTensor]:
+    """The tensors, with those that hold several matrices one below the other replaced by these.
+
+    `fused` has the names and numbers of rows of the matrices by the tensor's name within a layer. Raises UserError for
+    a tensor of another number of rows.
+    """
+    split = dict(tensors)
+    for layer in range(num_layers):
+        for name, rows in fused.items():
+            whole = split.pop(f"model.layers.{layer}.{name}.weight", None)
+            if whole is None:
+                continue
+            if whole.shape[0] != sum(rows.values()):
+                raise UserError(
+                    f"model.layers.{layer}.{name}.weight has {whole.shape[0]} rows instead of {sum(rows.values())}: "
+                    "take the complete, unmodified checkpoint"
+                )
+            stops = itertools.accumulate(rows.values())
+            for part, stop in zip(rows, stops, strict=True):
+                split[f"model.layers.{layer}.{part}.weight"] = _rows_of(whole, stop - rows[part], stop)
+    return split
+
+
+def _rows_of(tensor: StoredTensor, start: int, stop: int) -> StoredTensor:
+    return StoredTensor((stop - start, *tensor.shape[1:]), lambda num: tensor.load(stop)[start:][:num])
+
+
 # The fields of the first fingerprints, hashed even at their defaults. max_positions is not among them: it is a limit of
 # use, which users change, and not a property of the weights.
 _FIRST_FIELDS = {
@@ -87,8 +117,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     configuration is left out at its default, so that it does not change fingerprints.
     """
     config = _identity(checkpoint.config)
-    if config["rope"]["kind"] != "llama3":
-        del config["rope"]["original_max_positions"]
+    for value in config.values():
+        if isinstance(value, dict) and value["kind"] not in ("llama3", "yarn", "longrope"):
+            del value["original_max_positions"]
     # A tied head may be stored or left out, and old files store the rotary frequencies: neither is a weight.
     ignored = ("lm_head.weight",) if checkpoint.config.tie_embeddings else ()
     names = [name for name in checkpoint.names() if name not in ignored and not name.endswith("inv_freq")]

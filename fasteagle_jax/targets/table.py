@@ -7,9 +7,25 @@ from typing import Any
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets.family import Family
+from fasteagle_jax.targets.gemma import GEMMA2, GEMMA3
+from fasteagle_jax.targets.granite import GRANITE
 from fasteagle_jax.targets.llama import LLAMA
+from fasteagle_jax.targets.mistral import MISTRAL
+from fasteagle_jax.targets.phi import PHI3
+from fasteagle_jax.targets.qwen import QWEN2, QWEN3
+from fasteagle_jax.targets.smollm3 import SMOLLM3
 
-FAMILIES: dict[str, Family] = {"llama": LLAMA}
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "mistral": MISTRAL,
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
+    "phi3": PHI3,
+    "smollm3": SMOLLM3,
+    "granite": GRANITE,
+}
 
 
 def family_of_files(hf: Mapping[str, Any]) -> Family:
@@ -20,7 +36,8 @@ def family_of_files(hf: Mapping[str, Any]) -> Family:
             return family
     known = [name for family in FAMILIES.values() for name in family.architectures]
     raise UserError(
-        f"architecture {', '.join(architectures) or 'unknown'} is not supported: use a target of {', '.join(known)}"
+        f"architecture {', '.join(architectures) or 'unknown'} is not supported: use a target of {', '.join(known)}; "
+        "CONTRIBUTING.md says how to add a family"
     )
 
 

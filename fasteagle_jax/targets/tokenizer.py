@@ -35,6 +35,7 @@ _LLAMA3_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2_PIECES = _LLAMA3_PIECES.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -200,7 +201,7 @@ def _transformers() -> Any:
 def _gguf_tokenizer(path: Path) -> Tokenizer:
     """The byte-level BPE tokenizer that a GGUF file describes, special tokens and chat template included."""
     import tokenizers
-    from tokenizers import AddedToken, decoders, models, processors
+    from tokenizers import AddedToken, decoders, models, normalizers, processors
 
     metadata, _ = read_gguf(path)
     fields = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
@@ -219,6 +220,8 @@ def _gguf_tokenizer(path: Path) -> Tokenizer:
     )
     backend = tokenizers.Tokenizer(bpe)
     backend.pre_tokenizer = _pre_tokenizer(path, pre)
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     kinds = fields.get("token_type") or [1] * len(tokens)
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
@@ -256,14 +259,15 @@ def _pre_tokenizer(path: Path, name: str) -> PreTokenizer:
         return byte_level
     if name == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    if name in _LLAMA3_NAMES:
+    if name in (*_LLAMA3_NAMES, "qwen2"):
+        pieces = _QWEN2_PIECES if name == "qwen2" else _LLAMA3_PIECES
         return pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(_LLAMA3_PIECES), behavior="isolated"),
+                pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
     raise UserError(
-        f"{path} cuts text by the unknown rule {name!r} (known: gpt2, smollm, llama-bpe): "
+        f"{path} cuts text by the unknown rule {name!r} (known: gpt2, smollm, llama-bpe, qwen2): "
         "use the model's Hugging Face folder"
     )

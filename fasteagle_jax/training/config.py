@@ -22,6 +22,7 @@ from fasteagle_jax.io.files import read_json
 from fasteagle_jax.nn.packed_attention import KINDS
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.checkpoint import Checkpoint
+from fasteagle_jax.targets.config import DecoderConfig
 from fasteagle_jax.targets.llama import LlamaConfig
 from fasteagle_jax.targets.tokenizer import load_tokenizer, vocabulary_fingerprint
 from fasteagle_jax.training.deepkd import DeepKD
@@ -57,7 +58,7 @@ class DrafterChoice:
     reinject: bool = False  # add the fused input again before every level
     correction: int | None = None  # hidden units that correct a guess by the token before it; None for none
     context: str = "own"  # whose keys and values a level attends to: "own", or "target" for the target's
-    context_layer: int | None = None  # of the target, for context target; None for the last
+    context_layer: int | None = None  # of the target, for context target; None for the last with full attention
     levels: str = "own"  # each level's attention and MLP: "own", or "shared" by all
     side_by_side: bool = False  # a level's attention and MLP read the same stream
     edges: int | None = None  # rank of scores that a guess gets by the tokens before it; None for none
@@ -346,7 +347,7 @@ def changes_since(old: dict[str, Any], config: RunConfig) -> list[str]:
     return differences(to_json(from_json(old)), to_json(config))
 
 
-def drafter_config(choice: DrafterChoice, target_config: LlamaConfig) -> DrafterConfig:
+def drafter_config(choice: DrafterChoice, target_config: DecoderConfig) -> DrafterConfig:
     """The sizes of the drafter of a run for a target of these sizes."""
     known = {field.name for field in dataclasses.fields(class_named(choice.kind).Config)}
     # What is at its default, None for the target's sizes, need not be of the kind.

@@ -32,11 +32,11 @@ def init_drafter(
 
     Args:
       config: the drafter's sizes.
-      target: the Llama it will draft for.
+      target: what it will draft for.
       key: for the random weights.
       token_ids: int32 [V], the draft vocabulary, if it is reduced.
       feature_rms: float32 [F], root mean square of each feature; inputs are divided by it.
-      from_target: start layers from the target's last one, by the drafter's `start_from`; sizes must be the target's.
+      from_target: start layers from the target's last one, by the drafter's `start_from`, where shapes agree.
         Otherwise all but norms and heads is random.
     """
     drafter = jax.jit(lambda key: class_of(config)(config, key, stacked=target.stacked))(key)

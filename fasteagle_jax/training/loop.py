@@ -100,7 +100,8 @@ def _train(
     if (run / "drafter").exists():
         raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
     dtype = jnp.dtype(config.dtype)
-    loaded = load_target(config.target, dtype, training=True, mesh=mesh, adapter=config.adapter)
+    sizes = {"training": True, "max_len": config.length, "adapter": config.adapter}
+    loaded = load_target(config.target, dtype, mesh=mesh, **sizes)
     target = loaded.model
     check_target(config.data, loaded.fingerprint)
     conversations = read_conversations(*config.data, vocab_size=target.config.vocab_size)

@@ -27,7 +27,7 @@ def qkv():
     return tuple(jnp.asarray(rng.standard_normal((B, T, h, D), dtype=np.float32)) for h in (HEADS, KV, KV))
 
 
-def slow(q, k, v, window):
+def slow(q, k, v, window, soft_cap):
     """Segment by segment, head by head."""
     out = np.zeros(q.shape, np.float32)
     for b in range(B):
@@ -37,16 +37,18 @@ def slow(q, k, v, window):
             seen = (gap >= 0) & (gap < (window or T))
             for h in range(HEADS):
                 scores = np.asarray(q[b, at, h] @ k[b, at, h // (HEADS // KV)].T) / D**0.5
+                if soft_cap is not None:
+                    scores = soft_cap * np.tanh(scores / soft_cap)
                 p = np.exp(np.where(seen, scores, -np.inf) - np.where(seen, scores, -np.inf).max(axis=1, keepdims=True))
                 out[b, at, h] = p / p.sum(axis=1, keepdims=True) @ np.asarray(v[b, at, h // (HEADS // KV)])
     return out
 
 
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (40, None), (40, 1.5)])
 @pytest.mark.parametrize("kind", ["xla", "splash"])
-def test_every_kind_is_attention_segment_by_segment(qkv, kind, window):
-    out = jax.jit(lambda *x: packed_attention(*x, Packed(jnp.asarray(SEGMENTS), window, kind)))(*qkv)
-    np.testing.assert_allclose(out, slow(*qkv, window), **CLOSE)
+def test_every_kind_is_attention_segment_by_segment(qkv, kind, window, soft_cap):
+    out = jax.jit(lambda *x: packed_attention(*x, Packed(jnp.asarray(SEGMENTS), window, kind, soft_cap)))(*qkv)
+    np.testing.assert_allclose(out, slow(*qkv, window, soft_cap), **CLOSE)
 
 
 @pytest.mark.parametrize(("window", "size"), [(None, 64), (40, 64), (None, 100)])  # 100: two blocks and 56 queries

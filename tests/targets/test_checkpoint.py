@@ -120,13 +120,13 @@ def write_gguf(path: Path, tensors: Mapping[str, Any], architecture="llama", **c
     fields |= {key.replace("__", "."): value for key, value in changes.items()}
     for key, value in fields.items():
         if isinstance(value, list):
-            writer.add_array(f"llama.{key}", value)
+            writer.add_array(f"{architecture}.{key}", value)
         elif isinstance(value, str):
-            writer.add_string(f"llama.{key}", value)
+            writer.add_string(f"{architecture}.{key}", value)
         elif isinstance(value, float):
-            writer.add_float32(f"llama.{key}", value)
+            writer.add_float32(f"{architecture}.{key}", value)
         elif value is not None:
-            writer.add_uint32(f"llama.{key}", value)
+            writer.add_uint32(f"{architecture}.{key}", value)
     writer.add_array("tokenizer.ggml.tokens", ["<s>", "é", "b"])
     for name, tensor in tensors.items():
         if isinstance(tensor, tuple):
@@ -271,6 +271,28 @@ def test_every_type_reads_as_gguf_dequantises_it(tmp_path, kind):
     np.testing.assert_array_equal(to_gguf("model.layers.0.self_attn.q_proj.weight", q)[1].astype(np.float32), expected)
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_a_qwen_of_gguf_is_that_of_its_folder(tmp_path, architecture):
+    """Rows of q and k are in Hugging Face's order; biases are of q, k and v alone, or heads have norms."""
+    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    sizes = {  # the part's name in the folder: in GGUF, and its size
+        "qwen2": {f"self_attn.{x}_proj.bias": (f"attn_{x}.bias", n) for x, n in (("q", q), ("k", kv), ("v", kv))},
+        "qwen3": {f"self_attn.{x}_norm.weight": (f"attn_{x}_norm.weight", HEAD_DIM) for x in ("q", "k")},
+    }[architecture]
+    weights = random_weights()
+    stored = {to_gguf(name, values)[0]: values for name, values in weights.items()}
+    for i in range(LAYERS):
+        for name, (gguf_name, size) in sizes.items():
+            weights[f"model.layers.{i}.{name}"] = stored[f"blk.{i}.{gguf_name}"] = np.arange(size, dtype=np.float32)
+    path = write_gguf(tmp_path / "model.gguf", stored, architecture)
+    changes = {"architectures": [f"{architecture.capitalize()}ForCausalLM"], "head_dim": HEAD_DIM}
+    found, expected = open_checkpoint(path), open_checkpoint(write_folder(tmp_path / "model", weights, **changes))
+    assert fingerprint(found) == fingerprint(expected)
+    assert found.names() == expected.names()
+    for name in found.names():
+        np.testing.assert_array_equal(found.read(name), expected.read(name))
+
+
 def test_the_header_reads_as_gguf_reads_it(tmp_path):
     weights = random_weights()
     path = write_gguf(tmp_path / "model.gguf", dict(to_gguf(name, value) for name, value in weights.items()))
@@ -316,16 +338,25 @@ def test_a_gguf_file_that_is_no_plain_llama_says_what_is_wrong(tmp_path):
     def message(tensors=embedding, **changes) -> str:
         return complain(open_checkpoint, write_gguf(tmp_path / "model.gguf", tensors, **changes))
 
-    assert "architecture 'qwen2'" in message(architecture="qwen2")
+    assert "architecture 'mamba'" in message(architecture="mamba")
     assert "lacks llama.block_count" in message(block_count=None)
     assert "differs between layers" in message(attention__head_count_kv=[2, 1])
+    assert "support sliding_window 64" in message(attention__sliding_window=64)
     assert "partly rotated" in message(rope__dimension_count=8)
-    assert "'yarn'" in message(rope__scaling__type="yarn", rope__scaling__factor=4.0)
+    assert "rope type 'ntk'" in message(rope__scaling__type="ntk", rope__scaling__factor=4.0)
     assert "blk.0.ffn_gate_exps.weight" in message(
         embedding | {"blk.0.ffn_gate_exps.weight": np.zeros((2, 4, 32), np.float32)}
     )
     assert "token_embd" in message({"output_norm.weight": np.zeros(HIDDEN, np.float32)})
     assert "not 4 heads" in message(embedding | {"blk.0.attn_q.weight": np.zeros((32, HIDDEN), np.float32)})
+
+
+def test_yarn_is_read_with_its_original_positions(tmp_path):
+    embedding = {"token_embd.weight": np.zeros((VOCAB, HIDDEN), np.float32)}
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 512}
+    path = write_gguf(tmp_path / "model.gguf", embedding, **{f"rope__scaling__{key}": v for key, v in yarn.items()})
+    rope = open_checkpoint(path).config.rope
+    assert (rope.kind, rope.factor, rope.original_max_positions) == ("yarn", 4.0, 512)
 
 
 def test_linear_rope_scaling_and_equal_layers_are_read(tmp_path):

@@ -118,12 +118,18 @@ def test_eagle3_starts_as_the_targets_last_layer_and_head(stacked: bool) -> None
     np.testing.assert_array_equal(drafter.head[...], target.head_rows()[ids])
 
 
-def test_a_drafter_of_other_sizes_cannot_start_from_the_target() -> None:
+@pytest.mark.parametrize("kind", ["fasteagle", "eagle3"])
+def test_a_drafter_of_other_sizes_starts_from_the_parts_that_agree_and_says_which_do_not(kind, caplog) -> None:
     target = tiny_target()
-    with pytest.raises(UserError, match="from_target"):
-        small_drafter(target, intermediate_size=8)
-    with pytest.raises(UserError, match="from_target"):
-        small_drafter(target, kind="eagle3", intermediate_size=8)
+    drafter = small_drafter(target, kind=kind, intermediate_size=8)
+    assert "target's layer 4, without mlp.gate_proj, mlp.up_proj, mlp.down_proj" in caplog.text
+    attention = drafter.attention if kind == "eagle3" else drafter.levels.attention
+    matrix, last = attention.o.matrix, target.layer(4).attention.o.matrix
+    np.testing.assert_array_equal(matrix, np.broadcast_to(last, matrix.shape))
+
+
+def test_fields_that_a_drafter_does_not_have_are_named() -> None:
+    target = tiny_target()
     with pytest.raises(UserError, match="kind eagle3 has no reinject: it has hidden_size"):
         default_config(target.config, kind="eagle3", reinject=True)
 
