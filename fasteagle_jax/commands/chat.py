@@ -54,7 +54,7 @@ def _parser() -> Parser:
 
 def chat(args: argparse.Namespace) -> None:
     """Answers stdin's lines until it ends; all but the answers goes to stderr."""
-    params, tree = sampling_params(args, args.stop), tree_named(args.tree)
+    params, tree = sampling_params(args), tree_named(args.tree)
     engine = load_engine(args, tree, slots=1)
     levels = num_levels(engine)
     full = f"the conversation has reached --max-len {engine.max_len}: /reset begins a new one"

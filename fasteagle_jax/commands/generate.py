@@ -71,7 +71,7 @@ def _parser() -> Parser:
 def answer_prompts(args: argparse.Namespace) -> None:
     """Prints or writes the answers to the prompts of `args`, and statistics on stderr."""
     # --- what was asked for -----------------------------------------------------------------------------------
-    params = sampling_params(args, args.stop)
+    params = sampling_params(args)
     check_new(args.output)
     prompts = [Prompt(f"prompt-{i}", [text]) for i, text in enumerate(args.prompt, 1)]
     if args.input:
@@ -137,7 +137,7 @@ def _answer(
                     while screen and shown < len(talks) and talks[shown].ended:
                         for i, answer in enumerate(talks[shown].answers):
                             screen.text(talks[shown].opening(i))
-                            screen.answer(answer, engine.tokenizer, params.stop)
+                            screen.answer(answer, talks[shown].asked[i], engine.detokenizer, params.stop)
                             screen.text("\n")
                         shown += 1
 
@@ -148,6 +148,7 @@ class Talk:
     def __init__(self, prompt: Prompt, *, chat: bool) -> None:
         self.id, self.turns, self.chat = prompt.id, prompt.turns, chat
         self.answers: list[Completion] = []
+        self.asked: dict[int, tuple[int, ...]] = {}  # the tokens that each turn's answer goes on from
 
     @property
     def ended(self) -> bool:
@@ -165,7 +166,9 @@ class Talk:
 
     def ask(self, engine: Engine) -> tuple[int, ...]:
         """The tokens to be answered next; UserError if they do not fit."""
-        return engine.encode(self.messages() if self.chat else self.turns[0], self.id)
+        tokens = engine.encode(self.messages() if self.chat else self.turns[0], self.id)
+        self.asked[len(self.answers)] = tokens
+        return tokens
 
     def opening(self, turn: int) -> str:
         """What is printed before the answer."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any, Self
@@ -16,6 +17,7 @@ import numpy as np
 from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.sources import HeldOut, Message
 from fasteagle_jax.data.windows import cut_windows, window_id
+from fasteagle_jax.engine.detokenizer import Detokenizer
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
@@ -75,6 +77,11 @@ class Rules:
     first_turns_only: bool  # if the chat template gives no tokens between an answer and the next question
     held_out: HeldOut  # forbidden as questions that the target writes; sources were filtered before
 
+    @functools.cached_property
+    def detokenizer(self) -> Detokenizer:
+        """The tokenizer's."""
+        return Detokenizer(self.tokenizer)
+
     def start(self, index: int, sample: Sample) -> Dialogue | Outcome:
         """The dialogue up to its first answer, or the outcome if the sample is settled already."""
         if sample.messages is not None:
@@ -95,7 +102,8 @@ class Rules:
     def add_answer(self, dialogue: Dialogue, tokens: list[int], stopped: bool) -> Dialogue | Outcome:
         """The dialogue up to its next answer, or its outcome."""
         if not dialogue.turns:  # a question that the target wrote
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            question = tokens[:-1] if stopped else tokens  # without the token that ended it
+            text = self.detokenizer.text(question, dialogue.tokens).strip()
             if not stopped or len(tokens) < MIN_QUESTION or not any(c.isalpha() for c in text):
                 return "poor self-made questions"
             if self.held_out.holds(text):

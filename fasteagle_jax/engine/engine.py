@@ -25,7 +25,7 @@ from fasteagle_jax.devices.memory import Memory, bytes_of
 from fasteagle_jax.devices.sharding import place_weights
 from fasteagle_jax.drafters import table
 from fasteagle_jax.drafters.files import load_drafter, read_config
-from fasteagle_jax.engine.detokenizer import TextStream
+from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
 from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.prefix_cache import PrefixCache
 from fasteagle_jax.engine.requests import MAX_STOP_TOKENS, Completion, Piece, Prompt, SamplingParams
@@ -103,6 +103,7 @@ class Engine:
             target = place_weights(mesh, target)
             drafter = place_weights(mesh, drafter)
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
+        self.detokenizer = Detokenizer(tokenizer)
         self.eos_token_ids = tuple(eos_token_ids)
         self.fingerprint = fingerprint
         self.num_slots = slots
@@ -248,18 +249,34 @@ class Engine:
     def requests(self, index: int, prompt: Prompt, params: SamplingParams, *, streamed: bool = False) -> list[Request]:
         """A prompt's samples as requests for `serve`; UserError for a prompt that cannot be answered."""
         tokens = self.encode(prompt, f"prompt {index}")
-        stop = tuple(params.stop_token_ids) + (() if params.ignore_eos else self.eos_token_ids)
+        strings, named = self._stops(params.stop, f"prompt {index}")
+        stop = (*params.stop_token_ids, *named, *(() if params.ignore_eos else self.eos_token_ids))
         stop = tuple(dict.fromkeys(stop))
         if len(stop) > MAX_STOP_TOKENS:
             raise UserError(f"prompt {index} has {len(stop)} stop tokens: give at most {MAX_STOP_TOKENS}")
         max_new = min(int(params.max_new_tokens), self.max_len - len(tokens))
-        needs_text = streamed or bool(params.stop)
+        needs_text = streamed or bool(strings)
 
         def text() -> TextStream | None:
-            return TextStream(self.tokenizer, tuple(params.stop)) if needs_text else None
+            return TextStream(self.detokenizer, tokens, strings) if needs_text else None
 
         parts = (tokens, params, stop, max_new)
         return [Request(index, sample, *parts, text(), streamed) for sample in range(params.n)]
+
+    def _stops(self, stop: Sequence[str], name: str) -> tuple[list[str], list[int]]:
+        """Stop strings to look for in the text, and the ids of those that are special tokens, which no text shows."""
+        strings, ids = [], []
+        for text in stop:
+            if text in self.detokenizer.special:
+                ids.append(self.detokenizer.special[text])
+                continue
+            if within := [token for token in self.detokenizer.special if token in text]:
+                raise UserError(
+                    f"{name} has the stop string {text!r}, but text does not show the special token {within[0]}: "
+                    f"give its id, {self.detokenizer.special[within[0]]}, as one of stop_token_ids"
+                )
+            strings.append(text)
+        return strings, ids
 
     def encode(self, prompt: Prompt, name: str) -> tuple[int, ...]:
         """The tokens of a prompt; UserError with its name if they cannot be answered."""
@@ -295,7 +312,7 @@ class Engine:
     def _serve(self, requests: Iterator[Request], *, rounds: int) -> Iterator[list[Completion]]:
         """The answers that each device call, of up to `rounds` rounds, finishes."""
         parts = (requests, self.runner, self.prefix_cache, self._tree_selector, self.row_counts)
-        context = (self.tokenizer, self.eos_token_ids, self.runner.num_levels)
+        context = (self.detokenizer, self.eos_token_ids, self.runner.num_levels)
         for step in Scheduler(*parts, rounds=rounds, measure=self._measure).steps():
             started = time.perf_counter()
             completions = [request.completion(*context) for request in step.finished]

@@ -40,8 +40,8 @@ class SamplingParams(_SamplingFields):
 
     max_new_tokens: int = 256
     stop: Sequence[str] = ()  # the answer ends before the first of these strings; its tokens end with the one that
-    # completed it
-    stop_token_ids: Sequence[int] = ()  # besides the target's own; kept in the tokens
+    # completed it; a special token's text stands for its id
+    stop_token_ids: Sequence[int] = ()  # besides the target's own; kept in the tokens, not in the text
     ignore_eos: bool = False  # continue after the target's own end tokens
     n: int = 1  # samples
     logprobs: bool = False  # of the emitted tokens, under the target's softmax before temperature and filters
@@ -98,10 +98,16 @@ class Completion:
     prompt_index: int  # among the prompts asked together
     sample: int  # of the prompt's n
     prompt_tokens: int
-    text: str  # without special tokens, and without the stop string that ended it
+    text: str  # without special tokens, and without the stop token or string that ended it
     tokens: tuple[int, ...]  # with the stop token that ended it
     depths: tuple[int, ...]  # of each token: the depth at which its guess was accepted, 0 for the target's own
     finish_reason: Literal["stop", "length"]
-    stop_reason: int | str | None  # the stop token or string that ended it
+    stop_reason: int | str | None  # the stop token or string that ended it; None for the target's own end
     logprobs: tuple[float, ...] | None  # of each token, if asked for
     statistics: RequestStatistics
+
+    @property
+    def text_tokens(self) -> tuple[int, ...]:
+        """The tokens without the one that ended it, which the text does not show."""
+        ended_by_token = self.finish_reason == "stop" and not isinstance(self.stop_reason, str)
+        return self.tokens[:-1] if ended_by_token else self.tokens

@@ -27,7 +27,14 @@ Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "conten
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types that are matched whole; the first alone is "special"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
-_USER_TEXT = "fasteaglesentinel"
+_SENTINEL = "fasteaglesentinel"
+# Tokens that close a turn in the published families, whatever their files name as the end (llama.cpp knows them so).
+TURN_ENDS = (
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<turn|>", "<|end|>",
+    "<|end_of_turn|>", "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>", "[|endofturn|]", "<EOT>", "_<EOT>",
+    "<|role_end|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>",
+)  # fmt: skip
+_NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' names: GGUF's
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # GGUF names of its pre-tokenizer
 _LLAMA3_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -48,16 +55,57 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def stop_token_ids(tokenizer: Tokenizer, checkpoint_path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """The ids that end an answer, ascending: the tokenizer's and the checkpoint's."""
+    """The ids that end an answer, ascending: the tokenizer's and the checkpoint's, and what closes a turn.
+
+    The checkpoint's are generation_config.json's, or config.json's if that one has none; a GGUF file's eos, eot and
+    eom. A turn is closed by tokens that are known by their names, and by the one that the chat template writes behind
+    an answer. UserError for an id that is no whole number.
+    """
     path = Path(checkpoint_path)
-    named: list[Any] = [tokenizer.eos_token_id]
+    ends = _end_ids(tokenizer.eos_token_id, f"{path}: the tokenizer's eos_token_id")
     if path.is_file():
         metadata, _ = read_gguf(path)
-        named += [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    elif (path / "generation_config.json").is_file():
-        eos = read_json(path / "generation_config.json").get("eos_token_id")
-        named += eos if isinstance(eos, list) else [eos]
-    return tuple(sorted({token_id for token_id in named if token_id is not None}))
+        for name in ("eos", "eot", "eom"):
+            key = f"tokenizer.ggml.{name}_token_id"
+            ends |= _end_ids(metadata.get(key), f"{path}: {key}")
+    else:
+        for name in ("generation_config.json", "config.json"):
+            config = read_json(path / name) if (path / name).is_file() else {}
+            nested = config.get("text_config")
+            named = config.get("eos_token_id", nested.get("eos_token_id") if isinstance(nested, dict) else None)
+            if named is not None:
+                ends |= _end_ids(named, f"{path / name}: eos_token_id")
+                break
+    return tuple(sorted(ends | _turn_ends(tokenizer)))
+
+
+def _end_ids(value: Any, where: str) -> set[int]:
+    """The ids that a file names; -1 and others that no token has stand for none."""
+    ids = value if isinstance(value, list) else [value]
+    if any(isinstance(token, bool) or not isinstance(token, int | None) for token in ids):
+        raise UserError(f"{where} is {value!r}: give a token id, a whole number, or a list of them")
+    return {token for token in ids if token is not None and 0 <= token < 2**31}
+
+
+def _turn_ends(tokenizer: Tokenizer) -> set[int]:
+    """The ids of the tokens that close a turn."""
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in TURN_ENDS}
+    there = {name: id for name, id in ids.items() if id is not None and tokenizer.convert_ids_to_tokens(id) == name}
+    try:
+        text = _render(tokenizer, [_said("user", "Hi"), _said("assistant", _SENTINEL)], add_generation_prompt=False)
+    except UserError:
+        text = ""
+    behind = text.rpartition(_SENTINEL)[2].lstrip() if _SENTINEL in text else ""
+    special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if found := max((content for content in special if behind.startswith(content)), key=len, default=""):
+        there[found] = special[found]
+    if "<|return|>" in there:
+        there.pop("<|end|>", None)  # closes a message there, of which an answer has several
+    return set(there.values())
+
+
+def _said(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
@@ -70,8 +118,8 @@ def user_header_ids(tokenizer: Tokenizer) -> list[int]:
 
     They include the template's default system prompt, without which prompts that the target generates are poor.
     """
-    text = _render(tokenizer, [{"role": "user", "content": _USER_TEXT}], add_generation_prompt=False)
-    header, found, _ = text.partition(_USER_TEXT)
+    text = _render(tokenizer, [_said("user", _SENTINEL)], add_generation_prompt=False)
+    header, found, _ = text.partition(_SENTINEL)
     if not found:
         raise UserError("chat template without the user's text: use a template that keeps messages as they are")
     # A space at the end ("USER: ") belongs to the first token of the word to come.
@@ -221,11 +269,9 @@ def _gguf_tokenizer(path: Path) -> Tokenizer:
                 if token_kind == kind
             ]
         )
-    names = {
-        f"{name}_token": tokens[fields[f"{key}_token_id"]]
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if f"{key}_token_id" in fields
-    }
+    # A number that no token has (often -1, read as unsigned) stands for none.
+    named = {name: fields.get(f"{key}_token_id") for name, key in _NAMED.items()}
+    names = {f"{name}_token": tokens[id] for name, id in named.items() if isinstance(id, int) and 0 <= id < len(tokens)}
     if fields.get("add_bos_token") and "bos_token" in names:
         bos = names["bos_token"]
         backend.post_processor = processors.TemplateProcessing(

@@ -72,14 +72,16 @@ MERGES = [
 VOCAB = [*SPECIAL, *BYTES, *(merge.replace(" ", "") for merge in MERGES)]
 
 
-def write_gguf(path: Path, pre: str = "smollm", template: str | None = CHATML, **changes) -> Path:
+def write_gguf(
+    path: Path, pre: str = "smollm", template: str | None = CHATML, special: tuple[str, ...] = SPECIAL, **changes
+) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     fields = {"model": "gpt2", "eos_token_id": 2, "bos_token_id": 1, "add_bos_token": False} | changes
     for key, value in fields.items():
         kind = {str: gguf.GGUFValueType.STRING, bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32}
         writer.add_key_value(f"tokenizer.ggml.{key}", value, kind[type(value)])
     writer.add_string("tokenizer.ggml.pre", pre)
-    writer.add_array("tokenizer.ggml.tokens", VOCAB)
+    writer.add_array("tokenizer.ggml.tokens", [*special, *VOCAB[len(SPECIAL) :]])
     writer.add_array("tokenizer.ggml.token_type", [3] * len(SPECIAL) + [1] * (len(VOCAB) - len(SPECIAL)))
     writer.add_array("tokenizer.ggml.merges", MERGES)
     if template is not None:
@@ -182,6 +184,51 @@ def test_stop_tokens_come_from_the_tokenizer_and_from_beside_the_weights(tmp_pat
     for eos, expected in {"7": (2, 7), "[9, 2, 8]": (2, 8, 9), "null": (2,)}.items():
         (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
         assert tok.stop_token_ids(tokenizer, tmp_path) == expected
+
+
+def test_stop_tokens_of_a_folder_are_those_that_transformers_and_vllm_read(tmp_path, gguf_path):
+    tokenizer = tok.load_tokenizer(gguf_path)  # whose own are (2,)
+
+    def ends(config: object, generation: object = None) -> tuple[int, ...]:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "generation_config.json").unlink(missing_ok=True)
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        return tok.stop_token_ids(tokenizer, tmp_path)
+
+    assert ends({"eos_token_id": [258, 113]}) == (2, 113, 258)
+    assert ends({"text_config": {"eos_token_id": 9}}) == (2, 9)
+    assert ends({"eos_token_id": 7}, {"eos_token_id": [8]}) == (2, 8)
+    assert ends({"eos_token_id": 7}, {"temperature": 1}) == ends({"eos_token_id": 7}, {"eos_token_id": None}) == (2, 7)
+    assert ends({"eos_token_id": [-1, None, 2**31, 5]}) == (2, 5)
+    assert ends({"eos_token_id": 7}, {"eos_token_id": -1}) == (2,)
+    for wrong in ("</s>", [2, "7"], 7.0, True, {"a": 1}, [[7]]):
+        for files in (({"eos_token_id": wrong},), ({}, {"eos_token_id": wrong})):
+            with pytest.raises(UserError, match="config.json: eos_token_id is .*: give a token id") as caught:
+                ends(*files)
+            assert repr(wrong) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_control_tokens_that_close_a_turn_are_known_by_name_and_by_the_template(tmp_path):
+    def ends(template: str | None, special: tuple[str, ...] = SPECIAL, **changes: object) -> tuple[int, ...]:
+        path = write_gguf(tmp_path / "ends.gguf", template=template, special=special, **changes)
+        return tok.stop_token_ids(tok.load_tokenizer(path), path)
+
+    assert ends(None, eos_token_id=0) == ends(CHATML, eos_token_id=0) == (0, 2)
+    assert ends(None, ("</s>", "<|eot_id|>", "<|eom_id|>"), eos_token_id=0) == (0, 1, 2)
+    assert ends(None, ("<a>", "<|end|>", "<b>"), eos_token_id=0) == (0, 1)
+    # Where a token closes the whole answer, <|end|> closes but one of its messages.
+    assert ends(None, ("<|return|>", "<|end|>", "<|call|>"), eos_token_id=0) == (0, 2)
+    for end in ("", "{{ '\n' }}"):
+        own = "{% for m in messages %}<|user|>{{ m['content'] }}" + end + "<|mine|>{% endfor %}"
+        assert ends(own, ("</s>", "<|user|>", "<|mine|>"), eos_token_id=0) == (0, 2)
+    between = "{% for m in messages %}{{ m['content'] }} END <|mine|>{% endfor %}"
+    assert ends(between, ("</s>", "<a>", "<|mine|>"), eos_token_id=0) == (0,)
+    assert ends("{{ raise_exception('no') }}", eos_token_id=0) == (0, 2)
+    # What stands for none in a file of unsigned numbers; a text is no id.
+    assert ends(None, eos_token_id=2**32 - 1) == (2,)
+    with pytest.raises(UserError, match="eot_token_id is '<.eot_id.>': give a token id"):
+        ends(None, eot_token_id="<|eot_id|>")
 
 
 # Chat templates
