@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import read_json
+from fasteagle_jax.io.files import first_line, read_json
+from fasteagle_jax.io.text import check_text
 from fasteagle_jax.targets.gguf import read_gguf
+from fasteagle_jax.targets.messages import Message
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast as Tokenizer
-
-Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "content": ...}
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types that are matched whole; the first alone is "special"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
@@ -43,15 +43,29 @@ _LLAMA3_PIECES = (
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a model folder or .gguf file (a path from `locate`); UserError if it is unusable."""
+    """The tokenizer of a model folder or .gguf file (a path from `locate`); UserError if it is unusable.
+
+    Of several chat templates it has the one named default; if none is, all of them, by name.
+    """
     path = Path(path)
-    if not path.is_dir():
-        return _gguf_tokenizer(path)
+    tokenizer = _folder_tokenizer(path) if path.is_dir() else _gguf_tokenizer(path)
+    if isinstance(tokenizer.chat_template, dict) and "default" in tokenizer.chat_template:
+        tokenizer.chat_template = tokenizer.chat_template["default"]
+    return tokenizer
+
+
+def _folder_tokenizer(folder: Path) -> Tokenizer:
+    transformers = _transformers()
     try:
-        return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} has no usable tokenizer ({reason}): put its tokenizer.json there") from error
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of many kinds: of any key in config.json that it does not like, too
+        if (folder / "tokenizer.json").is_file():
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                return transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        raise UserError(
+            f"{folder} has no usable tokenizer ({first_line(error)}): put the model's own tokenizer.json and "
+            "tokenizer_config.json there"
+        ) from error
 
 
 def stop_token_ids(tokenizer: Tokenizer, checkpoint_path: str | os.PathLike[str]) -> tuple[int, ...]:
@@ -89,7 +103,7 @@ def _end_ids(value: Any, where: str) -> set[int]:
 
 def _turn_ends(tokenizer: Tokenizer) -> set[int]:
     """The ids of the tokens that close a turn."""
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in TURN_ENDS}
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in TURN_ENDS}
     there = {name: id for name, id in ids.items() if id is not None and tokenizer.convert_ids_to_tokens(id) == name}
     try:
         text = _render(tokenizer, [_said("user", "Hi"), _said("assistant", _SENTINEL)], add_generation_prompt=False)
@@ -106,6 +120,25 @@ def _turn_ends(tokenizer: Tokenizer) -> set[int]:
 
 def _said(role: str, content: str) -> Message:
     return {"role": role, "content": content}
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a plain text, with one BOS where the tokenizer adds it, also if the text brings its own."""
+    ids = tokenizer.encode(text)
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        own = tokenizer.encode(text, add_special_tokens=False)
+        if len(own) < len(ids) and own[0] == tokenizer.bos_token_id:
+            return ids[1:]
+    return ids
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
+    """Raises UserError with `name` for a token that the embedding lacks, e.g. one added to the tokenizer alone."""
+    if ids and (largest := max(ids)) >= vocab_size:
+        raise UserError(
+            f"{name} holds token {largest}, but the target has {vocab_size}: leave its text out, or take the tokenizer "
+            "that the target was trained with"
+        )
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
@@ -137,7 +170,8 @@ def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[
 
 def marks_answers(tokenizer: Tokenizer) -> bool:
     """Whether the chat template marks answers by {% generation %}."""
-    return bool(tokenizer.chat_template and _MARKER.search(tokenizer.chat_template))
+    template = tokenizer.chat_template
+    return isinstance(template, str) and _MARKER.search(template) is not None
 
 
 def prefix_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
@@ -200,8 +234,16 @@ def render_chats(
     tokenizer: Tokenizer, chats: Sequence[Sequence[Message]], add_generation_prompt: bool = False
 ) -> list[str]:
     """The texts of conversations under the chat template; UserError if there is none, or it refuses one of them."""
-    if not tokenizer.chat_template:
+    template = tokenizer.chat_template
+    if isinstance(template, dict) and template:
+        raise UserError(
+            f"the tokenizer's chat templates are named {', '.join(map(str, template))}, none of them default: "
+            "name one so, or add chat_template.jinja"
+        )
+    if not template:
         raise UserError("the tokenizer has no chat template: use an instruct model or add chat_template.jinja")
+    if not isinstance(template, str):
+        raise UserError(f"the tokenizer's chat template is a {type(template).__name__}: give a text")
     if not chats:
         return []
     texts: Any
@@ -211,7 +253,7 @@ def render_chats(
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
-    return list(texts)
+    return [check_text(text, "the conversation") for text in texts]
 
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -220,13 +262,13 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pr
 
 @contextlib.contextmanager
 def template_errors() -> Iterator[None]:
-    """A context that raises a chat template's errors as UserError."""
+    """A context that raises a chat template's errors, and those of the values that it works on, as UserError."""
     from jinja2 import TemplateError
 
     try:
         yield
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses this conversation: {error}") from error
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"the chat template refuses this conversation: {first_line(error)}") from error
 
 
 def _transformers() -> Any:
@@ -239,10 +281,19 @@ def _transformers() -> Any:
 
 def _gguf_tokenizer(path: Path) -> Tokenizer:
     """The byte-level BPE tokenizer that a GGUF file describes, special tokens and chat template included."""
+    metadata, _ = read_gguf(path)
+    try:
+        return _byte_level_bpe(path, metadata)
+    except UserError:
+        raise
+    except Exception as error:  # of what the fields may hold instead; tokenizers raises no other kind
+        raise UserError(f"{path} has a damaged tokenizer ({first_line(error)}): download it again") from error
+
+
+def _byte_level_bpe(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     import tokenizers
     from tokenizers import AddedToken, decoders, models, processors
 
-    metadata, _ = read_gguf(path)
     fields = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     if fields.get("model") != "gpt2" or "tokens" not in fields or "merges" not in fields:
         raise UserError(
@@ -272,7 +323,8 @@ def _gguf_tokenizer(path: Path) -> Tokenizer:
     # A number that no token has (often -1, read as unsigned) stands for none.
     named = {name: fields.get(f"{key}_token_id") for name, key in _NAMED.items()}
     names = {f"{name}_token": tokens[id] for name, id in named.items() if isinstance(id, int) and 0 <= id < len(tokens)}
-    if fields.get("add_bos_token") and "bos_token" in names:
+    # llama.cpp's default: of its byte-level tokenizers, Llama 3's alone adds it.
+    if fields.get("add_bos_token", pre in _LLAMA3_NAMES) and "bos_token" in names:
         bos = names["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fields["bos_token_id"])]
