@@ -118,7 +118,7 @@ class Comparison:
                 messages.append({"role": "user", "content": text})
                 id = prompt.id if len(prompt.turns) == 1 else f"{prompt.id}/{turn + 1}"
                 tokens = encode_chat(self.models.tokenizer, messages)
-                check_fits(self.models.target.config.max_positions, id, tokens, self.max_new)
+                check_fits(self.models.target.config, id, tokens, self.max_new)
                 sampling = next(samplings)
                 answer = self.decode(None, TreeSpec(), tokens, sampling).tokens
                 yield Case(task, id, tokens, sampling, answer)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from fasteagle_jax.decoding.tree import TreeSpec
@@ -28,7 +27,7 @@ from fasteagle_jax.drafters.files import load_drafter, read_config
 from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
 from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.prefix_cache import PrefixCache
-from fasteagle_jax.engine.requests import MAX_STOP_TOKENS, Completion, Piece, Prompt, SamplingParams
+from fasteagle_jax.engine.requests import MAX_STOP_TOKENS, Completion, Piece, Prompt, SamplingParams, whole_number
 from fasteagle_jax.engine.scheduler import Request, Scheduler, to_device_request
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.engine.sizes import (
@@ -40,9 +39,11 @@ from fasteagle_jax.engine.sizes import (
     row_counts,
 )
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.text import check_text
 from fasteagle_jax.targets.loading import load_target, open_checkpoint
+from fasteagle_jax.targets.messages import plain_messages, short
 from fasteagle_jax.targets.table import family_of
-from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
+from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, encode_text, load_tokenizer, stop_token_ids
 
 ROUNDS = 16  # of a device call at most, before the host reads results
 
@@ -280,27 +281,42 @@ class Engine:
 
     def encode(self, prompt: Prompt, name: str) -> tuple[int, ...]:
         """The tokens of a prompt; UserError with its name if they cannot be answered."""
-        if isinstance(prompt, str):
-            tokens = self.tokenizer.encode(prompt)
-        elif len(prompt) and isinstance(prompt[0], dict):
-            try:
-                tokens = encode_chat(self.tokenizer, prompt)  # type: ignore[arg-type]
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from error
-        else:
-            tokens = list(prompt)
-            vocab_size = self.target.config.vocab_size
-            if bad := [t for t in tokens if not isinstance(t, (int, np.integer)) or not 0 <= t < vocab_size]:
-                raise UserError(f"{name} holds {bad[0]!r}: give token ids below {vocab_size}")
-        if not tokens:
-            raise UserError(f"{name} is empty: give it some text")
+        tokens = self.tokens(prompt, name)
         if len(tokens) >= self.max_len:
             remedy = " or raise max_len" if self.max_len < self.target.config.max_positions else ""
             raise UserError(
                 f"{name} has {len(tokens)} tokens, but a request has {self.max_len}, answer included: "
                 f"shorten it{remedy}"
             )
-        return tuple(int(t) for t in tokens)
+        return tokens
+
+    def tokens(self, prompt: Prompt, name: str) -> tuple[int, ...]:
+        """The tokens of a prompt of any length; UserError with its name if there are none, or the target lacks one.
+
+        Arrays are taken as lists.
+        """
+        vocab_size = self.target.config.vocab_size
+        given: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        if isinstance(given, str):
+            tokens = encode_text(self.tokenizer, check_text(given, name))
+        elif isinstance(given, bytes) or not isinstance(given, Sequence):
+            raise UserError(f"{name} is {short(given)}: give a text, token ids or a list of messages")
+        elif given and isinstance(given[0], Mapping):
+            messages = plain_messages(given, name)
+            try:
+                tokens = encode_chat(self.tokenizer, messages)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+        else:
+            whole: Any = given if set(map(type, given)) == {int} else [whole_number(token) for token in given]
+            for token, its in zip(given, whole, strict=True):
+                if its is None or not 0 <= its < vocab_size:
+                    raise UserError(f"{name} holds {short(token)}: give token ids below {vocab_size}")
+            tokens = list(whole)
+        if not tokens:
+            raise UserError(f"{name} is empty: give it some text")
+        check_ids(tokens, vocab_size, name)
+        return tuple(tokens)
 
     def serve(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """The answers to requests as they finish; requests are read as slots become free.
@@ -364,9 +380,9 @@ class Engine:
 
 def _prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """A list of prompts from such a list or a single prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    listed: list[Any] = list(prompts)
-    if listed and isinstance(listed[0], (int, np.integer, dict)):
+    given: Any = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    is_one = isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable)
+    listed: list[Any] = [given] if is_one else list(given)
+    if not is_one and listed and (isinstance(listed[0], Mapping) or whole_number(listed[0]) is not None):
         return [listed]
     return listed

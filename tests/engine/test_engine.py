@@ -34,6 +34,7 @@ from fasteagle_jax.devices.memory import bytes_of
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.engine import slots
+from fasteagle_jax.engine.engine import _prompts
 from fasteagle_jax.engine.requests import Piece, sample_seed
 from fasteagle_jax.engine.sizes import prompt_buckets, row_counts
 from fasteagle_jax.targets.loading import load_target
@@ -447,11 +448,51 @@ def test_an_answer_ends_at_max_len(target, drafter, tokenizer):
         ([[1], [2]], [SamplingParams()], "1 sampling params for 2 prompts"),
         ([[{"role": "tool", "content": "x"}]], None, "prompt 0: the chat template refuses"),
         ([[1]], SamplingParams(stop_token_ids=tuple(range(16))), "prompt 0 has 17 stop tokens: give at most 16"),
+        (["ok", "half \ud83d"], None, r"prompt 1 is no text \(character 6 is half of one, '.ud83d'\)"),
+        ([[{"role": "user", "content": "half \ud83d"}]], None, "prompt 0: message 0: its content is no text"),
+        ([[{"role": "user \ud83d", "content": "a"}]], None, "prompt 0: the conversation is no text"),
+        ([{"role": "user", "content": None}], None, "prompt 0: message 0: its content is None: give a text"),
+        ([[{"role": "user", "content": 7}]], None, "prompt 0: message 0: its content is 7: give a text"),
+        ([[{"role": "user", "content": [{"type": "image_url"}]}]], None, "message 0: its content.0. is {'type'"),
+        ([[{"role": "user", "content": "a"}, "b"]], None, "prompt 0: message 1 is 'b': give an object"),
+        ([[{"content": "a"}]], None, "prompt 0: message 0 has the role None"),
+        ({"role": "user", "content": "a"}, None, "prompt 0 is {'role': 'user', 'content': 'a'}: give a text, token"),
+        ([[1], 7], None, "prompt 1 is 7: give a text"),
+        (["a", 7], None, "prompt 1 is 7: give a text, token ids or a list of messages"),
+        (None, None, "prompt 0 is None: give a text"),
+        (b"a", None, "prompt 0 is b'a': give a text"),
+        ([[1, True]], None, "prompt 0 holds True: give token ids below"),
+        ([[1, 1.5]], None, "prompt 0 holds 1.5: give token ids below"),
     ],
 )
 def test_prompts_that_cannot_be_answered_are_user_errors(target, tokenizer, prompts, sampling, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         make_engine(target, None, tokenizer).generate(prompts, sampling)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_that_the_embedding_lacks_is_refused_in_every_kind_of_prompt(target, folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["[PAD]"])  # 259
+    engine = make_engine(target, None, tokenizer)
+    talk = [{"role": "user", "content": "a [PAD] b"}]
+    for prompt in ("a [PAD] b", talk, tokenizer.encode("a [PAD] b")):
+        for ask in (engine.generate, lambda prompt: next(engine.stream(prompt))):
+            with pytest.raises(UserError, match="^prompt 0 holds (token )?259"):
+                ask(prompt)
+
+
+def test_prompts_come_in_every_shape_that_means_the_same(target, tokenizer):
+    engine = make_engine(target, None, tokenizer)
+    text = engine.tokens("Hello", "p")
+    for same in (list(text), np.array(text), jnp.array(text), [np.int64(token) for token in text], tuple(text)):
+        assert engine.tokens(same, "p") == text and all(type(token) is int for token in engine.tokens(same, "p"))
+    said = engine.tokens([{"role": "user", "content": "Hello"}], "p")
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    assert engine.tokens([{"role": "user", "content": parts}], "p") == said
+    for prompts, num in ((np.array([text, text]), 2), (np.array(text), 1), (jnp.array(text), 1), ([np.array(text)], 1)):
+        listed = _prompts(prompts)
+        assert [engine.tokens(prompt, "p") for prompt in listed] == [text] * num
 
 
 @pytest.mark.parametrize(
@@ -468,6 +509,18 @@ def test_prompts_that_cannot_be_answered_are_user_errors(target, tokenizer, prom
         (dict(seed="x"), "seed is 'x': give a number"),
         (dict(stop=[""]), "stop is"),
         (dict(stop_token_ids=["a"]), "stop_token_ids is"),
+        (dict(stop_token_ids=[True]), "stop_token_ids is"),
+        (dict(stop_token_ids=7), "stop_token_ids is 7"),
+        (dict(stop=7), "stop is 7"),
+        (dict(stop=["half \ud83d"]), "stop string .* is no text"),
+        (dict(seed=np.bool_(True)), "seed is True: give a number"),
+        (dict(seed=7.5), "seed is 7.5: it must be"),
+        (dict(top_p=np.float32(2)), "top_p is 2.0: it must be"),
+        (dict(temperature=10**400), "temperature is 1000"),
+        (dict(temperature=np.array([1.0, 2.0])), "temperature is array"),
+        (dict(temperature=None), "temperature is None: give a number"),
+        (dict(ignore_eos=1), "ignore_eos is 1: give True or False"),
+        (dict(logprobs=5), "logprobs is 5: give True or False"),
     ],
 )
 def test_bad_sampling_params_are_user_errors_that_name_the_value(bad, message):
@@ -487,6 +540,31 @@ def test_bad_sampling_params_are_user_errors_that_name_the_value(bad, message):
 def test_sizes_that_cannot_be_are_user_errors(target, drafter, tokenizer, bad, message):
     with pytest.raises(UserError, match=message):
         make_engine(target, drafter, tokenizer, **bad)
+
+
+def test_numbers_are_numbers_and_arrays_are_lists():
+    given = SamplingParams(
+        temperature=np.float32(0.5),
+        top_k=np.array(3),
+        top_p=jnp.float32(0.5),
+        min_p=0,
+        seed=np.int64(7),
+        max_new_tokens=12.0,
+        n=np.uint8(2),
+        stop=np.array(["a", "b"]),
+        stop_token_ids=np.array([5, 6]),
+        ignore_eos=np.bool_(True),
+        logprobs=None,
+    )
+    assert given == SamplingParams(
+        temperature=0.5, top_k=3, top_p=0.5, seed=7, max_new_tokens=12, n=2, stop=("a", "b"), stop_token_ids=(5, 6),
+        ignore_eos=True,
+    )  # fmt: skip
+    types = {name: type(value) for name, value in vars(given).items()}
+    assert types == {name: type(value) for name, value in vars(SamplingParams()).items()}
+    assert SamplingParams(stop="ab").stop == ("ab",) and SamplingParams(stop=None, stop_token_ids=None).stop == ()
+    seeds = {sample_seed(SamplingParams(seed=seed, n=3).seed, 2) for seed in (7, 7.0, np.uint32(7), jnp.int32(7))}
+    assert len(seeds) == 1
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------
