@@ -32,7 +32,6 @@ from fasteagle_jax.decoding.tree import MAX_LOOKUP
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.tokenizer import encode_chat
 
 RESAMPLES = 2000  # R
 INTERVAL = (2.5, 97.5)  # percentiles
@@ -153,7 +152,7 @@ def _converse(
         for i in asked:
             task, prompt = prompts[i]
             messages[i].append({"role": "user", "content": prompt.turns[turn]})
-            tokens = encode_chat(engine.tokenizer, messages[i])
+            tokens = list(engine.tokens(messages[i], f"prompt {prompt.id}"))
             if len(tokens) + params.max_new_tokens > engine.max_len:
                 raise UserError(
                     f"prompt {prompt.id} has {len(tokens)} tokens, which with {params.max_new_tokens} new ones exceed"

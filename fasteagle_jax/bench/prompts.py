@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.targets.tokenizer import check_ids
 
 CHUNK = 64  # C
 
@@ -32,12 +33,16 @@ def prompt_slots(length: int) -> int:
     return slots * 3 // 4 if slots > 2 * CHUNK and slots * 3 // 4 >= length else slots
 
 
-def check_fits(positions: int, name: str, prompt: Sequence[int], max_new: int) -> None:
-    """Raises UserError for a prompt without tokens or with more than the target's `positions` hold."""
+def check_fits(target: Any, name: str, prompt: Sequence[int], max_new: int) -> None:
+    """Raises UserError for a prompt without tokens or with more than the target has positions for, or tokens it lacks.
+
+    `target` is its configuration.
+    """
     if not prompt:
         raise UserError(f"prompt {name} is empty: give it some text")
-    if len(prompt) + max_new > positions:
+    check_ids(prompt, target.vocab_size, f"prompt {name}")
+    if len(prompt) + max_new > target.max_positions:
         raise UserError(
             f"prompt {name} has {len(prompt)} tokens, which with {max_new} new ones exceed the target's "
-            f"{positions} positions: shorten it or lower --max-new"
+            f"{target.max_positions} positions: shorten it or lower --max-new"
         )

@@ -27,7 +27,7 @@ from fasteagle_jax.decoding.speculative import advance, num_levels_of, start
 from fasteagle_jax.decoding.state import State, Statistics, Stop, make_stop, slots_needed
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.drafters.simulated import simulated
-from fasteagle_jax.engine.detokenizer import decode
+from fasteagle_jax.engine.detokenizer import Detokenizer
 from fasteagle_jax.targets.tokenizer import encode_chat
 
 MEAN = "mean"  # of the tasks
@@ -111,17 +111,20 @@ class Comparison:
 
     def cases(self, task: str, prompts: Sequence[Prompt], samplings: Iterator[Sampling]) -> Iterator[Case]:
         """The cases of a task's prompts, with plain decoding's answers: each is part of the next turn's prompt."""
+        detokenizer = Detokenizer(self.models.tokenizer)
         for prompt in prompts:
             messages: list[dict[str, str]] = []
             for turn, text in enumerate(prompt.turns):
                 messages.append({"role": "user", "content": text})
                 id = prompt.id if len(prompt.turns) == 1 else f"{prompt.id}/{turn + 1}"
                 tokens = encode_chat(self.models.tokenizer, messages)
-                check_fits(self.models.target.config.max_positions, id, tokens, self.max_new)
+                check_fits(self.models.target.config, id, tokens, self.max_new)
                 sampling = next(samplings)
                 answer = self.decode(None, TreeSpec(), tokens, sampling).tokens
                 yield Case(task, id, tokens, sampling, answer)
-                messages.append({"role": "assistant", "content": decode(self.models.tokenizer, answer)})
+                ended = answer[-1] in self.models.stop_tokens
+                text = detokenizer.text(answer[:-1] if ended else answer, tokens)
+                messages.append({"role": "assistant", "content": text})
 
     def warm_up(self, cases: Sequence[Case]) -> None:
         """Compiles the programs that `measure` of the cases runs, and touches their memory; `cases` did so for plain

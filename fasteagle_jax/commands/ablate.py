@@ -107,7 +107,7 @@ def ablate(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(target.path)
     asked = [encode_chat(tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
     for prompt, tokens in zip(prompts, asked, strict=True):
-        check_fits(target.config.max_positions, prompt.id, tokens, args.max_new)
+        check_fits(target.config, prompt.id, tokens, args.max_new)
     room = max(map(len, asked)) + args.max_new
 
     # --- training ---------------------------------------------------------------------------------------------

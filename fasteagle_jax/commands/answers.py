@@ -25,7 +25,7 @@ from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import MAX_LOOKUP, TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh
-from fasteagle_jax.engine.detokenizer import TextStream
+from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, Piece, SamplingParams
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
@@ -40,12 +40,20 @@ MARKS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def add_answer_options(parser: Any, max_new: int) -> None:
-    """Adds --max-new, --stop, the sampling options and --show-drafts."""
+    """Adds --max-new, --stop, --stop-token-ids, the sampling options and --show-drafts."""
     parser.add_argument(
         "--max-new", type=whole(1), default=max_new, metavar="T", help="tokens an answer (default %(default)s)"
     )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; repeatable"
+    )
+    parser.add_argument(
+        "--stop-token-ids",
+        nargs="+",
+        type=whole(0),
+        default=[],
+        metavar="ID",
+        help="end an answer at these tokens, besides the target's own; the text does not show them",
     )
     parser.add_argument(
         "--show-drafts",
@@ -118,9 +126,10 @@ def mesh_named(text: str | None) -> Mesh | None:
     return None if text is None else make_mesh(MeshShape.parse(text), jax.local_devices())
 
 
-def sampling_params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
-    """--max-new and the options of `add_sampling_options`; UserError for values out of range."""
-    return SamplingParams(**from_options(args), max_new_tokens=args.max_new, stop=stop)
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """The options of `add_answer_options`, or those of them that there are; UserError for values out of range."""
+    stops = {name: getattr(args, name) for name in ("stop", "stop_token_ids") if hasattr(args, name)}
+    return SamplingParams(**from_options(args), max_new_tokens=args.max_new, **stops)
 
 
 def load_engine(args: argparse.Namespace, tree: TreeSpec | str | None, slots: int) -> Engine:
@@ -181,14 +190,16 @@ class Screen:
             words = piece.text.rstrip("\n")
             self.text(words + str(piece.depth).translate(MARKS) + piece.text[len(words) :])
 
-    def answer(self, completion: Completion, tokenizer: Any, stop: Sequence[str]) -> None:
-        """Writes a whole answer."""
+    def answer(
+        self, completion: Completion, prompt: Sequence[int], detokenizer: Detokenizer, stop: Sequence[str]
+    ) -> None:
+        """Writes a whole answer to a prompt."""
         if not self._shows_depths:
             self.text(completion.text)
             return
-        text = TextStream(tokenizer, stop)
-        for token, depth in zip(completion.tokens, completion.depths, strict=True):
-            self.piece(Piece(text.push(token), depth))
+        text = TextStream(detokenizer, prompt, stop)
+        for i, (token, depth) in enumerate(zip(completion.tokens, completion.depths, strict=True)):
+            self.piece(Piece(text.push(token) if i < len(completion.text_tokens) else "", depth))
         if rest := text.finish():
             self.piece(Piece(rest, completion.depths[-1]))
 

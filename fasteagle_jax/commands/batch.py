@@ -172,7 +172,7 @@ class Work:
     def __init__(self, engine: Engine, answers: AnswerFile, interrupts: Interrupts, target: str, total: int) -> None:
         self._engine, self._answers, self._interrupts, self._target = engine, answers, interrupts, target
         self._total = total
-        self._asked: dict[int, BatchRequest] = {}  # by line, under way
+        self._asked: dict[int, tuple[BatchRequest, Sequence[int]]] = {}  # by line, under way, with its prompt's tokens
         self._answered: dict[int, list[Completion]] = {}
         self._took = Took()
         self._bar: Any = None
@@ -205,7 +205,7 @@ class Work:
                 except UserError as error:
                     asked = Refusal(asked.line, "invalid_prompt", str(error))
                 else:
-                    self._asked[number], self._answered[number] = asked, []
+                    self._asked[number], self._answered[number] = (asked, tokens), []
                     yield from requests
                     continue
             self._write(refusal_record(asked))
@@ -213,12 +213,12 @@ class Work:
     def _take(self, completion: Completion) -> None:
         """Takes an answer; the last one of its line makes the record."""
         number = completion.prompt_index
-        asked, answers = self._asked[number], self._answered[number]
+        (asked, prompt), answers = self._asked[number], self._answered[number]
         answers.append(completion)
         self._took.add(completion.depths)
         if len(answers) == asked.params.n:
             del self._asked[number], self._answered[number]
-            self._write(answer_record(asked, answers, self._engine.tokenizer, self._target))
+            self._write(answer_record(asked, prompt, answers, self._engine.detokenizer, self._target))
 
     def _write(self, record: dict[str, Any]) -> None:
         with self._interrupts.held():

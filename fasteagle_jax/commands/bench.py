@@ -221,7 +221,7 @@ def bench(args: argparse.Namespace) -> int:
         for prompt in prompts:  # all turns without answers: `cases` checks each prompt with them
             messages = [{"role": "user", "content": "\n".join(prompt.turns)}]
             tokens = encode_chat(models.tokenizer, messages)
-            check_fits(models.target.config.max_positions, prompt.id, tokens, args.max_new * len(prompt.turns))
+            check_fits(models.target.config, prompt.id, tokens, args.max_new * len(prompt.turns))
 
     # --- measuring --------------------------------------------------------------------------------------------
     settings = {

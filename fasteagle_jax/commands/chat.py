@@ -34,7 +34,7 @@ from fasteagle_jax.data.sources import Message
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, Piece, SamplingParams
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.tokenizer import encode_chat
+from fasteagle_jax.io.text import check_text
 
 
 @program
@@ -54,11 +54,13 @@ def _parser() -> Parser:
 
 def chat(args: argparse.Namespace) -> None:
     """Answers stdin's lines until it ends; all but the answers goes to stderr."""
-    params, tree = sampling_params(args, args.stop), tree_named(args.tree)
+    params, tree = sampling_params(args), tree_named(args.tree)
+    check_text(args.system or "", "--system")
     engine = load_engine(args, tree, slots=1)
     levels = num_levels(engine)
     full = f"the conversation has reached --max-len {engine.max_len}: /reset begins a new one"
     opening: list[Message] = [] if args.system is None else [{"role": "system", "content": args.system}]
+    engine.tokens([*opening, {"role": "user", "content": "Hi"}], "a conversation")  # UserError if it cannot chat at all
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -91,7 +93,11 @@ def chat(args: argparse.Namespace) -> None:
         if not line:
             continue
         question: Message = {"role": "user", "content": line}
-        tokens = encode_chat(engine.tokenizer, [*messages, question])
+        try:
+            tokens = engine.tokens([*messages, question], "the conversation")
+        except UserError as error:  # what this line brings is no reason to end the chat
+            _note(f"{error}")
+            continue
         if len(tokens) >= engine.max_len:
             _note(f"{full}, or say something shorter")
             continue
@@ -118,7 +124,7 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def _answer(
-    engine: Engine, tokens: list[int], params: SamplingParams, screen: Screen
+    engine: Engine, tokens: Sequence[int], params: SamplingParams, screen: Screen
 ) -> tuple[str, Sequence[int], Completion | None]:
     """Shows an answer: its text, the depths of its tokens, and the whole of it unless it was interrupted."""
     pieces: list[Piece] = []

@@ -38,6 +38,7 @@ from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
+from fasteagle_jax.engine.detokenizer import UNFINISHED, Detokenizer
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import cache_folder
@@ -130,12 +131,15 @@ class Runner:
     models: Models
     drafter: Any | None
     tree: TreeSpec
+    detokenizer: Detokenizer
     seconds: float = 0.0
+    prompt: Sequence[int] = ()
     state: Any = None  # decode.State, from `start` on
     vocab: Any = None
 
     def start(self, prompt: list[int], sampling: Any, stop: Any, max_new: int) -> None:
         """Prefills the prompt; the clock starts after it."""
+        self.prompt = prompt
         tokens, lengths = pad_prompts([prompt], prompt_slots(len(prompt)))
         self.state, self.vocab = decoding.start(
             self.models.target,
@@ -176,7 +180,8 @@ class Runner:
 
     def panel(self) -> Panel:
         """The answer so far, with the figures."""
-        text = self.models.tokenizer.decode(self.tokens, skip_special_tokens=True).rstrip("\ufffd")
+        shown = [token for token in self.tokens if token not in self.models.stop_tokens]
+        text = self.detokenizer.text(shown, self.prompt).rstrip(UNFINISHED)
         figures = f"{self.rate:.1f} tokens/s"
         if self.drafter is not None:
             figures += f", acceptance length {Acceptance.of(self.state.statistics).length:.2f}"
@@ -186,7 +191,11 @@ class Runner:
 def race_all(models: Models, tree: TreeSpec, args: Any) -> bool:
     """Answers every question with both decoders and prints the sums; True if all answers are identical."""
     console = Console()
-    runners = (Runner("plain", models, None, tree), Runner(f"speculative, {tree}", models, models.drafter, tree))
+    detokenizer = Detokenizer(models.tokenizer)
+    runners = (
+        Runner("plain", models, None, tree, detokenizer),
+        Runner(f"speculative, {tree}", models, models.drafter, tree, detokenizer),
+    )
     sampling = make_sampling(1, **from_options(args))
     stop = decoding.make_stop(1, args.max_new, models.stop_tokens)
     seconds, tokens, all_same, total = [0.0, 0.0], 0, True, None

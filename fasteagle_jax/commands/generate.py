@@ -40,7 +40,6 @@ from fasteagle_jax.data.sources import Message, Prompt, read_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import TreeSpec
-from fasteagle_jax.engine.detokenizer import decode
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
@@ -83,7 +82,7 @@ def _parser() -> Parser:
 def answer_prompts(args: argparse.Namespace) -> None:
     """Prints or writes the answers to the prompts of `args`, and statistics on stderr."""
     # --- what was asked for -----------------------------------------------------------------------------------
-    params = sampling_params(args, args.stop)
+    params = sampling_params(args)
     check_new(args.output)
     check_new(args.trace)
     prompts = [Prompt(f"prompt-{i}", [text]) for i, text in enumerate(args.prompt, 1)]
@@ -151,7 +150,8 @@ def _trace(engine: Engine, talk: Talk, args: argparse.Namespace) -> None:
     title = f"{args.target}, {tree or 'plain'}, temperature {args.temperature:g}: {talk.turns[0]}"
     write_new(args.trace, page(title, engine.tokenizer, prompt, first, rounds))
     tokens = [first, *(token for r in rounds for token in r.emitted)]
-    print(decode(engine.tokenizer, tokens))
+    said = tokens[:-1] if tokens[-1] in engine.eos_token_ids else tokens
+    print(engine.detokenizer.text(said, prompt))
     tau = (len(tokens) - 1) / max(len(rounds), 1)
     print(f"{len(tokens)} tokens in {len(rounds)} rounds, {tau:.2f} a round: {args.trace}", file=sys.stderr)
 
@@ -184,7 +184,7 @@ def _answer(
                     while screen and shown < len(talks) and talks[shown].ended:
                         for i, answer in enumerate(talks[shown].answers):
                             screen.text(talks[shown].opening(i))
-                            screen.answer(answer, engine.tokenizer, params.stop)
+                            screen.answer(answer, talks[shown].asked[i], engine.detokenizer, params.stop)
                             screen.text("\n")
                         shown += 1
 
@@ -195,6 +195,7 @@ class Talk:
     def __init__(self, prompt: Prompt, *, chat: bool) -> None:
         self.id, self.turns, self.chat = prompt.id, prompt.turns, chat
         self.answers: list[Completion] = []
+        self.asked: dict[int, tuple[int, ...]] = {}  # the tokens that each turn's answer goes on from
 
     @property
     def ended(self) -> bool:
@@ -212,7 +213,9 @@ class Talk:
 
     def ask(self, engine: Engine) -> tuple[int, ...]:
         """The tokens to be answered next; UserError if they do not fit."""
-        return engine.encode(self.messages() if self.chat else self.turns[0], self.id)
+        tokens = engine.encode(self.messages() if self.chat else self.turns[0], self.id)
+        self.asked[len(self.answers)] = tokens
+        return tokens
 
     def opening(self, turn: int) -> str:
         """What is printed before the answer."""

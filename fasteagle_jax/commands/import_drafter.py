@@ -2,7 +2,9 @@
 
 The source holds config.json and model.safetensors, or pytorch_model.bin (read by torch, which must then be installed).
 Both families of tensor names are known, midlayer.* and layers.0.*, and a reduced draft vocabulary by d2t. The target is
-needed for its sizes and its fingerprint; the embedding is taken from it, the rotary embedding is the drafter's own.
+needed for its sizes and its fingerprint; the embedding is taken from it, the rotary embedding is the drafter's own. The
+target's layers that it reads are counted by their inputs (vLLM, speculators), or in an eagle_config by their outputs
+(SGLang, SpecForge); what a file does not say is told. What is not supported is refused by its name.
 
 example:
   fasteagle import --source EAGLE3-LLaMA3.1-Instruct-8B --target meta-llama/Llama-3.1-8B-Instruct --output eagle3
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,19 +26,29 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fasteagle_jax.commands.terminal import Parser, program, whole
-from fasteagle_jax.drafters.base import DrafterConfig
 from fasteagle_jax.drafters.eagle3 import Eagle3, Eagle3Config
-from fasteagle_jax.drafters.files import fill, save_drafter
+from fasteagle_jax.drafters.files import draft_vocabulary_ids, fill, save_drafter
 from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_new, first_line, read_json
 from fasteagle_jax.nn.rope import RopeConfig
-from fasteagle_jax.targets.checkpoint import fingerprint
+from fasteagle_jax.targets.checkpoint import Checkpoint, fingerprint
 from fasteagle_jax.targets.config import DecoderConfig
 from fasteagle_jax.targets.loading import DEFAULT_TARGET, open_checkpoint
 
 LEVELS = 8  # of the published evaluation: a first pass and depth 7
-_NOT_OURS = ("embed_tokens.weight", "t2d")  # the target's, and what d2t says already
+_LAYERS = "eagle_aux_hidden_state_layer_ids"
+_NOT_OURS = ("embed_tokens.weight",)  # the target's
+# Changes of the model that some published drafters have.
+_UNSUPPORTED = (
+    "norm_before_residual",
+    "norm_before_fc",
+    "norm_output",
+    "fc_norm",
+    "attention_bias",
+    "mlp_bias",
+    "quantization_config",
+)
 
 
 @program
@@ -56,20 +69,35 @@ def import_drafter(args: argparse.Namespace) -> None:
     target = open_checkpoint(args.target)
     raw = read_json(args.source / "config.json")
     tensors = _tensors(args.source)
-    config = eagle3_config(raw, tensors, target.config, args.levels)
+    layers, guess = _feature_layers(raw, target.config.num_layers)
+    config = eagle3_config(raw, tensors, target.config, args.levels, layers)
+    ids = draft_vocabulary_ids(tensors, config.vocab_size, str(args.source))
+    tensors.pop("t2d", None)  # says what d2t says
     if config.draft_vocab_size == config.vocab_size:
         tensors.pop("d2t", None)  # files have it all the same, of zeros
-    _check_ids(tensors, config)
+    _drop_copies(tensors, target, ids, str(args.source))
     drafter = Eagle3(config, jax.random.key(0), _dtype(tensors), stacked=False)
     fill(drafter, tensors, str(args.source))
     save_drafter(drafter, args.output, fingerprint(target), {"imported": {"source": args.source.name}})
-    print(f"{args.output}: EAGLE-3, {config.draft_vocab_size} of {config.vocab_size} tokens, {args.levels} levels")
+    if guess:
+        print(guess, file=sys.stderr)
+    print(
+        f"{args.output}: EAGLE-3, {config.draft_vocab_size} of {config.vocab_size} tokens, {args.levels} levels, "
+        f"the target's features before layers {', '.join(map(str, config.feature_layers))}"
+    )
 
 
 def eagle3_config(
-    raw: Mapping[str, Any], tensors: Mapping[str, np.ndarray], target: DecoderConfig, levels: int
+    raw: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    target: DecoderConfig,
+    levels: int,
+    layers: tuple[int, ...] | None,
 ) -> Eagle3Config:
-    """The sizes of a published drafter from its config.json, in either form, for a target of these sizes."""
+    """The sizes of a published drafter from its config.json, in either form, for a target of these sizes.
+
+    `layers` of the target are those whose inputs it reads; None for EAGLE-3's own.
+    """
     sizes = dict(raw.get("transformer_layer_config") or raw)  # speculators' form nests them
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     if absent := [name for name in names if name not in sizes]:
@@ -79,9 +107,15 @@ def eagle3_config(
             f"the drafter has hidden_size {sizes['hidden_size']}, the target {target.hidden_size}: "
             "name the target that it was trained for"
         )
-    if raw.get("norm_before_residual"):
-        raise UserError("the drafter has norm_before_residual, which is not supported: take one without it")
-    layers = raw.get("eagle_aux_hidden_state_layer_ids") or sizes.get("eagle_aux_hidden_state_layer_ids")
+    for holder in (raw, sizes, raw.get("eagle_config") or {}):
+        if named := [name for name in _UNSUPPORTED if holder.get(name)]:
+            raise UserError(f"the drafter has {', '.join(named)}, which is not supported: take one without it")
+        if holder.get("hidden_act", "silu") not in ("silu", "swish", None):
+            raise UserError(f"the drafter has hidden_act {holder['hidden_act']!r}: take one with silu")
+        if holder.get("use_aux_hidden_state", True) is False:
+            raise UserError("the drafter has use_aux_hidden_state false, as no EAGLE-3 has: take one that reads layers")
+        if holder.get("num_hidden_layers", 1) != 1:
+            raise UserError(f"the drafter has {holder['num_hidden_layers']} layers: take one of a single layer")
     changes: dict[str, Any] = {
         "kind": "eagle3",
         "num_levels": levels,
@@ -94,18 +128,57 @@ def eagle3_config(
         "draft_vocab_size": len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else target.vocab_size,
     }
     if layers:
-        changes["feature_layers"] = tuple(layers[:3])
+        changes["feature_layers"] = layers
     return default_config(target, **changes)
 
 
-def _check_ids(tensors: Mapping[str, np.ndarray], config: DrafterConfig) -> None:
-    """Raises UserError where the draft vocabulary holds a token that the target has not."""
-    last = int((np.arange(len(tensors["d2t"])) + tensors["d2t"]).max()) if "d2t" in tensors else 0
-    if last >= config.vocab_size:
-        raise UserError(
-            f"the drafter guesses tokens up to {last}, the target has {config.vocab_size}: "
-            "name the target that it was trained for"
-        )
+def _feature_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[tuple[int, ...] | None, str]:
+    """The target's layers whose inputs the drafter reads, None if it does not say; and what was guessed.
+
+    An eagle_config counts layers by their outputs, each the input of the next layer.
+    """
+    if "feature_layers" in raw:  # a folder of ours
+        return tuple(raw["feature_layers"]), ""
+    outputs_of_default = (1, num_layers // 2 - 1, num_layers - 4)
+    found: dict[tuple[int, ...], str] = {}
+    guess = ""
+    for where in ("config.json", "transformer_layer_config", "eagle_config"):
+        holder = raw if where == "config.json" else raw.get(where) or {}
+        if not isinstance(holder, Mapping):
+            raise UserError(f"the drafter's {where} is {holder!r}: take its complete configuration")
+        ids = holder.get(_LAYERS)
+        if ids is None:
+            continue
+        if not isinstance(ids, list) or not ids or set(map(type, ids)) != {int}:
+            raise UserError(f"the drafter's {_LAYERS} is {ids!r}: give a list of layers")
+        after = tuple(i + 1 for i in ids)
+        if where == "eagle_config":
+            found[after] = where
+        elif tuple(ids) == outputs_of_default:
+            guess = f"{_LAYERS} {ids}: taken as counted by outputs, before layers {after}, EAGLE-3's own"
+            found[after] = where
+        else:
+            found[tuple(ids)] = where
+    if len(found) > 1:
+        both = " and ".join(f"before {layers} by {where}" for layers, where in found.items())
+        raise UserError(f"the drafter reads the target's features {both}: mend its config.json")
+    if not found:
+        guess = f"its config.json has no {_LAYERS}: taken as EAGLE-3's own, 2, L // 2 and L - 3 of L layers"
+    return next(iter(found), None), guess
+
+
+def _drop_copies(tensors: dict[str, np.ndarray], target: Checkpoint, ids: np.ndarray | None, source: str) -> None:
+    """Removes copies of the target's norm and head, of all rows or the draft vocabulary's; UserError if they differ."""
+    head = "lm_head.weight" if "lm_head.weight" in target.tensors else "model.embed_tokens.weight"
+    for name, of_target in (("verifier_norm.weight", "model.norm.weight"), ("verifier_lm_head.weight", head)):
+        if (copy := tensors.pop(name, None)) is None:
+            continue
+        own = target.read(of_target)
+        own = own[ids] if ids is not None and len(copy) == len(ids) < len(own) else own
+        if copy.shape != own.shape or not np.array_equal(copy.astype("f4"), own.astype(copy.dtype).astype("f4")):
+            raise UserError(
+                f"{source}: {name} is not the target's {of_target}: name the target that it was trained for"
+            )
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:

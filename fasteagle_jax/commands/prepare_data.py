@@ -58,7 +58,7 @@ from fasteagle_jax.io.files import sha256, write_text, writing
 from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
-from fasteagle_jax.targets.tokenizer import assistant_spans, load_tokenizer, prefix_spans, user_header_ids
+from fasteagle_jax.targets.tokenizer import assistant_spans, check_ids, load_tokenizer, prefix_spans, user_header_ids
 
 SELF = "self"  # the source in which the target writes the user's messages
 LONG_DIALOGUES = "long_dialogues"  # the manifest's key of what becomes of dialogues above --max-length
@@ -147,7 +147,7 @@ def prepare(args: argparse.Namespace) -> None:
     if args.max_length > positions:
         raise UserError(f"--max-length is {args.max_length}, but the target has {positions} positions: lower it")
     tokenizer, dtype = load_tokenizer(checkpoint.path), dtype_named(args.dtype)
-    rules = _rules(args, tokenizer, sources, held_out)
+    rules = _rules(args, tokenizer, checkpoint.config.vocab_size, sources, held_out)
     settings = {
         "target": fingerprint(checkpoint),
         "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
@@ -228,9 +228,12 @@ def prepare(args: argparse.Namespace) -> None:
     )
 
 
-def _rules(args: argparse.Namespace, tokenizer: Any, sources: Sequence[Source], held_out: HeldOut) -> Rules:
+def _rules(
+    args: argparse.Namespace, tokenizer: Any, vocab_size: int, sources: Sequence[Source], held_out: HeldOut
+) -> Rules:
     """Conditions for every conversation, from the options and the tokenizer's chat template."""
     header = user_header_ids(tokenizer)
+    check_ids(header, vocab_size, "the chat template")
     if SELF in args.prompts and len(header) + MIN_ANSWER > args.max_length:
         raise UserError(
             f"--max-length is {args.max_length}, but the chat template takes {len(header)} tokens before "
@@ -246,7 +249,7 @@ def _rules(args: argparse.Namespace, tokenizer: Any, sources: Sequence[Source], 
         except UserError as error:
             print(f"of several turns, the first ones alone are answered: {error}", file=sys.stderr)
             first_turns_only = True
-    return Rules(tokenizer, header, args.max_length, args.keep_truncated, first_turns_only, held_out)
+    return Rules(tokenizer, header, vocab_size, args.max_length, args.keep_truncated, first_turns_only, held_out)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------

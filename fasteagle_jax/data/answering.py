@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any, Self
@@ -16,11 +17,12 @@ import numpy as np
 from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.sources import HeldOut, Message
 from fasteagle_jax.data.windows import cut_windows, window_id
+from fasteagle_jax.engine.detokenizer import Detokenizer
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets.chats import Chat, encode_chats, turn_opening
-from fasteagle_jax.targets.tokenizer import encode_chat, prefix_spans
+from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, prefix_spans
 
 MIN_ANSWER = 16  # tokens: a prompt that leaves less room for an answer is too long
 MIN_QUESTION = 4  # tokens of a user's message that the target writes
@@ -70,10 +72,16 @@ class Rules:
 
     tokenizer: Any
     header: list[int]  # tokens before the user's first word
+    vocab_size: int  # the target's
     max_length: int
     keep_truncated: bool
     first_turns_only: bool  # if the chat template gives no tokens between an answer and the next question
     held_out: HeldOut  # forbidden as questions that the target writes; sources were filtered before
+
+    @functools.cached_property
+    def detokenizer(self) -> Detokenizer:
+        """The tokenizer's."""
+        return Detokenizer(self.tokenizer)
 
     def start(self, index: int, sample: Sample) -> Dialogue | Outcome:
         """The dialogue up to its first answer, or the outcome if the sample is settled already."""
@@ -95,7 +103,8 @@ class Rules:
     def add_answer(self, dialogue: Dialogue, tokens: list[int], stopped: bool) -> Dialogue | Outcome:
         """The dialogue up to its next answer, or its outcome."""
         if not dialogue.turns:  # a question that the target wrote
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            question = tokens[:-1] if stopped else tokens  # without the token that ended it
+            text = self.detokenizer.text(question, dialogue.tokens).strip()
             if not stopped or len(tokens) < MIN_QUESTION or not any(c.isalpha() for c in text):
                 return "poor self-made questions"
             if self.held_out.holds(text):
@@ -122,6 +131,7 @@ class Rules:
 
     def _ask_first(self, index: int, id: str, turns: list[str]) -> Dialogue | Outcome:
         tokens = encode_chat(self.tokenizer, [{"role": "user", "content": turns[0]}])
+        check_ids(tokens, self.vocab_size, f"sample {id}")
         if len(tokens) + MIN_ANSWER > self.max_length:
             return "prompts too long"
         return Dialogue(index, id, turns, tokens)
@@ -137,6 +147,7 @@ class Rules:
         ids, spans = prefix_spans(self.tokenizer, messages)
         end = spans[-1][1]
         asked = encode_chat(self.tokenizer, [*messages, {"role": "user", "content": turns[num_answered]}])
+        check_ids(asked, self.vocab_size, f"turn {num_answered} of the dialogue that begins {turns[0][:40]!r}")
         if ids[end - 1] != last_token or asked[:end] != ids[:end]:
             return None
         return asked[end:]
@@ -152,6 +163,7 @@ class Rules:
             if isinstance(chat, UserError):
                 outcomes[i] = "dialogues that the chat template refuses"
             elif chat.spans:  # else the template marks no message as an answer
+                check_ids(chat.ids, self.vocab_size, f"sample {samples[i].id}")
                 outcomes[i] = self._windows(samples[i].id, all_messages[i], chat)
         return outcomes
 

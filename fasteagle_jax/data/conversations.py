@@ -15,6 +15,7 @@ import numpy as np
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.lines import LineFile
+from fasteagle_jax.io.text import json_value
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _lines(path: str | os.PathLike[str], vocab_size: int | None) -> Iterator[Con
 
 def _conversation(line: bytes, where: str) -> Conversation:
     try:
-        record = json.loads(line)
+        record = json_value(line)
         if not isinstance(record, dict):
             raise UserError(f"a {type(record).__name__}, not an object")
         return Conversation.of(*(record[key] for key in ("id", "tokens", "assistant")))

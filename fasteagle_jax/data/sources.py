@@ -25,6 +25,8 @@ from typing import Any
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import wheel_file
 from fasteagle_jax.io.files import first_line
+from fasteagle_jax.io.text import check_json_texts, json_value
+from fasteagle_jax.targets.messages import content_text
 
 Message = dict[str, str]  # {"role", "content"}
 
@@ -146,7 +148,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         for n, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    record = json.loads(line)
+                    record = json_value(line)
                 except ValueError as error:
                     raise UserError(f"{path}:{n}: not JSON ({error}): mend or delete the line") from error
                 yield f"{path}:{n}", record
@@ -175,11 +177,15 @@ def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
                     raise UserError(f"{path}:{line}: {text[at]!r} where an object should start: mend it")
                 try:
                     record, end = decode_json(text, at)
+                    if "\\u" in text[at:end]:
+                        check_json_texts(record)
                 except json.JSONDecodeError as error:
                     if error.msg.startswith("Unterminated string") or _CUT_END.fullmatch(text, error.pos):
                         break  # the rest of the record is in the next piece
                     bad_line = line + text.count("\n", at, error.pos)
                     raise UserError(f"{path}:{bad_line}: not JSON ({error.msg}): mend the record") from error
+                except ValueError as error:
+                    raise UserError(f"{path}:{line}: not JSON ({error}): mend the record") from error
                 yield f"{path}:{line}", record
                 line += text.count("\n", at, end)
                 at = end
@@ -247,13 +253,8 @@ def _spoken(item: Any, where: str, what: str) -> Message:
     role = ROLES.get(str(item.get(role_key)).lower())
     if role is None:
         raise UserError(f"{where}: {what} has {role_key} {item.get(role_key)!r}: give one of {', '.join(ROLES)}")
-    text = item.get(text_key)
-    if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
-        text = "".join(str(part.get("text")) for part in text)  # OpenAI's content in parts
-    return _message(role, text, where, f"{what}.{text_key}")
+    return _message(role, item.get(text_key), where, f"{what}.{text_key}")
 
 
-def _message(role: str, text: Any, where: str, what: str) -> Message:
-    if not isinstance(text, str):
-        raise UserError(f"{where}: {what} is a {type(text).__name__}: give a text")
-    return {"role": role, "content": text}
+def _message(role: str, content: Any, where: str, what: str) -> Message:
+    return {"role": role, "content": content_text(content, f"{where}: {what}")}

@@ -54,6 +54,7 @@ def make_sampling(batch: int, temperature: float | Sequence[float] = 0.0, **fiel
             raise UserError(f"{name} has {len(values[name])} values for {batch} rows: give one, or one a row")
         for each in values[name]:
             field.check(each)
+        values[name] = [field.meaning(each) for each in values[name]]
     return jax.tree.map(jnp.asarray, Sampling.of(values))
 
 

@@ -28,6 +28,7 @@ class SamplingField:
     help: str  # of the option
     excludes_least: bool = False
     aliases: Mapping[float, float] = dataclasses.field(default_factory=dict)  # other values, and what they mean
+    zero_below: float = 0.0  # values from 0 to this one mean 0
 
     @property
     def python_type(self) -> type[int] | type[float]:
@@ -38,6 +39,12 @@ class SamplingField:
     def option(self) -> str:
         """The option of the command line."""
         return "--" + self.name.replace("_", "-")
+
+    def meaning(self, value: float) -> float:
+        """The value of the field that a given one stands for; raises UserError for one that it cannot have."""
+        value = self.aliases.get(value, value)
+        self.check(value)
+        return self.python_type(value) if value >= self.zero_below else self.python_type(0)
 
     def check(self, value: float) -> None:
         """Raises UserError for a value that the field cannot have."""
@@ -53,7 +60,11 @@ _TOP_P = "then keep P of the mass; 1 for all"
 _MIN_P = "then keep tokens of at least P times the most probable one's probability; 0 for all"
 
 _ENTRIES = (
-    SamplingField("temperature", 1.0, "float32", 0, math.inf, "0 or more", "X", "0 is greedy"),
+    # Below 1e-5, vLLM's bound, the token is the greedy one but for rounding, which divides two logits that differ in
+    # their last bit into one, and at last makes all infinite. Above 1e30 the temperature itself nears float32's end.
+    SamplingField(
+        "temperature", 1.0, "float32", 0, 1e30, "0 or more, at most 1e30", "X", "0 is greedy", zero_below=1e-5
+    ),
     SamplingField("top_k", 0, "int32", 0, 2**31 - 1, "a whole number, 0 for all", "K", _TOP_K, aliases={-1: 0}),
     SamplingField("top_p", 1.0, "float32", 0, 1, "above 0 and at most 1", "P", _TOP_P, excludes_least=True),
     SamplingField("min_p", 0.0, "float32", 0, 1, "0 to 1", "P", _MIN_P),

@@ -119,6 +119,7 @@ def load_drafter(
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy the drafter again") from None
+    draft_vocabulary_ids(tensors, config.vocab_size, str(path))
 
     if stacked is None:
         stacked = stacks_are_faster(jax.default_backend())
@@ -127,6 +128,37 @@ def load_drafter(
         to_rows(drafter)
     fill(drafter, from_storage(tensors), str(path))
     return drafter if not stacked else make_on(mesh, lambda drafter: drafter.stacked_form(), drafter)
+
+
+def draft_vocabulary_ids(tensors: Mapping[str, np.ndarray], vocab_size: int, source: str) -> np.ndarray | None:
+    """The target's ids, int64 [V], of a reduced draft vocabulary by `d2t`; None without one.
+
+    UserError, naming `source` and the first bad row, unless they are increasing ids of the target's, those of `t2d` if
+    it is there.
+    """
+    if "d2t" not in tensors:
+        return None
+    offsets = tensors["d2t"]
+    if offsets.ndim != 1 or not np.issubdtype(offsets.dtype, np.integer):
+        raise UserError(f"{source}: d2t is {offsets.dtype} {offsets.shape}: take the drafter as it was published")
+    ids = np.arange(len(offsets)) + offsets.astype(np.int64)
+    if ids.max(initial=0) >= vocab_size:
+        raise UserError(
+            f"{source}: it guesses tokens up to {ids.max()}, the target has {vocab_size}: "
+            "name the target that it was trained for"
+        )
+    if (wrong := np.flatnonzero(np.diff(ids, prepend=-1) <= 0)).size:
+        raise UserError(
+            f"{source}: d2t maps row {wrong[0]} to token {ids[wrong[0]]}, which is none or does not follow the row "
+            "before's: take the drafter as it was published"
+        )
+    if (mask := tensors.get("t2d")) is not None:
+        expected = np.isin(np.arange(vocab_size), ids)
+        if mask.shape != expected.shape:
+            raise UserError(f"{source}: t2d is of {mask.shape} tokens, the target has {vocab_size}: name its target")
+        if (wrong := np.flatnonzero(mask.astype(bool) != expected)).size:
+            raise UserError(f"{source}: t2d and d2t disagree on token {wrong[0]}: take the drafter as it was published")
+    return ids
 
 
 def read_config(folder: Path) -> tuple[DrafterConfig, str]:

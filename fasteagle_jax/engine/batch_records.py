@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.engine.batch_requests import CHAT, BatchRequest, Line, Refusal, is_whole
-from fasteagle_jax.engine.detokenizer import TextStream
+from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
 from fasteagle_jax.engine.requests import Completion
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.lines import LineFile
@@ -45,9 +45,13 @@ def refusal_record(refusal: Refusal) -> dict[str, Any]:
 
 
 def answer_record(
-    request: BatchRequest, completions: Sequence[Completion], tokenizer: Any, target: str
+    request: BatchRequest,
+    prompt: Sequence[int],
+    completions: Sequence[Completion],
+    detokenizer: Detokenizer,
+    target: str,
 ) -> dict[str, Any]:
-    """The record of a line and its n answers; `target` names the model if the line does not."""
+    """The record of a line, its prompt's tokens and its n answers; `target` names the model if the line does not."""
     completions = sorted(completions, key=lambda completion: completion.sample)
     line = request.line
     statistics = _statistics(completions)
@@ -64,12 +68,16 @@ def answer_record(
     is_chat = request.url == CHAT
     num_new = sum(len(completion.tokens) for completion in completions)
     num_prompt = completions[0].prompt_tokens
+    if is_chat:
+        choices = [_chat_choice(completion, detokenizer) for completion in completions]
+    else:
+        choices = [_text_choice(completion, prompt, detokenizer) for completion in completions]
     body = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-line-{line.number}",
         "object": "chat.completion" if is_chat else "text_completion",
         "created": int(time.time()),
         "model": request.model or target,
-        "choices": [(_chat_choice if is_chat else _text_choice)(completion, tokenizer) for completion in completions],
+        "choices": choices,
         "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new},
     }
     response = {"status_code": 200, "request_id": f"line-{line.number}", "body": body}
@@ -114,11 +122,11 @@ def _simple_answer(completion: Completion) -> dict[str, Any]:
     return answer
 
 
-def _chat_choice(completion: Completion, tokenizer: Any) -> dict[str, Any]:
+def _chat_choice(completion: Completion, detokenizer: Detokenizer) -> dict[str, Any]:
     logprobs = None
     if completion.logprobs is not None:
         content = []
-        pieces = [tokenizer.decode([token]) for token in completion.tokens]
+        pieces = [detokenizer.token_text(token) for token in completion.tokens]
         for piece, logprob in zip(pieces, _rounded(completion.logprobs), strict=True):
             is_whole = "\ufffd" not in piece  # else the token is part of a character, of which the text shows no bytes
             bytes_ = list(piece.encode()) if is_whole else None
@@ -128,15 +136,15 @@ def _chat_choice(completion: Completion, tokenizer: Any) -> dict[str, Any]:
     return {"index": completion.sample, "message": message, "logprobs": logprobs, **_ending(completion)}
 
 
-def _text_choice(completion: Completion, tokenizer: Any) -> dict[str, Any]:
+def _text_choice(completion: Completion, prompt: Sequence[int], detokenizer: Detokenizer) -> dict[str, Any]:
     logprobs = None
     if completion.logprobs is not None:
-        stream, offsets = TextStream(tokenizer), []
+        stream, offsets = TextStream(detokenizer, prompt), []
         for token in completion.tokens:
             offsets.append(len(stream.text))
             stream.push(token)
         logprobs = {
-            "tokens": [tokenizer.decode([token]) for token in completion.tokens],
+            "tokens": [detokenizer.token_text(token) for token in completion.tokens],
             "token_logprobs": _rounded(completion.logprobs),
             "top_logprobs": None,
             "text_offset": offsets,

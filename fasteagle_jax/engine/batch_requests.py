@@ -12,6 +12,8 @@ from typing import Any, Literal, NoReturn
 from fasteagle_jax.decoding.sampling_fields import FIELDS, SamplingField
 from fasteagle_jax.engine.requests import Prompt, SamplingParams
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.text import check_json_texts
+from fasteagle_jax.targets.messages import UnsupportedPart, content_text
 
 MOST_SAMPLES = 128  # n, as OpenAI's
 
@@ -103,13 +105,11 @@ def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         record = json.loads(raw.decode(), parse_constant=constant)
         if b"\\u" in raw:
-            json.dumps(record, ensure_ascii=False).encode()
+            check_json_texts(record)
     except json.JSONDecodeError as error:
         raise _Bad("invalid_line", f"not JSON ({error.msg} at character {error.pos + 1}): mend it") from None
     except UnicodeDecodeError as error:
         raise _Bad("invalid_line", f"not UTF-8 (byte {error.start + 1}): convert it") from None
-    except UnicodeEncodeError:
-        raise _Bad("invalid_line", "a \\u escape is half a character: give both surrogates") from None
     except RecursionError:
         raise _Bad("invalid_line", "not JSON that can be read: nested too deeply") from None
     except ValueError as error:  # NaN, or a number of thousands of digits
@@ -226,26 +226,23 @@ def _messages(name: str, value: Any) -> list[dict[str, str]]:
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or role not in _ROLES:
             raise _Bad("invalid_value", f"{here}.role is {_shown(role)}: give one of {', '.join(_ROLES)}")
-        if isinstance(content, list):
-            content = "".join(_part(f"{here}.content[{k}]", part) for k, part in enumerate(content))
-        if not isinstance(content, str):
-            raise _Bad("invalid_value", f"{here}.content is {_shown(content)}: give a text")
-        messages.append({"role": _ROLES[role], "content": content})
+        messages.append({"role": _ROLES[role], "content": _content(f"{here}.content", content)})
     if not any(message["content"] for message in messages):
         raise _Bad("invalid_prompt", f"{name} is without any text: give some")
     return messages
 
 
-def _part(name: str, part: Any) -> str:
-    """The text of a part of a message."""
-    if not isinstance(part, dict) or part.get("type") != "text":
-        raise _Bad("unsupported_value", f'{name} is {_shown(part)}: give {{"type": "text", "text": ...}}')
-    for field in part:
-        if field not in ("type", "text"):
-            raise _Bad("unknown_field", f"{_shown(f'{name}.{field}')} is unknown: leave it out")
-    if not isinstance(part.get("text"), str):
-        raise _Bad("invalid_value", f"{name}.text is {_shown(part.get('text'))}: give a text")
-    return str(part["text"])
+def _content(name: str, content: Any) -> str:
+    """The text of a message's content."""
+    try:
+        text = content_text(content, name, _shown)
+    except UserError as error:
+        raise _Bad("unsupported_value" if isinstance(error, UnsupportedPart) else "invalid_value", str(error)) from None
+    for i, part in enumerate(content if isinstance(content, list) else ()):
+        for field in part:
+            if field not in ("type", "text"):
+                raise _Bad("unknown_field", f"{_shown(f'{name}[{i}].{field}')} is unknown: leave it out")
+    return text
 
 
 def is_whole(value: Any) -> bool:
@@ -264,8 +261,9 @@ def _number(name: str, value: Any) -> float:
 
 def _whole(least: int, most: int = 2**31 - 1) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
-        if is_whole(value) and least <= value <= most:
-            return int(value)
+        whole = int(value) if isinstance(value, float) and value.is_integer() else value
+        if is_whole(whole) and least <= whole <= most:
+            return int(whole)
         raise _Bad("invalid_value", f"{name} is {_shown(value)}: give a whole number from {least} to {most}")
 
     return check

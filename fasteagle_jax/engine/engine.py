@@ -11,13 +11,12 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from fasteagle_jax.decoding.tree import TreeSpec, check_lookup
@@ -27,10 +26,10 @@ from fasteagle_jax.devices.sharding import place_weights
 from fasteagle_jax.drafters import table
 from fasteagle_jax.drafters.files import load_drafter, read_config
 from fasteagle_jax.drafters.text_only import TextOnly
-from fasteagle_jax.engine.detokenizer import TextStream
+from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
 from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.prefix_cache import PrefixCache
-from fasteagle_jax.engine.requests import MAX_STOP_TOKENS, Completion, Piece, Prompt, SamplingParams
+from fasteagle_jax.engine.requests import MAX_STOP_TOKENS, Completion, Piece, Prompt, SamplingParams, whole_number
 from fasteagle_jax.engine.scheduler import Request, Scheduler, to_device_request
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.engine.sizes import (
@@ -42,9 +41,11 @@ from fasteagle_jax.engine.sizes import (
     row_counts,
 )
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.text import check_text
 from fasteagle_jax.targets.loading import load_target, open_checkpoint
+from fasteagle_jax.targets.messages import plain_messages, short
 from fasteagle_jax.targets.table import family_of
-from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
+from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, encode_text, load_tokenizer, stop_token_ids
 
 DEFAULT_MAX_LEN = 2048  # tokens of a request, if the target has positions for so many
 ROUNDS = 16  # of a device call at most, before the host reads results
@@ -112,6 +113,7 @@ class Engine:
             target = place_weights(mesh, target)
             drafter = place_weights(mesh, drafter)
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
+        self.detokenizer = Detokenizer(tokenizer)
         self.eos_token_ids = tuple(eos_token_ids)
         self.fingerprint = fingerprint
         self.num_slots = slots
@@ -259,42 +261,73 @@ class Engine:
     def requests(self, index: int, prompt: Prompt, params: SamplingParams, *, streamed: bool = False) -> list[Request]:
         """A prompt's samples as requests for `serve`; UserError for a prompt that cannot be answered."""
         tokens = self.encode(prompt, f"prompt {index}")
-        stop = tuple(params.stop_token_ids) + (() if params.ignore_eos else self.eos_token_ids)
+        strings, named = self._stops(params.stop, f"prompt {index}")
+        stop = (*params.stop_token_ids, *named, *(() if params.ignore_eos else self.eos_token_ids))
         stop = tuple(dict.fromkeys(stop))
         if len(stop) > MAX_STOP_TOKENS:
             raise UserError(f"prompt {index} has {len(stop)} stop tokens: give at most {MAX_STOP_TOKENS}")
         max_new = min(int(params.max_new_tokens), self.max_len - len(tokens))
-        needs_text = streamed or bool(params.stop)
+        needs_text = streamed or bool(strings)
 
         def text() -> TextStream | None:
-            return TextStream(self.tokenizer, tuple(params.stop)) if needs_text else None
+            return TextStream(self.detokenizer, tokens, strings) if needs_text else None
 
         parts = (tokens, params, stop, max_new)
         return [Request(index, sample, *parts, text(), streamed) for sample in range(params.n)]
 
+    def _stops(self, stop: Sequence[str], name: str) -> tuple[list[str], list[int]]:
+        """Stop strings to look for in the text, and the ids of those that are special tokens, which no text shows."""
+        strings, ids = [], []
+        for text in stop:
+            if text in self.detokenizer.special:
+                ids.append(self.detokenizer.special[text])
+                continue
+            if within := [token for token in self.detokenizer.special if token in text]:
+                raise UserError(
+                    f"{name} has the stop string {text!r}, but text does not show the special token {within[0]}: "
+                    f"give its id, {self.detokenizer.special[within[0]]}, as one of stop_token_ids"
+                )
+            strings.append(text)
+        return strings, ids
+
     def encode(self, prompt: Prompt, name: str) -> tuple[int, ...]:
         """The tokens of a prompt; UserError with its name if they cannot be answered."""
-        if isinstance(prompt, str):
-            tokens = self.tokenizer.encode(prompt)
-        elif len(prompt) and isinstance(prompt[0], dict):
-            try:
-                tokens = encode_chat(self.tokenizer, prompt)  # type: ignore[arg-type]
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from error
-        else:
-            tokens = list(prompt)
-            vocab_size = self.target.config.vocab_size
-            if bad := [t for t in tokens if not isinstance(t, (int, np.integer)) or not 0 <= t < vocab_size]:
-                raise UserError(f"{name} holds {bad[0]!r}: give token ids below {vocab_size}")
-        if not tokens:
-            raise UserError(f"{name} is empty: give it some text")
+        tokens = self.tokens(prompt, name)
         if len(tokens) >= self.max_len:
             remedy = " or raise max_len" if self.max_len < self.target.config.max_positions else ""
             raise UserError(
                 f"{name} has {len(tokens)} tokens, but a request has {self.max_len}, answer included: "
                 f"shorten it{remedy}"
             )
-        return tuple(int(t) for t in tokens)
+        return tokens
+
+    def tokens(self, prompt: Prompt, name: str) -> tuple[int, ...]:
+        """The tokens of a prompt of any length; UserError with its name if there are none, or the target lacks one.
+
+        Arrays are taken as lists.
+        """
+        vocab_size = self.target.config.vocab_size
+        given: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        if isinstance(given, str):
+            tokens = encode_text(self.tokenizer, check_text(given, name))
+        elif isinstance(given, bytes) or not isinstance(given, Sequence):
+            raise UserError(f"{name} is {short(given)}: give a text, token ids or a list of messages")
+        elif given and isinstance(given[0], Mapping):
+            messages = plain_messages(given, name)
+            try:
+                tokens = encode_chat(self.tokenizer, messages)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+        else:
+            whole: Any = given if set(map(type, given)) == {int} else [whole_number(token) for token in given]
+            for token, its in zip(given, whole, strict=True):
+                if its is None or not 0 <= its < vocab_size:
+                    raise UserError(f"{name} holds {short(token)}: give token ids below {vocab_size}")
+            tokens = list(whole)
+        if not tokens:
+            raise UserError(f"{name} is empty: give it some text")
+        check_ids(tokens, vocab_size, name)
+        return tuple(tokens)
 
     def serve(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """The answers to requests as they finish; requests are read as slots become free.
@@ -306,7 +339,7 @@ class Engine:
     def _serve(self, requests: Iterator[Request], *, rounds: int) -> Iterator[list[Completion]]:
         """The answers that each device call, of up to `rounds` rounds, finishes."""
         parts = (requests, self.runner, self.prefix_cache, self._tree_selector, self.row_counts)
-        context = (self.tokenizer, self.eos_token_ids, self.runner.num_levels)
+        context = (self.detokenizer, self.eos_token_ids, self.runner.num_levels)
         for step in Scheduler(*parts, rounds=rounds, measure=self._measure).steps():
             started = time.perf_counter()
             completions = [request.completion(*context) for request in step.finished]
@@ -372,9 +405,9 @@ def _trees(tree: TreeSpec | str | None, drafter: Any | None, lookup: int | None)
 
 def _prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """A list of prompts from such a list or a single prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    listed: list[Any] = list(prompts)
-    if listed and isinstance(listed[0], (int, np.integer, dict)):
+    given: Any = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    is_one = isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable)
+    listed: list[Any] = [given] if is_one else list(given)
+    if not is_one and listed and (isinstance(listed[0], Mapping) or whole_number(listed[0]) is not None):
         return [listed]
     return listed

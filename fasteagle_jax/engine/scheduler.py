@@ -19,7 +19,7 @@ from fasteagle_jax.decoding.state import NO_STOP, Stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import TreeSelector
 from fasteagle_jax.devices.sharding import process_values
-from fasteagle_jax.engine.detokenizer import TextStream, decode
+from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
 from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.prefix_cache import PrefixCache, common_chunks
 from fasteagle_jax.engine.requests import (
@@ -69,30 +69,37 @@ class Request:
             self.depths.append(depth)
             if self.params.logprobs:
                 self.logprobs.append(float(logprobs[i]))
-            if self.text is not None:
+            if self.text is not None and token in self.stop_tokens:
+                self.pieces.append(Piece("", depth))  # what ends an answer is not in its text
+            elif self.text is not None:
                 self.pieces.append(Piece(self.text.push(token), depth))
                 if self.text.stopped_by is not None:
                     self.depths[-1] = 0  # the path is cut here: as at a stop token, the last counts as the target's
                     return True
         return False
 
-    def completion(self, tokenizer: Any, eos: Sequence[int], num_levels: int) -> Completion:
+    def completion(self, detokenizer: Detokenizer, eos: Sequence[int], num_levels: int) -> Completion:
         """The finished answer."""
-        stopped_by = None if self.text is None else self.text.stopped_by
         by_token = self.tokens[-1] in self.stop_tokens
-        reason = stopped_by if stopped_by is not None else self.tokens[-1] if by_token else None
-        if self.text is not None and (rest := self.text.finish()):
-            self.pieces.append(Piece(rest, self.depths[-1]))
+        if self.text is None:
+            text, stopped_by = detokenizer.text(self.tokens[:-1] if by_token else self.tokens, self.prompt), None
+        else:
+            if rest := self.text.finish():  # which may complete a stop string
+                self.pieces.append(Piece(rest, self.depths[-1]))
+            text, stopped_by = self.text.text, self.text.stopped_by
+        reason: int | str | None = stopped_by
+        if stopped_by is None and by_token and (self.params.ignore_eos or self.tokens[-1] not in eos):
+            reason = self.tokens[-1]
         accepted_at = tuple(self.depths.count(depth) for depth in range(1, num_levels + 1))
         return Completion(
             self.prompt_index,
             self.sample,
             len(self.prompt),
-            decode(tokenizer, self.tokens) if self.text is None else self.text.text,
+            text,
             tuple(self.tokens),
             tuple(self.depths),
             "stop" if stopped_by is not None or by_token else "length",
-            None if reason in eos else reason,
+            reason,
             tuple(self.logprobs) if self.params.logprobs else None,
             RequestStatistics(self.depths.count(0) - 1, accepted_at, self.finished - self.started),
         )

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.targets.messages import Message
 from fasteagle_jax.targets.tokenizer import (
-    Message,
     assistant_spans,
     encode_chat,
     marks_answers,
@@ -48,7 +48,7 @@ class Chat:
 
 def encode_chats(tokenizer: Tokenizer, chats: Sequence[Sequence[Message]]) -> list[Chat | UserError]:
     """The conversations as `assistant_spans` gives them one by one, or the error that it raises."""
-    if not (tokenizer.is_fast and tokenizer.chat_template):
+    if not (tokenizer.is_fast and isinstance(tokenizer.chat_template, str)):
         return [_one_chat(tokenizer, messages) for messages in chats]
     rendered = [_rendered(tokenizer, [messages]) for messages in chats]
     good = [i for i, texts in enumerate(rendered) if texts is not None]

@@ -18,18 +18,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import read_json
+from fasteagle_jax.io.files import first_line, read_json
+from fasteagle_jax.io.text import check_text
 from fasteagle_jax.targets.gguf import read_gguf
+from fasteagle_jax.targets.messages import Message
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
-Message = Mapping[str, str]  # {"role": "user" | "assistant" | "system", "content": ...}
-
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types that are matched whole; the first alone is "special"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
-_USER_TEXT = "fasteaglesentinel"
+_SENTINEL = "fasteaglesentinel"
+# Tokens that close a turn in the published families, whatever their files name as the end (llama.cpp knows them so).
+TURN_ENDS = (
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<turn|>", "<|end|>",
+    "<|end_of_turn|>", "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>", "[|endofturn|]", "<EOT>", "_<EOT>",
+    "<|role_end|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>",
+)  # fmt: skip
+_NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' names: GGUF's
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # GGUF names of its pre-tokenizer
 _LLAMA3_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -39,15 +46,29 @@ _QWEN2_PIECES = _LLAMA3_PIECES.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a model folder or .gguf file (a path from `locate`); UserError if it is unusable."""
+    """The tokenizer of a model folder or .gguf file (a path from `locate`); UserError if it is unusable.
+
+    Of several chat templates it has the one named default; if none is, all of them, by name.
+    """
     path = Path(path)
-    if not path.is_dir():
-        return _gguf_tokenizer(path)
+    tokenizer = _folder_tokenizer(path) if path.is_dir() else _gguf_tokenizer(path)
+    if isinstance(tokenizer.chat_template, dict) and "default" in tokenizer.chat_template:
+        tokenizer.chat_template = tokenizer.chat_template["default"]
+    return tokenizer
+
+
+def _folder_tokenizer(folder: Path) -> Tokenizer:
+    transformers = _transformers()
     try:
-        return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} has no usable tokenizer ({reason}): put its tokenizer.json there") from error
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of many kinds: of any key in config.json that it does not like, too
+        if (folder / "tokenizer.json").is_file():
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                return transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        raise UserError(
+            f"{folder} has no usable tokenizer ({first_line(error)}): put the model's own tokenizer.json and "
+            "tokenizer_config.json there"
+        ) from error
 
 
 def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
@@ -57,16 +78,76 @@ def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def stop_token_ids(tokenizer: Tokenizer, checkpoint_path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """The ids that end an answer, ascending: the tokenizer's and the checkpoint's."""
+    """The ids that end an answer, ascending: the tokenizer's and the checkpoint's, and what closes a turn.
+
+    The checkpoint's are generation_config.json's, or config.json's if that one has none; a GGUF file's eos, eot and
+    eom. A turn is closed by tokens that are known by their names, and by the one that the chat template writes behind
+    an answer. UserError for an id that is no whole number.
+    """
     path = Path(checkpoint_path)
-    named: list[Any] = [tokenizer.eos_token_id]
+    ends = _end_ids(tokenizer.eos_token_id, f"{path}: the tokenizer's eos_token_id")
     if path.is_file():
         metadata, _ = read_gguf(path)
-        named += [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    elif (path / "generation_config.json").is_file():
-        eos = read_json(path / "generation_config.json").get("eos_token_id")
-        named += eos if isinstance(eos, list) else [eos]
-    return tuple(sorted({token_id for token_id in named if token_id is not None}))
+        for name in ("eos", "eot", "eom"):
+            key = f"tokenizer.ggml.{name}_token_id"
+            ends |= _end_ids(metadata.get(key), f"{path}: {key}")
+    else:
+        for name in ("generation_config.json", "config.json"):
+            config = read_json(path / name) if (path / name).is_file() else {}
+            nested = config.get("text_config")
+            named = config.get("eos_token_id", nested.get("eos_token_id") if isinstance(nested, dict) else None)
+            if named is not None:
+                ends |= _end_ids(named, f"{path / name}: eos_token_id")
+                break
+    return tuple(sorted(ends | _turn_ends(tokenizer)))
+
+
+def _end_ids(value: Any, where: str) -> set[int]:
+    """The ids that a file names; -1 and others that no token has stand for none."""
+    ids = value if isinstance(value, list) else [value]
+    if any(isinstance(token, bool) or not isinstance(token, int | None) for token in ids):
+        raise UserError(f"{where} is {value!r}: give a token id, a whole number, or a list of them")
+    return {token for token in ids if token is not None and 0 <= token < 2**31}
+
+
+def _turn_ends(tokenizer: Tokenizer) -> set[int]:
+    """The ids of the tokens that close a turn."""
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in TURN_ENDS}
+    there = {name: id for name, id in ids.items() if id is not None and tokenizer.convert_ids_to_tokens(id) == name}
+    try:
+        text = _render(tokenizer, [_said("user", "Hi"), _said("assistant", _SENTINEL)], add_generation_prompt=False)
+    except UserError:
+        text = ""
+    behind = text.rpartition(_SENTINEL)[2].lstrip() if _SENTINEL in text else ""
+    special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if found := max((content for content in special if behind.startswith(content)), key=len, default=""):
+        there[found] = special[found]
+    if "<|return|>" in there:
+        there.pop("<|end|>", None)  # closes a message there, of which an answer has several
+    return set(there.values())
+
+
+def _said(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a plain text, with one BOS where the tokenizer adds it, also if the text brings its own."""
+    ids = tokenizer.encode(text)
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        own = tokenizer.encode(text, add_special_tokens=False)
+        if len(own) < len(ids) and own[0] == tokenizer.bos_token_id:
+            return ids[1:]
+    return ids
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
+    """Raises UserError with `name` for a token that the embedding lacks, e.g. one added to the tokenizer alone."""
+    if ids and (largest := max(ids)) >= vocab_size:
+        raise UserError(
+            f"{name} holds token {largest}, but the target has {vocab_size}: leave its text out, or take the tokenizer "
+            "that the target was trained with"
+        )
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
@@ -79,8 +160,8 @@ def user_header_ids(tokenizer: Tokenizer) -> list[int]:
 
     They include the template's default system prompt, without which prompts that the target generates are poor.
     """
-    text = _render(tokenizer, [{"role": "user", "content": _USER_TEXT}], add_generation_prompt=False)
-    header, found, _ = text.partition(_USER_TEXT)
+    text = _render(tokenizer, [_said("user", _SENTINEL)], add_generation_prompt=False)
+    header, found, _ = text.partition(_SENTINEL)
     if not found:
         raise UserError("chat template without the user's text: use a template that keeps messages as they are")
     # A space at the end ("USER: ") belongs to the first token of the word to come.
@@ -98,7 +179,8 @@ def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[
 
 def marks_answers(tokenizer: Tokenizer) -> bool:
     """Whether the chat template marks answers by {% generation %}."""
-    return bool(tokenizer.chat_template and _MARKER.search(tokenizer.chat_template))
+    template = tokenizer.chat_template
+    return isinstance(template, str) and _MARKER.search(template) is not None
 
 
 def prefix_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
@@ -161,8 +243,16 @@ def render_chats(
     tokenizer: Tokenizer, chats: Sequence[Sequence[Message]], add_generation_prompt: bool = False
 ) -> list[str]:
     """The texts of conversations under the chat template; UserError if there is none, or it refuses one of them."""
-    if not tokenizer.chat_template:
+    template = tokenizer.chat_template
+    if isinstance(template, dict) and template:
+        raise UserError(
+            f"the tokenizer's chat templates are named {', '.join(map(str, template))}, none of them default: "
+            "name one so, or add chat_template.jinja"
+        )
+    if not template:
         raise UserError("the tokenizer has no chat template: use an instruct model or add chat_template.jinja")
+    if not isinstance(template, str):
+        raise UserError(f"the tokenizer's chat template is a {type(template).__name__}: give a text")
     if not chats:
         return []
     texts: Any
@@ -172,7 +262,7 @@ def render_chats(
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
-    return list(texts)
+    return [check_text(text, "the conversation") for text in texts]
 
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -181,13 +271,13 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pr
 
 @contextlib.contextmanager
 def template_errors() -> Iterator[None]:
-    """A context that raises a chat template's errors as UserError."""
+    """A context that raises a chat template's errors, and those of the values that it works on, as UserError."""
     from jinja2 import TemplateError
 
     try:
         yield
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses this conversation: {error}") from error
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"the chat template refuses this conversation: {first_line(error)}") from error
 
 
 def _transformers() -> Any:
@@ -200,10 +290,19 @@ def _transformers() -> Any:
 
 def _gguf_tokenizer(path: Path) -> Tokenizer:
     """The byte-level BPE tokenizer that a GGUF file describes, special tokens and chat template included."""
+    metadata, _ = read_gguf(path)
+    try:
+        return _byte_level_bpe(path, metadata)
+    except UserError:
+        raise
+    except Exception as error:  # of what the fields may hold instead; tokenizers raises no other kind
+        raise UserError(f"{path} has a damaged tokenizer ({first_line(error)}): download it again") from error
+
+
+def _byte_level_bpe(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     import tokenizers
     from tokenizers import AddedToken, decoders, models, normalizers, processors
 
-    metadata, _ = read_gguf(path)
     fields = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     if fields.get("model") != "gpt2" or "tokens" not in fields or "merges" not in fields:
         raise UserError(
@@ -232,12 +331,11 @@ def _gguf_tokenizer(path: Path) -> Tokenizer:
                 if token_kind == kind
             ]
         )
-    names = {
-        f"{name}_token": tokens[fields[f"{key}_token_id"]]
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if f"{key}_token_id" in fields
-    }
-    if fields.get("add_bos_token") and "bos_token" in names:
+    # A number that no token has (often -1, read as unsigned) stands for none.
+    named = {name: fields.get(f"{key}_token_id") for name, key in _NAMED.items()}
+    names = {f"{name}_token": tokens[id] for name, id in named.items() if isinstance(id, int) and 0 <= id < len(tokens)}
+    # llama.cpp's default: of its byte-level tokenizers, Llama 3's alone adds it.
+    if fields.get("add_bos_token", pre in _LLAMA3_NAMES) and "bos_token" in names:
         bos = names["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fields["bos_token_id"])]

@@ -38,7 +38,7 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, in_bucket, write_file
 from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
-from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
+from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
 from fasteagle_jax.training.config import (
     RunConfig,
@@ -480,7 +480,9 @@ class _Evaluation:
         tokenizer = load_tokenizer(loaded.checkpoint.path)
         self._stop = stop_token_ids(tokenizer, loaded.checkpoint.path)
         for prompt in read_prompts(self._choice.prompts, self._choice.limit):
-            self._prompts.append(encode_chat(tokenizer, [{"role": "user", "content": prompt.turns[0]}]))
+            tokens = encode_chat(tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+            check_ids(tokens, loaded.model.config.vocab_size, f"prompt {prompt.id}")
+            self._prompts.append(tokens)
 
     def __call__(self, params: Any) -> dict[str, Any]:
         result: dict[str, Any] = {}

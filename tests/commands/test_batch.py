@@ -26,9 +26,12 @@ from fasteagle_jax import Engine, SamplingParams
 from fasteagle_jax.commands import batch
 from fasteagle_jax.commands.batch import main
 from fasteagle_jax.data.shares import Share
-from fasteagle_jax.engine.batch_records import AnswerFile
-from fasteagle_jax.engine.batch_requests import BatchRequest, Refusal, read_requests
+from fasteagle_jax.engine.batch_records import AnswerFile, answer_record
+from fasteagle_jax.engine.batch_requests import BatchRequest, Line, Refusal, read_requests
+from fasteagle_jax.engine.detokenizer import Detokenizer
+from fasteagle_jax.engine.requests import Completion, RequestStatistics
 from tests.tiny_folder import make_target
+from tests.tiny_tokenizer import metaspace_tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -177,6 +180,26 @@ def test_openai_records_have_openais_shape(run, tmp_path):
     assert [choice["logprobs"] for choice in two["response"]["body"]["choices"]] == [None, None]
 
 
+def test_log_probabilities_show_each_token_where_it_stands_in_the_text():
+    tokenizer = metaspace_tokenizer()  # whose decoder drops the first space of a text
+    prompt = tokenizer.encode("sky")
+    tokens = tuple(tokenizer.convert_tokens_to_ids(["▁blue", "▁is", "<0xC3>", "<0xA9>", "!", "</s>"]))
+    took = RequestStatistics(5, (), 0.1)
+    completion = Completion(0, 0, 2, " blue isé!", tokens, (0,) * 6, "stop", None, (-0.5,) * 6, took)
+
+    def choice(url):
+        request = BatchRequest(Line(1, id="a"), prompt, SamplingParams(logprobs=True), url)
+        record = answer_record(request, prompt, [completion], Detokenizer(tokenizer), "target")
+        return record["response"]["body"]["choices"][0]
+
+    text = choice(TEXT)["logprobs"]
+    assert text["tokens"] == [" blue", " is", "\ufffd", "\ufffd", "!", "</s>"]
+    assert text["text_offset"] == [0, 5, 8, 8, 9, 10]
+    chat = choice(CHAT)["logprobs"]["content"]
+    assert [token["token"] for token in chat] == text["tokens"]
+    assert [token["bytes"] and bytes(token["bytes"]) for token in chat][1:4] == [b" is", None, None]
+
+
 def test_simple_records_are_flat_and_carry_the_id_or_the_line(run, tmp_path):
     source = write(
         tmp_path / "in.jsonl",
@@ -266,7 +289,7 @@ def test_fields_become_params():
         "ignore_eos": True,
         "logprobs": True,
         "seed": None,
-        "n": 2,
+        "n": 2.0,
     }
     for request in parse(openai("a", **line), {"prompt": "x"} | line):
         params = dict(max_new_tokens=5, stop=("x",), stop_token_ids=(3,), temperature=2.0, ignore_eos=True)
@@ -370,6 +393,8 @@ BAD = [  # a line, the code of its error, what the error says
     (openai("x", messages=None), "invalid_value", "body.messages is missing"),
     (messages(role="robot"), "invalid_value", 'messages[0].role is "robot"'),
     (messages(content=None), "invalid_value", "messages[0].content is null"),
+    (messages(content=7), "invalid_value", "messages[0].content is 7"),
+    (messages(content=[{"type": "text"}]), "invalid_value", "messages[0].content[0].text is null"),
     ({"messages": ["a"]}, "invalid_value", "messages[0] is a text"),
     ({"prompt": ""}, "invalid_prompt", 'prompt is ""'),
     ({"prompt": []}, "invalid_prompt", "prompt is []"),
@@ -382,6 +407,7 @@ BAD_FOR_THE_ENGINE = [
     ({"prompt": [10**9]}, "invalid_prompt", "the prompt holds 1000000000: give token ids below 259"),
     ({"messages": [{"role": "tool", "content": "7"}]}, "invalid_prompt", "the chat template refuses"),
     ({"prompt": "a", "stop_token_ids": list(range(16))}, "invalid_prompt", "17 stop tokens"),
+    ({"prompt": "a", "stop": "x<|im_end|>"}, "invalid_prompt", "give its id, 258, as one of stop_token_ids"),
 ]
 
 

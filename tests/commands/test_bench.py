@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fasteagle_jax.bench import progress, runner
 from fasteagle_jax.bench.acceptance import Answer, Case, Counts, repeats
 from fasteagle_jax.bench.decoders import DecoderSpec, parse_decoders, read_tasks
 from fasteagle_jax.bench.figures import show
+from fasteagle_jax.bench.prompts import check_fits
 from fasteagle_jax.bench.runner import MEAN, Comparison, Measured, Result, Run, means
 from fasteagle_jax.bench.sweeps import ablation
 from fasteagle_jax.commands.bench import main
@@ -20,6 +22,7 @@ from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion
+from fasteagle_jax.errors import UserError
 
 
 @pytest.fixture
@@ -270,6 +273,15 @@ def test_a_table_shows_names_as_they_are(capsys):
     assert "[/b] of [red]" in (said := capsys.readouterr().out) and "drafter [x]" in said
 
 
+def test_a_prompt_with_a_token_that_the_embedding_lacks_is_named():
+    target = SimpleNamespace(vocab_size=259, max_positions=10)
+    check_fits(target, "sums/0", [1, 258], 8)
+    with pytest.raises(UserError, match="^prompt sums/0 holds token 259, but the target has 259: "):
+        check_fits(target, "sums/0", [1, 259], 8)
+    with pytest.raises(UserError, match="^prompt sums/0 has 2 tokens, which with 9 new ones exceed"):
+        check_fits(target, "sums/0", [1, 258], 9)
+
+
 def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, talkative, tasks, tmp_path):
     models = ["--target", target_folder, "--drafters", f"a={drafter_folder}"]
     given = [*models, "--tasks", "sums", "--prompts-folder", tasks]
@@ -326,6 +338,6 @@ def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, talkati
     bad.write_text('{"turns": ["Hi."]}\n{"turns": \n')
     assert f"{bad}:2: not JSON" in complaint(main, *given, "--tasks", "bad")
     bad.write_text('{"turns": ["Hi."]}\n{"turns": [3]}\n')
-    assert f"{bad}:2: turns[0] is a int" in complaint(main, *given, "--tasks", "bad")
+    assert f"{bad}:2: turns[0] is 3: give a text" in complaint(main, *given, "--tasks", "bad")
     bad.write_text("")
     assert "no prompt in" in complaint(main, *given, "--tasks", "bad")

@@ -9,6 +9,8 @@ import pytest
 from fasteagle_jax.commands import generate
 from fasteagle_jax.commands.chat import main
 from fasteagle_jax.engine.engine import Engine
+from fasteagle_jax.targets.tokenizer import load_tokenizer
+from tests.tiny_folder import make_target
 
 
 @pytest.fixture
@@ -79,6 +81,19 @@ def test_a_conversation_that_is_full_says_what_to_do_and_goes_on(chat, asked):
     assert "the conversation has reached --max-len 70: /reset begins a new one\n" in said
 
 
+def test_a_line_that_the_target_has_no_token_for_is_told_and_the_conversation_goes_on(chat, asked, monkeypatch):
+    def with_pad(path):
+        tokenizer = load_tokenizer(path)
+        tokenizer.add_tokens(["[PAD]"])
+        return tokenizer
+
+    monkeypatch.setattr("fasteagle_jax.engine.engine.load_tokenizer", with_pad)
+    _, said = chat(["Hi?", "a [PAD] b", "half \udc3d", "And?"])
+    assert len(asked) == 2 and "Hi?" in asked[1] and "And?" in asked[1]
+    assert said.count("the conversation holds token 259, but the target has 259") == 1
+    assert said.count("the conversation: message 2: its content is no text") == 1
+
+
 def test_an_interrupted_answer_stays_said_as_far_as_it_came(chat, asked, monkeypatch):
     stream = Engine.stream_pieces
     interrupted_after = iter([6, 0])
@@ -146,5 +161,7 @@ def test_mistakes_are_one_line(complaint, talkative, tmp_path, monkeypatch):
     assert "temperature is -1.0" in complaint(main, *given, "--temperature", -1)
     assert "tree 'oak' is not known" in complaint(main, *given, "--tree", "oak:3")
     assert "no folder" in complaint(main, *given, "--drafter", tmp_path / "nowhere")
+    assert "--system is no text" in complaint(main, *given, "--system", "half \ud83d")
+    assert "no chat template" in complaint(main, "--target", make_target(tmp_path / "target", chat_template=None))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
     assert "the input is not utf-8 text" in complaint(main, *given)

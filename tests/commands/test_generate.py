@@ -142,6 +142,19 @@ def test_an_answer_ends_before_a_stop_text(generate, talkative, tmp_path):
     assert record["stopped"] == [True] and len(record["tokens"][0]) < 40
 
 
+def test_an_answer_ends_at_a_stop_token_which_is_not_printed(generate, talkative, tmp_path):
+    given = ["--target", talkative[0], "--prompt", "Hi?", "--max-new", 12, "--temperature", 1]
+    output = tmp_path / "all.jsonl"
+    generate(*given, "--output", output)
+    (tokens,) = json.loads(output.read_text())["tokens"]
+    at = next(i for i, token in enumerate(tokens) if i and token not in tokens[:i])
+    generate(*given, "--stop-token-ids", 258, tokens[at], "--output", tmp_path / "ended.jsonl")
+    ended = json.loads((tmp_path / "ended.jsonl").read_text())
+    assert (ended["tokens"], ended["stopped"]) == ([tokens[: at + 1]], [True])
+    text = load_tokenizer(talkative[0]).decode(tokens[:at])
+    assert ended["messages"][1]["content"] == text
+
+
 def test_min_p_of_1_leaves_the_most_probable_token_alone(generate):
     asked = ["--prompt", "Why?", "--prompt", "When?"]
     assert generate(*asked, "--min-p", 1)[0] == generate(*asked, "--temperature", 0)[0] != generate(*asked)[0]
@@ -230,6 +243,15 @@ def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, prompts
     assert "mesh '2x4' is not understood: write data,fsdp,tensor" in complaint(main, *given, "--mesh", "2x4")
     assert "does not fit 8 devices" in complaint(main, *given, "--mesh", "1,1,2")
     assert "slots is 1, which data 8 of the mesh does not" in complaint(main, *given, "--mesh", "8,1,1")
+
+
+def test_texts_of_the_command_line_that_are_none_are_one_line(complaint, target_folder):
+    given = ["--target", target_folder, "--prompt", "a"]
+    assert "prompt-2: message 0: its content is no text" in complaint(main, *given, "--prompt", "half \ud83d")
+    assert "is no text" in complaint(main, *given, "--stop", "half \ud83d")
+    assert "stop_token_ids" in complaint(main, *given, "--stop", "a<|im_end|>")
+    assert "stop_token_ids is" in complaint(main, *given, "--stop-token-ids", 3, 2**31)
+    assert "'-1'" in complaint(main, *given, "--stop-token-ids", -1)
 
 
 def test_a_corrupt_prompt_is_named_by_file_and_line(complaint, target_folder, tmp_path):

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fasteagle_jax.commands.import_drafter import main
+from fasteagle_jax.commands.import_drafter import _LAYERS as LAYERS
+from fasteagle_jax.commands.import_drafter import _feature_layers, main
 from fasteagle_jax.drafters.eagle3 import Eagle3
-from fasteagle_jax.drafters.files import load_drafter, save_drafter
+from fasteagle_jax.drafters.files import draft_vocabulary_ids, load_drafter, save_drafter
 from fasteagle_jax.drafters.table import default_config
+from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.loading import load_target
 
@@ -106,7 +108,11 @@ def test_what_is_written_has_the_keys_of_a_published_drafter(drafter, tensors, t
 
 def test_a_drafter_of_the_whole_vocabulary_may_bring_a_map_of_zeros(tensors, target_folder, tmp_path):
     source = published(tmp_path / "source", SIZES)
-    whole = {"lm_head.weight": np.ones((259, 16), np.float32), "d2t": np.zeros(259, np.int64)}
+    whole = {
+        "lm_head.weight": np.ones((259, 16), np.float32),
+        "d2t": np.zeros(259, np.int64),
+        "t2d": np.ones(259, bool),
+    }
     save_file(tensors | whole, source / "model.safetensors")
     argv = ["--source", source, "--target", target_folder, "--output", tmp_path / "imported"]
     assert main([str(word) for word in argv]) == 0
@@ -117,6 +123,70 @@ def test_a_drafter_of_the_whole_vocabulary_may_bring_a_map_of_zeros(tensors, tar
 def test_the_mask_of_the_vocabulary_agrees_with_the_offsets(tensors):
     assert tensors["d2t"].dtype == np.int64 and tensors["t2d"].dtype == bool
     np.testing.assert_array_equal(np.flatnonzero(tensors["t2d"]), np.arange(len(IDS)) + tensors["d2t"])
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "told"),
+    [
+        ({LAYERS: [2, 6, 9]}, (2, 6, 9), ""),
+        ({"transformer_layer_config": {LAYERS: [0, 3, 7]}}, (0, 3, 7), ""),
+        ({"eagle_config": {LAYERS: [0, 3, 7]}}, (1, 4, 8), ""),
+        ({"eagle_config": {LAYERS: [1, 5, 8]}, LAYERS: [2, 6, 9]}, (2, 6, 9), ""),
+        ({LAYERS: [1, 5, 8]}, (2, 6, 9), "taken as counted by outputs, before layers (2, 6, 9)"),
+        ({LAYERS: [0, 3, 6, 9]}, (0, 3, 6, 9), ""),
+        ({LAYERS: [1, 5, 8], "feature_layers": [1, 5, 8]}, (1, 5, 8), ""),
+        ({}, None, "has no eagle_aux_hidden_state_layer_ids: taken as EAGLE-3's own"),
+    ],
+    ids=str,
+)
+def test_every_spelling_of_the_layers_is_taken_rightly_and_told_when_guessed(config, layers, told):
+    found, guess = _feature_layers(config, 12)
+    assert found == layers
+    assert told in guess and bool(told) == bool(guess)
+
+
+def test_layers_that_contradict_or_are_none_are_refused():
+    for config, says in (
+        ({LAYERS: [2, 6, 9], "eagle_config": {LAYERS: [2, 6, 9]}}, r"before \(2, 6, 9\) by .* before \(3, 7, 10\) by"),
+        ({LAYERS: []}, "is \\[\\]: give a list"),
+        ({LAYERS: "2,6,9"}, "is '2,6,9': give a list"),
+        ({LAYERS: [2, 6.5]}, "is .2, 6.5.: give a list"),
+    ):
+        with pytest.raises(UserError, match=says):
+            _feature_layers(config, 12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(d2t=np.zeros(3, np.int64) - [0, 1, 2]), "d2t maps row 1 to token 0"),
+        (dict(d2t=np.array([0, 3, 1])), "d2t maps row 2 to token 3"),
+        (dict(d2t=np.array([-1, 0, 0])), "d2t maps row 0 to token -1"),
+        (dict(d2t=np.array([0, 0, 7])), "guesses tokens up to 9, the target has 9"),
+        (dict(d2t=np.array([0.0, 1, 2])), "d2t is float64"),
+        (dict(d2t=np.array([0, 1, 2]), t2d=np.arange(9) < 3), "t2d and d2t disagree on token 1"),
+        (dict(d2t=np.array([0, 1, 2]), t2d=np.ones(8, bool)), "t2d is of .8,. tokens, the target has 9"),
+    ],
+)
+def test_a_map_that_is_not_increasing_ids_is_refused_by_its_first_bad_row(changes, says):
+    with pytest.raises(UserError, match=f"^there: .*{says}"):
+        draft_vocabulary_ids(changes, 9, "there")
+    assert draft_vocabulary_ids(dict(d2t=np.array([0, 1, 2])), 9, "x").tolist() == [0, 2, 4]
+
+
+def test_copies_of_the_targets_tensors_are_left_out_if_they_are_equal(tensors, target_folder, tmp_path, complaint):
+    of_target = load_file(target_folder / "model.safetensors")
+    head, norm = of_target["lm_head.weight"], of_target["model.norm.weight"]
+    for i, copies in enumerate(({"verifier_lm_head.weight": head}, {"verifier_lm_head.weight": head[IDS]})):
+        source = published(tmp_path / f"source{i}", SIZES)
+        save_file(tensors | copies | {"verifier_norm.weight": norm}, source / "model.safetensors")
+        argv = ["--source", source, "--target", target_folder, "--output", tmp_path / f"imported{i}"]
+        assert main([str(word) for word in argv]) == 0
+    other = published(tmp_path / "other", SIZES)
+    for name, value in (("verifier_lm_head.weight", head + 1), ("verifier_norm.weight", norm[:8])):
+        save_file(tensors | {name: value}, other / "model.safetensors")
+        argv = ["--source", other, "--target", target_folder, "--output", tmp_path / "out"]
+        assert f"{name} is not the target's" in complaint(main, *argv).splitlines()[-1]
 
 
 @pytest.mark.real
@@ -140,6 +210,15 @@ def test_mistakes_are_one_line(complaint, tensors, target_folder, tmp_path):
     normed = published(tmp_path / "normed", {"transformer_layer_config": SIZES, "norm_before_residual": True})
     save_file(tensors, normed / "model.safetensors")
     assert "norm_before_residual, which is not supported" in complaint(main, "--source", normed, *given)
+    for name, config in {
+        "norm_before_residual,": SIZES | {"eagle_config": {"norm_before_residual": True}},
+        "hidden_act 'gelu'": SIZES | {"hidden_act": "gelu"},
+        "quantization_config": {"transformer_layer_config": SIZES, "quantization_config": {"quant_method": "fp8"}},
+        "2 layers": SIZES | {"num_hidden_layers": 2},
+        "eagle_config is 7": SIZES | {"eagle_config": 7},
+    }.items():
+        (normed / "config.json").write_text(json.dumps(config))
+        assert name in complaint(main, "--source", normed, *given)
     larger = published(tmp_path / "larger", SIZES)
     save_file(tensors | {"d2t": tensors["d2t"] + 259}, larger / "model.safetensors")
     assert f"guesses tokens up to {max(IDS) + 259}, the target has 259" in complaint(main, "--source", larger, *given)

@@ -15,6 +15,7 @@ from fasteagle_jax.data.shares import Share
 from fasteagle_jax.data.sources import HeldOut
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import SamplingParams
+from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, user_header_ids
 from tests.tiny_folder import CHAT_TEMPLATE, make_target
 
@@ -23,6 +24,9 @@ MARKED = (
     "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>"
     "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nhm {% endif %}"
 )
+
+
+HI = {"role": "user", "content": "Hi?"}
 
 
 @pytest.fixture
@@ -101,7 +105,7 @@ def test_a_loop_is_cut_where_its_second_copy_begins(seed):
 
 def test_a_dialogue_ends_with_the_answer_that_loops(target_folder):
     """The next turn is not asked, since the loop would stand in the context of all later answers."""
-    rules = Rules(load_tokenizer(target_folder), [], 512, False, False, HeldOut([]))
+    rules = Rules(load_tokenizer(target_folder), [], 259, 512, False, False, HeldOut([]))
     dialogue = rules.start(0, Sample("a", ["Hello?", "And?", "So?"]))
     first = [*range(3, 30), load_tokenizer(target_folder).eos_token_id]
     dialogue = rules.add_answer(dialogue, first, True)
@@ -111,6 +115,19 @@ def test_a_dialogue_ends_with_the_answer_that_loops(target_folder):
     assert conversation.tokens[asked:].tolist() == [*range(3, 23), 5, 6, 7]
     at_once = rules.add_answer(rules.start(0, Sample("b", ["Hello?"])), [4] * 60, False)
     assert at_once == "looping answers"
+
+
+def test_a_token_that_the_embedding_lacks_is_named_with_its_sample(target_folder):
+    tokenizer = load_tokenizer(target_folder)
+    tokenizer.add_tokens(["[PAD]"])  # 259
+    rules = Rules(tokenizer, [], 259, 512, False, False, HeldOut([]))
+    asked, said = ({"role": role, "content": "a [PAD] b"} for role in ("user", "assistant"))
+    for sample in (Sample("a", ["a [PAD]"]), Sample("a", None, [asked, said]), Sample("a", None, [HI, said])):
+        with pytest.raises(UserError, match="^sample a holds token 259, but the target has 259: "):
+            rules.start(0, sample)
+    dialogue = rules.start(0, Sample("a", ["Hi?", "a [PAD]"]))
+    with pytest.raises(UserError, match="^turn 1 of the dialogue that begins 'Hi.' holds token 259"):
+        rules.add_answer(dialogue, [1, 2, 3, 258], True)
 
 
 def test_answers_do_not_depend_on_the_batch_they_are_made_in(prepare):

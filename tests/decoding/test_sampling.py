@@ -243,6 +243,25 @@ def test_an_unknown_field_is_a_user_error_that_lists_what_there_is():
         make_sampling(2, top_a=0.5)
 
 
+def test_every_temperature_that_is_let_in_gives_a_number_and_the_smallest_the_greedy_token():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(0, 30, (1, 64, 50)), jnp.float32)
+    # Two largest that differ in their last bit, the larger one behind: what overflow, or a quotient, would confuse.
+    largest = np.asarray(logits).max(axis=-1)
+    logits = logits.at[..., 30].set(largest + 1).at[..., 40].set(np.nextafter(largest + 1, np.float32(np.inf)))
+    positions = jnp.arange(64)[None]
+    temperatures = [0, 5e-324, 1e-45, 2e-38, 1e-30, 1e-20, 1e-10, 9.9e-6]
+    choose = jax.jit(library.choose)
+    for top_p in (1.0, 0.5):
+        for temperature in temperatures:
+            chosen = choose(logits, positions, make_sampling(1, temperature, top_p=top_p, seed=3))
+            assert (np.asarray(chosen) == 40).all(), temperature
+    assert len(set(np.asarray(choose(logits, positions, make_sampling(1, 1e30, seed=3))).ravel().tolist())) > 20
+    for bad in (1e31, math.inf, math.nan, -1e-45):
+        with pytest.raises(UserError, match="it must be 0 or more, at most 1e30"):
+            make_sampling(1, bad)
+
+
 def test_one_value_serves_all_rows_and_a_list_each_its_own():
     sampling = make_sampling(2, 0.5, top_k=[0, 3], top_p=0.9, seed=[1, MAX_SEED], min_p=0.25)
     expected = ([0.5, 0.5], [0, 3], [0.9, 0.9], [0.25, 0.25], [1, MAX_SEED])

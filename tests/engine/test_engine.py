@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import random
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from tiny_folder import make_target
+from tiny_tokenizer import metaspace_tokenizer
 
 from fasteagle_jax import Completion, Engine, SamplingParams, UserError
 from fasteagle_jax.data.conversations import Conversation
@@ -31,7 +34,7 @@ from fasteagle_jax.devices.memory import bytes_of
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.engine import slots
-from fasteagle_jax.engine.detokenizer import decode
+from fasteagle_jax.engine.engine import _prompts
 from fasteagle_jax.engine.requests import Piece, sample_seed
 from fasteagle_jax.engine.sizes import prompt_buckets, row_counts
 from fasteagle_jax.targets.loading import load_target
@@ -158,16 +161,24 @@ class Expected:
     finish_reason: str
 
 
-def cut(tokenizer, tokens: list[int], params: SamplingParams, stop_tokens: tuple[int, ...]) -> Expected:
+def read(tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """What the tokens add to the text of the whole prompt."""
+    before, text = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in ([*prompt], [*prompt, *tokens]))
+    return text[len(os.path.commonprefix([before, text])) :]
+
+
+def cut(
+    tokenizer, prompt: list[int], tokens: list[int], params: SamplingParams, stop_tokens: tuple[int, ...]
+) -> Expected:
     """The answer up to the token with which the text, whole characters only, first holds a stop string."""
-    for i in range(1, len(tokens) + 1):
-        text = decode(tokenizer, tokens[:i])
-        if i < len(tokens) or tokens[-1] not in tokenizer.all_special_ids:
-            text = text.rstrip("\ufffd") if text.endswith("\ufffd") else text
+    by_token = tokens[-1] in stop_tokens
+    said = tokens[:-1] if by_token else tokens
+    for i in range(1, len(said) + 1):
+        text = read(tokenizer, prompt, said[:i]).rstrip("\ufffd")
         found = [text.index(stop) for stop in params.stop if stop in text]
         if found:
             return Expected(tokens[:i], text[: min(found)], "stop")
-    return Expected(tokens, decode(tokenizer, tokens), "stop" if tokens[-1] in stop_tokens else "length")
+    return Expected(tokens, read(tokenizer, prompt, said), "stop" if by_token else "length")
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +193,7 @@ def expected(say, requests, tokenizer) -> dict[tuple[int, int], Expected]:
         stop_tokens = (*params.stop_token_ids, *(() if params.ignore_eos else (tokenizer.eos_token_id,)))
         for sample in range(params.n):
             tokens = say(prompt, params, sample, stop_tokens)
-            answers[i, sample] = cut(tokenizer, tokens, params, stop_tokens)
+            answers[i, sample] = cut(tokenizer, prompt, tokens, params, stop_tokens)
     reasons = [answer.finish_reason for answer in answers.values()]
     assert min(reasons.count("stop"), reasons.count("length")) > 40  # both are at stake
     return answers
@@ -342,6 +353,65 @@ def test_streamed_pieces_are_whole_characters_and_add_up_to_the_text(target, dra
     assert list(engine.stream("häß", params)) == [piece.text for piece in pieces if piece.text]
 
 
+def test_what_ends_an_answer_is_in_its_tokens_and_not_in_its_text(target, drafter, tokenizer):
+    engine = make_engine(target, drafter, tokenizer)
+    prompt = tokenizer.encode("sky")
+    going_on = SamplingParams(seed=2, max_new_tokens=MAX_NEW, ignore_eos=True)
+    (whole,) = engine.generate([prompt], going_on)
+    at = next(i for i, token in enumerate(whole.tokens) if i > 4 and token not in whole.tokens[:i])
+    end = whole.tokens[at]
+    ending = dataclasses.replace(going_on, stop_token_ids=[end])
+    for params in (ending, dataclasses.replace(ending, stop="zq")):  # with and without a stream's text
+        (made,) = engine.generate([prompt], params)
+        assert (made.tokens, made.finish_reason, made.stop_reason) == (whole.tokens[: at + 1], "stop", end)
+        assert made.text_tokens == made.tokens[:-1]
+        assert made.text == read(tokenizer, prompt, made.tokens[:-1])
+    pieces = list(engine.stream_pieces(prompt, ending))
+    assert "".join(piece.text for piece in pieces[:-1]) == pieces[-1].text == made.text
+    # The target's own end has no reason, unless it was asked for although those are ignored.
+    own = Engine(target, drafter, tokenizer, (end,), slots=4, max_len=MAX_LEN, tree="best_first:8", chunk=CHUNK)
+    for ignore_eos, reason in ((False, None), (True, end)):
+        (made,) = own.generate([prompt], dataclasses.replace(ending, ignore_eos=ignore_eos))
+        assert (made.tokens, made.stop_reason) == (whole.tokens[: at + 1], reason)
+
+
+def test_a_stop_string_that_the_last_flush_completes_is_the_reason(target, drafter, tokenizer):
+    engine = make_engine(target, drafter, tokenizer)
+    params = SamplingParams(seed=2, max_new_tokens=MAX_NEW, ignore_eos=True)
+    (whole,) = engine.generate([[1, 2]], params)
+    text = [read(tokenizer, [1, 2], whole.tokens[:n]) for n in range(1, len(whole.tokens) + 1)]
+    num = next(n for n, so_far in enumerate(text, 1) if so_far.count("\ufffd") == 1 and so_far.endswith("\ufffd"))
+    (made,) = engine.generate([[1, 2]], dataclasses.replace(params, max_new_tokens=num, stop="\ufffd"))
+    assert (made.text, made.finish_reason, made.stop_reason) == (text[num - 1][:-1], "stop", "\ufffd")
+
+
+def test_a_special_token_as_a_stop_string_ends_the_answer(target, drafter, tokenizer):
+    engine = make_engine(target, drafter, tokenizer)
+    params = SamplingParams(seed=3, max_new_tokens=MAX_NEW, ignore_eos=True, stop=["<|im_end|>", "zq"])
+    (request,) = engine.requests(0, [1, 2], params)
+    assert (request.stop_tokens, request.text._stop) == ((258,), ["zq"])
+    (request,) = engine.requests(0, [1, 2], dataclasses.replace(params, stop="<|endoftext|>", ignore_eos=False))
+    assert (request.stop_tokens, request.text) == ((256, 258), None)
+    with pytest.raises(UserError, match=r"prompt 7 has the stop string .*<\|im_end\|>: give its id, 258,") as caught:
+        engine.requests(7, [1, 2], dataclasses.replace(params, stop="<|im_end|>\n"))
+    assert "stop_token_ids" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_with_a_sentencepiece_tokenizer_prompt_and_text_are_the_text_of_all_tokens(target, drafter):
+    tokenizer = metaspace_tokenizer()
+    engine = make_engine(target, drafter, tokenizer)
+    params = SamplingParams(seed=5, max_new_tokens=MAX_NEW, ignore_eos=True)
+    prompt = tokenizer.encode("sky", add_special_tokens=False)
+    (whole,) = engine.generate([prompt], params)
+    at = next(i for i, token in enumerate(whole.tokens) if engine.detokenizer.token_text(token).startswith(" "))
+    for so_far in (prompt, [*prompt, *whole.tokens[:at]]):  # the second answer begins with a space
+        (made,) = engine.generate([so_far], dataclasses.replace(params, max_new_tokens=24))
+        (streamed,) = engine.generate([so_far], dataclasses.replace(params, max_new_tokens=24, stop="zq"))
+        before, both = engine.detokenizer.decode(so_far), engine.detokenizer.decode([*so_far, *made.tokens])
+        assert made.text == streamed.text == both.removeprefix(before)
+    assert made.text.startswith(" ") and made.tokens == whole.tokens[at : at + 24]
+
+
 # --- arguments --------------------------------------------------------------------------------------------------
 
 
@@ -392,11 +462,51 @@ def test_an_answer_ends_at_max_len(target, drafter, tokenizer):
         ([[1], [2]], [SamplingParams()], "1 sampling params for 2 prompts"),
         ([[{"role": "tool", "content": "x"}]], None, "prompt 0: the chat template refuses"),
         ([[1]], SamplingParams(stop_token_ids=tuple(range(16))), "prompt 0 has 17 stop tokens: give at most 16"),
+        (["ok", "half \ud83d"], None, r"prompt 1 is no text \(character 6 is half of one, '.ud83d'\)"),
+        ([[{"role": "user", "content": "half \ud83d"}]], None, "prompt 0: message 0: its content is no text"),
+        ([[{"role": "user \ud83d", "content": "a"}]], None, "prompt 0: the conversation is no text"),
+        ([{"role": "user", "content": None}], None, "prompt 0: message 0: its content is None: give a text"),
+        ([[{"role": "user", "content": 7}]], None, "prompt 0: message 0: its content is 7: give a text"),
+        ([[{"role": "user", "content": [{"type": "image_url"}]}]], None, "message 0: its content.0. is {'type'"),
+        ([[{"role": "user", "content": "a"}, "b"]], None, "prompt 0: message 1 is 'b': give an object"),
+        ([[{"content": "a"}]], None, "prompt 0: message 0 has the role None"),
+        ({"role": "user", "content": "a"}, None, "prompt 0 is {'role': 'user', 'content': 'a'}: give a text, token"),
+        ([[1], 7], None, "prompt 1 is 7: give a text"),
+        (["a", 7], None, "prompt 1 is 7: give a text, token ids or a list of messages"),
+        (None, None, "prompt 0 is None: give a text"),
+        (b"a", None, "prompt 0 is b'a': give a text"),
+        ([[1, True]], None, "prompt 0 holds True: give token ids below"),
+        ([[1, 1.5]], None, "prompt 0 holds 1.5: give token ids below"),
     ],
 )
 def test_prompts_that_cannot_be_answered_are_user_errors(target, tokenizer, prompts, sampling, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         make_engine(target, None, tokenizer).generate(prompts, sampling)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_that_the_embedding_lacks_is_refused_in_every_kind_of_prompt(target, folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["[PAD]"])  # 259
+    engine = make_engine(target, None, tokenizer)
+    talk = [{"role": "user", "content": "a [PAD] b"}]
+    for prompt in ("a [PAD] b", talk, tokenizer.encode("a [PAD] b")):
+        for ask in (engine.generate, lambda prompt: next(engine.stream(prompt))):
+            with pytest.raises(UserError, match="^prompt 0 holds (token )?259"):
+                ask(prompt)
+
+
+def test_prompts_come_in_every_shape_that_means_the_same(target, tokenizer):
+    engine = make_engine(target, None, tokenizer)
+    text = engine.tokens("Hello", "p")
+    for same in (list(text), np.array(text), jnp.array(text), [np.int64(token) for token in text], tuple(text)):
+        assert engine.tokens(same, "p") == text and all(type(token) is int for token in engine.tokens(same, "p"))
+    said = engine.tokens([{"role": "user", "content": "Hello"}], "p")
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    assert engine.tokens([{"role": "user", "content": parts}], "p") == said
+    for prompts, num in ((np.array([text, text]), 2), (np.array(text), 1), (jnp.array(text), 1), ([np.array(text)], 1)):
+        listed = _prompts(prompts)
+        assert [engine.tokens(prompt, "p") for prompt in listed] == [text] * num
 
 
 @pytest.mark.parametrize(
@@ -413,6 +523,18 @@ def test_prompts_that_cannot_be_answered_are_user_errors(target, tokenizer, prom
         (dict(seed="x"), "seed is 'x': give a number"),
         (dict(stop=[""]), "stop is"),
         (dict(stop_token_ids=["a"]), "stop_token_ids is"),
+        (dict(stop_token_ids=[True]), "stop_token_ids is"),
+        (dict(stop_token_ids=7), "stop_token_ids is 7"),
+        (dict(stop=7), "stop is 7"),
+        (dict(stop=["half \ud83d"]), "stop string .* is no text"),
+        (dict(seed=np.bool_(True)), "seed is True: give a number"),
+        (dict(seed=7.5), "seed is 7.5: it must be"),
+        (dict(top_p=np.float32(2)), "top_p is 2.0: it must be"),
+        (dict(temperature=10**400), "temperature is 1000"),
+        (dict(temperature=np.array([1.0, 2.0])), "temperature is array"),
+        (dict(temperature=None), "temperature is None: give a number"),
+        (dict(ignore_eos=1), "ignore_eos is 1: give True or False"),
+        (dict(logprobs=5), "logprobs is 5: give True or False"),
     ],
 )
 def test_bad_sampling_params_are_user_errors_that_name_the_value(bad, message):
@@ -432,6 +554,31 @@ def test_bad_sampling_params_are_user_errors_that_name_the_value(bad, message):
 def test_sizes_that_cannot_be_are_user_errors(target, drafter, tokenizer, bad, message):
     with pytest.raises(UserError, match=message):
         make_engine(target, drafter, tokenizer, **bad)
+
+
+def test_numbers_are_numbers_and_arrays_are_lists():
+    given = SamplingParams(
+        temperature=np.float32(0.5),
+        top_k=np.array(3),
+        top_p=jnp.float32(0.5),
+        min_p=0,
+        seed=np.int64(7),
+        max_new_tokens=12.0,
+        n=np.uint8(2),
+        stop=np.array(["a", "b"]),
+        stop_token_ids=np.array([5, 6]),
+        ignore_eos=np.bool_(True),
+        logprobs=None,
+    )
+    assert given == SamplingParams(
+        temperature=0.5, top_k=3, top_p=0.5, seed=7, max_new_tokens=12, n=2, stop=("a", "b"), stop_token_ids=(5, 6),
+        ignore_eos=True,
+    )  # fmt: skip
+    types = {name: type(value) for name, value in vars(given).items()}
+    assert types == {name: type(value) for name, value in vars(SamplingParams()).items()}
+    assert SamplingParams(stop="ab").stop == ("ab",) and SamplingParams(stop=None, stop_token_ids=None).stop == ()
+    seeds = {sample_seed(SamplingParams(seed=seed, n=3).seed, 2) for seed in (7, 7.0, np.uint32(7), jnp.int32(7))}
+    assert len(seeds) == 1
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ import gguf
 import numpy as np
 import pytest
 import regex
+from tiny_folder import make_target
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets import tokenizer as tok
+from fasteagle_jax.targets.chats import encode_chats
 from fasteagle_jax.targets.loading import locate
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -73,14 +75,16 @@ MERGES = [
 VOCAB = [*SPECIAL, *BYTES, *(merge.replace(" ", "") for merge in MERGES)]
 
 
-def write_gguf(path: Path, pre: str = "smollm", template: str | None = CHATML, **changes) -> Path:
+def write_gguf(
+    path: Path, pre: str = "smollm", template: str | None = CHATML, special: tuple[str, ...] = SPECIAL, **changes
+) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     fields = {"model": "gpt2", "eos_token_id": 2, "bos_token_id": 1, "add_bos_token": False} | changes
-    for key, value in fields.items():
+    for key, value in ((key, value) for key, value in fields.items() if value is not None):
         kind = {str: gguf.GGUFValueType.STRING, bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32}
         writer.add_key_value(f"tokenizer.ggml.{key}", value, kind[type(value)])
     writer.add_string("tokenizer.ggml.pre", pre)
-    writer.add_array("tokenizer.ggml.tokens", VOCAB)
+    writer.add_array("tokenizer.ggml.tokens", [*special, *VOCAB[len(SPECIAL) :]])
     writer.add_array("tokenizer.ggml.token_type", [3] * len(SPECIAL) + [1] * (len(VOCAB) - len(SPECIAL)))
     writer.add_array("tokenizer.ggml.merges", MERGES)
     if template is not None:
@@ -147,6 +151,24 @@ def test_a_bos_token_is_added_only_where_the_file_says_so_and_never_to_chats(tmp
     assert tok.encode_chat(with_bos, CONVERSATION) == tok.encode_chat(without, CONVERSATION)
 
 
+def test_without_a_word_on_it_bos_is_added_where_llama_cpp_adds_it(tmp_path):
+    for pre, adds in (("llama-bpe", True), ("smollm", False), ("gpt2", False)):
+        tokenizer = tok.load_tokenizer(write_gguf(tmp_path / "model.gguf", pre=pre, add_bos_token=None))
+        assert (tokenizer.encode("hello")[0] == 1) == adds
+
+
+def test_a_text_that_brings_its_own_bos_has_one(tmp_path, gguf_path):
+    with_bos = tok.load_tokenizer(write_gguf(tmp_path / "bos.gguf", add_bos_token=True))
+    without = tok.load_tokenizer(gguf_path)
+    hello = VOCAB.index("hello")
+    assert with_bos.encode("<|im_start|>hello") == [1, 1, hello]
+    for tokenizer in (with_bos, without):
+        assert tok.encode_text(tokenizer, "<|im_start|>hello") == [1, hello]
+        assert tok.encode_text(tokenizer, "hello") == tokenizer.encode("hello")
+        assert tok.encode_text(tokenizer, "") == tokenizer.encode("")
+    assert tok.encode_text(without, "<|im_start|><|im_start|>hello") == [1, 1, hello]  # it is added to nothing
+
+
 def test_a_folder_gives_the_tokenizer_that_was_saved_there(tmp_path, gguf_path):
     tokenizer = tok.load_tokenizer(gguf_path)
     tokenizer.save_pretrained(tmp_path)
@@ -172,6 +194,98 @@ def test_a_folder_without_a_tokenizer_is_a_user_error(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_target(tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_attention_heads": 3, "num_key_value_heads": 3}, {"torch_dtype": "floatx"}, {"layer_types": ["a"]}],
+    ids=str,
+)
+def test_keys_of_the_configuration_that_are_not_the_tokenizers_do_not_stop_it(folder, changes):
+    expected = tok.load_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+    tokenizer = tok.load_tokenizer(folder)
+    for text in (*TEXTS, "<|im_start|>a<|im_end|>"):
+        assert tokenizer.encode(text) == expected.encode(text)
+    assert tok.encode_chat(tokenizer, CONVERSATION) == tok.encode_chat(expected, CONVERSATION)
+    assert tokenizer.eos_token_id == expected.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", '{"version": "1.'),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "null"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"eos_token": ["a", "b"]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": 5}}'),
+    ],
+)
+def test_a_broken_tokenizer_file_is_one_line(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=f"{folder} has no usable tokenizer") as caught:
+        tok.load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": ["a"]},
+        {"tokens": 5},
+        {"merges": ["no such"]},
+        {"merges": [7]},
+        {"token_type": [3]},
+        {"tokens": [1, 2]},
+    ],
+    ids=str,
+)
+def test_a_broken_tokenizer_in_a_gguf_file_is_one_line(gguf_path, monkeypatch, changes):
+    metadata, tensors = tok.read_gguf(gguf_path)
+    metadata |= {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+    monkeypatch.setattr(tok, "read_gguf", lambda path: (metadata, tensors))
+    with pytest.raises(UserError, match="model.gguf has a damaged tokenizer") as caught:
+        tok.load_tokenizer(gguf_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_of_named_chat_templates_the_default_is_used_and_without_one_the_names_are_told(folder):
+    expected = tok.load_tokenizer(folder)
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+
+    def named(*templates: tuple[str, str]) -> None:
+        listed = [{"name": name, "template": template} for name, template in templates]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": listed}))
+
+    named(("default", expected.chat_template), ("tool_use", "tools"))
+    tokenizer = tok.load_tokenizer(folder)
+    assert tokenizer.chat_template == expected.chat_template
+    assert tok.assistant_spans(tokenizer, CONVERSATION) == tok.assistant_spans(expected, CONVERSATION)
+    named(("rag", "a"), ("tool_use", "b"))
+    tokenizer = tok.load_tokenizer(folder)
+    assert tok.stop_token_ids(tokenizer, folder) == (258,)
+    for use in (tok.encode_chat, tok.assistant_spans, tok.prefix_spans):
+        with pytest.raises(UserError, match="chat templates are named rag, tool_use, none of them default"):
+            use(tokenizer, CONVERSATION)
+    assert "named rag, tool_use" in str(encode_chats(tokenizer, [CONVERSATION])[0])
+    tokenizer.chat_template = 5
+    with pytest.raises(UserError, match="chat template is a int"):
+        tok.encode_chat(tokenizer, CONVERSATION)
+
+
+def test_a_token_that_the_embedding_lacks_is_named():
+    tok.check_ids([], 259, "prompt 1")
+    tok.check_ids([0, 258], 259, "prompt 1")
+    with pytest.raises(UserError, match="^prompt 1 holds token 259, but the target has 259: "):
+        tok.check_ids([3, 259, 4], 259, "prompt 1")
+
+
 # Stop tokens
 
 
@@ -183,6 +297,51 @@ def test_stop_tokens_come_from_the_tokenizer_and_from_beside_the_weights(tmp_pat
     for eos, expected in {"7": (2, 7), "[9, 2, 8]": (2, 8, 9), "null": (2,)}.items():
         (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
         assert tok.stop_token_ids(tokenizer, tmp_path) == expected
+
+
+def test_stop_tokens_of_a_folder_are_those_that_transformers_and_vllm_read(tmp_path, gguf_path):
+    tokenizer = tok.load_tokenizer(gguf_path)  # whose own are (2,)
+
+    def ends(config: object, generation: object = None) -> tuple[int, ...]:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "generation_config.json").unlink(missing_ok=True)
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        return tok.stop_token_ids(tokenizer, tmp_path)
+
+    assert ends({"eos_token_id": [258, 113]}) == (2, 113, 258)
+    assert ends({"text_config": {"eos_token_id": 9}}) == (2, 9)
+    assert ends({"eos_token_id": 7}, {"eos_token_id": [8]}) == (2, 8)
+    assert ends({"eos_token_id": 7}, {"temperature": 1}) == ends({"eos_token_id": 7}, {"eos_token_id": None}) == (2, 7)
+    assert ends({"eos_token_id": [-1, None, 2**31, 5]}) == (2, 5)
+    assert ends({"eos_token_id": 7}, {"eos_token_id": -1}) == (2,)
+    for wrong in ("</s>", [2, "7"], 7.0, True, {"a": 1}, [[7]]):
+        for files in (({"eos_token_id": wrong},), ({}, {"eos_token_id": wrong})):
+            with pytest.raises(UserError, match="config.json: eos_token_id is .*: give a token id") as caught:
+                ends(*files)
+            assert repr(wrong) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_control_tokens_that_close_a_turn_are_known_by_name_and_by_the_template(tmp_path):
+    def ends(template: str | None, special: tuple[str, ...] = SPECIAL, **changes: object) -> tuple[int, ...]:
+        path = write_gguf(tmp_path / "ends.gguf", template=template, special=special, **changes)
+        return tok.stop_token_ids(tok.load_tokenizer(path), path)
+
+    assert ends(None, eos_token_id=0) == ends(CHATML, eos_token_id=0) == (0, 2)
+    assert ends(None, ("</s>", "<|eot_id|>", "<|eom_id|>"), eos_token_id=0) == (0, 1, 2)
+    assert ends(None, ("<a>", "<|end|>", "<b>"), eos_token_id=0) == (0, 1)
+    # Where a token closes the whole answer, <|end|> closes but one of its messages.
+    assert ends(None, ("<|return|>", "<|end|>", "<|call|>"), eos_token_id=0) == (0, 2)
+    for end in ("", "{{ '\n' }}"):
+        own = "{% for m in messages %}<|user|>{{ m['content'] }}" + end + "<|mine|>{% endfor %}"
+        assert ends(own, ("</s>", "<|user|>", "<|mine|>"), eos_token_id=0) == (0, 2)
+    between = "{% for m in messages %}{{ m['content'] }} END <|mine|>{% endfor %}"
+    assert ends(between, ("</s>", "<a>", "<|mine|>"), eos_token_id=0) == (0,)
+    assert ends("{{ raise_exception('no') }}", eos_token_id=0) == (0, 2)
+    # What stands for none in a file of unsigned numbers; a text is no id.
+    assert ends(None, eos_token_id=2**32 - 1) == (2,)
+    with pytest.raises(UserError, match="eot_token_id is '<.eot_id.>': give a token id"):
+        ends(None, eot_token_id="<|eot_id|>")
 
 
 # Chat templates
@@ -241,6 +400,7 @@ def test_assistant_spans_hold_each_answer_and_its_end_of_turn(gguf_path):
             "without an end-of-turn token",
         ),
         ("{{ raise_exception('roles must alternate') }}", "refuses this conversation: roles must alternate"),
+        ("{{ messages[0]['content'] + 5 }}", "refuses this conversation: "),
     ],
 )
 def test_a_chat_template_that_cannot_give_spans_is_refused(tmp_path, template, expected):
