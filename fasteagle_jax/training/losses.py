@@ -538,10 +538,10 @@ def _scan(
             def loss_of(hidden_BCH: jax.Array, drafter_head: jax.Array) -> tuple[jax.Array, Any]:
                 logits, without_edges = logits_of(hidden_BCH, drafter_head)
                 terms, stats = _distances(logits, p, entropy, best, config, mix)
-                sums_of = lambda *stats: [jnp.where(valid_BC, s, 0).sum() for s in stats]  # noqa: E731
+                counts = [jnp.where(valid_BC, s, 0).sum() for s in (*stats, ~counted)]
                 if losses_of is not None:
                     losses = jnp.where(valid_BC & counted, losses_of(logits), 0).sum(axis=(1, 2))  # [3]
-                    return weight * losses, (jnp.stack([losses.sum(), *sums_of(*stats, ~counted)]), stats)
+                    return weight * losses, (jnp.stack([losses.sum(), *counts]), stats)
                 if config.weighs_without_edges and without_edges is not None:
                     others, _ = _distances(without_edges, p, entropy, best, config, mix)
                     terms = mix.whole * terms + mix.without_edges * others
@@ -549,7 +549,7 @@ def _scan(
                     terms += mix.terms[-1] * _smooth_l1(hidden_BCH[..., :hidden_size], target_BCH)
                 losses = jnp.where(valid_BC & counted, terms, 0)
                 loss = losses.sum() if factors_BC is None else (losses * factors_BC).sum()
-                return weight * loss, (jnp.stack([losses.sum(), *sums_of(*stats)]), stats)
+                return weight * loss, (jnp.stack([losses.sum(), *counts[:-1]]), stats)
 
             gradient = jnp.zeros(())
             if trains_head:
