@@ -1,4 +1,4 @@
-# make venv | demo | demo-train | test | test-slow | test-tpu | lint | clean.
+# make venv | demo | demo-train | test | test-slow | test-tpu | lint | docs | clean.
 # Needs python3 (3.11 or newer), pip and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Test processes. Two suit two cores and 8 GB; 0 runs all in one process.
 WORKERS ?= 2
 
-.PHONY: venv demo demo-train test test-slow test-tpu lint clean
+.PHONY: venv demo demo-train test test-slow test-tpu lint docs clean
 
 venv: $(VENV)/.installed-test
 
@@ -31,6 +31,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The site, into build/site; a warning or a broken link is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 clean:
 	rm -rf $(VENV) .venv-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -16,7 +16,7 @@ from fasteagle_jax.drafters.simulated import parse_rates
 from fasteagle_jax.drafters.table import CLASSES
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.loading import open_checkpoint
+from fasteagle_jax.targets.checkpoint import Checkpoint
 
 PLAIN, SIMULATED = "plain", "simulated"
 
@@ -66,13 +66,12 @@ def find_decoder(record: Mapping[str, Any], decoders: Iterable[DecoderSpec]) -> 
     return next(d for d in decoders if (d.name, d.tree) == (record["drafter"], record["tree"]))
 
 
-def find_drafters(decoders: Sequence[DecoderSpec], target: str) -> list[DecoderSpec]:
+def find_drafters(decoders: Sequence[DecoderSpec], checkpoint: Checkpoint, target: str) -> list[DecoderSpec]:
     """The decoders with their drafters' folders, `shipped` being the one that comes with the program for the target.
 
     Raises UserError for a folder that holds no drafter, before anything large is read.
     """
     found = []
-    checkpoint = open_checkpoint(target)
     for decoder in decoders:
         if decoder.folder is not None:
             folder = drafter_folder(decoder.folder, checkpoint)

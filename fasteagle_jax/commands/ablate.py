@@ -103,7 +103,7 @@ def ablate(args: argparse.Namespace) -> int:
     if not prompts:
         raise UserError("no prompt in any source: name other sources")
 
-    target = open_checkpoint(base.target)
+    target = open_checkpoint(base.target, base.adapter)
     tokenizer = load_tokenizer(target.path)
     asked = [encode_chat(tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
     for prompt, tokens in zip(prompts, asked, strict=True):
@@ -123,7 +123,7 @@ def ablate(args: argparse.Namespace) -> int:
                 raise SystemExit(TERMINATED) from None
 
     # --- decoding ---------------------------------------------------------------------------------------------
-    loaded = load_target(base.target, jnp.float32)
+    loaded = load_target(base.target, jnp.float32, adapter=base.adapter)
     stop = stop_token_ids(tokenizer, target.path)
     found, losses = [], {}
     for name in variants:

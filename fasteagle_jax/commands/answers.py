@@ -57,7 +57,7 @@ def add_answer_options(parser: Any, max_new: int) -> None:
 
 
 def add_engine_options(parser: Any, default_tree: str) -> None:
-    """Adds --target, --dtype, --drafter, --strict, --tree, --lookup, --max-len and --mesh, for `load_engine`."""
+    """Adds the options of target, drafter, tree and lookup, --max-len and --mesh, for `load_engine`."""
     group = parser.add_argument_group("models")
     add_target_options(group)
     add_draft_options(group, default_tree)
@@ -125,8 +125,11 @@ def sampling_params(args: argparse.Namespace, stop: Sequence[str] = ()) -> Sampl
 
 def load_engine(args: argparse.Namespace, tree: TreeSpec | str | None, slots: int) -> Engine:
     """The engine that the options name, its trees measured if there is a choice."""
-    guesses = args.lookup is not None or drafter_folder(args.drafter, open_checkpoint(args.target)) is not None
-    if args.show_drafts and not guesses:
+    if (
+        args.show_drafts
+        and args.lookup is None
+        and drafter_folder(args.drafter, open_checkpoint(args.target, args.adapter)) is None
+    ):
         raise UserError("--show-drafts without a drafter: name its folder with --drafter")
     engine = Engine.load(
         args.target,
@@ -138,6 +141,7 @@ def load_engine(args: argparse.Namespace, tree: TreeSpec | str | None, slots: in
         mesh=mesh_named(args.mesh),
         dtype=args.dtype,
         strict=args.strict,
+        adapter=args.adapter,
     )
     if len(engine.trees) > 1:
         print("measuring which tree is the fastest", file=sys.stderr)

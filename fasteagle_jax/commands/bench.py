@@ -79,6 +79,7 @@ from fasteagle_jax.drafters.files import TENSORS
 from fasteagle_jax.drafters.simulated import parse_rates
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import sha256
+from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.targets.tokenizer import encode_chat
 
 TOKENS_DIFFER = 1  # exit code
@@ -212,7 +213,7 @@ def bench(args: argparse.Namespace) -> int:
         import matplotlib.figure  # noqa: F401  # which draws at the end: a missing one is found out now
     for temperature in args.temperature:
         make_sampling(1, **from_options(args) | {"temperature": temperature})
-    decoders = find_drafters(decoders, args.target)
+    decoders = find_drafters(decoders, open_checkpoint(args.target, args.adapter), args.target)
     tasks = read_tasks(args.tasks, args.prompts_folder, args.limit)
     models = load_models(args, None)
     drafters = load_drafters(models, decoders)

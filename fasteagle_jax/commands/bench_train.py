@@ -87,7 +87,7 @@ def compare(configs: Sequence[RunConfig], num_steps: int, repeats: int) -> list[
 
 def _start(config: RunConfig) -> Callable[[], None]:
     """A function that takes the next step of a run and waits for it."""
-    target = load_target(config.target, jnp.dtype(config.dtype), training=True).model
+    target = load_target(config.target, jnp.dtype(config.dtype), training=True, adapter=config.adapter).model
     rng = np.random.default_rng(config.seed)
     rows = rng.integers(target.config.vocab_size, size=(config.batch_size, config.length))
     samples = [Conversation.of(str(i), row.tolist(), [[0, config.length]]) for i, row in enumerate(rows)]

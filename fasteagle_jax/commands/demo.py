@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         drafter = trained_drafter(cache_folder() / "demo", args.steps)
     else:
         drafter = drafter_folder(args.drafter, open_checkpoint(DEFAULT_TARGET))
-    args.target, args.dtype = DEFAULT_TARGET, "float32"
+    args.target, args.adapter, args.dtype = DEFAULT_TARGET, "", "float32"
     models = load_models(args, drafter)
     return 0 if race_all(models, tree, args) else 1
 

@@ -76,7 +76,7 @@ def export(args: argparse.Namespace) -> None:
         record = checkpoints.record(step)
         if record is not None:
             config = from_json(record["config"])  # config.json's may be newer, with --allow-change
-        target = open_checkpoint(config.target)
+        target = open_checkpoint(config.target, config.adapter)
         drafter = _restored(config, target.config, checkpoints, step)
     mark = fingerprint(target)
     if record is not None and record["target_fingerprint"] != mark:

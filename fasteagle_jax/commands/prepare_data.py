@@ -142,7 +142,7 @@ def prepare(args: argparse.Namespace) -> None:
         return islice(_interleaved(sources), share.process, total, share.processes)
 
     # --- the target -------------------------------------------------------------------------------------------
-    checkpoint = open_checkpoint(args.target)
+    checkpoint = open_checkpoint(args.target, args.adapter)
     positions = checkpoint.config.max_positions
     if args.max_length > positions:
         raise UserError(f"--max-length is {args.max_length}, but the target has {positions} positions: lower it")
@@ -175,7 +175,8 @@ def prepare(args: argparse.Namespace) -> None:
     manifest = Manifest.of(output, settings)
     engine = None
     if args.prompts:  # dialogues need no weights
-        options = {"slots": args.slots, "max_len": args.max_length, "strict": args.strict, "lookup": args.lookup}
+        options = {"slots": args.slots, "max_len": args.max_length, "strict": args.strict, "adapter": args.adapter}
+        options["lookup"] = args.lookup
         engine = Engine.load(args.target, args.drafter, **options, tree=tree, dtype=dtype)
 
     # --- sample by sample -------------------------------------------------------------------------------------

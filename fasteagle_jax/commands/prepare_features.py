@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def prepare(config: RunConfig, folder: Path, store: str) -> None:
     """Writes the features of a run, or what the folder still lacks of them."""
-    loaded = load_target(config.target, jnp.dtype(config.dtype), training=True)
+    loaded = load_target(config.target, jnp.dtype(config.dtype), training=True, adapter=config.adapter)
     check_target(config.data, loaded.fingerprint)
     conversations = read_conversations(*config.data, vocab_size=loaded.model.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed)

@@ -134,6 +134,12 @@ class DrafterModule(nnx.Module):
         """The target's layers whose keys and values it reads."""
         return self.config.context_layers
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether levels read the states of no other stream position, so that training computes those alone that the
+        loss looks at."""
+        return False
+
     def fused(self, features: jax.Array) -> jax.Array:
         """g [B, T, H] of the target's features [B, T, F*H]."""
         scaled = features.astype(jnp.float32) * self.feature_scale[...]

@@ -3,15 +3,15 @@
 B rows · N levels · f nodes of a level · C candidates of a level · R rank · J reach · H hidden width · V draft
 vocabulary.
 A level's logit of token v after token u is that of the cascade plus <(A e[u]) * (P h), B[v]>, h being the level's
-state and e the target's embedding; with a reach of J, A reads the J tokens before, as far as they follow the pending
-one. In training this is the logit of every v. The first level's u is known, the pending token. Of the others a draft
-takes the C best guesses without u, and scores all pairs of candidates of neighbouring levels at once (and of levels up
-to J apart, whose scores add up): one product with the head a draft, where a correction of the state needs one a level.
+state and e the target's embedding; with a reach of J, A reads the J tokens before, from the pending one on; gated, A e
+becomes silu(A e + G h), as in a SwiGLU. In training this is the logit of every v. The first level's u is known, the
+pending token. Of the others a draft takes the C best guesses without u, and their shares A e and rows of B at once. A
+node of the tree then carries its path's sums of shares: one product with the head a draft, where a correction of the
+state needs one a level.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -28,15 +28,24 @@ NUM_CANDIDATES = 64  # C; without u the best guesses are other ones
 
 
 class EdgeScores(nnx.Module):
-    """A, P and B. B starts at zero, so that training starts from guesses without edge scores."""
+    """A, P and B, and G if it is gated. B starts at zero, so that training starts from guesses without edge scores."""
 
     def __init__(
-        self, hidden_size: int, rank: Any, reach: int, vocab_size: int, eps: float, key: jax.Array, dtype: Any
+        self,
+        hidden_size: int,
+        rank: Any,
+        reach: int,
+        gated: bool,
+        vocab_size: int,
+        eps: float,
+        key: jax.Array,
+        dtype: Any,
     ):
-        key_state, key_token = jax.random.split(key)
+        key_state, key_token, key_gate = jax.random.split(key, 3)
         self.eps, self.reach = eps, reach
         self.of_state = Linear(hidden_size, rank, ("embed", None), key_state, dtype)
         self.of_token = Linear(reach * hidden_size, rank, ("embed", None), key_token, dtype)
+        self.gate = Linear(hidden_size, rank, ("embed", None), key_gate, dtype) if gated else None
         self.table = nnx.Param(jnp.zeros((vocab_size, rank), dtype), axes=("vocab", None))
 
     def normed(self, x: jax.Array) -> jax.Array:
@@ -44,32 +53,27 @@ class EdgeScores(nnx.Module):
         return rms_norm(x, jnp.ones((x.shape[-1],), jnp.float32), self.eps)
 
     def query(self, h: jax.Array, e: jax.Array) -> jax.Array:
-        """(A e) * (P h) [..., R], whose products with B are the scores.
+        """What reads B, [..., R], for guesses of states h [..., H] after tokens of embeddings e [..., J, H].
 
-        `h` are states [..., H] and `e` the embeddings [..., J, H] of the tokens before, the nearest first, zero for
-        those that are not known.
+        The nearest token comes first; those that are not known are zero.
         """
-        tokens = self.normed(e).reshape(*e.shape[:-2], -1)  # [..., J*H]
-        return self.of_token(tokens) * self.of_state(self.normed(h))
+        return self.combined(self.of_token(self.normed(e).reshape(*e.shape[:-2], -1)), h)
 
-    def of_all(self, h: jax.Array, e: jax.Array) -> jax.Array:
-        """Scores float32 [B, V] of all tokens, of states h and embeddings e [B, H] of the nearest tokens before."""
-        known = jnp.pad(e[:, None], ((0, 0), (0, self.reach - 1), (0, 0)))
-        return head_logits(self.query(h, known), self.table[...])
+    def combined(self, of_path: jax.Array, h: jax.Array) -> jax.Array:
+        """The query [..., R] of a path's sum of shares [..., R] and a state [..., H]."""
+        h = self.normed(h)
+        if self.gate is not None:
+            of_path = jax.nn.silu(of_path + self.gate(h))
+        return of_path * self.of_state(h)
 
-    def scores(self, h: jax.Array, e: jax.Array, distance: int, index: jax.Array) -> jax.Array:
-        """The share float32 [B, f, C] that tokens have in the scores of candidates.
+    def shares(self, e: jax.Array) -> jax.Array:
+        """Tokens' shares [..., J, R] in queries 1 to J levels below them, of their embeddings e [..., H]."""
+        parts = self.of_token.matrix.reshape(self.reach, e.shape[-1], -1)  # [J, H, R]
+        return matmul(self.normed(e), jnp.concatenate(list(parts), axis=1)).reshape(*e.shape[:-1], self.reach, -1)
 
-        Args:
-          h: the level's state [B, H].
-          e: embeddings [B, f, H] of the tokens.
-          distance: of the candidates to the tokens, 1 to J.
-          index: int32 [B, C], the candidates' places in the draft vocabulary.
-        """
-        hidden = h.shape[-1]
-        part = self.of_token.matrix[(distance - 1) * hidden : distance * hidden]  # [H, R]
-        query = matmul(self.normed(e), part) * self.of_state(self.normed(h))[:, None]  # [B, f, R]
-        return jnp.einsum("bfr,bcr->bfc", query, self.table[...][index], preferred_element_type=jnp.float32)
+    def of_all(self, h: jax.Array, of_path: jax.Array) -> jax.Array:
+        """Scores float32 [B, V] of all tokens, of states h [B, H] after paths of shares [B, R]."""
+        return head_logits(self.combined(of_path, h), self.table[...])
 
 
 class Candidates:
@@ -80,7 +84,6 @@ class Candidates:
         edges: EdgeScores,
         vocab: VocabWeights,
         token_ids: jax.Array,
-        root: jax.Array,
         states: jax.Array,
         ranked: jax.Array,
         temperature: jax.Array,
@@ -90,39 +93,40 @@ class Candidates:
         Args:
           edges, vocab: the weights.
           token_ids: int32 [V], the target's ids.
-          root: int32 [B], the token before the first level's guesses.
           states: the levels' [B, N, H].
           ranked: log-probabilities float32 [B, N, V] (see base.rank), the first level's after the root, the others'
             without the tokens before.
           temperature: float32 [B]; scores are divided by it, as logits are, where it is above 0.
         """
+        self._edges, self._states = edges, states
         self.best, index = top_k(ranked, min(NUM_CANDIDATES, ranked.shape[-1]), "vocab")  # [B, N, C]
         self.token_ids = token_ids[index]  # int32 [B, N, C]
-        scale = jnp.where(temperature > 0, temperature, 1.0)[:, None, None]
-        # By level and distance the scores float32 [B, f, C] after each candidate of the level so far before, or after
-        # the root alone.
-        self._scores: list[list[jax.Array]] = [[]]
-        for level in range(1, ranked.shape[1]):
-            of_level = []
-            for distance in range(1, min(edges.reach, level + 1) + 1):
-                before = self.token_ids[:, level - distance] if distance <= level else root[:, None]
-                e = embed(vocab.embedding, before, states.dtype)
-                of_level.append(edges.scores(states[:, level], e, distance, index[:, level]) / scale)
-            self._scores.append(of_level)
+        self._shares = edges.shares(embed(vocab.embedding, self.token_ids[:, :-1], states.dtype))  # [B, N-1, C, J, R]
+        self._rows = edges.table[...][index[:, 1:]]  # [B, N-1, C, R]
+        self._scale = jnp.where(temperature > 0, temperature, 1.0)[:, None, None]
 
-    def after(self, path: jax.Array, level: int) -> jax.Array:
+    def after(self, paths: jax.Array, level: int) -> jax.Array:
         """Log-probabilities float32 [B, f, C] of a level's candidates after f nodes.
 
-        `path` int32 [B, f, J] are the candidates' indices on the way to each node, its own first; those of the root and
-        before are not looked at.
+        `paths` [B, f, J, R] are the sums of shares of the tokens on the way to each node in queries of this level and
+        of the J - 1 below.
         """
         if level == 0:
             return self.best[:, :1]
-        parts = []  # of each distance
-        for distance, scores in enumerate(self._scores[level], 1):
-            at = path[..., distance - 1, None]  # [B, f, 1]
-            parts.append(scores if scores.shape[1] == 1 else jnp.take_along_axis(scores, at, axis=1))
-        return renormalised(self.best[:, level, None], functools.reduce(jnp.add, parts))
+        query = self._edges.combined(paths[:, :, 0], self._states[:, level, None])  # [B, f, R]
+        rows = self._rows[:, level - 1]
+        scores = jnp.einsum("bfr,bcr->bfc", query, rows, preferred_element_type=jnp.float32)
+        return renormalised(self.best[:, level, None], scores / self._scale)
+
+    def below(self, paths: jax.Array, parent: jax.Array, index: jax.Array, level: int) -> jax.Array:
+        """The paths [B, f', J, R] to nodes of a level, of the parents' [B, f, J, R].
+
+        `parent` and `index` int32 [B, f'] are the places of the nodes' parents among the f, and of their tokens among
+        the level's candidates.
+        """
+        above = jnp.take_along_axis(paths, parent[..., None, None], axis=1)  # [B, f', J, R]
+        own = jnp.take_along_axis(self._shares[:, level], index[..., None, None], axis=1)
+        return jnp.pad(above[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0))) + own
 
 
 def renormalised(log_probs: jax.Array, scores: jax.Array) -> jax.Array:

@@ -70,6 +70,7 @@ class FastEagleConfig(DrafterConfig):
     side_by_side: bool = False  # attention and MLP of a level read the same stream
     edges: int | None = None  # rank of the EdgeScores; None for none
     edges_reach: int = 1  # tokens before a guess that they read
+    edges_gated: bool = False  # they read silu of the tokens and the state
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,9 +117,10 @@ class FastEagleConfig(DrafterConfig):
 
     @property
     def level_parameters(self) -> int:
-        """Those of DrafterConfig, H^2 for reinjection and 3 H R for a correction of R units, (1 + J) H R for edges."""
+        """Those of DrafterConfig, H^2 for reinjection, 3 H R for a correction of R units, (1 + J) H R for edges and
+        H R more if they are gated."""
         extra = self.hidden_size * self.reinject + 3 * (self.correction or 0)
-        extra += (1 + self.edges_reach) * (self.edges or 0)
+        extra += (1 + self.edges_gated + self.edges_reach) * (self.edges or 0)
         return super().level_parameters + self.hidden_size * extra
 
     @property
@@ -200,11 +202,16 @@ class FastEagle(DrafterModule):
         self.fuse = Linear(2 * c.hidden_size, c.hidden_size, ("embed", "fused"), key_input, dtype)
         # One for all levels: one a level had five times the parameters and was no better.
         self.correction = Correction(c, jax.random.fold_in(key, 1), dtype) if c.correction else None
-        sizes = c.hidden_size, c.edges, c.edges_reach, c.draft_vocab_size, c.rms_norm_eps
+        sizes = c.hidden_size, c.edges, c.edges_reach, c.edges_gated, c.draft_vocab_size, c.rms_norm_eps
         self.edges = EdgeScores(*sizes, jax.random.fold_in(key, 2), dtype) if c.edges else None
         self.shared = Layer(c, jax.random.fold_in(key, 3), dtype) if c.levels == "shared" else None
         levels = jax.vmap(lambda k: Level(c, k, dtype))(jax.random.split(key_levels, c.num_levels))
         self.levels: Any = levels if self.scans else nnx.List(unstack(levels, c.num_levels))
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether levels read the target's context and themselves alone."""
+        return bool(self.context_layers)
 
     @property
     def scans(self) -> bool:
@@ -273,6 +280,8 @@ class FastEagle(DrafterModule):
         context: tuple[Any, ...] = (),
         remat: Any = None,
         head_inputs: bool = True,
+        at: jax.Array | None = None,
+        uncorrected: bool = False,
     ) -> tuple[Any, Any]:
         """The head's input at every level and position, and the fresh keys and values.
 
@@ -290,13 +299,30 @@ class FastEagle(DrafterModule):
           remat: a policy of jax.checkpoint_policies, by which the backward pass recomputes levels; None: it does not.
           head_inputs: False returns the levels' outputs in place of the head's input for guesses after the true tokens
             before them.
+          at: int32 [B, A], with a context: the places along T that are wanted, of which alone states are computed; None
+            for all.
+          uncorrected: True adds the head's input without the correction, if there is one.
 
         Returns:
           A stack or list of N hidden states [B, T, H], entry i - 1 the guess for x[t+1+i], with edges [B, T, H + R], of
-          which `own_head` reads the last R; and (k, v) for commit_ring.
+          which `own_head` reads the last R, and [B, T, 2 H] if the last H are uncorrected; and (k, v) for commit_ring.
         """
         c = self.config
         dtype = features.dtype  # of all activations
+        # The token before level i's guess is i - 1 further on; no loss reads past a segment's end. Of the J tokens
+        # before it those from x[t+1] on are known.
+        tokens_before: Any = [None] * c.num_levels
+        if head_inputs and not self.has_split_draft:
+            none = jnp.full_like(next_tokens, NO_TOKEN)
+            tokens_before = [
+                jnp.stack([jnp.roll(next_tokens, j - i, axis=1) if j <= i else none for j in range(c.edges_reach)], -1)
+                for i in range(c.num_levels)
+            ]  # [B, T, J]
+        if at is not None:
+            features, next_tokens, positions, *tokens_before = (
+                None if x is None else jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
+                for x in (features, next_tokens, positions, *tokens_before)
+            )
         g = self.fused(features)
         e = embed(embedding, next_tokens, dtype)
         fused = self.fuse(jnp.concatenate([g, e], axis=-1))  # h_1 = L_1(FC([g_t, e_t+1]))
@@ -309,18 +335,8 @@ class FastEagle(DrafterModule):
         past = cache.layers if cache is not None else (None if self.scans else [None] * c.num_levels)
         filled = None if cache is None else cache.filled()
 
-        # The token before level i's guess is i - 1 further on; no loss reads past a segment's end. Of the J tokens
-        # before it those from x[t+1] on are known.
-        knows_token_before = head_inputs and not self.has_split_draft
-        tokens_before: Any = [None] * c.num_levels
-        if knows_token_before:
-            none = jnp.full_like(next_tokens, NO_TOKEN)
-            tokens_before = [
-                jnp.stack([jnp.roll(next_tokens, j - i, axis=1) if j <= i else none for j in range(c.edges_reach)], -1)
-                for i in range(c.num_levels)
-            ]  # [B, T, J]
         if self.scans:
-            tokens_before = jnp.stack(tokens_before) if knows_token_before else None
+            tokens_before = None if tokens_before[0] is None else jnp.stack(tokens_before)
 
         def level_step(h: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             level, cached, before = xs
@@ -332,14 +348,17 @@ class FastEagle(DrafterModule):
                 # All-reduced before the sum: XLA's partitioner (jax 0.10.2) gave wrong numbers on data 2 x fsdp 2 x
                 # tensor 2 if the stream was added to partial sums over fsdp.
                 h = h + constrain(level.reinject(reinjected), rows, None, None)
-            h, kv = self._run(level, h, table, _attend(visible, level_past, context))  # h_i = L_i(h_i-1)
+            h, kv = self._run(level, h, table, _attend(visible, level_past, context, at))  # h_i = L_i(h_i-1)
             h = training_rows(h, visible)
             if not head_inputs:
                 return h, (h, kv)
             e = None
             if before is not None:
                 e = embed(embedding, jnp.maximum(before, 0), dtype) * (before != NO_TOKEN)[..., None].astype(dtype)
-            return h, (self.head_input(level, h, e), kv)
+            hidden = self.head_input(level, h, e)
+            if uncorrected and self.correction is not None:
+                hidden = jnp.concatenate([hidden, level.norm(h)], axis=-1)
+            return h, (hidden, kv)
 
         if remat is not None:
             level_step = jax.checkpoint(level_step, policy=remat)
@@ -436,18 +455,17 @@ class FastEagle(DrafterModule):
         ids, num_levels, root = draft_ids(vocab), states.shape[1], pending(new)
         hidden = [self.head_input(level, states[:, i], None) for i, level in enumerate(self._level_list()[:num_levels])]
         logits = vocab.logits(jnp.stack(hidden, axis=1))  # [B, N, V]
-        logits = logits.at[:, 0].add(self.edges.of_all(states[:, 0], embed(vocab.embedding, root, states.dtype)))
+        start = self.edges.shares(embed(vocab.embedding, root, states.dtype))[:, None]  # [B, 1, J, R]
+        logits = logits.at[:, 0].add(self.edges.of_all(states[:, 0], start[:, 0, 0]))
         ranked = rank(logits, cache.length[:, None] + 1 + jnp.arange(num_levels), ids, ranking)
-        candidates = Candidates(self.edges, vocab, ids, root, states, ranked, ranking.sampling.temperature)
+        candidates = Candidates(self.edges, vocab, ids, states, ranked, ranking.sampling.temperature)
 
-        def guess(path: jax.Array, depth: int) -> Guesses:
-            return Guesses(candidates.after(path, depth - 1), candidates.token_ids[:, depth - 1])
+        def guess(paths: jax.Array, depth: int) -> Guesses:
+            return Guesses(candidates.after(paths, depth - 1), candidates.token_ids[:, depth - 1])
 
-        def follow(path: jax.Array, parent: jax.Array, tokens: jax.Array, index: jax.Array, depth: int) -> jax.Array:
-            above = jnp.take_along_axis(path, parent[..., None], axis=1)  # [B, f, J]
-            return jnp.concatenate([index[..., None], above[..., :-1]], axis=-1)
+        def follow(paths: jax.Array, parent: jax.Array, tokens: jax.Array, index: jax.Array, depth: int) -> jax.Array:
+            return candidates.below(paths, parent, index, depth - 1)
 
-        start = jnp.zeros((len(root), 1, self.config.edges_reach), jnp.int32)
         return grow(tree, root, num_levels, start, guess, follow)
 
     @property
@@ -530,7 +548,8 @@ class FastEagle(DrafterModule):
         if self.correction is not None:
             names |= {name: name for name in ("correction.of_state", "correction.of_token", "correction.to_state")}
         if self.edges is not None:
-            names |= {name: name for name in ("edges.of_state", "edges.of_token", "edges.table")}
+            gate = ("edges.gate",) if self.config.edges_gated else ()
+            names |= {name: name for name in ("edges.of_state", "edges.of_token", "edges.table", *gate)}
         if self.shared is not None:
             shared = {name: place for name, place in DECODER_LAYER_NAMES.items() if "." in place}
             names |= {f"shared.{name}": f"shared.{place}" for name, place in shared.items()}
@@ -543,11 +562,11 @@ class FastEagle(DrafterModule):
         return tensors
 
 
-def _attend(visible: Any, past: Past | None, context: tuple[Any, ...]) -> Attend:
+def _attend(visible: Any, past: Past | None, context: tuple[Any, ...], at: jax.Array | None) -> Attend:
     """The Attend of a level: over its own past and fresh keys, or over the target's and its own at its own position."""
     if not context:
         return visible if callable(visible) else Cached(visible, past)
     if isinstance(context[0], Past):
         return Cached(visible, context[0])
     k, v = (part.transpose(0, 2, 1, 3) for part in context[0])  # [B, T, K, D]
-    return GivenPast(k, v, visible)
+    return GivenPast(k, v, visible, at)

@@ -141,6 +141,7 @@ class Engine:
         mesh: Mesh | None = None,
         dtype: Any = None,
         strict: bool = False,
+        adapter: str = "",
     ) -> Self:
         """An engine of a target by its name and a drafter by its folder.
 
@@ -151,6 +152,7 @@ class Engine:
           slots, max_len, tree, lookup, mesh: as of `Engine`; the weights go straight into their shards.
           dtype: of weights and caches; None for float32 on a CPU and bfloat16 elsewhere.
           strict: a drafter trained for other weights of the same sizes is an error, not a warning.
+          adapter: folder of a LoRA adapter of PEFT's that is merged into the target; empty for none.
 
         Raises:
           UserError: models that cannot be had or do not fit each other; sizes that do not fit into memory, found out
@@ -160,7 +162,7 @@ class Engine:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         dtype = jnp.dtype(dtype)
         check_lookup(lookup)
-        checkpoint = open_checkpoint(target)
+        checkpoint = open_checkpoint(target, adapter)
         folder = drafter_folder(drafter, checkpoint)
         config = checkpoint.config
         check_sizes(slots, max_len or 1, config.max_positions)
@@ -175,7 +177,7 @@ class Engine:
             check_mesh(mesh, slots, config, drafter_config)
         weights = bytes_of(sizes, mesh), bytes_of(drafter_sizes, mesh)
         Memory(*weights, 0, 0, 0, 0).check(available_everywhere(mesh), "use bfloat16 or a larger device")
-        loaded = load_target(target, dtype, mesh=mesh)
+        loaded = load_target(target, dtype, mesh=mesh, adapter=adapter)
         tokenizer = load_tokenizer(loaded.checkpoint.path)
         model = (
             None

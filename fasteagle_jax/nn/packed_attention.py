@@ -45,14 +45,17 @@ class Packed(NamedTuple):
 
     def visible(self, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
         """The mask bool [B, size, T], True where the query at start + i sees the key at j; size None is T."""
-        num_tokens = self.segments.shape[1]
-        size = num_tokens if size is None else size
-        query, key = (start + jnp.arange(size))[:, None], jnp.arange(num_tokens)
+        batch, num_tokens = self.segments.shape
+        query = start + jnp.arange(num_tokens if size is None else size)
+        return self.visible_at(jnp.broadcast_to(query, (batch, len(query))))
+
+    def visible_at(self, at: jax.Array) -> jax.Array:
+        """The rows bool [B, Q, T] of the mask for queries at places int32 [B, Q] along T."""
+        query, key = at[..., None], jnp.arange(self.segments.shape[1])
         seen = key <= query
         if self.window is not None:
             seen &= query - key < self.window
-        own = jax.lax.dynamic_slice_in_dim(self.segments, start, size, axis=1)
-        return seen & (own[:, :, None] == self.segments[:, None])
+        return seen & (jnp.take_along_axis(self.segments, at, axis=1)[..., None] == self.segments[:, None])
 
 
 def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Array:
@@ -110,6 +113,7 @@ def in_blocks(
     attend: Callable[[tuple[jax.Array, ...], jax.Array | int, int], jax.Array],
     queries: tuple[jax.Array, ...],
     block: int = BLOCK,
+    num_keys: int | None = None,
 ) -> jax.Array:
     """Causal attention [B, T, ...] over rows of T tokens, at most `block` queries at a time.
 
@@ -121,8 +125,11 @@ def in_blocks(
         over the first `num_keys` keys.
       queries: arrays [B, T, ...].
       block: the most queries whose scores are alive at once.
+      num_keys: of queries that are not those of all tokens in order, the number of keys, which all of them read.
     """
     num_tokens = queries[0].shape[1]
+    if num_keys is not None and num_tokens <= block:
+        return attend(queries, 0, num_keys)
     if num_tokens <= block:
         tile = TILE if num_tokens % TILE == 0 else num_tokens
         tiles = zip(*(jnp.split(x, num_tokens // tile, axis=1) for x in queries), strict=True)
@@ -132,7 +139,7 @@ def in_blocks(
     # those of all blocks.
     def one_block(start: jax.Array | int, size: int = block) -> jax.Array:
         part = tuple(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in queries)
-        return attend(part, start, num_tokens)
+        return attend(part, start, num_keys or num_tokens)
 
     num_blocks, rest = divmod(num_tokens, block)
     blocks = jax.lax.map(jax.checkpoint(one_block), block * jnp.arange(num_blocks))
@@ -154,21 +161,27 @@ class GivenPast:
     k: jax.Array  # [B, T, K, D], as is v
     v: jax.Array
     visible: jax.Array | Packed  # which given keys a query sees; bool [B, T, T]
+    at: jax.Array | None = None  # int32 [B, A], the places of queries along T; None for T of them, at their own
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """`own_path_attention`, as an Attend (see nn.attention)."""
-        return own_path_attention(q, [self.k, k], [self.v, v], self.visible)
+        return own_path_attention(q, [self.k, k], [self.v, v], self.visible, self.at)
 
 
 def own_path_attention(
-    q: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], visible: jax.Array | Packed
+    q: jax.Array,
+    keys: Sequence[jax.Array],
+    values: Sequence[jax.Array],
+    visible: jax.Array | Packed,
+    at: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of q [B, T, K*G, D] over keys[0] that `visible` allows and, of each later keys[i], the query's own one.
 
-    All keys and values are [B, T, K, D]; one softmax is over all that a query sees.
+    All keys and values are [B, T, K, D]; one softmax is over all that a query sees. With `at`, int32 [B, A], queries
+    and later keys are of these places along T alone, [B, A, ...].
     """
-    batch, num_tokens, kv_heads, width = keys[0].shape
-    q = (q * width**-0.5).reshape(batch, num_tokens, kv_heads, -1, width)  # [B, T, K, G, D]
+    batch, _, kv_heads, width = keys[0].shape
+    q = (q * width**-0.5).reshape(batch, q.shape[1], kv_heads, -1, width)  # [B, T, K, G, D]
     # The later keys' scores and values are computed for whole rows, so that their gradients are not summed over blocks.
     later_scores = [(q.astype(jnp.float32) * k[:, :, :, None]).sum(axis=-1, keepdims=True) for k in keys[1:]]
     later = jnp.concatenate([jnp.zeros((*q.shape[:-1], 0)), *later_scores], axis=-1)  # [B, T, K, G, later]
@@ -178,7 +191,13 @@ def own_path_attention(
         """Attended values of the first keys and the later ones' probabilities for Q queries, [B, Q, K*G, D + later]."""
         size, heads = queries[0].shape[1], kv_heads * q.shape[3]
         rows, later_rows = (by_kv_head(x.reshape(batch, size, heads, x.shape[-1]), kv_heads) for x in queries)
-        if isinstance(visible, Packed):
+        if at is not None:
+            places = jax.lax.dynamic_slice_in_dim(at, start, size, axis=1)
+            if isinstance(visible, Packed):
+                seen = visible.visible_at(places)
+            else:
+                seen = jnp.take_along_axis(visible, places[..., None], axis=1)
+        elif isinstance(visible, Packed):
             seen = visible.visible(start, size)
         else:
             seen = jax.lax.dynamic_slice_in_dim(visible, start, size, axis=1)
@@ -189,11 +208,12 @@ def own_path_attention(
         out = jnp.einsum("bkmt,bktd->bkmd", first_p, first_v[:, :, :num_keys], preferred_element_type=jnp.float32)
         return by_token(jnp.concatenate([out, p[..., num_keys:]], axis=-1), size)
 
-    attended = in_blocks(attend, (q, later)).reshape(*q.shape[:-1], -1)  # [B, T, K, G, D + later]
+    attended = in_blocks(attend, (q, later), num_keys=None if at is None else keys[0].shape[1])
+    attended = attended.reshape(*q.shape[:-1], -1)  # [B, T, K, G, D + later]
     out = attended[..., :width]
     for i, v in enumerate(values[1:]):
         out += attended[..., width + i, None] * v[:, :, :, None]
-    return out.astype(values[0].dtype).reshape(batch, num_tokens, -1, width)
+    return out.astype(values[0].dtype).reshape(batch, q.shape[1], -1, width)
 
 
 # --- splash attention -------------------------------------------------------------------------------------------

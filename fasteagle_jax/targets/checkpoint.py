@@ -36,6 +36,7 @@ class Checkpoint:
     path: Path
     config: Any  # the family's configuration
     tensors: Mapping[str, StoredTensor] = dataclasses.field(repr=False)
+    variant: str = ""  # a digest of what was merged into the tensors (an adapter); empty: nothing
 
     def names(self) -> tuple[str, ...]:
         """All tensor names, sorted."""
@@ -81,9 +82,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """Sixteen hex digits that identify this target, the same for all file formats of the same values.
 
     Hashes the configuration, all names and shapes, and, in float32, the norm weights and the first rows of the
-    embedding and of an untied head: megabytes, not the whole model. A target that differs in layers' matrices alone (a
-    merged adapter) has the same fingerprint. A new field of a configuration is left out at its default, so that it does
-    not change fingerprints.
+    embedding and of an untied head: megabytes, not the whole model. A file that differs in layers' matrices alone has
+    the same fingerprint; a checkpoint that an adapter was merged into (its `variant`) has another one. A new field of a
+    configuration is left out at its default, so that it does not change fingerprints.
     """
     config = _identity(checkpoint.config)
     if config["rope"]["kind"] != "llama3":
@@ -91,7 +92,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     # A tied head may be stored or left out, and old files store the rotary frequencies: neither is a weight.
     ignored = ("lm_head.weight",) if checkpoint.config.tie_embeddings else ()
     names = [name for name in checkpoint.names() if name not in ignored and not name.endswith("inv_freq")]
-    digest = hashlib.sha256(json.dumps([config, [(name, checkpoint.shape(name)) for name in names]]).encode())
+    variant = [checkpoint.variant] if checkpoint.variant else []
+    identity = [config, [(name, checkpoint.shape(name)) for name in names], *variant]
+    digest = hashlib.sha256(json.dumps(identity).encode())
     for name in names:
         if name.endswith("norm.weight") or name in ("model.embed_tokens.weight", "lm_head.weight"):
             num_rows = None if name.endswith("norm.weight") else _FINGERPRINT_ROWS

@@ -30,7 +30,7 @@ def open_folder(folder: Path) -> Checkpoint:
         raise UserError(f"{path} has a value of a wrong type ({error}): take the model's own file") from error
     tensors: dict[str, StoredTensor] = {}
     for shard in _shards(folder):
-        tensors.update(_read_safetensors(shard))
+        tensors.update(read_safetensors(shard))
     return Checkpoint(folder, config, tensors)
 
 
@@ -53,7 +53,7 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name; opening it checks the header, and that the data covers the file."""
     try:
         file = safe_open(path, framework="numpy")

@@ -25,9 +25,10 @@ from fasteagle_jax.io.fetch import wheel_file
 from fasteagle_jax.io.files import first_line
 from fasteagle_jax.nn.stored import NamedVariable, stored_tensors
 from fasteagle_jax.nn.transformer import stacks_are_faster
+from fasteagle_jax.targets.adapter import with_adapter
 from fasteagle_jax.targets.checkpoint import Checkpoint, fingerprint
 from fasteagle_jax.targets.gguf import open_gguf
-from fasteagle_jax.targets.huggingface import open_folder
+from fasteagle_jax.targets.huggingface import open_folder, read_safetensors
 from fasteagle_jax.targets.table import family_of
 
 DEFAULT_TARGET = "smollm2-135m"
@@ -54,15 +55,16 @@ def load_target(
     stacked: bool | None = None,
     training: bool = False,
     mesh: Mesh | None = None,
+    adapter: str = "",
 ) -> LoadedTarget:
     """The target in a Hugging Face folder, hub repository or GGUF file, its weights in `dtype`.
 
     `stacked` says whether the layers are one scanned stack or a list; None for the faster form on this backend, in
     decoding or in `training`. On a mesh every weight is placed straight into its shards. The host holds one tensor of
-    the file at a time.
+    the file at a time. `adapter` is a folder of a LoRA adapter to merge into it; empty for none.
     Raises UserError for a source that cannot be read or does not fit its own configuration.
     """
-    checkpoint = open_checkpoint(name_or_path)
+    checkpoint = open_checkpoint(name_or_path, adapter)
     if stacked is None:
         stacked = stacks_are_faster(jax.default_backend(), training=training)
     model = load_weights(checkpoint, dtype, stacked=stacked, mesh=mesh)
@@ -166,10 +168,14 @@ def _check(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None
 # --- where the files are ----------------------------------------------------------------------------------------
 
 
-def open_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint of a folder, a .gguf file, a hub name or `smollm2-135m`; UserError if it is unusable."""
+def open_checkpoint(name_or_path: str | os.PathLike[str], adapter: str = "") -> Checkpoint:
+    """The checkpoint of a folder, a .gguf file, a hub name or `smollm2-135m`; UserError if it is unusable.
+
+    `adapter` is the folder of a LoRA adapter to merge into it; empty for none.
+    """
     path = locate(os.fspath(name_or_path))
-    return open_folder(path) if path.is_dir() else open_gguf(path)
+    checkpoint = open_folder(path) if path.is_dir() else open_gguf(path)
+    return with_adapter(checkpoint, Path(adapter).expanduser(), read_safetensors) if adapter else checkpoint
 
 
 def locate(name_or_path: str) -> Path:

@@ -59,6 +59,7 @@ class DrafterChoice:
     side_by_side: bool = False  # a level's attention and MLP read the same stream
     edges: int | None = None  # rank of scores that a guess gets by the tokens before it; None for none
     edges_reach: int = 1  # how many tokens
+    edges_gated: bool = False  # these read silu of the tokens and the state
     window: int | None = None  # positions that a level attends to; None for all
     from_target: bool = False  # start each level, or EAGLE-3's one layer, from the target's last layer
     start: str = ""  # start from the drafter in this folder: its weights, draft vocabulary and first levels
@@ -67,7 +68,17 @@ class DrafterChoice:
 
 
 # Of DrafterChoice, of some kinds alone.
-KIND_FIELDS = {"reinject", "correction", "context", "context_layer", "levels", "side_by_side", "edges", "edges_reach"}
+KIND_FIELDS = {
+    "reinject",
+    "correction",
+    "context",
+    "context_layer",
+    "levels",
+    "side_by_side",
+    "edges",
+    "edges_reach",
+    "edges_gated",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +117,7 @@ class RunConfig:
     mesh: MeshShape | None = None  # of devices; None for one device
     attention: str = "auto"  # over packed rows, one of packed_attention.KINDS
     remat: str = "none"  # of the drafter's levels, a policy of REMAT
+    adapter: str = ""  # folder of a LoRA adapter that is merged into the target; empty for none
     features: str = ""  # a folder of prepare-features, which replaces the target's layers; empty: they run
     target_config: LlamaConfig | None = None  # the target's sizes, for use without its weights
 

@@ -64,7 +64,7 @@ def drafter_from(
     """
     old, new = dataclasses.asdict(trained.config), dataclasses.asdict(config)
     old |= {"window": config.window, "num_levels": min(config.num_levels, trained.config.num_levels)}
-    for name, others in (("correction", ()), ("edges", ("edges_reach",))):
+    for name, others in (("correction", ()), ("edges", ("edges_reach", "edges_gated"))):
         if old.get(name, 0) is None:  # none of its own: the new one's may be another
             old |= {each: new.get(each) for each in (name, *others)}
     if old != new:

@@ -89,7 +89,7 @@ def _train(
     if (run / "drafter").exists():
         raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
     dtype = jnp.dtype(config.dtype)
-    loaded = load_target(config.target, dtype, training=True, mesh=mesh)
+    loaded = load_target(config.target, dtype, training=True, mesh=mesh, adapter=config.adapter)
     target = loaded.model
     check_target(config.data, loaded.fingerprint)
     conversations = read_conversations(*config.data, vocab_size=target.config.vocab_size)
@@ -101,6 +101,11 @@ def _train(
     sizes = drafter_config(config.drafter, target.config)
     if config.loss.deepkd is not None and config.loss.deepkd.mask:
         mask_sizes(config.loss.deepkd, sizes.draft_vocab_size)  # before any work: UserError if K is too large
+    if config.loss.weighs_without_edges and not (getattr(sizes, "edges", None) or getattr(sizes, "correction", None)):
+        raise UserError(
+            "loss.without_edges and its curriculum are of drafters with drafter.edges or drafter.correction, and this "
+            "one has neither: set loss.without_edges=0 loss.without_edges_end=0"
+        )
     optimizer = make_optimizer(config.optimizer, config.steps, config.loss.deepkd)
     if mesh is not None:
         try:

@@ -20,7 +20,15 @@ from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.training.config import REMAT, RunConfig, StepOptions
 from fasteagle_jax.training.deepkd import Parts, num_kept, value_and_parts
-from fasteagle_jax.training.losses import LevelMetrics, LossConfig, level_loss, select_positions
+from fasteagle_jax.training.losses import (
+    LevelMetrics,
+    LossConfig,
+    counted_guesses,
+    level_loss,
+    select_positions,
+    span_of,
+    stretches_read,
+)
 from fasteagle_jax.training.optimizer import is_matrix, make_optimizer
 
 
@@ -85,8 +93,14 @@ def drafter_loss(
 
     Of DeepKD the three losses [3], without a mask.
     """
-    picked, real = select_positions(batch.supervised, batch.positions, config.share, key)
-    return _loss_at(drafter, target, _Rows(batch, None, picked, real), None, config, StepOptions())
+    rows = _Rows(batch, None, *_select(drafter, batch, config, key))
+    return _loss_at(drafter, target, rows, None, config, StepOptions())
+
+
+def _select(drafter: Any, batch: Batch, config: LossConfig, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As of `select_positions`, in stretches if the loss wants whole paths, or the drafter needs no other positions."""
+    span = span_of(batch.tokens.shape[1]) if drafter.pointwise or config.whole_paths else 1
+    return select_positions(batch.supervised, batch.positions, config.share, key, span)
 
 
 class _Rows(NamedTuple):
@@ -106,10 +120,11 @@ def _loss_at(
     config: LossConfig,
     options: StepOptions,
     kept: jax.Array | None = None,
+    done: jax.Array | float = 0.0,
 ) -> tuple[jax.Array, LevelMetrics]:
     """The loss and metrics of rows; level i's loss is multiplied by `level_share[i - 1]`, None for 1.
 
-    `kept` is the K of DeepKD's mask.
+    `kept` is the K of DeepKD's mask, `done` the share of the run's steps that is done.
     """
     batch = rows.batch
     layers = drafter.feature_layers + drafter.context_layers
@@ -126,12 +141,19 @@ def _loss_at(
     next_tokens = jnp.roll(batch.tokens, -1, axis=1)  # wrong at a segment's end, where no loss looks
     attend = Packed(batch.segments, drafter.config.window, options.attention)
     stream = target.embedding[...], features, next_tokens, batch.positions, attend
-    hidden, _ = drafter.hidden_states(*stream, context=context, remat=REMAT[options.remat])
+    more: dict[str, Any] = {}
+    if config.weighs_without_edges and getattr(drafter.config, "correction", None):
+        more["uncorrected"] = True
+    at_level = None
+    if drafter.pointwise:
+        span = span_of(batch.tokens.shape[1])
+        more["at"], at_level = stretches_read(rows.picked, span, drafter.num_levels)
+    hidden, _ = drafter.hidden_states(*stream, context=context, remat=REMAT[options.remat], **more)
     head = target.head_rows()
     token_ids = None if drafter.token_ids is None else drafter.token_ids[...]
     places = batch.positions, rows.picked, rows.real
-    own_head, logit_map = drafter.own_head(), target.logit_map
-    return level_loss(hidden, out.hidden, *places, head, token_ids, config, own_head, level_share, logit_map, kept)
+    heads = head, token_ids, config, drafter.own_head(), level_share, target.logit_map
+    return level_loss(hidden, out.hidden, *places, *heads, kept, done, at_level)
 
 
 def make_train_step(
@@ -162,20 +184,20 @@ def make_train_step(
       ema: decay of the state's average; 0 for none.
       options: attention and rematerialization.
       shardings: of the state and the result; None on one device.
-      num_steps: of the run, for the phases of DeepKD's mask.
+      num_steps: of the run, for the phases of DeepKD's mask and the schedules of the loss.
     """
     deepkd = config.deepkd
-    if deepkd is not None and deepkd.mask and num_steps is None:
-        raise ValueError("the phases of DeepKD's mask are shares of num_steps: give it")
+    if (config.scheduled or (deepkd is not None and deepkd.mask)) and num_steps is None:
+        raise ValueError("schedules of the loss and phases of DeepKD's mask are shares of num_steps: give it")
 
     def gradient_of(
-        params: Any, constants: Any, target: Any, kept: jax.Array | None, rows: _Rows, level_share: jax.Array | None
+        params: Any, constants: Any, target: Any, progress: Any, rows: _Rows, level_share: jax.Array | None
     ) -> Any:
         """((loss, metrics), gradients); of DeepKD three losses [3] and the Parts of the gradients."""
 
         def loss_of(params: Any) -> tuple[jax.Array, LevelMetrics]:
             drafter = nnx.merge(graph, in_dtype(params, dtype), constants)
-            return _loss_at(drafter, target, rows, level_share, config, options, kept)
+            return _loss_at(drafter, target, rows, level_share, config, options, *progress)
 
         if deepkd is not None:
             # As the levels: where they are a list, one pass after the other rather than a loop.
@@ -191,21 +213,23 @@ def make_train_step(
         values: TargetValues | None = None,
     ) -> tuple[TrainState, StepResult]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        whole = _Rows(batch, values, *select_positions(batch.supervised, batch.positions, config.share, key))
+        whole = _Rows(batch, values, *_select(nnx.merge(graph, state.params, constants), batch, config, key))
         kept = None  # DeepKD's K
         if deepkd is not None and num_steps is not None:
             num_classes = nnx.merge(graph, state.params, constants).config.draft_vocab_size
             kept = num_kept(deepkd, num_classes, state.step, num_steps)
+        progress = kept, 0.0 if num_steps is None else state.step / num_steps
         if accumulate == 1:
-            (loss, metrics), gradients = gradient_of(state.params, constants, target, kept, whole, None)
+            (loss, metrics), gradients = gradient_of(state.params, constants, target, progress, whole, None)
         else:
             num_levels = nnx.merge(graph, state.params, constants).num_levels
             loss, metrics, gradients = _accumulated(
-                lambda *args: gradient_of(state.params, constants, target, kept, *args),
+                lambda *args: gradient_of(state.params, constants, target, progress, *args),
                 state.params if deepkd is None else Parts(*[state.params] * 3),
                 whole,
                 accumulate,
                 num_levels,
+                config.whole_paths,
             )
         losses, total = loss, gradients
         if deepkd is not None:
@@ -240,6 +264,7 @@ def _accumulated(
     whole: _Rows,
     num_microbatches: int,
     num_levels: int,
+    whole_paths: bool,
 ) -> tuple[jax.Array, LevelMetrics, Any]:
     """The loss, metrics and gradients of a batch, summed over microbatches, one of which is in memory at a time.
 
@@ -248,7 +273,7 @@ def _accumulated(
     """
     # Every num_microbatches-th row, so that a microbatch is spread over a mesh as the batch is.
     parts = jax.tree.map(lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), whole)
-    counts = jax.vmap(lambda rows: _level_counts(rows, num_levels))(parts)  # [microbatches, N]
+    counts = jax.vmap(lambda rows: _level_counts(rows, num_levels, whole_paths))(parts)  # [microbatches, N]
     total = jnp.maximum(counts.sum(axis=0), 1)
 
     def one(sums: Any, xs: tuple[_Rows, jax.Array]) -> tuple[Any, None]:
@@ -268,11 +293,10 @@ def _accumulated(
     return loss, LevelMetrics(*[*means, total])._replace(left_out=left_out), gradients
 
 
-def _level_counts(rows: _Rows, num_levels: int) -> jax.Array:
+def _level_counts(rows: _Rows, num_levels: int, whole_paths: bool) -> jax.Array:
     """The number of positions that each level is measured at, int32 [N]."""
-    depth = jnp.take_along_axis(rows.batch.positions, rows.picked, axis=1)  # [B, S]
-    reached = rows.real & (depth >= jnp.arange(1, num_levels + 1)[:, None, None])
-    return reached.sum(axis=(1, 2))
+    counted = counted_guesses(rows.picked, rows.real, rows.batch.positions, num_levels, whole_paths)
+    return counted.sum(axis=(1, 2))
 
 
 def train_step(config: RunConfig, graph: Any, shardings: Any = None) -> Any:

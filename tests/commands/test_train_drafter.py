@@ -553,6 +553,13 @@ def test_ablate_measures_variants_of_a_run_and_trains_none_twice(
     assert ablate.main([str(word) for word in [*asked, "--variant", "drafter.num_levels=1", *changes]]) == 143
 
 
+def test_a_loss_of_guesses_without_edges_needs_a_drafter_that_has_them(
+    target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    arguments = command(target_folder, data_file, tmp_path / "run", "drafter.correction=None", "loss.without_edges=1")
+    assert "of drafters with drafter.edges or drafter.correction" in complaint(main, *arguments)
+
+
 def test_data_of_another_tokenizer_or_target_is_refused(
     target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
 ) -> None:

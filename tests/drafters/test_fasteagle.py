@@ -71,7 +71,7 @@ FORMS = {  # changes of the configuration, stacked
     "correction, stacked": (dict(correction=8), True),
     "reduced vocabulary and correction, list": (dict(draft_vocab_size=len(IDS), correction=8), False),
     "shared, side by side, stacked": (dict(levels="shared", side_by_side=True, reinject=True), True),
-    "edges, stacked": (dict(edges=4, edges_reach=2), True),
+    "edges, stacked": (dict(edges=4, edges_reach=2, edges_gated=True), True),
     "reduced vocabulary, shared, edges, list": (dict(draft_vocab_size=len(IDS), levels="shared", edges=4), False),
     "a window, stacked": (dict(window=3), True),
     "a window of one, list": (dict(window=1), False),
@@ -190,6 +190,7 @@ SWITCHES = {
     "correction": {"correction": 8},
     "shared": {"levels": "shared", "side_by_side": True},
     "edges": {"edges": 4, "edges_reach": 3},
+    "gated edges": {"edges": 4, "edges_reach": 3, "edges_gated": True},
 }
 
 
@@ -231,8 +232,11 @@ def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
             if (c := drafter.edges) is not None:
                 known = [jnp.pad(tokens, ((0, 0), (0, N)))[:, j : j + T] for j in range(i, max(i - 3, 0), -1)]
                 e = jnp.concatenate([normed(target.embedding[...][x]) for x in known], axis=-1)
-                product = (e @ c.of_token.weight[...][: e.shape[-1]]) * (normed(h) @ c.of_state.weight[...])
-                read = jnp.concatenate([read, product], axis=-1)
+                of_path = e @ c.of_token.weight[...][: e.shape[-1]]
+                if c.gate is not None:
+                    units = of_path + normed(h) @ c.gate.weight[...]
+                    of_path = units / (1 + jnp.exp(-units))
+                read = jnp.concatenate([read, of_path * (normed(h) @ c.of_state.weight[...])], axis=-1)
             out.append(read)
         return jnp.stack(out)
 

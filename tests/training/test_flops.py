@@ -20,7 +20,7 @@ def num_matrix_parameters(tree: object) -> int:
     return sum(x.size for path, x in leaves if "norm" not in jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("changes", [{}, {"reinject": True}, {"correction": 5}, {"edges": 4}])
+@pytest.mark.parametrize("changes", [{}, {"reinject": True}, {"correction": 5}, {"edges": 4, "edges_gated": True}])
 def test_without_attention_and_heads_it_is_two_a_frozen_and_six_a_trained_parameter(changes: dict) -> None:
     target = tiny_target(num_layers=3)
     config = default_config(target.config, num_levels=4, **changes)
@@ -28,7 +28,7 @@ def test_without_attention_and_heads_it_is_two_a_frozen_and_six_a_trained_parame
     trained = num_matrix_parameters((drafter.fc, drafter.fuse, drafter.levels))
     trained += 4 * num_matrix_parameters(drafter.correction)  # once a level
     if drafter.edges is not None:  # its table is a head
-        trained += 4 * num_matrix_parameters((drafter.edges.of_state, drafter.edges.of_token))
+        trained += 4 * num_matrix_parameters((drafter.edges.of_state, drafter.edges.of_token, drafter.edges.gate))
     expected = 2 * num_matrix_parameters(target.layers) + 6 * trained
     assert flops_per_token(target.config, config, length=0, share=0.0) == expected
 
@@ -51,6 +51,11 @@ def test_attention_and_heads_add_their_products() -> None:
     assert flops_per_token(target, drafter, 0, 0.5) - base == 0.5 * 16 * 40 * (2 + 4 * 2)
     edges = dataclasses.replace(drafter, edges=3)
     assert flops_per_token(target, edges, 0, 1.0) - base - 16 * 40 * (2 + 4 * 2) == 2 * 6 * (2 * 16 * 3 + 3 * 40)
+    reading = dataclasses.replace(drafter, context="target", context_layer=4)  # levels where the loss looks alone
+    one, half = (flops_per_token(target, reading, 10, share) for share in (1.0, 0.5))
+    assert one == flops_per_token(target, drafter, 10, 1.0)
+    levels = 6 * (2 * drafter.level_parameters + drafter.input_parameters) + 12 * 2 * 10 * 32
+    assert one - half == 0.5 * (levels + 16 * 40 * (2 + 4 * 2))
     small = dataclasses.replace(drafter, draft_vocab_size=30)
     assert flops_per_token(target, small, 0, 1.0) - base == 16 * (2 * 40 + (4 * 2 + 2) * 30)
 

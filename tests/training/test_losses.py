@@ -13,9 +13,11 @@ import pytest
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.linear import LogitMap
 from fasteagle_jax.training import losses
-from fasteagle_jax.training.losses import LossConfig, level_loss, select_positions
+from fasteagle_jax.training.deepkd import DeepKD
+from fasteagle_jax.training.losses import LossConfig, level_loss, select_positions, stretches_read
 
 N, B, T, H, V = 3, 2, 12, 8, 20
+KEY = jax.random.key(0)
 CLOSE = dict(rtol=1e-5, atol=1e-6)  # float32; sums over 20 tokens and 24 positions in another order
 
 # Two segments in the first row, one and padding in the second.
@@ -47,6 +49,8 @@ def slow_loss(hidden, target_hidden, pairs, head, ids, config, logit_map=lambda 
         terms += config.total_variation * (1 - overlap)
         terms += config.acceptance * -jnp.log(overlap)
         terms += config.smooth_l1 * jnp.where(gap < 1, gap**2 / 2, gap - 0.5).mean(axis=1)
+        share = jnp.exp(-config.hybrid_rate * jax.lax.stop_gradient(overlap))
+        terms += config.hybrid * (share * (p * jnp.log(p / q)).sum(axis=1) + (1 - share) * (1 - overlap))
         hits = ids[jnp.argmax(q, axis=1)] == jnp.argmax(p_full, axis=1)
         losses.append(terms.mean())
         metrics.append([terms.mean(), hits.mean(), overlap.mean()])
@@ -66,7 +70,9 @@ CONFIGS = {
     "total variation": LossConfig(cross_entropy=0.0, total_variation=1.0, chunk=5),
     "acceptance": LossConfig(cross_entropy=0.0, acceptance=1.0, chunk=5),
     "smooth L1": LossConfig(cross_entropy=0.0, smooth_l1=1.0, chunk=5),
-    "all terms, even weights, one chunk": LossConfig(0.1, 0.2, 0.3, 0.4, level_decay=1.0, chunk=256),
+    "cross entropy and total variation": LossConfig(0.1, 0.9, chunk=5),
+    "hybrid": LossConfig(cross_entropy=0.0, hybrid=1.0, hybrid_rate=2.0, chunk=5),
+    "all terms, even weights, one chunk": LossConfig(0.1, 0.2, 0.3, 0.4, hybrid=0.5, level_decay=1.0, chunk=256),
     "last level only": LossConfig(last_level_only=True, chunk=1),
 }
 
@@ -143,6 +149,132 @@ def test_a_table_of_edge_scores_is_added_to_the_frozen_heads_logits_and_trained(
     found, expected = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(both, table) for f in (fast, slow))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), found, expected)
     assert np.abs(found[1][1]).max() > 1e-3
+
+
+def test_the_loss_moves_from_the_guesses_without_a_correction_to_the_whole_ones():
+    """Hidden states hold both. A quarter of the run is half of its curriculum."""
+    hidden, target_hidden, head = inputs()
+    both = jnp.concatenate([hidden, normal(5, N, B, T, H)], axis=-1)
+    places = jnp.asarray(POSITIONS), *select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, KEY)
+    config = LossConfig(0.1, 0.9, without_edges=1.0, curriculum=0.5, chunk=5)
+
+    def moving(both, done):
+        return level_loss(both, target_hidden, *places, head, None, config, done=done)[0]
+
+    def of(hidden):
+        return level_loss(hidden, target_hidden, *places, head, None, LossConfig(0.1, 0.9, chunk=5))[0]
+
+    grad = jax.jit(jax.value_and_grad(moving))
+    for done, share in ((0.0, 1.0), (0.25, 0.5), (0.75, 0.0)):
+        slow = jax.value_and_grad(lambda both, s=share: (1 - s) * of(both[..., :H]) + s * of(both[..., H:]))(both)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), grad(both, done), slow)
+
+
+# --- weights along a path, and over a run -----------------------------------------------------------------------
+
+
+def slow_path_loss(hidden, target_hidden, pairs, head, ids, config):
+    """As slow_loss, path by path: from stream position t the guesses of levels 1, 2, ... at t + 1, t + 2, ..."""
+
+    @jax.jit
+    def of_guesses(hidden):
+        """Loss, hit and acceptance [N, B, T] by stream position."""
+        p_full = jax.nn.softmax(jnp.stack([jnp.roll(target_hidden, -i, axis=1) for i in range(1, N + 1)]) @ head.T)
+        p, log_q = p_full[..., ids], jax.nn.log_softmax(hidden @ head[ids].T)
+        overlap = jnp.minimum(p, jnp.exp(log_q)).sum(axis=-1)
+        loss = config.cross_entropy * -(p * log_q).sum(axis=-1) + config.total_variation * (1 - overlap)
+        return loss, ids[log_q.argmax(axis=-1)] == p_full.argmax(axis=-1), overlap
+
+    _, hit, accepted = jax.tree.map(np.asarray, of_guesses(hidden))
+    weights, counts = np.zeros((N, B, T)), [0] * N
+    for b, t in np.ndindex(B, T):
+        reach = 0  # levels of the path before the first that does not count
+        while reach < N and (b, t + reach + 1) in pairs and POSITIONS[b, t + reach + 1] > reach:
+            reach += 1
+        smooth = config.smoothing + (1 - config.smoothing) * accepted[:reach, b, t]
+        for i in range(reach):
+            weights[i, b, t] = 1.0 if hit[:i, b, t].all() else config.after_wrong
+            if config.expected_length:
+                weights[i, b, t] *= sum(np.prod(smooth[: m + 1]) for m in range(i, reach))
+            counts[i] += 1
+    levels = np.array([1 / N if config.expected_length else config.level_decay**i for i in range(N)])
+    weights *= (levels / levels.sum() / counts)[:, None, None]
+    value = jax.jit(jax.value_and_grad(lambda hidden: (weights * of_guesses(hidden)[0]).sum()))
+    return *value(hidden), counts
+
+
+PATHS = {
+    "expected length": LossConfig(expected_length=True, chunk=5),
+    "smoothed less, of total variation": LossConfig(0.1, 0.9, expected_length=True, smoothing=0.2, chunk=7),
+    "after a wrong guess half": LossConfig(after_wrong=0.5, chunk=5),
+    "after a wrong guess nothing, expected length": LossConfig(after_wrong=0.0, expected_length=True, chunk=256),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_guess_is_weighed_by_the_others_of_its_path_as_path_by_path(name):
+    """Half of the guesses are nearly the target's own, else a path would hardly ever go on after its first."""
+    config, is_listed = PATHS[name], "wrong" in name
+    _, target_hidden, head = inputs()
+    own = jnp.stack([jnp.roll(target_hidden, -i, axis=1) for i in range(1, N + 1)])
+    hidden = jnp.where(normal(9, N, B, T, 1) > 0, own + 0.1 * normal(0, N, B, T, H), normal(3, N, B, T, H))
+    ids = jnp.asarray([0, 1, 3, 4, 6, 8, 9, 11, 12, 15, 17, 18]) if is_listed else None
+    places = jnp.asarray(POSITIONS), *select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, KEY)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def fast(hidden):
+        return level_loss(list(hidden) if is_listed else hidden, target_hidden, *places, head, ids, config)
+
+    (loss, metrics), gradient = fast(hidden)
+    tokens = jnp.arange(V) if ids is None else ids
+    expected, slow_gradient, counts = slow_path_loss(hidden, target_hidden, pairs_that_count(), head, tokens, config)
+    assert metrics.count.tolist() == counts and counts[-1] > 1
+    np.testing.assert_allclose(loss, expected, **CLOSE)
+    np.testing.assert_allclose(gradient, slow_gradient, **CLOSE)
+
+
+def test_weights_that_change_nothing_leave_the_plain_loss_bit_for_bit():
+    """A smoothing of 1 takes every guess for accepted, and 1 after a wrong guess is no weight."""
+    hidden, target_hidden, head = inputs()
+    picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, KEY)
+
+    def loss(config, done=0.0):
+        args = target_hidden, jnp.asarray(POSITIONS), picked, real, head, None, config
+        return jax.jit(jax.value_and_grad(lambda hidden: level_loss(hidden, *args, done=done)[0]))(hidden)
+
+    plain = loss(LossConfig(chunk=5))
+    for same in (LossConfig(chunk=5, after_wrong=1.0, smoothing=0.1), LossConfig(chunk=5, without_edges_end=0.5)):
+        jax.tree.map(np.testing.assert_array_equal, loss(same), plain)
+    jax.tree.map(np.testing.assert_array_equal, loss(LossConfig(chunk=5, tv_last=0.25), 0.74), plain)
+    total_variation = LossConfig(cross_entropy=0.0, total_variation=1.0, chunk=5)
+    jax.tree.map(np.testing.assert_array_equal, loss(LossConfig(chunk=5, tv_last=0.25), 0.75), loss(total_variation))
+
+
+def test_the_weights_of_a_run_follow_the_share_of_its_steps_that_is_done():
+    config = LossConfig(0.1, 0.9, without_edges=1.0, without_edges_end=0.2, curriculum=0.5, tv_last=0.2)
+    found = [config.mix(done) for done in (0.0, 0.25, 0.5, 0.79, 0.8, 1.0)]
+    np.testing.assert_allclose([m.without_edges for m in found], [1, 0.6, 0.2, 0.2, 0.2, 0.2], rtol=1e-6)
+    np.testing.assert_allclose([m.whole for m in found], [0, 0.4, 0.8, 0.8, 0.8, 0.8], atol=1e-6)
+    np.testing.assert_allclose([m.terms[0] for m in found], [0.1, 0.1, 0.1, 0.1, 0, 0])
+    np.testing.assert_allclose([m.terms[1] for m in found], [0.9, 0.9, 0.9, 0.9, 1, 1])
+    assert config.scheduled and not LossConfig(without_edges=0.3).scheduled
+
+
+def test_stretches_of_positions_are_picked_so_that_most_paths_are_whole():
+    """All but the first i - 1 guesses of level i in a stretch, at worst."""
+    count = jax.jit(losses.counted_guesses, static_argnums=(3, 4))
+    supervised, positions = jnp.ones((2, 512), bool), jnp.broadcast_to(jnp.arange(512), (2, 512))
+    pick = jax.jit(select_positions, static_argnums=(2, 4))
+    least = 1 - 4 / losses.span_of(512)
+    for share in (0.5, 0.25):
+        picked, real = pick(supervised, positions, share, KEY, losses.span_of(512))
+        assert picked.shape == (2, round(512 * share)) and real.all() and (np.diff(picked, axis=1) > 0).all()
+        whole, every = (count(picked, real, positions, 5, paths) for paths in (True, False))
+        assert least < whole[4].sum() / every[4].sum() < 1 and (whole[0] == every[0]).all()
+
+
+# --- forms of the input -----------------------------------------------------------------------------------------
 
 
 def test_a_stack_and_a_list_of_levels_have_one_loss_and_gradient():
@@ -284,6 +416,21 @@ def test_a_small_share_is_a_new_subset_for_every_key_and_every_position_gets_its
     np.testing.assert_array_equal(again, picked)
 
 
+def test_stretches_hold_what_counts_and_the_stream_positions_before_it():
+    span, seen = 4, set()
+    select = jax.jit(select_positions, static_argnums=(2, 4))
+    for seed in range(20):
+        picked, real = select(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 0.6, jax.random.key(seed), span)
+        assert picked.shape == (B, 8)
+        np.testing.assert_array_equal(picked % span, np.tile(np.arange(span), (B, 2)))
+        seen |= set(pairs_of(picked, real))
+        at, places = stretches_read(picked, span, N)
+        assert at.shape == (B, 2 * (span + N - 1))
+        for level, place in enumerate(places, 1):
+            np.testing.assert_array_equal(np.take_along_axis(at, place, 1), np.maximum(picked - level, 0))
+    assert seen == set(pairs_that_count())
+
+
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
@@ -311,8 +458,21 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
     assert temporaries(1024, vocab, chunk=1024) > one_more  # what is measured does see such arrays
 
 
-@pytest.mark.parametrize("bad", [dict(share=0.0), dict(share=1.1), dict(chunk=0)], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [dict(share=0.0), dict(share=1.1), dict(chunk=0), dict(tv_last=1.5), dict(after_wrong=-1), dict(smoothing=2)],
+    ids=str,
+)
 def test_a_bad_loss_setting_is_a_user_error(bad):
     ((name, value),) = bad.items()
     with pytest.raises(UserError, match=f"loss {name} is {value}"):
         LossConfig(**bad)
+
+
+def test_loss_settings_that_do_not_combine_are_a_user_error():
+    with pytest.raises(UserError, match="expected_length weighs all levels and last_level_only one"):
+        LossConfig(expected_length=True, last_level_only=True)
+    with pytest.raises(UserError, match="without_edges is 2: with a curriculum it is a share"):
+        LossConfig(without_edges=2, curriculum=0.5)
+    with pytest.raises(UserError, match="loss expected_length, tv_last cannot be used with loss.deepkd"):
+        LossConfig(expected_length=True, tv_last=0.2, deepkd=DeepKD())

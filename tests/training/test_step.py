@@ -53,12 +53,16 @@ def run_steps(state: TrainState, step: object, target: object, num_steps: int) -
 
 
 def new_run(
-    drafter: FastEagle, accumulate: int = 1, dtype: object = jnp.float32, **changes: object
+    drafter: FastEagle,
+    accumulate: int = 1,
+    dtype: object = jnp.float32,
+    loss: LossConfig = LossConfig(share=0.5, chunk=16),  # noqa: B008  # immutable
+    **changes: object,
 ) -> tuple[TrainState, object, object, object]:
     """(state, step, graph, constants) of a run that trains `drafter`; `changes` are of the optimiser."""
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)
     config = OptimizerConfig(**{"learning_rate": 1e-2, "warmup_steps": 1} | changes)
-    optimizer, loss = make_optimizer(config, 100), LossConfig(share=0.5, chunk=16)
+    optimizer = make_optimizer(config, 100)
     train = make_train_step(graph, optimizer, loss, dtype, 0, accumulate=accumulate, ema=config.ema)
     # The step donates its state, and a drafter may serve several runs.
     state = first_state(jax.tree.map(jnp.copy, params), optimizer, config.ema)
@@ -166,6 +170,60 @@ def test_stacked_and_listed_models_have_the_same_loss_and_gradient(changes: dict
         assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(ours))
 
 
+def test_levels_that_read_the_target_alone_are_computed_where_the_loss_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a share of 1 that is every position, in whichever order: the same loss and gradient, to float32 rounding."""
+    target = tiny_target()
+    changes = CHEAP | dict(edges_reach=2, edges_gated=True, reinject=True, num_levels=3)
+    drafter = init_drafter(default_config(target.config, **changes), target, jax.random.key(0))
+    drafter.edges.table[...] += 0.1 * jax.random.normal(jax.random.key(2), drafter.edges.table.shape)
+    graph, params, constants = nnx.split(drafter, nnx.Param, ...)
+    read: list[int] = []
+    states = FastEagle.hidden_states
+
+    def watched(self: FastEagle, *args: Any, **more: Any) -> Any:
+        hidden, fresh = states(self, *args, **more)
+        read.append(hidden[0].shape[1])
+        return hidden, fresh
+
+    monkeypatch.setattr(FastEagle, "hidden_states", watched)
+
+    def gradient(share: float) -> Any:
+        def loss(params: Any) -> Any:
+            drafter = nnx.merge(graph, params, constants)
+            return drafter_loss(drafter, target, packed_batch(), jax.random.key(1), LossConfig(chunk=16, share=share))
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    stretches = gradient(1.0)
+    gradient(0.4)
+    monkeypatch.setattr(FastEagle, "pointwise", False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), stretches, gradient(1.0))
+    assert read == [
+        5 * (8 + 2),
+        2 * (8 + 2),
+        40,
+    ]  # stretches of 8 in rows of 40 tokens, and N - 1 positions before each
+
+
+@pytest.mark.parametrize("changes", [{"correction": 8}, CHEAP], ids=["correction", "edges"])
+def test_a_curriculum_starts_at_the_guesses_that_do_not_know_the_token_before(changes: dict) -> None:
+    """Neither a correction nor edge scores have a gradient then, and all the rest of the cascade has."""
+    target = tiny_target(stacked=False)
+    drafter = small_drafter(target, **changes)
+    part = drafter.edges.table if "edges" in changes else drafter.correction.to_state.weight
+    part[...] += 0.1  # not at zero, where its other parts have no gradient
+    graph, params, constants = nnx.split(drafter, nnx.Param, ...)
+
+    def loss(params: object) -> jax.Array:
+        config = LossConfig(chunk=16, without_edges=1.0, curriculum=0.5)
+        return drafter_loss(nnx.merge(graph, params, constants), target, packed_batch(), jax.random.key(1), config)[0]
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+        name = jax.tree_util.keystr(path)
+        is_silent = "edges" in name or "correction" in name
+        assert (np.abs(leaf).max() == 0) == is_silent, name
+
+
 def test_feature_rms_is_of_an_ordinary_token() -> None:
     target = tiny_target()
     rms = jax.jit(feature_rms, static_argnums=2)(target, packed_batch(), (0, 2))
@@ -246,23 +304,64 @@ def test_runs_of_equal_settings_compile_one_step_whatever_their_data(compilation
     assert results[0][1] >= 1 and results[1][1] == 0
 
 
+def test_a_schedule_of_the_loss_is_a_function_of_the_step_in_one_program(compilations: list[str]) -> None:
+    """Three of four steps are of cross entropy, and the last of total variation; a state between them goes on so."""
+    target, batch = tiny_target(num_layers=2, stacked=False), packed_batch()
+    drafter = small_drafter(target)
+    graph, params, constants = nnx.split(drafter, nnx.Param, ...)
+    plain = RunConfig(target="t", data=("a",), steps=4, dtype="float32", loss=LossConfig(share=0.5, chunk=16))
+    runs = []
+    for changes in ({"tv_last": 0.25}, {}, {"cross_entropy": 0.0, "total_variation": 1.0}):
+        config = dataclasses.replace(plain, loss=dataclasses.replace(plain.loss, **changes))
+        runs.append((train_step(config, graph), make_optimizer(config.optimizer, config.steps)))
+    start = jax.block_until_ready(first_state(jax.tree.map(jnp.copy, params), runs[0][1]))
+
+    def losses(step: Any, state: TrainState, num_steps: int) -> tuple[TrainState, list[float]]:
+        found = []
+        for _ in range(num_steps):
+            state, result = step(state, constants, target, batch)
+            found.append(float(result.loss))
+        return state, found
+
+    def copy(state: TrainState) -> TrainState:
+        return jax.tree.map(jnp.copy, state)
+
+    (scheduled, _), (cross_entropy, _), (total_variation, _) = runs
+    after, expected = losses(cross_entropy, copy(start), 3)
+    _, last = losses(total_variation, copy(after), 1)
+    state, first = losses(scheduled, copy(start), 1)
+    before = len(compilations)
+    restored = copy(state)
+    _, rest = losses(scheduled, state, 3)
+    assert len(compilations) == before
+    np.testing.assert_allclose(first + rest, expected + last, rtol=1e-6)
+    assert losses(scheduled, restored, 3)[1] == rest
+
+
 # --- accumulation, skipped updates, the average -----------------------------------------------------------------
 
 
+PATHS = {"share": 0.5, "chunk": 16, "expected_length": True, "after_wrong": 0.5}
+
+
 @pytest.mark.parametrize(
-    ("num_parts", "stacked", "kind"),
-    [(2, True, "fasteagle"), pytest.param(4, False, "eagle3", marks=pytest.mark.slow)],
+    ("num_parts", "stacked", "sizes", "loss"),
+    [
+        (2, True, {}, {"share": 0.5, "chunk": 16}),
+        pytest.param(4, False, {"kind": "eagle3"}, {"share": 0.5, "chunk": 16}, marks=pytest.mark.slow),
+        pytest.param(2, False, CHEAP | {"context_layer": 1}, PATHS, marks=pytest.mark.slow),
+    ],
 )
 def test_parts_of_a_batch_one_after_the_other_give_the_step_of_the_whole_batch(
-    num_parts: int, stacked: bool, kind: str
+    num_parts: int, stacked: bool, sizes: dict, loss: dict
 ) -> None:
     """Rows have unlike numbers of positions at each level, so a mean of the parts' losses would be another loss."""
     target = tiny_target(num_layers=2, stacked=stacked)
-    drafter, batch = small_drafter(target, kind=kind), packed_batch(3, rows=4, lengths=(3, 18), answer=1)
-    whole, step, _, _ = new_run(drafter, warmup_steps=0)
+    drafter, batch = small_drafter(target, **sizes), packed_batch(3, rows=4, lengths=(3, 18), answer=1)
+    whole, step, _, _ = new_run(drafter, loss=LossConfig(**loss), warmup_steps=0)
     whole, expected = step(whole, target, batch)
     assert len(set(np.asarray(expected.metrics.count).tolist())) == LEVELS
-    parts, step, _, _ = new_run(drafter, num_parts, warmup_steps=0)
+    parts, step, _, _ = new_run(drafter, num_parts, loss=LossConfig(**loss), warmup_steps=0)
     parts, result = step(parts, target, batch)
     # Sums in another order: float32 rounding.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), result, expected)

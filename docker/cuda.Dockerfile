@@ -1,0 +1,13 @@
+# For a machine with CUDA 12 drivers: docker build -f docker/cuda.Dockerfile -t fasteagle-cuda . && docker run --gpus all -it fasteagle-cuda
+FROM python:3.11-slim
+
+WORKDIR /opt/fasteagle-jax
+COPY pyproject.toml README.md LICENSE ./
+COPY fasteagle_jax ./fasteagle_jax
+RUN pip install --no-cache-dir '.[train,cuda]'
+
+COPY configs ./configs
+COPY train ./train
+COPY infer ./infer
+ENTRYPOINT ["fasteagle"]
+CMD ["--help"]

@@ -1,0 +1,74 @@
+"""What documents show: their Python compiles, their commands have these options, their links lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fasteagle_jax.cli import VERBS, main
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS += [ROOT / "train" / "README.md", ROOT / "train" / "answers" / "README.md"]
+FORMS = ("--predict", "--cost")  # of bench
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_VERB_OF = {"chat": "chat", "bench": "bench", "demo": "demo", "drafter": "train", "prepare_data": "prepare-data"}
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The code blocks of a language, "" for those without one."""
+    return [code for name, code in _BLOCK.findall(path.read_text()) if name == language]
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The words of each `fasteagle VERB ...` and `python -m train.X ...` in a document, the verb first."""
+    found = []
+    for code in blocks(path, ""):
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True) if line.count("'") % 2 == 0 else line.split()
+            for i, word in enumerate(words):
+                if word == "fasteagle" and i + 1 < len(words) and words[i + 1] in VERBS:
+                    found.append(words[i + 1 :])
+                elif re.fullmatch(r"(train|infer)\.\w+", word) and words[i - 1] == "-m":
+                    name = word.partition(".")[2]
+                    found.append([_VERB_OF.get(name, name.replace("_", "-")), *words[i + 1 :]])
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_in_documents_compiles_and_what_it_imports_is_there(path: Path) -> None:
+    for code in blocks(path, "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fasteagle_jax"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_documents_have_the_options_that_they_are_given(path: Path, capsys) -> None:
+    for verb, *words in commands(path):
+        # Some verbs have a form of their own behind a first option.
+        for form in ([], *([option, "x"] for option in FORMS if option in words)):
+            assert main([verb, *form, "--help"]) == 0
+        known = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
+        used = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert used <= known, f"{path.name}: {verb} has no {', '.join(sorted(used - known))}"
+
+
+def test_the_documents_show_commands_of_most_verbs() -> None:
+    shown = {words[0] for path in DOCUMENTS for words in commands(path)}
+    assert shown <= set(VERBS) and len(shown) > len(VERBS) // 2
+
+
+def test_every_page_is_on_the_site_and_every_link_leads_somewhere() -> None:
+    site = (ROOT / "mkdocs.yml").read_text()
+    pages = [path.name for path in (ROOT / "docs").glob("*.md")]
+    assert pages and all(f": {page}\n" in site for page in pages)
+    for path in DOCUMENTS:
+        for link in re.findall(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name} has a link to {link}"
