@@ -65,7 +65,7 @@ def add_answer_options(parser: Any, max_new: int) -> None:
 
 
 def add_engine_options(parser: Any, default_tree: str) -> None:
-    """Adds the options of `load_engine`: models, the tree, --lookup, --max-len and --mesh."""
+    """Adds the options of target, drafter, tree and lookup, --max-len and --mesh, for `load_engine`."""
     group = parser.add_argument_group("models")
     add_target_options(group)
     add_draft_options(group, default_tree)
@@ -134,10 +134,11 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 def load_engine(args: argparse.Namespace, tree: TreeSpec | str | None, slots: int) -> Engine:
     """The engine that the options name, its trees measured if there is a choice."""
-    guesses = (
-        args.lookup is not None or drafter_folder(args.drafter, open_checkpoint(args.target, args.adapter)) is not None
-    )
-    if args.show_drafts and not guesses:
+    if (
+        args.show_drafts
+        and args.lookup is None
+        and drafter_folder(args.drafter, open_checkpoint(args.target, args.adapter)) is None
+    ):
         raise UserError("--show-drafts without a drafter: name its folder with --drafter")
     engine = Engine.load(
         args.target,

@@ -105,8 +105,8 @@ def answer_file(args: argparse.Namespace) -> int:
     # --- the engine -------------------------------------------------------------------------------------------
     dtype = dtype_named(args.dtype)
     mesh = mesh_named(args.mesh)
-    options = {"slots": args.slots, "max_len": args.max_len, "strict": args.strict, "lookup": args.lookup}
-    options["adapter"] = args.adapter
+    options = {"slots": args.slots, "max_len": args.max_len, "strict": args.strict, "adapter": args.adapter}
+    options["lookup"] = args.lookup
     engine = Engine.load(args.target, args.drafter, **options, tree=tree, mesh=mesh, dtype=dtype)
     template = str(engine.tokenizer.chat_template or "")
     with args.input.open("rb") as requests:

@@ -175,8 +175,8 @@ def prepare(args: argparse.Namespace) -> None:
     manifest = Manifest.of(output, settings)
     engine = None
     if args.prompts:  # dialogues need no weights
-        options = {"slots": args.slots, "max_len": args.max_length, "strict": args.strict, "lookup": args.lookup}
-        options["adapter"] = args.adapter
+        options = {"slots": args.slots, "max_len": args.max_length, "strict": args.strict, "adapter": args.adapter}
+        options["lookup"] = args.lookup
         engine = Engine.load(args.target, args.drafter, **options, tree=tree, dtype=dtype)
 
     # --- sample by sample -------------------------------------------------------------------------------------
