@@ -42,6 +42,7 @@ from fasteagle_jax.devices import topology
 from fasteagle_jax.drafters.table import CLASSES
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import read_json, write_text, writing
+from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.training.config import KIND_FIELDS, DrafterChoice, RunConfig, apply_changes, drafter_config
 
 SLICES = ("v5e:2x4", "v6e:2x4", "v5p:1x1x1", "h100")
@@ -305,7 +306,7 @@ def _measure(
     if missing := [d.spec.name for d in decoders if d.spec.name not in folders]:
         raise UserError(f"--measure needs the folder of {missing[0]}: give --drafters {missing[0]}=FOLDER,...")
     specs = [dataclasses.replace(d.spec, folder=folders[d.spec.name].folder) for d in decoders]
-    specs = find_drafters(specs, target)
+    specs = find_drafters(specs, open_checkpoint(target), target)
     models: Models = load(target, given.get("dtype"))
     drafters = load_drafters(models, specs)
     for decoder, spec in zip(decoders, specs, strict=True):

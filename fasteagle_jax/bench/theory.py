@@ -69,7 +69,7 @@ def best_tree(scores: Law, num_nodes: int, depth: int) -> list[tuple[int, ...]]:
     """The M - 1 paths, up to `depth` long, of the largest products of `scores`; a parent comes before its children."""
     heap: list[tuple[float, tuple[int, ...], int]] = []  # -probability, parent, rank among its children
     ranked: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
-    mass = {(): 1.0}
+    mass: dict[tuple[int, ...], float] = {(): 1.0}
 
     def offer(parent: tuple[int, ...], rank: int) -> None:
         if parent not in ranked:

@@ -55,10 +55,9 @@ def trace(
     prompts, lengths = pad_prompts([list(prompt)], chunk)
     sizes = {"max_new": max_new, "num_levels": num_levels_of(drafter, tree), "chunk": chunk}
     state, vocab = start(target, drafter, prompts, lengths, sampling, stop, **sizes)
-    models = {"tree": tree}
-    drafting = jax.jit(functools.partial(draft_tree, **models, shared_noise=shared_noise))
-    verifying = jax.jit(functools.partial(verify, **models))
-    committing = jax.jit(functools.partial(commit_path, **models))
+    drafting = jax.jit(functools.partial(draft_tree, tree=tree, shared_noise=shared_noise))
+    verifying = jax.jit(functools.partial(verify, tree=tree))
+    committing = jax.jit(functools.partial(commit_path, tree=tree))
     first = int(state.emitted[0, 0])
     draft, drafter_cache = drafting(drafter, vocab, state, sampling)  # once before they are timed: they compile
     jax.block_until_ready(

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +88,8 @@ def compare(configs: Sequence[RunConfig], num_steps: int, repeats: int) -> list[
 
 def _start(config: RunConfig) -> Callable[[], None]:
     """A function that takes the next step of a run and waits for it."""
-    sizes = {"training": True, "max_len": config.length, "adapter": config.adapter}
-    target = load_target(config.target, jnp.dtype(config.dtype), **sizes).model
+    of_run: dict[str, Any] = {"training": True, "max_len": config.length, "adapter": config.adapter}
+    target = load_target(config.target, jnp.dtype(config.dtype), **of_run).model
     rng = np.random.default_rng(config.seed)
     rows = rng.integers(target.config.vocab_size, size=(config.batch_size, config.length))
     samples = [Conversation.of(str(i), row.tolist(), [[0, config.length]]) for i, row in enumerate(rows)]

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def prepare(config: RunConfig, folder: Path, store: str) -> None:
     """Writes the features of a run, or what the folder still lacks of them."""
-    sizes = {"training": True, "max_len": config.length, "adapter": config.adapter}
-    loaded = load_target(config.target, jnp.dtype(config.dtype), **sizes)
+    of_run: dict[str, Any] = {"training": True, "max_len": config.length, "adapter": config.adapter}
+    loaded = load_target(config.target, jnp.dtype(config.dtype), **of_run)
     check_target(config.data, loaded.fingerprint)
     conversations = read_conversations(*config.data, vocab_size=loaded.model.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed)

@@ -338,10 +338,12 @@ class FastEagle(DrafterModule):
             ]  # [B, T, J]
         attend_to = functools.partial(_attend, visible, context=context, positions=positions, at=at, config=c)
         if at is not None:
-            features, next_tokens, positions, *tokens_before = (
-                None if x is None else jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
-                for x in (features, next_tokens, positions, *tokens_before)
-            )
+
+            def at_places(x: jax.Array) -> jax.Array:
+                return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
+
+            features, next_tokens, positions = (at_places(x) for x in (features, next_tokens, positions))
+            tokens_before = [None if x is None else at_places(x) for x in tokens_before]
         g = self.fused(features)
         e = embed(embedding, next_tokens, dtype)
         fused = self.fuse(jnp.concatenate([g, e], axis=-1))  # h_1 = L_1(FC([g_t, e_t+1]))

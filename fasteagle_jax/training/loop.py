@@ -100,8 +100,8 @@ def _train(
     if (run / "drafter").exists():
         raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
     dtype = jnp.dtype(config.dtype)
-    sizes = {"training": True, "max_len": config.length, "adapter": config.adapter}
-    loaded = load_target(config.target, dtype, mesh=mesh, **sizes)
+    of_run: dict[str, Any] = {"training": True, "max_len": config.length, "adapter": config.adapter}
+    loaded = load_target(config.target, dtype, mesh=mesh, **of_run)
     target = loaded.model
     check_target(config.data, loaded.fingerprint)
     conversations = read_conversations(*config.data, vocab_size=target.config.vocab_size)
