@@ -152,9 +152,22 @@ def _loss_at(
     """
     args = drafter, target, rows.batch, rows.values, rows.picked, config, options
     hidden, target_hidden, (head, token_ids, own_head, logit_map), at_level = _guesses(*args)
-    places = rows.batch.positions, rows.picked, rows.real
-    given = head, token_ids, config, own_head, level_share
-    return level_loss(hidden, target_hidden, *places, *given, logit_map, kept, done, at_level)
+    return level_loss(
+        hidden,
+        target_hidden,
+        rows.batch.positions,
+        rows.picked,
+        rows.real,
+        head,
+        token_ids,
+        config,
+        own_head,
+        level_share,
+        logit_map,
+        kept,
+        done,
+        at_level,
+    )
 
 
 def _guesses(
