@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.decoding.interfaces import Ranking
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate, start
@@ -20,10 +19,9 @@ from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.targets.table import FAMILIES
-from fasteagle_jax.training import step
 from fasteagle_jax.training.init import init_drafter
-from fasteagle_jax.training.losses import LossConfig
 from tests.tiny_families import V, hf_config, tiny_family
 
 N, MAX_NEW, CHUNK = 3, 20, 16
@@ -100,9 +98,7 @@ LAYERS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer"), LAYERS)
-def test_a_drafter_that_reads_the_targets_cache_guesses_after_every_prefix_what_training_says(
-    name, layer, tmp_path, monkeypatch
-):
+def test_a_drafter_that_reads_the_targets_cache_guesses_after_every_prefix_what_training_says(name, layer, tmp_path):
     """Its attention is that of the layer it reads, in decoding, in training and in its files."""
     target = tiny_family(hf_config(name, 0))
     kinds, shared = target.config.layer_kinds, target.config.layer
@@ -129,14 +125,20 @@ def test_a_drafter_that_reads_the_targets_cache_guesses_after_every_prefix_what_
 
     @jax.jit
     def trained(drafter, target):
-        arrays = text, np.arange(24), np.ones(24, int), np.ones(24, bool)
-        hidden = []
-        with monkeypatch.context() as patch:
-            patch.setattr(step, "level_loss", lambda states, *rest: hidden.append(states) or (0.0, None))
-            step.drafter_loss(drafter, target, Batch(*(x[None] for x in arrays)), jax.random.key(0), LossConfig())
-        return drafter.vocab_weights(target).logits(hidden[0]).argmax(axis=-1)  # [N, 1, T]
+        """The most likely guesses of levels at every position [N, T], and at some of them alone."""
+        tokens, positions = jnp.asarray(text)[None], jnp.arange(24)[None]
+        packed = Packed(jnp.ones((1, 24), jnp.int32), c.window)
+        out = target(tokens, positions, packed, None, (1, 2, c.context_layer))
+        features, inputs = jnp.split(out.features, [2 * c.hidden_size], axis=-1)
+        context = (target.keys_values(c.context_layer, inputs, positions),)
+        stream = target.embedding[...], features, jnp.roll(tokens, -1, axis=1), positions, packed
+        some = jnp.asarray([[0, 12, 21]])
+        of_all, of_some = (drafter.hidden_states(*stream, context=context, at=at)[0] for at in (None, some))
+        vocab = drafter.vocab_weights(target)
+        return [vocab.logits(states)[:, 0].argmax(axis=-1) for states in (of_all, of_some)]
 
-    expected = np.asarray(trained(drafter, target))[:, 0]
+    expected, of_some = map(np.asarray, trained(drafter, target))
+    np.testing.assert_array_equal(of_some, expected[:, [0, 12, 21]])
     for n in (1, 13, 22):
         assert guessed(drafter, target, n).tolist() == expected[:, n - 1].tolist()
     save_drafter(drafter, tmp_path / "drafter", "of a test", {})
