@@ -306,7 +306,7 @@ def _measure(
     if missing := [d.spec.name for d in decoders if d.spec.name not in folders]:
         raise UserError(f"--measure needs the folder of {missing[0]}: give --drafters {missing[0]}=FOLDER,...")
     specs = [dataclasses.replace(d.spec, folder=folders[d.spec.name].folder) for d in decoders]
-    specs = find_drafters(specs, open_checkpoint(target), target)
+    specs = find_drafters(specs, open_checkpoint(target))
     models: Models = load(target, given.get("dtype"))
     drafters = load_drafters(models, specs)
     for decoder, spec in zip(decoders, specs, strict=True):

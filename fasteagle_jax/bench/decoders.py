@@ -66,7 +66,7 @@ def find_decoder(record: Mapping[str, Any], decoders: Iterable[DecoderSpec]) -> 
     return next(d for d in decoders if (d.name, d.tree) == (record["drafter"], record["tree"]))
 
 
-def find_drafters(decoders: Sequence[DecoderSpec], checkpoint: Checkpoint, target: str) -> list[DecoderSpec]:
+def find_drafters(decoders: Sequence[DecoderSpec], checkpoint: Checkpoint) -> list[DecoderSpec]:
     """The decoders with their drafters' folders, `shipped` being the one that comes with the program for the target.
 
     Raises UserError for a folder that holds no drafter, before anything large is read.
@@ -76,7 +76,7 @@ def find_drafters(decoders: Sequence[DecoderSpec], checkpoint: Checkpoint, targe
         if decoder.folder is not None:
             folder = drafter_folder(decoder.folder, checkpoint)
             if folder is None:
-                raise UserError(f"no drafter comes with this program for {target}: name a drafter's folder")
+                raise UserError(f"no drafter comes with this program for {checkpoint.path}: name a drafter's folder")
             read_config(folder)
             decoder = dataclasses.replace(decoder, folder=folder)
         found.append(decoder)

@@ -124,7 +124,7 @@ def _cost_parser() -> Parser:
 
 def _models_of(args: argparse.Namespace, target: str, dtype: str | None) -> Models:
     """A target by its name; --dtype counts more than `dtype`."""
-    return load_models(argparse.Namespace(target=target, dtype=args.dtype or dtype), None)
+    return load_models(argparse.Namespace(target=target, adapter="", dtype=args.dtype or dtype), None)
 
 
 def _parser() -> Parser:
@@ -213,7 +213,7 @@ def bench(args: argparse.Namespace) -> int:
         import matplotlib.figure  # noqa: F401  # which draws at the end: a missing one is found out now
     for temperature in args.temperature:
         make_sampling(1, **from_options(args) | {"temperature": temperature})
-    decoders = find_drafters(decoders, open_checkpoint(args.target, args.adapter), args.target)
+    decoders = find_drafters(decoders, open_checkpoint(args.target, args.adapter))
     tasks = read_tasks(args.tasks, args.prompts_folder, args.limit)
     models = load_models(args, None)
     drafters = load_drafters(models, decoders)

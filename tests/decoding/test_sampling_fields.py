@@ -36,7 +36,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--max-new", type=int, default=1)
 add_sampling_options(parser, temperature=0.0)
 request = Request(0, 0, (1,), line.params, (), 1, None, False)
-array = to_device_request(request).sampling.top_a
+array = to_device_request(request, 1).sampling.top_a
 print(json.dumps({
     "params": SamplingParams(top_a=0.25).top_a,
     "params refuse": complaint(lambda: SamplingParams(top_a=-1)),

@@ -264,10 +264,11 @@ def test_drafts_are_those_of_the_slow_version_step_by_step(drafter, target, stre
         new = Accepted(jnp.asarray(features[index])[None], jnp.asarray(tokens[index + 1])[None], jnp.asarray([count]))
         made, cache = draft(new, cache)
         at += count
-        drafts, parents, depths = (np.asarray(part)[0].tolist() for part in made)
-        assert (drafts[0], parents[0], depths[0]) == (tokens[at], -1, 0)
+        drafts, parents, depths, scores = (np.asarray(part)[0].tolist() for part in made)
+        assert (drafts[0], parents[0], depths[0], scores[0]) == (tokens[at], -1, 0, 0)
         paths = {0: ()}
         for node in range(1, len(drafts)):
             assert parents[node] < node and depths[node] == depths[parents[node]] + 1
+            assert scores[node] < scores[parents[node]]
             paths[node] = (*paths[parents[node]], drafts[node])
         assert set(paths.values()) - {()} == slow_tree(slow, at - 1, tokens[at], tree)

@@ -343,7 +343,8 @@ def test_guesses_that_know_the_token_before_are_on_a_mesh_those_on_one_device(ta
         assert placed[0].edges.table[...].sharding.spec == jax.P("tensor", None)
     else:
         assert placed[0].correction.to_state.weight[...].sharding.spec == jax.P("tensor", "fsdp")
-    jax.tree.map(np.testing.assert_array_equal, made, expected)
+    np.testing.assert_allclose(made.scores, expected.scores, **CLOSE)
+    jax.tree.map(np.testing.assert_array_equal, made._replace(scores=None), expected._replace(scores=None))
 
 
 # --- files ------------------------------------------------------------------------------------------------------

@@ -35,9 +35,9 @@ def test_a_target_is_loaded_with_the_drafter_that_comes_for_it(tmp_path, monkeyp
         Engine.load(str(mine), tmp_path / "nowhere", **sizes)
 
     decoders = parse_decoders(["a=shipped@chain"], "best_first:16")
-    assert [decoder.folder for decoder in find_drafters(decoders, str(mine))] == [None, folder]
+    assert [decoder.folder for decoder in find_drafters(decoders, open_checkpoint(mine))] == [None, folder]
     with pytest.raises(UserError, match="no drafter comes with this program for .*other"):
-        find_drafters(decoders, str(other))
+        find_drafters(decoders, open_checkpoint(other))
 
 
 def test_a_target_of_other_weights_has_the_drafter_of_one_of_its_sizes_and_tokenizer_with_a_warning(
