@@ -57,7 +57,7 @@ class Toy(DecoderTarget):
 
 def tiny_toy(seed: int = 0, **changes: Any) -> Toy:
     """A random Toy of `tiny_config(**changes)`."""
-    sizes = vars(tiny_config(**changes))
+    sizes = {name: value for name, value in vars(tiny_config(**changes)).items() if name != "window"}
     return jax.jit(lambda: Toy(ToyConfig(**sizes), jax.random.key(seed)))()
 
 
