@@ -17,7 +17,7 @@ from flax import nnx
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
 from fasteagle_jax.decoding.sampling import gumbel_noise
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.kv_cache import Ring, as_ring, empty_cache, ring_slots
+from fasteagle_jax.nn.kv_cache import Cache, Ring, as_ring, empty_cache, ring_slots
 from fasteagle_jax.nn.linear import Linear
 from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.rope import RopeConfig
@@ -183,6 +183,22 @@ class DrafterModule(nnx.Module):
 
     def skip(self, new: Accepted, cache: Ring) -> Ring:
         """The cache past the accepted tokens, whose stream positions are left out for good."""
+        return cache._replace(length=cache.length + new.count)
+
+
+class WithoutCache:
+    """What an `interfaces.Drafter` without keys and values keeps: how far it has read."""
+
+    def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Cache:
+        """A Cache of positions alone."""
+        return Cache([], [], jnp.zeros((batch,), jnp.int32))
+
+    def extend(self, vocab: VocabWeights, new: Accepted, cache: Cache, num_levels: int, context: Any = ()) -> Cache:
+        """The cache past the accepted tokens."""
+        return self.skip(new, cache)
+
+    def skip(self, new: Accepted, cache: Cache) -> Cache:
+        """The cache past the accepted tokens."""
         return cache._replace(length=cache.length + new.count)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
 from fasteagle_jax.decoding.sampling import gumbel_noise
 from fasteagle_jax.decoding.tree import Draft, TreeSpec, build
+from fasteagle_jax.drafters.base import WithoutCache
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Cache
 
@@ -25,7 +26,7 @@ RANK_STEP = 20.0  # by which a level's next guess scores less, so that a tree ta
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Simulated:
+class Simulated(WithoutCache):
     """An `interfaces.Drafter` whose guess at depth d is right with probability `rates[d - 1]`, given those before it.
 
     `sequences` int32 [B, S] are each row's prompt and answer. Whether a guess is right is drawn by (seed, position of
@@ -48,18 +49,6 @@ class Simulated:
     def vocab_weights(self, target: Any) -> VocabWeights:
         """The target's embedding and head, which it does not use."""
         return VocabWeights(target.embedding[...], target.head_rows(), None)
-
-    def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Cache:
-        """A Cache of positions alone."""
-        return Cache([], [], jnp.zeros((batch,), jnp.int32))
-
-    def extend(self, vocab: VocabWeights, new: Accepted, cache: Cache, num_levels: int, context: Any = ()) -> Cache:
-        """The cache past the accepted tokens."""
-        return self.skip(new, cache)
-
-    def skip(self, new: Accepted, cache: Cache) -> Cache:
-        """The cache past the accepted tokens."""
-        return cache._replace(length=cache.length + new.count)
 
     def draft(
         self, vocab: VocabWeights, new: Accepted, cache: Cache, tree: TreeSpec, ranking: Ranking, context: Any = ()

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
 from fasteagle_jax.decoding.tree import NO_PARENT, Draft, TreeSpec
-from fasteagle_jax.drafters.base import pending
+from fasteagle_jax.drafters.base import WithoutCache, pending
 from fasteagle_jax.nn.kv_cache import Cache
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TextOnly:
+class TextOnly(WithoutCache):
     """An `interfaces.Drafter` that guesses the ids after the pending token's; see decoding.lookup for better ones."""
 
     num_levels: int = dataclasses.field(default=7, metadata=dict(static=True))  # N
@@ -31,18 +31,6 @@ class TextOnly:
         """The target's embedding, of which it reads the number of rows, and no head."""
         embedding = target.embedding[...]
         return VocabWeights(embedding, embedding[:0], None)
-
-    def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Cache:
-        """A Cache of positions alone."""
-        return Cache([], [], jnp.zeros((batch,), jnp.int32))
-
-    def extend(self, vocab: VocabWeights, new: Accepted, cache: Cache, num_levels: int, context: Any = ()) -> Cache:
-        """The cache past the accepted tokens."""
-        return self.skip(new, cache)
-
-    def skip(self, new: Accepted, cache: Cache) -> Cache:
-        """The cache past the accepted tokens."""
-        return cache._replace(length=cache.length + new.count)
 
     def draft(
         self, vocab: VocabWeights, new: Accepted, cache: Cache, tree: TreeSpec, ranking: Ranking, context: Any = ()
