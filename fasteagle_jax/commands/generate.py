@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -108,7 +109,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
         talk.ask(engine)  # all, before the first is answered
 
     if args.trace:
-        _trace(engine, talks[0], args)
+        _trace(engine, talks[0], params, args)
         return
 
     # --- answers ----------------------------------------------------------------------------------------------
@@ -139,19 +140,17 @@ def _check_trace(args: argparse.Namespace, prompts: Sequence[Prompt], tree: Tree
         raise UserError("--trace with --tree auto: name the tree")
 
 
-def _trace(engine: Engine, talk: Talk, args: argparse.Namespace) -> None:
+def _trace(engine: Engine, talk: Talk, params: SamplingParams, args: argparse.Namespace) -> None:
     """Writes the page of a traced answer, and prints the answer."""
-    prompt = talk.ask(engine)
+    (request,) = engine.requests(0, talk.ask(engine), params)
     sampling, tree = make_sampling(1, **from_options(args)), engine.trees[0]
-    limit = min(args.max_new, engine.max_len - len(prompt))
-    first, rounds = trace(
-        engine.target, engine.drafter, prompt, sampling, max_new=limit, stop_tokens=engine.eos_token_ids, tree=tree
-    )
+    limits: dict[str, Any] = {"max_new": request.max_new, "stop_tokens": request.stop_tokens}
+    first, rounds = trace(engine.target, engine.drafter, request.prompt, sampling, **limits, tree=tree)
     title = f"{args.target}, {tree or 'plain'}, temperature {args.temperature:g}: {talk.turns[0]}"
-    write_new(args.trace, page(title, engine.tokenizer, prompt, first, rounds))
+    write_new(args.trace, page(title, engine.tokenizer, request.prompt, first, rounds))
     tokens = [first, *(token for r in rounds for token in r.emitted)]
-    said = tokens[:-1] if tokens[-1] in engine.eos_token_ids else tokens
-    print(engine.detokenizer.text(said, prompt))
+    said = tokens[:-1] if tokens[-1] in request.stop_tokens else tokens
+    print(engine.detokenizer.text(said, request.prompt))
     tau = (len(tokens) - 1) / max(len(rounds), 1)
     print(f"{len(tokens)} tokens in {len(rounds)} rounds, {tau:.2f} a round: {args.trace}", file=sys.stderr)
 

@@ -279,6 +279,10 @@ def test_a_traced_answer_is_the_same_and_a_page(generate, talkative, tmp_path):
     traced, said = generate(*asked, "--trace", tmp_path / "page.html")
     assert traced == plain and "12 tokens in" in said
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    generate(*asked, "--output", tmp_path / "answer.jsonl")
+    (tokens,) = json.loads((tmp_path / "answer.jsonl").read_text())["tokens"]
+    asked += ["--stop-token-ids", tokens[5]]
+    assert generate(*asked, "--trace", tmp_path / "ended.html")[0] == generate(*asked)[0]
 
 
 @pytest.mark.parametrize(
