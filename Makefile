@@ -1,4 +1,4 @@
-# make venv | demo | demo-train | test | test-slow | test-tpu | lint | docs | clean.
+# make venv | demo | demo-train | test | test-slow | test-tpu | lint | docs | wheel | clean.
 # Needs python3 (3.11 or newer), pip and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Test processes. Two suit two cores and 8 GB; 0 runs all in one process.
 WORKERS ?= 2
 
-.PHONY: venv demo demo-train test test-slow test-tpu lint docs clean
+.PHONY: venv demo demo-train test test-slow test-tpu lint docs wheel clean
 
 venv: $(VENV)/.installed-test
 
@@ -36,8 +36,17 @@ lint: $(VENV)/.installed-test
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
+# The package as people install it: sdist, the wheel made from it, and the demo out of an environment that has the wheel alone.
+wheel: $(VENV)/.installed-build
+	rm -rf dist $(VENV)-wheel
+	$(BIN)/python -m build --outdir dist .
+	@du -k dist/*
+	$(MAKE) VENV=$(VENV)-wheel $(VENV)-wheel/.made
+	$(VENV)-wheel/bin/python -m pip install --quiet dist/*.whl
+	cd dist && ../$(VENV)-wheel/bin/fasteagle demo --max-new 16
+
 clean:
-	rm -rf $(VENV) .venv-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-wheel .venv-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is named by the extra of pyproject.toml that it installs: once, and again when pyproject.toml changes.
