@@ -1,4 +1,4 @@
-# make venv | demo | demo-train | test | test-slow | test-tpu | lint | docs | wheel | clean.
+# make venv | demo | demo-train | test | test-light | test-slow | test-tpu | lint | docs | wheel | clean.
 # Needs python3 (3.11 or newer), pip and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Test processes. Two suit two cores and 8 GB; 0 runs all in one process.
 WORKERS ?= 2
 
-.PHONY: venv demo demo-train test test-slow test-tpu lint docs wheel clean
+.PHONY: venv demo demo-train test test-light test-slow test-tpu lint docs wheel clean
 
 venv: $(VENV)/.installed-test
 
@@ -18,6 +18,10 @@ demo-train: $(VENV)/.installed-demo $(VENV)/.installed-train
 
 test: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow' -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# Without torch, on any Python: PYENV_VERSION=3.13.0 make test-light PYTHON=python3 VENV=.venv313
+test-light: $(VENV)/.installed-test-light
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow and not torch' -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # Repeats at length what others show in short.
 test-slow: $(VENV)/.installed-test
