@@ -22,7 +22,7 @@ if jaxlib.version.__version_info__ < (0, 11):  # a flag that is not known ends t
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 
-import jax
+import jax  # noqa: E402  # reads the flags
 
 LARGEST_PROGRAMS = 2 * 2**30  # bytes of all folders of compiled programs; one whole session writes about a tenth
 
