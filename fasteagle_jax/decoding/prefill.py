@@ -12,8 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from fasteagle_jax.decoding.interfaces import Accepted, VocabWeights
+from fasteagle_jax.decoding.rules import Rules, apply_rules
 from fasteagle_jax.decoding.sampling import Sampling, choose
-from fasteagle_jax.decoding.state import AXES, NO_TOKEN, State, Stop, context_of, is_stop, token_logprobs
+from fasteagle_jax.decoding.state import (
+    AXES,
+    NO_TOKEN,
+    State,
+    Stop,
+    best_logprobs,
+    context_of,
+    is_stop,
+    no_top,
+    token_logprobs,
+)
+from fasteagle_jax.decoding.tree import NO_PARENT, Draft
 from fasteagle_jax.devices.sharding import constrain_all
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Cache, commit
@@ -123,24 +135,32 @@ def first_state(
     lengths: jax.Array,
     sampling: Sampling,
     stop: Stop,
+    rules: Rules | None = None,
     *,
     num_slots: int,
     num_levels: int,
     wants_logprobs: jax.Array | None = None,
+    wants_top: jax.Array | None = None,
 ) -> State:
     """The State after prefill, with the first token chosen.
 
     Args:
       target, prefilled: the model, and its caches with all prompts in them.
       prompts, lengths: int32 [B, P] and [B], as of `prefill`.
-      sampling, stop: of each row.
+      sampling, stop, rules: of each row.
       num_slots: of `text`; a round writes up to N past a row's last token.
       num_levels: N of the drafter, 0 for plain decoding.
       wants_logprobs: bool [B], rows whose log-probabilities are wanted; None if they are never computed.
+      wants_top: bool [B], rows whose most probable tokens are wanted; None if they are never computed.
     """
     batch = lengths.shape[0]
     logits = target.logits(prefilled.hidden[:, None])  # [B, 1, V]
-    pending = choose(logits, lengths[:, None], sampling)  # [B, 1]
+    ruled = logits
+    if rules is not None:
+        last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)  # [B, 1]
+        node = Draft(last, jnp.full_like(last, NO_PARENT), jnp.zeros_like(last), jnp.zeros(last.shape))
+        ruled = apply_rules(rules, stop.tokens, logits, node, prompts, lengths - 1, jnp.zeros_like(lengths))
+    pending = choose(ruled, lengths[:, None], sampling)  # [B, 1]
     slack = ((0, 0), (0, num_levels))
     row, at = jnp.arange(batch), lengths  # the pending token follows the prompt
     text = jnp.pad(prompts, ((0, 0), (0, num_slots - prompts.shape[1])))
@@ -149,6 +169,15 @@ def first_state(
     if wants_logprobs is not None:
         logprobs = token_logprobs(logits, pending, wants_logprobs)[:, 0]
         logprobs = jnp.zeros((batch, num_slots)).at[row, at].set(logprobs)
+    top = None
+    if wants_top is not None:
+        tokens, values = (best[:, 0] for best in best_logprobs(logits, wants_top))
+        top = no_top(batch, num_slots, logits.shape[-1])
+        top = top._replace(
+            top_tokens=top.top_tokens.at[row, at].set(tokens),
+            top_logprobs=top.top_logprobs.at[row, at].set(values),
+            wants_top=wants_top,
+        )
     return State(
         prefilled.target_cache,
         prefilled.drafter_cache,
@@ -163,6 +192,7 @@ def first_state(
         jnp.zeros((batch,), bool) if wants_logprobs is None else wants_logprobs,
         jnp.ones((batch,), jnp.int32),
         is_stop(pending, stop)[:, 0] | (stop.max_new <= 1),
+        top,
     )
 
 
