@@ -38,6 +38,7 @@ from fasteagle_jax.commands.answers import (
 )
 from fasteagle_jax.commands.terminal import Parser, program, whole
 from fasteagle_jax.data.sources import Message, Prompt, read_prompts
+from fasteagle_jax.decoding.rules import make_rules
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import TreeSpec
@@ -145,7 +146,8 @@ def _trace(engine: Engine, talk: Talk, params: SamplingParams, args: argparse.Na
     (request,) = engine.requests(0, talk.ask(engine), params)
     sampling, tree = make_sampling(1, **from_options(args)), engine.trees[0]
     limits: dict[str, Any] = {"max_new": request.max_new, "stop_tokens": request.stop_tokens}
-    first, rounds = trace(engine.target, engine.drafter, request.prompt, sampling, **limits, tree=tree)
+    rules = None if request.rules is None else make_rules([request.rules], engine.target.config.vocab_size)
+    first, rounds = trace(engine.target, engine.drafter, request.prompt, sampling, **limits, tree=tree, rules=rules)
     title = f"{args.target}, {tree or 'plain'}, temperature {args.temperature:g}: {talk.turns[0]}"
     write_new(args.trace, page(title, engine.tokenizer, request.prompt, first, rounds))
     tokens = [first, *(token for r in rounds for token in r.emitted)]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from fasteagle_jax.decoding.sampling_fields import FIELDS, SamplingField
+from fasteagle_jax.decoding.sampling_fields import FIELDS, RULE_FIELDS, SamplingField
 from fasteagle_jax.devices.chips import set_libtpu_flags
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import cache_folder
@@ -161,6 +161,43 @@ def add_filter_options(group: Any) -> None:
     for name, row in FIELDS.items():
         if name != "temperature":
             _add_sampling_option(group, row, row.default, row.help)
+
+
+def add_rule_options(parser: Any) -> None:
+    """Adds an option for each rule on logits, to be read with `rules_from_options`."""
+    group = parser.add_argument_group("rules on the tokens of an answer")
+    for row in RULE_FIELDS.values():
+        help = f"{row.help} (default {row.default:g})" if row.default == 0 else row.help
+        _add_sampling_option(group, row, row.default, help)
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_bias,
+        default=[],
+        metavar="ID=X",
+        help="add X (-100 to 100) to the logit of a token; repeatable",
+    )
+    group.add_argument("--allowed-token-ids", nargs="+", type=whole(0), metavar="ID", help="choose no other tokens")
+    group.add_argument(
+        "--bad-words", action="append", default=[], metavar="TEXT", help="never write this text's tokens; repeatable"
+    )
+
+
+def rules_from_options(args: Any) -> dict[str, Any]:
+    """SamplingParams' fields for the options of `add_rule_options`; none if the program does not have them."""
+    if not hasattr(args, "bad_words"):
+        return {}
+    rules = {name: getattr(args, name) for name in (*RULE_FIELDS, "allowed_token_ids", "bad_words")}
+    return rules | {"logit_bias": dict(args.logit_bias)}
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """An argparse type: a token and its bias."""
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not understood: write ID=X, e.g. 5=-100") from None
 
 
 def _add_sampling_option(group: Any, row: SamplingField, default: float, help: str) -> None:

@@ -5,6 +5,8 @@ B rows · P prompt slots · C tokens of a chunk · H hidden width · F feature l
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +18,7 @@ from fasteagle_jax.decoding.rules import Rules, apply_rules
 from fasteagle_jax.decoding.sampling import Sampling, choose
 from fasteagle_jax.decoding.state import (
     AXES,
+    MAX_LOGPROBS,
     NO_TOKEN,
     State,
     Stop,
@@ -29,6 +32,8 @@ from fasteagle_jax.decoding.tree import NO_PARENT, Draft
 from fasteagle_jax.devices.sharding import constrain_all
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Cache, commit
+
+LOGITS_AT_ONCE = 16  # positions whose logits are there together when prompts are scored
 
 
 class Prefilled(NamedTuple):
@@ -126,6 +131,46 @@ def prefill(
     prefix = jax.lax.optimization_barrier(prefix)
     num_chunks = (lengths.max() + chunk - 1) // chunk
     return jax.lax.fori_loop(start_chunk, num_chunks, take_chunk, prefix)
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of a prompt's tokens. Entry t is of the token after position t."""
+
+    logprobs: jax.Array  # float32 [B, P]
+    top_tokens: jax.Array  # int32 [B, P, K], the most probable ones in its place, best first
+    top_logprobs: jax.Array  # float32 [B, P, K]
+
+
+def score_prompts(target: Any, prompts: jax.Array, lengths: jax.Array, *, chunk: int) -> Scores:
+    """The Scores of prompts int32 [B, P], whose `lengths` int32 [B] count, one chunk a forward pass."""
+    batch, num_slots = prompts.shape
+    at_once = math.gcd(chunk, LOGITS_AT_ONCE)
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((chunk, chunk), bool)), (batch, chunk, chunk))
+    following = jnp.roll(prompts, -1, axis=1)
+    everybody = jnp.ones((batch,), bool)
+
+    def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        hidden, tokens = part
+        logits = target.logits(hidden)  # [B, G, V]
+        return token_logprobs(logits, tokens, everybody), *best_logprobs(logits, everybody)
+
+    def take_chunk(i: jax.Array, carry: tuple[Cache, Scores]) -> tuple[Cache, Scores]:
+        cache, scores = carry
+        start = i * chunk
+        tokens, after = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (prompts, following))
+        positions = jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape)
+        out = target(tokens, positions, causal, cache, ())
+        cache = commit(cache, out.fresh, jnp.clip(lengths - start, 0, chunk))
+        # All of a chunk's logits at once would be the largest array of the program.
+        parts = [x.reshape(batch, chunk // at_once, at_once, *x.shape[2:]).swapaxes(0, 1) for x in (out.hidden, after)]
+        new = [x.swapaxes(0, 1).reshape(batch, chunk, *x.shape[3:]) for x in jax.lax.map(score, tuple(parts))]
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+        return cache, Scores(*(update(x, part) for x, part in zip(scores, new, strict=True)))
+
+    shape = (batch, num_slots, min(MAX_LOGPROBS, target.config.vocab_size))
+    scores = Scores(jnp.zeros(shape[:2]), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+    carry = jax.lax.optimization_barrier((target.empty_cache(batch, num_slots), scores))  # see `prefill`
+    return jax.lax.fori_loop(0, (lengths.max() + chunk - 1) // chunk, take_chunk, carry)[1]
 
 
 def first_state(

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fasteagle_jax.decoding.prefill import Prefilled
+from fasteagle_jax.decoding.prefill import Prefilled, Scores
+from fasteagle_jax.decoding.rules import RowRules, make_rules
 from fasteagle_jax.decoding.sampling import Sampling
 from fasteagle_jax.decoding.sampling_fields import FIELDS
 from fasteagle_jax.decoding.state import NO_STOP, Stop
@@ -41,6 +42,13 @@ LOOKAHEAD = 4  # waiting requests read ahead, for each slot: common prefixes are
 
 
 @dataclasses.dataclass(eq=False)
+class PromptScores:
+    """Log-probabilities of a prompt, which its samples share; of the first that is admitted on."""
+
+    scores: Scores | None = None
+
+
+@dataclasses.dataclass(eq=False)
 class Request:
     """A request, waiting or in a row, with the tokens emitted so far."""
 
@@ -52,14 +60,22 @@ class Request:
     max_new: int
     text: TextStream | None  # if text is needed before the end
     streamed: bool
+    rules: RowRules | None = None
+    prompt_scores: PromptScores | None = None  # if they are asked for
     tokens: list[int] = dataclasses.field(default_factory=list)
     depths: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
     pieces: list[Piece] = dataclasses.field(default_factory=list)
     num_emitted: int = 1  # after prefill; `tokens` may lag behind if nobody reads text
     rounds: int = 0
     started: float = 0.0
     finished: float = 0.0
+
+    @property
+    def needs_rules(self) -> bool:
+        """Whether it has to be in slots with rules."""
+        return self.rules is not None or self.params.top_logprobs > 0
 
     def append(self, tokens: np.ndarray, depths: np.ndarray, logprobs: np.ndarray) -> bool:
         """Appends the new ones of all emitted tokens; returns whether a stop string ends the answer with its token."""
@@ -102,11 +118,30 @@ class Request:
             reason,
             tuple(self.logprobs) if self.params.logprobs else None,
             RequestStatistics(self.depths.count(0) - 1, accepted_at, self.finished - self.started),
+            tuple(self.top_logprobs) if self.params.top_logprobs else None,
+            *self._prompt_logprobs(),
         )
 
+    def _prompt_logprobs(self) -> tuple[Any, Any]:
+        """The prompt's log-probabilities and alternatives, None where not asked for; its first token has neither."""
+        if self.prompt_scores is None or self.prompt_scores.scores is None:
+            return None, None
+        logprobs, *top = (array[0, : len(self.prompt) - 1] for array in self.prompt_scores.scores)
+        num = self.params.prompt_logprobs
+        return (None, *map(float, logprobs)), (None, *_best(*top, num)) if num else None
 
-def to_device_request(request: Request, prompt_slots: int) -> DeviceRequest:
-    """A request as the device's programs take it, P = `prompt_slots`; numpy arrays, which compile nothing."""
+
+def _best(tokens: np.ndarray, logprobs: np.ndarray, num: int) -> list[dict[int, float]]:
+    """At each place the `num` best of tokens [T, K] with their log-probabilities [T, K]."""
+    pairs = zip(tokens[:, :num].tolist(), logprobs[:, :num].tolist(), strict=True)
+    return [dict(zip(*pair, strict=True)) for pair in pairs]
+
+
+def to_device_request(request: Request, prompt_slots: int, vocab_size: int | None = None) -> DeviceRequest:
+    """A request as the device's programs take it, P = `prompt_slots`; numpy arrays, which compile nothing.
+
+    For slots with rules give the size of the vocabulary.
+    """
     params = request.params
     prompt: Any = np.zeros((1, prompt_slots), np.int32)
     prompt[0, : len(request.prompt)] = request.prompt
@@ -123,6 +158,8 @@ def to_device_request(request: Request, prompt_slots: int) -> DeviceRequest:
         sampling=Sampling.of(sampling),
         stop=Stop(row(request.max_new, np.int32), row([*request.stop_tokens, *[NO_STOP] * spare], np.int32)),
         wants_logprobs=row(params.logprobs, bool),
+        rules=None if vocab_size is None else make_rules([request.rules or RowRules()], vocab_size),
+        wants_top=None if vocab_size is None else row(params.top_logprobs > 0, bool),
     )
 
 
@@ -197,6 +234,7 @@ class Scheduler:
             # Rows are given up only while no request waits for one.
             needed = min(num_active + len(self.waiting), self.row_counts[0])
             num_rows = min(n for n in self.row_counts if n >= needed)
+            self._drop_rules()
             current = 0 if self.batch is None else len(self.batch.requests)
             if num_rows > current or (num_rows < current and not self.waiting):
                 if self.measure is not None:
@@ -226,6 +264,12 @@ class Scheduler:
             slots = self.runner.take_rows(self.batch.slots, active, num_rows)
         self.batch = Batch(slots, requests)
 
+    def _drop_rules(self) -> None:
+        """Takes the rules out of the slots if no request needs them any more."""
+        if self.batch is not None and not any(r is not None and r.needs_rules for r in self.batch.requests):
+            slots = self.batch.slots
+            self.batch.slots = slots._replace(rules=None, state=slots.state._replace(top=None))
+
     def _choose_tree(self, batch: Batch) -> TreeSpec | None:
         if self.measure is None:
             return self.tree
@@ -249,7 +293,13 @@ class Scheduler:
             request.started = time.perf_counter()
             prefilled = self._prefill(request, drafts=tree is not None)
             called = time.perf_counter()
-            device_request = to_device_request(request, self.runner.bucket(len(request.prompt)))
+            bucket = self.runner.bucket(len(request.prompt))
+            if request.prompt_scores is not None and request.prompt_scores.scores is None:
+                request.prompt_scores.scores = self.runner.score(request.prompt, bucket)
+            if request.needs_rules and batch.slots.rules is None:
+                batch.slots = self.runner.with_rules(batch.slots)
+            vocab_size = None if batch.slots.rules is None else self.runner.target.config.vocab_size
+            device_request = to_device_request(request, bucket, vocab_size)
             batch.slots = self.runner.admit(batch.slots, row, prefilled, device_request)
             batch.requests[row], batch.ended[row] = request, False
             seconds += time.perf_counter() - called  # prefill is neither the host's time nor a tree's
@@ -309,6 +359,7 @@ class Scheduler:
         state = batch.slots.state
         num_emitted, done = jax.device_get((state.num_emitted, state.done))
         results: Any = None  # fetched if a row needs them
+        top: Any = None  # the same
         new_tokens, row_rounds, finished = 0, 0, []
         for row, request in enumerate(batch.requests):
             if request is None:
@@ -324,6 +375,10 @@ class Scheduler:
             new_tokens += request.num_emitted - before[0]
             row_rounds += request.rounds - before[1]
             if done[row] or ended:
+                if state.top is not None and (num := request.params.top_logprobs):
+                    top = top or jax.device_get(state.top[:2])
+                    first, end = len(request.prompt), len(request.prompt) + len(request.tokens)
+                    request.top_logprobs = _best(*(array[row, first:end] for array in top), num)
                 request.finished = now
                 finished.append(request)
                 batch.requests[row], batch.ended[row] = None, True

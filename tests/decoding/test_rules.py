@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.rules import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, RowRules, apply_rules, make_rules
 from fasteagle_jax.decoding.sampling import choose, make_sampling
 from fasteagle_jax.decoding.speculative import generate_jit, root_only
-from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.state import make_stop
 from fasteagle_jax.decoding.tree import NO_PARENT, Draft, TreeSpec
 from fasteagle_jax.drafters.fasteagle import FastEagle
@@ -163,5 +163,3 @@ def test_trees_follow_the_rules_token_for_token(target, expected, drafter, tree)
         assert accepted.sum() > 0  # guesses are at stake
         if drafter == "oracle":
             assert accepted[:, 2].sum() > 10  # and whole paths
-
-
