@@ -9,9 +9,9 @@ The answer to line 17 is one record, an error or not, and nothing but `line` tel
     OpenAI's  {"id": "line-17", "custom_id", "line": 17, "response": {"status_code": 200, "request_id", "body"} or null,
                "error": null or {"code", "message"}, "statistics"}
     simple    {"id": the line's, else "line-17", "line": 17, "text", "tokens", "finish_reason", "stop_reason",
-               "logprobs" and "top_logprobs" if asked for, "prompt_tokens", "prompt_logprobs" and "prompt_top_logprobs" if
-               asked for, "statistics", "error": null}; for n > 1 "answers", a list of objects, holds text to
-               top_logprobs; of an error {"id", "line": 17, "error": {"code", "message"}}
+               "logprobs" and "top_logprobs" if asked for, "prompt_tokens", "prompt_logprobs" and
+               "prompt_top_logprobs" if asked for, "statistics", "error": null}; for n > 1 "answers", a list of objects,
+               holds text to top_logprobs; of an error {"id", "line": 17, "error": {"code", "message"}}
 
 `statistics` adds the samples up: {"rounds", "accepted_at" (rounds in which the guess of depth 1, 2, ... was accepted),
 "acceptance_length" (null without a round), "seconds" (of the slowest sample)}. Choices have vLLM's `stop_reason` and

@@ -57,7 +57,8 @@ class SamplingParams(_SamplingFields):
     # a number, as in vLLM, asks for so many of `top_logprobs`, too
     top_logprobs: int = 0  # so many of the most probable tokens in each emitted token's place, with `logprobs`
     prompt_logprobs: int | None = None  # log-probabilities of the prompt's tokens, and so many alternatives of each
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # added to logits, by token id
+    # Added to logits, by token id; a dict has no hash, which only makes equal hashes more likely.
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
     allowed_token_ids: Sequence[int] | None = None  # no other token is chosen; None for all
     bad_words: Sequence[
         str
@@ -108,9 +109,11 @@ class SamplingParams(_SamplingFields):
         if top and not asked:
             raise UserError(f"top_logprobs is {top} without logprobs: give logprobs=True, too")
         of_prompt = _plain(self.prompt_logprobs)
+        if isinstance(of_prompt, bool | None):
+            of_prompt = 0 if of_prompt else None
         set_field(self, "logprobs", bool(asked))
         set_field(self, "top_logprobs", top)
-        set_field(self, "prompt_logprobs", None if of_prompt is None or of_prompt is False else int(of_prompt))
+        set_field(self, "prompt_logprobs", of_prompt)
 
     def _set_rules(self) -> None:
         """Checks what can be checked without a vocabulary."""

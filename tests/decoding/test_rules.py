@@ -7,7 +7,6 @@ version of every rule; `transformers` is another where its logits processors mea
 from __future__ import annotations
 
 import collections
-import itertools
 import random
 
 import jax
@@ -16,9 +15,9 @@ import numpy as np
 import pytest
 
 from fasteagle_jax.decoding.prefill import pad_prompts
-from fasteagle_jax.decoding.rules import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, RowRules, apply_rules, make_rules
+from fasteagle_jax.decoding.rules import RowRules, apply_rules, make_rules
 from fasteagle_jax.decoding.sampling import choose, make_sampling
-from fasteagle_jax.decoding.speculative import generate_jit, root_only
+from fasteagle_jax.decoding.speculative import generate, generate_jit
 from fasteagle_jax.decoding.state import make_stop
 from fasteagle_jax.decoding.tree import NO_PARENT, Draft, TreeSpec
 from fasteagle_jax.drafters.fasteagle import FastEagle
@@ -163,3 +162,106 @@ def test_trees_follow_the_rules_token_for_token(target, expected, drafter, tree)
         assert accepted.sum() > 0  # guesses are at stake
         if drafter == "oracle":
             assert accepted[:, 2].sum() > 10  # and whole paths
+
+
+def test_a_row_without_rules_says_what_it_says_in_a_batch_without_any(target, expected):
+    free = [b for b in range(B) if ROWS[b] == RowRules()]
+    tokens, _ = say(target, None, SAMPLINGS["mixed"], rules=None)
+    assert [tokens[b] for b in free] == [expected["mixed"][b] for b in free]
+    changed = [b for b in range(B) if tokens[b] != expected["mixed"][b]]
+    assert len(free) == 4 and not set(free) & set(changed) and len(changed) > 4  # the rules show
+
+
+def test_generate_takes_rules(target, expected):
+    options = dict(max_new=MAX_NEW, stop_tokens=STOP, tree=TreeSpec.parse("chain"), chunk=CHUNK)
+    made = generate(target, None, PROMPTS, SAMPLINGS["mixed"], rules=make_rules(ROWS, V), **options)
+    for row, length, answer in zip(np.asarray(made.tokens), np.asarray(made.lengths), expected["mixed"], strict=True):
+        assert row[:length].tolist() == answer
+
+
+def test_what_a_request_bans_is_not_drafted_first(target):
+    """A random drafter of 24 tokens guesses right where two are allowed, if it knows which."""
+    rules = [RowRules(allowed_token_ids=(3, 4), min_tokens=MAX_NEW)] * B
+    sampling = make_sampling(B, 1.0, seed=list(range(B)))
+    config = default_config(target.config, num_levels=N, feature_layers=(1, 2))
+    drafter = jax.jit(lambda: FastEagle(config, jax.random.key(1)))()
+    tokens, accepted = say(target, drafter, sampling, "best_first:12", rules)
+    assert tokens == say(target, None, sampling, rules=rules)[0]
+    assert accepted.sum() > 0.6 * B * MAX_NEW
+
+
+# --- against transformers ---------------------------------------------------------------------------------------
+
+
+def test_where_they_mean_the_same_transformers_processors_give_the_same_logits():
+    """At every node of a tree: 0 - 1 - 3 - 4, 0 - 2, with the path's tokens behind prompt and answer."""
+    import torch
+    from transformers import generation
+
+    prompt, answer, guesses = [1, 2, 3, 3], [7, 8, 7], [7, 2, 8, 3]
+    parents, depths = [NO_PARENT, 0, 0, 1, 3], [0, 1, 1, 2, 3]
+    paths = [[], [7], [2], [7, 8], [7, 8, 3]]
+    draft = Draft(*(jnp.asarray([x]) for x in ([answer[-1], *guesses], parents, depths)), jnp.zeros((1, 5)))
+    logits = np.random.default_rng(0).normal(size=(1, 5, V)).astype(np.float32) * 3
+    text = jnp.asarray([prompt + answer + [-1] * 5])
+    stop, allowed, words = [9, 5], [t for t in range(V) if t not in (0, 11)], [[6], [7, 8], [8, 7, 7], [7, 8, 3, 1]]
+
+    def ours(rules: RowRules) -> np.ndarray:
+        rows = jax.tree.map(jnp.asarray, make_rules([rules], V))
+        at, num = jnp.asarray([len(prompt) + len(answer) - 1]), jnp.asarray([len(answer)])
+        return np.asarray(jax.jit(apply_rules)(rows, jnp.asarray([stop]), logits, draft, text, at, num))[0]
+
+    def theirs(processor, *, with_prompt: bool = True) -> np.ndarray:
+        rows = []
+        for node, path in enumerate(paths):
+            so_far = torch.tensor([prompt * with_prompt + answer + path])
+            rows.append(processor(so_far, torch.tensor(logits[:, node]))[0].numpy())
+        return np.stack(rows)
+
+    Shift, Repeat = generation.SequenceBiasLogitsProcessor, generation.RepetitionPenaltyLogitsProcessor
+    pairs = {
+        "bias": (RowRules(logit_bias={3: 1.5, 4: -2.0}), theirs(Shift({(3,): 1.5, (4,): -2.0}))),
+        "repetition": (RowRules(repetition_penalty=1.3), theirs(Repeat(1.3))),
+        "allowed": (
+            RowRules(allowed_token_ids=allowed),
+            theirs(generation.SuppressTokensLogitsProcessor([0, 11], device="cpu")),
+        ),
+        "bad words": (  # those of the answer alone, as vLLM has them: transformers counts the prompt's too
+            RowRules(bad_words=words),
+            theirs(generation.NoBadWordsLogitsProcessor(words, eos_token_id=torch.tensor([V])), with_prompt=False),
+        ),
+        "min tokens": (
+            RowRules(min_tokens=5),
+            theirs(generation.MinNewTokensLengthLogitsProcessor(len(prompt), 5, torch.tensor(stop), device="cpu")),
+        ),
+    }
+    for name, (rules, expected) in pairs.items():
+        np.testing.assert_allclose(ours(rules), expected, rtol=1e-6, err_msg=name)
+        assert not np.array_equal(ours(rules), logits[0])
+    assert [np.isneginf(row).sum() for row in ours(pairs["bad words"][0])] == [3, 2, 1, 1, 2]
+    both = RowRules(logit_bias={7: -1.0}, presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.3)
+    slow = [ruled(logits[0, node], both, prompt, answer + path) for node, path in enumerate(paths)]
+    np.testing.assert_allclose(ours(both), slow, rtol=1e-6)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (dict(logit_bias={V: 1.0}), "logit_bias is for token 24: give token ids below 24"),
+        (dict(allowed_token_ids=[1, 99]), "allowed_token_ids has token 99: give token ids below 24"),
+        (dict(bad_words=[[1, 2]] * 129), "bad_words are 129 of several tokens: give at most 128"),
+        (dict(bad_words=[[1] * 17]), "bad_words has one of 17 tokens: give words of at most 16"),
+        (dict(bad_words=[[V]]), r"bad_words has tokens \[24\]: give token ids below 24"),
+        (dict(allowed_token_ids=[1, 2], bad_words=[[1], [2]]), "allowed_token_ids and bad_words leave no token: allow"),
+        (dict(bad_words=[[t] for t in range(V)]), "leave no token: allow more"),
+        (dict(allowed_token_ids=[5, 9], min_tokens=3), "no token that does not end the answer, and min_tokens is 3"),
+    ],
+)
+def test_impossible_rules_are_user_errors_of_one_line(rules, message):
+    with pytest.raises(UserError, match=message) as caught:
+        RowRules(**rules).check(V, STOP)
+    assert "\n" not in str(caught.value)
+    RowRules(allowed_token_ids=STOP).check(V, STOP)  # without min_tokens it may end at once
