@@ -60,11 +60,11 @@ from fasteagle_jax.commands.terminal import (
 )
 from fasteagle_jax.data.manifest import manifest_path, read_manifest
 from fasteagle_jax.data.shares import Share, join
-from fasteagle_jax.decoding.sampling_fields import RULE_FIELDS, from_options, recorded
+from fasteagle_jax.decoding.sampling_fields import from_options, recorded
 from fasteagle_jax.engine.batch_records import AnswerFile, answer_record, refusal_record
 from fasteagle_jax.engine.batch_requests import BatchRequest, Refusal, numbered, read_requests
 from fasteagle_jax.engine.engine import Engine
-from fasteagle_jax.engine.requests import Completion, SamplingParams
+from fasteagle_jax.engine.requests import RULES, Completion, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import write_text, writing
 
@@ -156,8 +156,7 @@ def answer_file(args: argparse.Namespace) -> int:
 
 def _rules(params: SamplingParams) -> dict[str, Any]:
     """The rules of params, without those that change nothing, as JSON has them."""
-    names = (*RULE_FIELDS, "logit_bias", "allowed_token_ids", "bad_words")
-    given = {name: value for name in names if (value := getattr(params, name)) != getattr(SamplingParams(), name)}
+    given = {name: value for name in RULES if (value := getattr(params, name)) != getattr(SamplingParams(), name)}
     rules: dict[str, Any] = json.loads(json.dumps(given))
     return rules
 

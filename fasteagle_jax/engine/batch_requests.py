@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 
 from fasteagle_jax.decoding.sampling_fields import FIELDS, RULE_FIELDS, SamplingField
 from fasteagle_jax.decoding.state import MAX_LOGPROBS
-from fasteagle_jax.engine.requests import Prompt, SamplingParams
+from fasteagle_jax.engine.requests import RULES, Prompt, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.text import check_json_texts
 from fasteagle_jax.targets.messages import UnsupportedPart, content_text
@@ -181,7 +181,8 @@ def _request(line: Line, fields: Mapping[str, Any], url: str | None, defaults: S
             if not isinstance(value, str | None):
                 raise _Bad("invalid_value", f"{name} is {_shown(value)}: give a text")
         elif field != "metadata":
-            raise _Bad("unknown_field", f"{_shown(name)} is unknown: leave it out, or give {', '.join(_SAMPLING)}")
+            known = ", ".join(field for field in _SAMPLING if field not in RULES)
+            raise _Bad("unknown_field", f"{_shown(name)} is unknown: leave it out, or give {known}, or a rule")
     try:
         params = dataclasses.replace(defaults, **given)
     except UserError as error:

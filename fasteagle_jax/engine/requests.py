@@ -21,6 +21,8 @@ from fasteagle_jax.targets.messages import short
 
 MAX_STOP_TOKENS = 16  # of a request, the target's own end tokens included
 
+RULES = (*RULE_FIELDS, "logit_bias", "allowed_token_ids", "bad_words")  # fields of SamplingParams
+
 Message = Mapping[str, Any]  # {"role", "content"}, the content a text or a list of {"type": "text", "text"}
 Prompt = str | Sequence[int] | Sequence[Message]  # plain text, token ids, or a chat conversation
 
@@ -60,9 +62,7 @@ class SamplingParams(_SamplingFields):
     # Added to logits, by token id; a dict has no hash, which only makes equal hashes more likely.
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
     allowed_token_ids: Sequence[int] | None = None  # no other token is chosen; None for all
-    bad_words: Sequence[
-        str
-    ] = ()  # the answer gets none of these texts' tokens in a row, with or without a space before
+    bad_words: Sequence[str] = ()  # the answer gets none of their tokens in a row, with or without a space before
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen
