@@ -147,7 +147,7 @@ def test_requests_that_mix_every_rule_are_answered_as_plain_decoding_answers_eac
     engine = make_engine(target, drafter, tokenizer, slots=8, tree=None if tree == "plain" else tree)
     order = random.Random(2).sample(range(num), num)
     made = engine.generate([requests[i][0] for i in order], [requests[i][1] for i in order])
-    assert 0 < len(compilations) <= engine.most_programs_with_rules
+    assert len(compilations) <= engine.most_programs_with_rules
     assert len(made) == len(expected)
     accepted = 0
     for completion in made:
@@ -160,7 +160,7 @@ def test_requests_that_mix_every_rule_are_answered_as_plain_decoding_answers_eac
         )
         if params.top_logprobs:
             assert [len(best) for best in completion.top_logprobs] == [3] * len(completion.tokens)
-    assert accepted > num or tree == "plain"  # guesses are at stake
+    assert accepted > num or tree in ("plain", "auto")  # guesses are at stake, unless plain decoding is faster
 
 
 # --- programs ---------------------------------------------------------------------------------------------------
