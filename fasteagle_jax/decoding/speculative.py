@@ -145,7 +145,8 @@ def commit_path(
     top = state.top
     if top is not None:
         best = best_logprobs(logits, top.wants_top, path.nodes)
-        top = TopLogprobs(*_write((top.top_tokens, top.top_logprobs), best, slot), top.wants_top)
+        top_tokens, top_logprobs = _write((top.top_tokens, top.top_logprobs), best, slot)
+        top = TopLogprobs(top_tokens, top_logprobs, top.wants_top)
     num_emitted = state.num_emitted + count
     done = state.done | (until_stop <= count) | (num_emitted >= stop.max_new)
 
@@ -276,7 +277,7 @@ def start(
     prefix = init_prefill(target, drafter, batch, num_slots, max(chunk, num_levels + 1))
     prefilled = prefill(target, drafter, vocab, prefix, prompts, lengths, chunk=chunk, num_levels=num_levels)
     of_text = prompt_slots + max_new + num_levels + 1
-    sizes = {"num_slots": of_text, "num_levels": num_levels}
+    sizes: dict[str, Any] = {"num_slots": of_text, "num_levels": num_levels}
     return first_state(target, prefilled, prompts, lengths, sampling, stop, rules, **sizes), vocab
 
 

@@ -167,7 +167,7 @@ def _prompt_logprobs(completion: Completion, prompt: Sequence[int], detokenizer:
 def _chat_choice(completion: Completion, detokenizer: Detokenizer) -> dict[str, Any]:
     logprobs = None
     if completion.logprobs is not None:
-        best = completion.top_logprobs or [{}] * len(completion.tokens)
+        best: Sequence[dict[int, float]] = completion.top_logprobs or [{}] * len(completion.tokens)
         content = [
             _chat_token(token, logprob, detokenizer)
             | {"top_logprobs": [_chat_token(*other, detokenizer) for other in others.items()]}

@@ -126,13 +126,14 @@ class Request:
         """The prompt's log-probabilities and alternatives, None where not asked for; its first token has neither."""
         if self.prompt_scores is None or self.prompt_scores.scores is None:
             return None, None
-        logprobs, *top = (array[0, : len(self.prompt) - 1] for array in self.prompt_scores.scores)
+        logprobs, *top = (np.asarray(array[0, : len(self.prompt) - 1]) for array in self.prompt_scores.scores)
         num = self.params.prompt_logprobs
-        return (None, *map(float, logprobs)), (None, *_best(*top, num)) if num else None
+        return (None, *map(float, logprobs)), (None, *_best(top, num)) if num else None
 
 
-def _best(tokens: np.ndarray, logprobs: np.ndarray, num: int) -> list[dict[int, float]]:
-    """At each place the `num` best of tokens [T, K] with their log-probabilities [T, K]."""
+def _best(top: Sequence[np.ndarray], num: int) -> list[dict[int, float]]:
+    """At each place the `num` best of `top`, tokens [T, K] and their log-probabilities [T, K]."""
+    tokens, logprobs = top
     pairs = zip(tokens[:, :num].tolist(), logprobs[:, :num].tolist(), strict=True)
     return [dict(zip(*pair, strict=True)) for pair in pairs]
 
@@ -378,7 +379,7 @@ class Scheduler:
                 if state.top is not None and (num := request.params.top_logprobs):
                     top = top or jax.device_get(state.top[:2])
                     first, end = len(request.prompt), len(request.prompt) + len(request.tokens)
-                    request.top_logprobs = _best(*(array[row, first:end] for array in top), num)
+                    request.top_logprobs = _best([array[row, first:end] for array in top], num)
                 request.finished = now
                 finished.append(request)
                 batch.requests[row], batch.ended[row] = None, True
