@@ -193,6 +193,7 @@ def test_what_a_request_bans_is_not_drafted_first(target):
 # --- against transformers ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.torch
 def test_where_they_mean_the_same_transformers_processors_give_the_same_logits():
     """At every node of a tree: 0 - 1 - 3 - 4, 0 - 2, with the path's tokens behind prompt and answer."""
     import torch
