@@ -9,8 +9,8 @@ The input has one JSON object a line, in OpenAI's batch form (/v1/chat/completio
 A prompt is continued as it is, messages go through the target's chat template. Sampling fields: temperature, top_p,
 top_k, min_p, max_tokens (max_completion_tokens, max_new_tokens), n, seed, stop, stop_token_ids, ignore_eos, logprobs,
 top_logprobs, prompt_logprobs; rules: logit_bias, allowed_token_ids, bad_words, min_tokens, repetition_penalty,
-presence_penalty, frequency_penalty. The options below hold if a line leaves them out, --seed included: equal requests
-then get equal answers.
+presence_penalty, frequency_penalty, response_format, structured_outputs. The options below hold if a line leaves them
+out, --seed included: equal requests then get equal answers.
 
 Each line gets one record in the form it came in, as soon as it is answered, so in another order: records carry the
 line's number as "line". OpenAI's records have "custom_id", "response" and "error" (and token ids beside each choice's

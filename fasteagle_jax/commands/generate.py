@@ -134,9 +134,9 @@ def _check_trace(args: argparse.Namespace, prompts: Sequence[Prompt], tree: Tree
     """Raises UserError for what cannot be traced."""
     if len(prompts) != 1 or len(prompts[0].turns) != 1:
         raise UserError("--trace is of one answer: give one --prompt")
-    for name in ("output", "stop", "stream"):
+    for name in ("output", "stop", "stream", "json_schema", "regex"):
         if getattr(args, name):
-            raise UserError(f"--trace with --{name}: leave one of them out")
+            raise UserError(f"--trace with --{name.replace('_', '-')}: leave one of them out")
     if tree == "auto":
         raise UserError("--trace with --tree auto: name the tree")
 

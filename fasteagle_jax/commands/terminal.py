@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import json
 import logging
 import platform
 import sys
@@ -46,7 +47,14 @@ class Parser(argparse.ArgumentParser):
 
 
 # Packages that decoding does without, and the extra of this package that installs each.
-EXTRAS = {"datasets": "train", "matplotlib": "plot", "orbax": "train", "tensorboardX": "train", "wandb": "wandb"}
+EXTRAS = {
+    "datasets": "train",
+    "llguidance": "grammar",
+    "matplotlib": "plot",
+    "orbax": "train",
+    "tensorboardX": "train",
+    "wandb": "wandb",
+}
 
 
 def not_installed(error: ModuleNotFoundError) -> str | None:
@@ -181,6 +189,10 @@ def add_rule_options(parser: Any) -> None:
     group.add_argument(
         "--bad-words", action="append", default=[], metavar="TEXT", help="never write this text's tokens; repeatable"
     )
+    group.add_argument(
+        "--json-schema", type=Path, metavar="FILE", help="answer in JSON that follows a schema (llguidance)"
+    )
+    group.add_argument("--regex", metavar="R", help="answer with a text that matches R as a whole (llguidance)")
 
 
 def rules_from_options(args: Any) -> dict[str, Any]:
@@ -188,7 +200,25 @@ def rules_from_options(args: Any) -> dict[str, Any]:
     if not hasattr(args, "bad_words"):
         return {}
     rules = {name: getattr(args, name) for name in (*RULE_FIELDS, "allowed_token_ids", "bad_words")}
-    return rules | {"logit_bias": dict(args.logit_bias)}
+    rules["logit_bias"] = dict(args.logit_bias)
+    if args.json_schema is not None and args.regex is not None:
+        raise UserError("--json-schema with --regex: leave one of them out")
+    if args.json_schema is not None:
+        rules["structured_outputs"] = {"json": _read_schema(args.json_schema)}
+    elif args.regex is not None:
+        rules["structured_outputs"] = {"regex": args.regex}
+    return rules
+
+
+def _read_schema(path: Path) -> dict[str, Any]:
+    """The JSON schema in a file."""
+    try:
+        schema: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): mend it") from None
+    if not isinstance(schema, dict):
+        raise UserError(f"{path} is no JSON schema: give an object")
+    return schema
 
 
 def _bias(text: str) -> tuple[int, float]:

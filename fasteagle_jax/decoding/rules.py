@@ -152,6 +152,13 @@ def apply_rules(
     return jax.lax.cond(((repetition != 1) | (presence != 0) | (frequency != 0)).any(), penalised, lambda: logits)
 
 
+def keep_allowed(logits: jax.Array, masks: jax.Array) -> jax.Array:
+    """The logits float32 [B, M, V] with those of tokens banned whose bit in masks uint32 [B, M, V / 32] is 0."""
+    token = jnp.arange(logits.shape[-1])
+    bits = masks[..., token // 32] >> (token % 32).astype(jnp.uint32)
+    return jnp.where(bits & 1, logits, BANNED)
+
+
 def _completes_bad_word(
     bad_words: jax.Array, draft: Draft, text: jax.Array, length: jax.Array, num_before: jax.Array, vocab: int
 ) -> jax.Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
 from fasteagle_jax.decoding.lookup import with_lookup
 from fasteagle_jax.decoding.prefill import first_state, init_prefill, pad_prompts, prefill
-from fasteagle_jax.decoding.rules import Rules, apply_rules
+from fasteagle_jax.decoding.rules import Rules, apply_rules, keep_allowed
 from fasteagle_jax.decoding.sampling import Sampling, choose
 from fasteagle_jax.decoding.state import (
     AXES,
@@ -105,18 +105,22 @@ def verify(
     sampling: Sampling,
     stop: Stop,
     rules: Rules | None = None,
+    masks: jax.Array | None = None,
     *,
     tree: TreeSpec | None,
 ) -> Verified:
-    """The target's pass over the nodes of a draft, and the path that it agrees with."""
+    """The target's pass over the nodes of a draft, and the path that it agrees with.
+
+    `masks` uint32 [B, M, V / 32], a bit a token, are of grammars: the tokens that may follow each node.
+    """
     positions = state.target_cache.length[:, None] + draft.depths  # [B, M]
     feature_layers = () if drafter is None else drafter.feature_layers
     out = target(draft.tokens, positions, visible_nodes(draft), state.target_cache, feature_layers)
     logits = target.logits(out.hidden)
-    ruled = logits
+    ruled = logits if masks is None else keep_allowed(logits, masks)
     if rules is not None:
         so_far = (state.text, state.target_cache.length, state.num_emitted)
-        ruled = apply_rules(rules, stop.tokens, logits, draft, *so_far)
+        ruled = apply_rules(rules, stop.tokens, ruled, draft, *so_far)
     chosen = choose(ruled, positions + 1, sampling)  # [B, M]
     return Verified(out, logits, chosen, walk(draft, chosen, num_levels_of(drafter, tree)))
 

@@ -302,6 +302,25 @@ def _biases(name: str, value: Any) -> dict[str, float]:
     return {token: _number(f"{name}[{_shown(token)}]", bias) for token, bias in value.items()}
 
 
+def _response_format(name: str, value: Any) -> dict[str, Any] | None:
+    """OpenAI's response_format as structured_outputs; None for text."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "json_schema":
+        named = value.get("json_schema")
+        schema = named.get("schema") if isinstance(named, dict) else None
+        if not isinstance(schema, dict):
+            raise _Bad("invalid_value", f"{name}.json_schema.schema is {_shown(schema)}: give a JSON schema")
+        return {"json": schema}
+    if kind in ("json_object", "text"):
+        return {"json_object": True} if kind == "json_object" else None
+    raise _Bad("invalid_value", f"{name} is {_shown(value)}: give one of the type json_schema, json_object or text")
+
+
+def _any(name: str, value: Any) -> Any:
+    """A value that SamplingParams checks."""
+    return value
+
+
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
@@ -330,6 +349,8 @@ _SAMPLING: dict[str, tuple[str, Callable[[str, Any], Any]]] = {  # field: Sampli
     "logit_bias": ("logit_bias", _biases),
     "allowed_token_ids": ("allowed_token_ids", _token_ids),
     "bad_words": ("bad_words", _texts),
+    "structured_outputs": ("structured_outputs", _any),
+    "response_format": ("structured_outputs", _response_format),
 }
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # field: the values, besides null, that change nothing
@@ -340,7 +361,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # field: the values, besides null, tha
     "length_penalty": (1,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "store": (False,),

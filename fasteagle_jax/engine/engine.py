@@ -27,6 +27,7 @@ from fasteagle_jax.drafters import table
 from fasteagle_jax.drafters.files import load_drafter, read_config
 from fasteagle_jax.drafters.text_only import TextOnly
 from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
+from fasteagle_jax.engine.grammar import Grammars, Matcher, everything_allowed
 from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.prefix_cache import PrefixCache
 from fasteagle_jax.engine.request_rules import row_rules
@@ -116,6 +117,7 @@ class Engine:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.detokenizer = Detokenizer(tokenizer)
         self.eos_token_ids = tuple(eos_token_ids)
+        self.grammars = Grammars(tokenizer, target.config.vocab_size, self.eos_token_ids)
         self.fingerprint = fingerprint
         self.num_slots = slots
         self.row_counts = row_counts(slots, 1 if mesh is None else mesh.shape["data"])
@@ -211,8 +213,9 @@ class Engine:
 
     @property
     def most_programs_with_rules(self) -> int:
-        """How many it compiles at most, whatever it is asked: rules, alternatives, prompts' log-probabilities."""
-        return self.most_programs + self._programs_of_rows + len(self.runner.buckets)
+        """How many it compiles at most, whatever it is asked: rules, grammars, log-probabilities of any kind."""
+        by_masks = 2 * len(self.row_counts) * len(self.trees)
+        return self.most_programs + self._programs_of_rows + len(self.runner.buckets) + by_masks
 
     @property
     def _programs_of_rows(self) -> int:
@@ -284,8 +287,14 @@ class Engine:
 
         rules = row_rules(params, self.tokenizer, self.target.config.vocab_size, stop, f"prompt {index}")
         scores = None if params.prompt_logprobs is None else PromptScores()
+        grammar = self.grammars.compiled(params.structured_outputs, f"prompt {index}")
+
+        def matcher() -> Matcher | None:
+            return None if grammar is None else self.grammars.matcher(grammar)
+
         parts = (tokens, params, stop, max_new)
-        return [Request(index, sample, *parts, text(), streamed, rules, scores) for sample in range(params.n)]
+        shared = (rules, scores)
+        return [Request(index, sample, *parts, text(), streamed, *shared, matcher()) for sample in range(params.n)]
 
     def _stops(self, stop: Sequence[str], name: str) -> tuple[list[str], list[int]]:
         """Stop strings to look for in the text, and the ids of those that are special tokens, which no text shows."""
@@ -369,7 +378,8 @@ class Engine:
     def warm_up(self, rules: bool = False) -> None:
         """Compiles every program that requests may need, and measures the trees: minutes.
 
-        With `rules` also those that requests with rules, `top_logprobs` or `prompt_logprobs` need, about as many more.
+        With `rules` also those that requests with rules, grammars, `top_logprobs` or `prompt_logprobs` need: twice as
+        many more, or so.
         """
         self.measure()
         runner, prompt = self.runner, (0,)
@@ -389,6 +399,9 @@ class Engine:
         forms = (runner.empty_slots, lambda rows: runner.with_rules(runner.empty_slots(rows)))[: 1 + rules]
         for rows, tree, slots in itertools.product(self.row_counts, self.trees, forms):
             runner.advance(slots(rows), [True] * rows, tree, rounds=0, until_one_is_done=False)
+        for rows, tree in itertools.product(self.row_counts if rules else (), self.trees):
+            ended, draft, tokens, _ = runner.draft(runner.with_rules(runner.empty_slots(rows)), [True] * rows, tree)
+            runner.verify(ended, draft, everything_allowed(tokens.shape, self.target.config.vocab_size), tree)
         for (old, new), slots in itertools.product(itertools.permutations(self.row_counts, 2), forms):
             runner.take_rows(slots(old), [], new)
 

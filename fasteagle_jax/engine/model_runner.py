@@ -3,7 +3,8 @@
 Programs: one prefill for each bucket of prompt lengths, with and without the drafter; for each number of rows computed
 (the slots, a quarter of them while no more are in use, and so on) one `advance` a tree, one `admit` a bucket, and one
 `take_rows` for each change to another number of rows. The latter three are compiled once more if requests have rules,
-and each bucket has a program that scores prompts, if any ask for it.
+and each bucket has a program that scores prompts, if any ask for it. With grammars a round is two programs, `draft` and
+`verify`, between which the host makes masks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 
 from fasteagle_jax.decoding.interfaces import VocabWeights
 from fasteagle_jax.decoding.prefill import Prefilled, Scores
-from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.decoding.tree import Draft, TreeSpec
 from fasteagle_jax.devices.sharding import shardings
 from fasteagle_jax.engine import slots as device
 from fasteagle_jax.engine.requests import MAX_STOP_TOKENS
@@ -127,6 +128,21 @@ class ModelRunner:
                 *args, np.asarray(until_one_is_done), tree=tree, shared_noise=self.shared_noise
             )
         return slots, int(num_rounds), compiles
+
+    def draft(
+        self, slots: device.Slots, ended: list[bool], tree: TreeSpec | None
+    ) -> tuple[device.Slots, Draft, np.ndarray, np.ndarray]:
+        """The slots and the Draft of the next round, on the device; and its tokens and parents on the host."""
+        args = (self.drafter, self.vocab, slots, np.asarray(ended))
+        with self._on_mesh():
+            slots, draft = device.draft_round(*args, tree=tree, shared_noise=self.shared_noise)
+        return slots, draft, *jax.device_get((draft.tokens, draft.parents))
+
+    def verify(self, slots: device.Slots, draft: Draft, masks: np.ndarray, tree: TreeSpec | None) -> device.Slots:
+        """The slots after the round of a draft, of which each node has a mask; waits for the device."""
+        with self._on_mesh():
+            slots = device.verify_round(self.target, self.drafter, slots, draft, masks, tree=tree)
+        return jax.block_until_ready(slots)
 
     def take_rows(self, slots: device.Slots, rows: list[int], num_rows: int) -> device.Slots:
         """New slots of `num_rows` rows, the first ones copied from `rows`, the others free."""

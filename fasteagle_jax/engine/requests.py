@@ -21,7 +21,7 @@ from fasteagle_jax.targets.messages import short
 
 MAX_STOP_TOKENS = 16  # of a request, the target's own end tokens included
 
-RULES = (*RULE_FIELDS, "logit_bias", "allowed_token_ids", "bad_words")  # fields of SamplingParams
+RULES = (*RULE_FIELDS, "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs")  # of SamplingParams
 
 Message = Mapping[str, Any]  # {"role", "content"}, the content a text or a list of {"type": "text", "text"}
 Prompt = str | Sequence[int] | Sequence[Message]  # plain text, token ids, or a chat conversation
@@ -62,6 +62,9 @@ class SamplingParams(_SamplingFields):
     # Added to logits, by token id; a dict has no hash, which only makes equal hashes more likely.
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
     allowed_token_ids: Sequence[int] | None = None  # no other token is chosen; None for all
+    # What the answer follows, cut where it reaches its limit: {"json": a schema}, {"regex": an expression} or
+    # {"json_object": True}. Needs llguidance, of the extra `grammar`.
+    structured_outputs: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
     bad_words: Sequence[str] = ()  # the answer gets none of their tokens in a row, with or without a space before
 
     def __post_init__(self) -> None:
@@ -137,10 +140,32 @@ class SamplingParams(_SamplingFields):
             if not allowed:
                 raise UserError("allowed_token_ids is empty, which allows no token: give some, or None for all")
             set_field(self, "allowed_token_ids", allowed)
+        self._check_structured_outputs()
         words = _listed(self.bad_words)
         if words is None or not all(isinstance(text, str) and text.strip() for text in words):
             raise UserError(f"bad_words is {short(self.bad_words)}: give texts that are not empty")
         set_field(self, "bad_words", tuple(check_text(str(text), f"bad word {text!r}") for text in words))
+
+    def _check_structured_outputs(self) -> None:
+        """Checks their form, and what contradicts them; `engine.grammar` compiles them."""
+        given = self.structured_outputs
+        if given is None:
+            return
+        kinds = ("json", "regex", "json_object")
+        if not isinstance(given, Mapping) or len(given) != 1 or next(iter(given)) not in kinds:
+            raise UserError(f"structured_outputs is {short(given)}: give one of {', '.join(kinds)}")
+        ((kind, value),) = given.items()
+        right = {
+            "json": isinstance(value, str | Mapping),
+            "regex": isinstance(value, str) and bool(value),
+            "json_object": value is True,
+        }
+        if not right[kind]:
+            what = {"json": "a JSON schema", "regex": "a regular expression", "json_object": "True"}[kind]
+            raise UserError(f"structured_outputs.{kind} is {short(value)}: give {what}")
+        for name in ("ignore_eos", "min_tokens", "allowed_token_ids", "bad_words"):
+            if getattr(self, name):
+                raise UserError(f"{name} with structured_outputs, which say themselves what may come: leave one out")
 
 
 def _plain(value: Any) -> Any:

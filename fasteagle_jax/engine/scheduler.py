@@ -21,6 +21,7 @@ from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import TreeSelector
 from fasteagle_jax.devices.sharding import process_values
 from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
+from fasteagle_jax.engine.grammar import Matcher, everything_allowed, unpacked
 from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.prefix_cache import PrefixCache, common_chunks
 from fasteagle_jax.engine.requests import (
@@ -62,6 +63,7 @@ class Request:
     streamed: bool
     rules: RowRules | None = None
     prompt_scores: PromptScores | None = None  # if they are asked for
+    matcher: Matcher | None = None  # of its grammar, after `tokens`
     tokens: list[int] = dataclasses.field(default_factory=list)
     depths: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
@@ -75,7 +77,7 @@ class Request:
     @property
     def needs_rules(self) -> bool:
         """Whether it has to be in slots with rules."""
-        return self.rules is not None or self.params.top_logprobs > 0
+        return self.rules is not None or self.params.top_logprobs > 0 or self.matcher is not None
 
     def append(self, tokens: np.ndarray, depths: np.ndarray, logprobs: np.ndarray) -> bool:
         """Appends the new ones of all emitted tokens; returns whether a stop string ends the answer with its token."""
@@ -83,6 +85,8 @@ class Request:
             token, depth = int(tokens[i]), int(depths[i])
             self.tokens.append(token)
             self.depths.append(depth)
+            if self.matcher is not None and token not in self.stop_tokens:
+                self.matcher.consume(token)
             if self.params.logprobs:
                 self.logprobs.append(float(logprobs[i]))
             if self.text is not None and token in self.stop_tokens:
@@ -161,7 +165,15 @@ def to_device_request(request: Request, prompt_slots: int, vocab_size: int | Non
         wants_logprobs=row(params.logprobs, bool),
         rules=None if vocab_size is None else make_rules([request.rules or RowRules()], vocab_size),
         wants_top=None if vocab_size is None else row(params.top_logprobs > 0, bool),
+        first_mask=None if vocab_size is None else _first_mask(request.matcher, vocab_size),
     )
+
+
+def _first_mask(matcher: Matcher | None, vocab_size: int) -> Any:
+    """bool [1, V], which tokens may begin the answer."""
+    if matcher is None:
+        return np.ones((1, vocab_size), bool)
+    return unpacked(matcher.mask(), vocab_size)[None]
 
 
 # --- the batch --------------------------------------------------------------------------------------------------
@@ -331,6 +343,8 @@ class Scheduler:
 
     def _advance(self, batch: Batch, tree: TreeSpec | None) -> tuple[list[Request], float]:
         """Runs rounds; returns the requests that are finished and the seconds spent waiting for the device."""
+        if any(request is not None and request.matcher is not None for request in batch.requests):
+            return self._advance_by_masks(batch, tree)
         reads_text = any(request is not None and request.text is not None for request in batch.requests)
         called = time.perf_counter()
         batch.slots, num_rounds, compiled = self.runner.advance(
@@ -352,6 +366,23 @@ class Scheduler:
         )
         return finished, now - called
 
+    def _advance_by_masks(self, batch: Batch, tree: TreeSpec | None) -> tuple[list[Request], float]:
+        """Runs a round of which the host makes the masks of requests with grammars; returns as `_advance`."""
+        called = time.perf_counter()
+        batch.slots, draft, tokens, parents = self.runner.draft(batch.slots, batch.ended, tree)
+        drafted = time.perf_counter()
+        masks = everything_allowed(tokens.shape, self.runner.target.config.vocab_size)
+        for row, request in enumerate(batch.requests):
+            if request is not None and request.matcher is not None:
+                masks[row] = request.matcher.masks(tokens[row], parents[row])
+        masked = time.perf_counter()
+        batch.slots = self.runner.verify(batch.slots, draft, masks, tree)
+        now = time.perf_counter()
+        new_tokens, row_rounds, finished = self._read_results(batch, 1, now)
+        rounds = {"rounds": 1, "row_rounds": row_rounds, "tokens": new_tokens}
+        self.tree_selector.record(len(batch.requests), tree, **rounds, seconds=None)  # the masks' time is no tree's
+        return finished, time.perf_counter() - called - (masked - drafted)
+
     def _read_results(self, batch: Batch, num_rounds: int, now: float) -> tuple[int, int, list[Request]]:
         """Frees the rows that are done after `num_rounds` rounds.
 
@@ -368,7 +399,7 @@ class Scheduler:
             before = request.num_emitted, request.rounds
             request.num_emitted, request.rounds = int(num_emitted[row]), request.rounds + num_rounds
             ended = False
-            if request.text is not None or done[row]:
+            if request.text is not None or request.matcher is not None or done[row]:
                 results = results or jax.device_get((state.text, state.depths, state.logprobs))
                 ended = request.append(*(array[row, len(request.prompt) :] for array in results))
             if done[row]:

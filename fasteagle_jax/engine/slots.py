@@ -19,9 +19,9 @@ from fasteagle_jax.decoding.interfaces import Accepted, VocabWeights
 from fasteagle_jax.decoding.prefill import Prefilled, Scores
 from fasteagle_jax.decoding.rules import Rules, no_rules
 from fasteagle_jax.decoding.sampling import Sampling, make_sampling
-from fasteagle_jax.decoding.speculative import decode_rounds
+from fasteagle_jax.decoding.speculative import commit_path, decode_rounds, draft_tree, verify
 from fasteagle_jax.decoding.state import NO_STOP, State, Stop, TopLogprobs, no_top
-from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.decoding.tree import Draft, TreeSpec
 from fasteagle_jax.devices.sharding import constrain_all
 from fasteagle_jax.nn import kv_cache
 
@@ -53,6 +53,7 @@ class DeviceRequest(NamedTuple):
     wants_logprobs: jax.Array  # bool [1], whether log-probabilities are wanted
     rules: Rules | None = None  # for slots with rules
     wants_top: jax.Array | None = None  # bool [1], for slots with rules: whether the most probable tokens are wanted
+    first_mask: jax.Array | None = None  # bool [1, V], for slots with rules: which tokens a grammar lets come first
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "num_slots", "most_written", "num_stop_tokens"))
@@ -127,6 +128,10 @@ def score_prompt(target: Any, prompt: jax.Array, length: jax.Array, *, chunk: in
 def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, request: DeviceRequest) -> Slots:
     """The slots with a prefilled request in slot int32 [], its first token chosen."""
     state = slots.state
+    rules = request.rules
+    if rules is not None:
+        assert request.first_mask is not None
+        rules = rules._replace(bias=jnp.where(request.first_mask, rules.bias, decoding_rules.BANNED))
     one = prompts.first_state(
         target,
         prefilled,
@@ -134,7 +139,7 @@ def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, requ
         request.length,
         request.sampling,
         request.stop,
-        request.rules,
+        rules,
         num_slots=state.text.shape[1],
         num_levels=state.new.tokens.shape[1] - 1,
         wants_logprobs=request.wants_logprobs,
@@ -173,6 +178,35 @@ def advance(
         rules=slots.rules,
     )
     return constrain_all((slots._replace(state=state), ran), AXES)
+
+
+@functools.partial(jax.jit, static_argnames=("tree", "shared_noise"), donate_argnames=("slots",))
+def draft_round(
+    drafter: Any | None,
+    vocab: VocabWeights | None,
+    slots: Slots,
+    ended: jax.Array,
+    *,
+    tree: TreeSpec | None,
+    shared_noise: bool,
+) -> tuple[Slots, Draft]:
+    """The slots and the Draft of the next round, for the host to make its masks; rows `ended` bool [B] are done."""
+    state = slots.state._replace(done=slots.state.done | ended)
+    options: dict[str, Any] = {"tree": tree, "shared_noise": shared_noise}
+    draft, drafter_cache = draft_tree(drafter, vocab, state, slots.sampling, slots.rules, **options)
+    slots = constrain_all(slots._replace(state=state._replace(drafter_cache=drafter_cache)), AXES)
+    return slots, constrain_all(draft, {})
+
+
+@functools.partial(jax.jit, static_argnames=("tree",), donate_argnames=("slots",))
+def verify_round(
+    target: Any, drafter: Any | None, slots: Slots, draft: Draft, masks: jax.Array, *, tree: TreeSpec | None
+) -> Slots:
+    """The slots after the round of a draft, whose nodes have masks uint32 [B, M, V / 32] (see speculative.verify)."""
+    state, stop = slots.state, slots.stop
+    verified = verify(target, drafter, state, draft, slots.sampling, stop, slots.rules, masks, tree=tree)
+    state = commit_path(drafter, state, state.drafter_cache, verified, stop, tree=tree)
+    return constrain_all(slots._replace(state=state), AXES)
 
 
 @jax.jit

@@ -308,6 +308,13 @@ def test_rules_and_alternatives_become_params():
     assert [request.params for request in parse(openai("a", **line), {"prompt": "x"} | line)] == [expected] * 2
     lines = openai("a", logprobs=True, top_logprobs=3), openai("b", TEXT, logprobs=3), {"prompt": "x", "logprobs": 3}
     assert [request.params for request in parse(*lines)] == [SamplingParams(logprobs=3)] * 3
+    schema = {"type": "object"}
+    formats = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}, {"type": "json_object"}
+    asked = parse(*(openai(kind["type"], response_format=kind) for kind in (*formats, {"type": "text"})))
+    given = [{"json": schema}, {"json_object": True}, None]
+    assert [request.params.structured_outputs for request in asked] == given
+    (request,) = parse({"prompt": "x", "structured_outputs": {"regex": "a+"}})
+    assert request.params == SamplingParams(structured_outputs={"regex": "a+"})
     none = {"logit_bias": {}, "allowed_token_ids": None, "bad_words": [], "top_logprobs": 0, "prompt_logprobs": None}
     assert [request.params for request in parse(openai("a", **none))] == [SamplingParams()]
 
@@ -396,7 +403,31 @@ BAD = [  # a line, the code of its error, what the error says
     (messages(bogus=1), "unknown_field", '"messages[0].bogus" is unknown'),
     (messages(content=[{"type": "text", "text": "a", "b": 1}]), "unknown_field", '"messages[0].content[0].b"'),
     (openai("x", stream=True), "unsupported_value", "body.stream is true: only false is supported"),
-    (openai("x", response_format={"type": "json_object"}), "unsupported_value", "body.response_format"),
+    (
+        openai("x", response_format={"type": "grammar"}),
+        "invalid_value",
+        'body.response_format is {"type": "grammar"}: give',
+    ),
+    (
+        openai("x", response_format="json"),
+        "invalid_value",
+        'body.response_format is "json": give one of the type json_',
+    ),
+    (
+        openai("x", response_format={"type": "json_schema"}),
+        "invalid_value",
+        "body.response_format.json_schema.schema is",
+    ),
+    (
+        openai("x", structured_outputs={"choice": ["a"]}),
+        "invalid_value",
+        "body.structured_outputs is {'choice': ['a']}",
+    ),
+    (
+        openai("x", structured_outputs={"regex": 7}),
+        "invalid_value",
+        "body.structured_outputs.regex is 7: give a regular",
+    ),
     (openai("x", tools=[{"type": "function"}]), "unsupported_value", "body.tools"),
     (openai("x", url="/v1/embeddings"), "unsupported_value", 'url is "/v1/embeddings"'),
     (openai("x") | {"method": "GET"}, "unsupported_value", 'method is "GET"'),
