@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from fasteagle_jax.decoding.prefill import pad_prompts
+from fasteagle_jax.decoding.rules import Rules
 from fasteagle_jax.decoding.sampling import Sampling
 from fasteagle_jax.decoding.speculative import commit_path, draft_tree, num_levels_of, start, verify
 from fasteagle_jax.decoding.state import make_stop
@@ -49,20 +50,20 @@ def trace(
     tree: TreeSpec | None,
     chunk: int = 64,
     shared_noise: bool = True,
+    rules: Rules | None = None,
 ) -> tuple[int, list[TracedRound]]:
     """The token that prefill makes, and the rounds after it, of one prompt; arguments as of speculative.generate."""
     stop = make_stop(1, max_new, tuple(stop_tokens))
     prompts, lengths = pad_prompts([list(prompt)], chunk)
     sizes = {"max_new": max_new, "num_levels": num_levels_of(drafter, tree), "chunk": chunk}
-    state, vocab = start(target, drafter, prompts, lengths, sampling, stop, **sizes)
+    state, vocab = start(target, drafter, prompts, lengths, sampling, stop, rules, **sizes)
     drafting = jax.jit(functools.partial(draft_tree, tree=tree, shared_noise=shared_noise))
     verifying = jax.jit(functools.partial(verify, tree=tree))
     committing = jax.jit(functools.partial(commit_path, tree=tree))
     first = int(state.emitted[0, 0])
-    draft, drafter_cache = drafting(drafter, vocab, state, sampling)  # once before they are timed: they compile
-    jax.block_until_ready(
-        committing(drafter, state, drafter_cache, verifying(target, drafter, state, draft, sampling), stop)
-    )
+    draft, drafter_cache = drafting(drafter, vocab, state, sampling, rules)  # once before they are timed: they compile
+    verified = verifying(target, drafter, state, draft, sampling, stop, rules)
+    jax.block_until_ready(committing(drafter, state, drafter_cache, verified, stop))
     rounds: list[TracedRound] = []
     while not bool(state.done[0]):
         times = [time.perf_counter()]
@@ -73,8 +74,8 @@ def trace(
             return result
 
         before = int(state.num_emitted[0])
-        draft, drafter_cache = timed(drafting(drafter, vocab, state, sampling))
-        verified = timed(verifying(target, drafter, state, draft, sampling))
+        draft, drafter_cache = timed(drafting(drafter, vocab, state, sampling, rules))
+        verified = timed(verifying(target, drafter, state, draft, sampling, stop, rules))
         state = timed(committing(drafter, state, drafter_cache, verified, stop))
         emitted = np.asarray(state.emitted)[0, before : int(state.num_emitted[0])]
         nodes, accepted = (np.asarray(x)[0] for x in verified.path)

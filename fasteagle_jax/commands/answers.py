@@ -19,7 +19,7 @@ from rich.style import Style
 
 from fasteagle_jax.bench.timing import Stopwatch
 from fasteagle_jax.commands.models import add_target_options
-from fasteagle_jax.commands.terminal import add_sampling_options, whole
+from fasteagle_jax.commands.terminal import add_rule_options, add_sampling_options, rules_from_options, whole
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import MAX_LOOKUP, TreeSpec
@@ -46,7 +46,7 @@ def depth_colour(depth: int) -> str:
 
 
 def add_answer_options(parser: Any, max_new: int) -> None:
-    """Adds --max-new, --stop, --stop-token-ids, the sampling options and --show-drafts."""
+    """Adds --max-new, --stop, --stop-token-ids, the options of sampling and of rules, and --show-drafts."""
     parser.add_argument(
         "--max-new", type=whole(1), default=max_new, metavar="T", help="tokens an answer (default %(default)s)"
     )
@@ -68,6 +68,7 @@ def add_answer_options(parser: Any, max_new: int) -> None:
         "NO_COLOR) the depth stands behind the token: sky¹",
     )
     add_sampling_options(parser, temperature=0.0)
+    add_rule_options(parser)
 
 
 def add_engine_options(parser: Any, default_tree: str) -> None:
@@ -135,7 +136,7 @@ def mesh_named(text: str | None) -> Mesh | None:
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """The options of `add_answer_options`, or those of them that there are; UserError for values out of range."""
     stops = {name: getattr(args, name) for name in ("stop", "stop_token_ids") if hasattr(args, name)}
-    return SamplingParams(**from_options(args), max_new_tokens=args.max_new, **stops)
+    return SamplingParams(**from_options(args), max_new_tokens=args.max_new, **stops, **rules_from_options(args))
 
 
 def load_engine(args: argparse.Namespace, tree: TreeSpec | str | None, slots: int) -> Engine:

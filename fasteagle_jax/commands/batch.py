@@ -7,8 +7,10 @@ The input has one JSON object a line, in OpenAI's batch form (/v1/chat/completio
   {"prompt": "The sky is", "n": 2, "seed": 7}
 
 A prompt is continued as it is, messages go through the target's chat template. Sampling fields: temperature, top_p,
-top_k, min_p, max_tokens (max_completion_tokens, max_new_tokens), n, seed, stop, stop_token_ids, ignore_eos, logprobs;
-the options below hold if a line leaves them out, --seed included: equal requests then get equal answers.
+top_k, min_p, max_tokens (max_completion_tokens, max_new_tokens), n, seed, stop, stop_token_ids, ignore_eos, logprobs,
+top_logprobs, prompt_logprobs; rules: logit_bias, allowed_token_ids, bad_words, min_tokens, repetition_penalty,
+presence_penalty, frequency_penalty, response_format, structured_outputs. The options below hold if a line leaves them
+out, --seed included: equal requests then get equal answers.
 
 Each line gets one record in the form it came in, as soon as it is answered, so in another order: records carry the
 line's number as "line". OpenAI's records have "custom_id", "response" and "error" (and token ids beside each choice's
@@ -50,6 +52,7 @@ from fasteagle_jax.commands.terminal import (
     INTERRUPTED,
     Parser,
     add_filter_options,
+    add_rule_options,
     add_share_options,
     dtype_named,
     program,
@@ -61,7 +64,7 @@ from fasteagle_jax.decoding.sampling_fields import from_options, recorded
 from fasteagle_jax.engine.batch_records import AnswerFile, answer_record, refusal_record
 from fasteagle_jax.engine.batch_requests import BatchRequest, Refusal, numbered, read_requests
 from fasteagle_jax.engine.engine import Engine
-from fasteagle_jax.engine.requests import Completion
+from fasteagle_jax.engine.requests import RULES, Completion, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import write_text, writing
 
@@ -86,6 +89,7 @@ def _parser() -> Parser:
     )
     group.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default %(default)s)")
     add_filter_options(group)
+    add_rule_options(parser)
     add_share_options(parser, "the lines")
     return parser
 
@@ -120,6 +124,7 @@ def answer_file(args: argparse.Namespace) -> int:
             "defaults": {
                 **recorded(from_options(args), always=("temperature", "top_k", "top_p", "min_p", "seed")),
                 "max_new": args.max_new,
+                **_rules(defaults),
             },
             "share": share._asdict(),
         }
@@ -147,6 +152,13 @@ def answer_file(args: argparse.Namespace) -> int:
                     return INTERRUPTED
     print(f"{output}: {work.summary()}")
     return 0
+
+
+def _rules(params: SamplingParams) -> dict[str, Any]:
+    """The rules of params, without those that change nothing, as JSON has them."""
+    given = {name: value for name in RULES if (value := getattr(params, name)) != getattr(SamplingParams(), name)}
+    rules: dict[str, Any] = json.loads(json.dumps(given))
+    return rules
 
 
 def _survey(file: BinaryIO, share: Share) -> tuple[str, set[int]]:

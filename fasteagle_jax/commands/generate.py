@@ -38,6 +38,7 @@ from fasteagle_jax.commands.answers import (
 )
 from fasteagle_jax.commands.terminal import Parser, program, whole
 from fasteagle_jax.data.sources import Message, Prompt, read_prompts
+from fasteagle_jax.decoding.rules import make_rules
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import TreeSpec
@@ -133,9 +134,9 @@ def _check_trace(args: argparse.Namespace, prompts: Sequence[Prompt], tree: Tree
     """Raises UserError for what cannot be traced."""
     if len(prompts) != 1 or len(prompts[0].turns) != 1:
         raise UserError("--trace is of one answer: give one --prompt")
-    for name in ("output", "stop", "stream"):
+    for name in ("output", "stop", "stream", "json_schema", "regex"):
         if getattr(args, name):
-            raise UserError(f"--trace with --{name}: leave one of them out")
+            raise UserError(f"--trace with --{name.replace('_', '-')}: leave one of them out")
     if tree == "auto":
         raise UserError("--trace with --tree auto: name the tree")
 
@@ -145,7 +146,8 @@ def _trace(engine: Engine, talk: Talk, params: SamplingParams, args: argparse.Na
     (request,) = engine.requests(0, talk.ask(engine), params)
     sampling, tree = make_sampling(1, **from_options(args)), engine.trees[0]
     limits: dict[str, Any] = {"max_new": request.max_new, "stop_tokens": request.stop_tokens}
-    first, rounds = trace(engine.target, engine.drafter, request.prompt, sampling, **limits, tree=tree)
+    rules = None if request.rules is None else make_rules([request.rules], engine.target.config.vocab_size)
+    first, rounds = trace(engine.target, engine.drafter, request.prompt, sampling, **limits, tree=tree, rules=rules)
     title = f"{args.target}, {tree or 'plain'}, temperature {args.temperature:g}: {talk.turns[0]}"
     write_new(args.trace, page(title, engine.tokenizer, request.prompt, first, rounds))
     tokens = [first, *(token for r in rounds for token in r.emitted)]

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import json
 import logging
 import platform
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from fasteagle_jax.decoding.sampling_fields import FIELDS, SamplingField
+from fasteagle_jax.decoding.sampling_fields import FIELDS, RULE_FIELDS, SamplingField
 from fasteagle_jax.devices.chips import set_libtpu_flags
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import cache_folder
@@ -46,7 +47,14 @@ class Parser(argparse.ArgumentParser):
 
 
 # Packages that decoding does without, and the extra of this package that installs each.
-EXTRAS = {"datasets": "train", "matplotlib": "plot", "orbax": "train", "tensorboardX": "train", "wandb": "wandb"}
+EXTRAS = {
+    "datasets": "train",
+    "llguidance": "grammar",
+    "matplotlib": "plot",
+    "orbax": "train",
+    "tensorboardX": "train",
+    "wandb": "wandb",
+}
 
 
 def not_installed(error: ModuleNotFoundError) -> str | None:
@@ -161,6 +169,65 @@ def add_filter_options(group: Any) -> None:
     for name, row in FIELDS.items():
         if name != "temperature":
             _add_sampling_option(group, row, row.default, row.help)
+
+
+def add_rule_options(parser: Any) -> None:
+    """Adds an option for each rule on logits, to be read with `rules_from_options`."""
+    group = parser.add_argument_group("rules on the tokens of an answer")
+    for row in RULE_FIELDS.values():
+        help = f"{row.help} (default {row.default:g})" if row.default == 0 else row.help
+        _add_sampling_option(group, row, row.default, help)
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_bias,
+        default=[],
+        metavar="ID=X",
+        help="add X (-100 to 100) to the logit of a token; repeatable",
+    )
+    group.add_argument("--allowed-token-ids", nargs="+", type=whole(0), metavar="ID", help="choose no other tokens")
+    group.add_argument(
+        "--bad-words", action="append", default=[], metavar="TEXT", help="never write this text's tokens; repeatable"
+    )
+    group.add_argument(
+        "--json-schema", type=Path, metavar="FILE", help="answer in JSON that follows a schema (llguidance)"
+    )
+    group.add_argument("--regex", metavar="R", help="answer with a text that matches R as a whole (llguidance)")
+
+
+def rules_from_options(args: Any) -> dict[str, Any]:
+    """SamplingParams' fields for the options of `add_rule_options`; none if the program does not have them."""
+    if not hasattr(args, "bad_words"):
+        return {}
+    rules = {name: getattr(args, name) for name in (*RULE_FIELDS, "allowed_token_ids", "bad_words")}
+    rules["logit_bias"] = dict(args.logit_bias)
+    if args.json_schema is not None and args.regex is not None:
+        raise UserError("--json-schema with --regex: leave one of them out")
+    if args.json_schema is not None:
+        rules["structured_outputs"] = {"json": _read_schema(args.json_schema)}
+    elif args.regex is not None:
+        rules["structured_outputs"] = {"regex": args.regex}
+    return rules
+
+
+def _read_schema(path: Path) -> dict[str, Any]:
+    """The JSON schema in a file."""
+    try:
+        schema: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): mend it") from None
+    if not isinstance(schema, dict):
+        raise UserError(f"{path} is no JSON schema: give an object")
+    return schema
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """An argparse type: a token and its bias."""
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not understood: write ID=X, e.g. 5=-100") from None
 
 
 def _add_sampling_option(group: Any, row: SamplingField, default: float, help: str) -> None:

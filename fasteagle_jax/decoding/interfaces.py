@@ -41,6 +41,7 @@ class Ranking(NamedTuple):
 
     sampling: Sampling
     shared_noise: bool  # rank with the target's own noise at temperature > 0
+    bias: jax.Array | None = None  # float32 [B, target vocabulary], added to draft logits (see rules.Rules)
 
 
 class Target(Protocol):

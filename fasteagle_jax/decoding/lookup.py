@@ -14,13 +14,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fasteagle_jax.decoding.tree import Draft, draft_of, visible_nodes
+from fasteagle_jax.decoding.tree import Draft, draft_of, path_ends, visible_nodes
 from fasteagle_jax.devices.sharding import by_shard
 
 # By the number of tokens that match: how often the copied token is the next one, below what `bench --acceptance` counts
 # (docs/drafter.md), since where both guess it the drafter's share comes on top.
 RATES = (0.0, 0.12, 0.30, 0.45, 0.55, 0.65, 0.70, 0.75, 0.80)
-BEFORE_TEXT = -2  # stands before the first position: no token has this id, nor does a slot without one
 
 
 def with_lookup(draft: Draft, text: jax.Array, length: jax.Array, num_levels: int, longest: int | None) -> Draft:
@@ -37,28 +36,13 @@ def with_lookup(draft: Draft, text: jax.Array, length: jax.Array, num_levels: in
         return draft
 
     def merge(draft: Draft, text: jax.Array, length: jax.Array) -> Draft:
-        ends = _path_ends(draft, text, length, max(longest, num_levels))
+        ends = path_ends(draft, text, length, max(longest, num_levels))
         matched, at = _longest_match(text, length, ends[..., :longest])
         copied = _copied(draft, text, length, ends, at, num_levels)
         return _merged(draft, matched, copied, longest)
 
     # By row: devices that share the rows exchange nothing.
     return by_shard(merge, {2: ("rows", None), 1: ("rows",)}, draft, text, length)
-
-
-def _path_ends(draft: Draft, text: jax.Array, length: jax.Array, num_tokens: int) -> jax.Array:
-    """The last W tokens int32 [B, M, W] of the text with the path to each node, the node's own first."""
-    batch, num_nodes = draft.tokens.shape
-    at = jnp.broadcast_to(jnp.arange(num_nodes), (batch, num_nodes))
-    ends = []
-    for back in range(num_tokens):
-        position = length[:, None] + draft.depths - back
-        of_text = jnp.take_along_axis(text, jnp.maximum(position, 0), axis=1)
-        of_text = jnp.where(position < 0, BEFORE_TEXT, of_text)
-        of_path = jnp.take_along_axis(draft.tokens, at, axis=1)
-        ends.append(jnp.where(back <= draft.depths, of_path, of_text))
-        at = jnp.maximum(jnp.take_along_axis(draft.parents, at, axis=1), 0)
-    return jnp.stack(ends, axis=-1)
 
 
 def _longest_match(text: jax.Array, length: jax.Array, suffixes: jax.Array) -> tuple[jax.Array, jax.Array]:

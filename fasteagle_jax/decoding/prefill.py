@@ -5,6 +5,8 @@ B rows · P prompt slots · C tokens of a chunk · H hidden width · F feature l
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from fasteagle_jax.decoding.interfaces import Accepted, VocabWeights
+from fasteagle_jax.decoding.rules import Rules, apply_rules
 from fasteagle_jax.decoding.sampling import Sampling, choose
-from fasteagle_jax.decoding.state import AXES, NO_TOKEN, State, Stop, context_of, is_stop, token_logprobs
+from fasteagle_jax.decoding.state import (
+    AXES,
+    MAX_LOGPROBS,
+    NO_TOKEN,
+    State,
+    Stop,
+    best_logprobs,
+    context_of,
+    is_stop,
+    no_top,
+    token_logprobs,
+)
+from fasteagle_jax.decoding.tree import NO_PARENT, Draft
 from fasteagle_jax.devices.sharding import constrain_all
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Cache, commit
+
+LOGITS_AT_ONCE = 16  # positions whose logits are there together when prompts are scored
 
 
 class Prefilled(NamedTuple):
@@ -116,6 +133,46 @@ def prefill(
     return jax.lax.fori_loop(start_chunk, num_chunks, take_chunk, prefix)
 
 
+class Scores(NamedTuple):
+    """Log-probabilities of a prompt's tokens. Entry t is of the token after position t."""
+
+    logprobs: jax.Array  # float32 [B, P]
+    top_tokens: jax.Array  # int32 [B, P, K], the most probable ones in its place, best first
+    top_logprobs: jax.Array  # float32 [B, P, K]
+
+
+def score_prompts(target: Any, prompts: jax.Array, lengths: jax.Array, *, chunk: int) -> Scores:
+    """The Scores of prompts int32 [B, P], whose `lengths` int32 [B] count, one chunk a forward pass."""
+    batch, num_slots = prompts.shape
+    at_once = math.gcd(chunk, LOGITS_AT_ONCE)
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((chunk, chunk), bool)), (batch, chunk, chunk))
+    following = jnp.roll(prompts, -1, axis=1)
+    everybody = jnp.ones((batch,), bool)
+
+    def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        hidden, tokens = part
+        logits = target.logits(hidden)  # [B, G, V]
+        return token_logprobs(logits, tokens, everybody), *best_logprobs(logits, everybody)
+
+    def take_chunk(i: jax.Array, carry: tuple[Cache, Scores]) -> tuple[Cache, Scores]:
+        cache, scores = carry
+        start = i * chunk
+        tokens, after = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (prompts, following))
+        positions = jnp.broadcast_to(start + jnp.arange(chunk), tokens.shape)
+        out = target(tokens, positions, causal, cache, ())
+        cache = commit(cache, out.fresh, jnp.clip(lengths - start, 0, chunk))
+        # All of a chunk's logits at once would be the largest array of the program.
+        parts = [x.reshape(batch, chunk // at_once, at_once, *x.shape[2:]).swapaxes(0, 1) for x in (out.hidden, after)]
+        new = [x.swapaxes(0, 1).reshape(batch, chunk, *x.shape[3:]) for x in jax.lax.map(score, tuple(parts))]
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+        return cache, Scores(*(update(x, part) for x, part in zip(scores, new, strict=True)))
+
+    shape = (batch, num_slots, min(MAX_LOGPROBS, target.config.vocab_size))
+    scores = Scores(jnp.zeros(shape[:2]), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+    carry = jax.lax.optimization_barrier((target.empty_cache(batch, num_slots), scores))  # see `prefill`
+    return jax.lax.fori_loop(0, (lengths.max() + chunk - 1) // chunk, take_chunk, carry)[1]
+
+
 def first_state(
     target: Any,
     prefilled: Prefilled,
@@ -123,24 +180,32 @@ def first_state(
     lengths: jax.Array,
     sampling: Sampling,
     stop: Stop,
+    rules: Rules | None = None,
     *,
     num_slots: int,
     num_levels: int,
     wants_logprobs: jax.Array | None = None,
+    wants_top: jax.Array | None = None,
 ) -> State:
     """The State after prefill, with the first token chosen.
 
     Args:
       target, prefilled: the model, and its caches with all prompts in them.
       prompts, lengths: int32 [B, P] and [B], as of `prefill`.
-      sampling, stop: of each row.
+      sampling, stop, rules: of each row.
       num_slots: of `text`; a round writes up to N past a row's last token.
       num_levels: N of the drafter, 0 for plain decoding.
       wants_logprobs: bool [B], rows whose log-probabilities are wanted; None if they are never computed.
+      wants_top: bool [B], rows whose most probable tokens are wanted; None if they are never computed.
     """
     batch = lengths.shape[0]
     logits = target.logits(prefilled.hidden[:, None])  # [B, 1, V]
-    pending = choose(logits, lengths[:, None], sampling)  # [B, 1]
+    ruled = logits
+    if rules is not None:
+        last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)  # [B, 1]
+        node = Draft(last, jnp.full_like(last, NO_PARENT), jnp.zeros_like(last), jnp.zeros(last.shape))
+        ruled = apply_rules(rules, stop.tokens, logits, node, prompts, lengths - 1, jnp.zeros_like(lengths))
+    pending = choose(ruled, lengths[:, None], sampling)  # [B, 1]
     slack = ((0, 0), (0, num_levels))
     row, at = jnp.arange(batch), lengths  # the pending token follows the prompt
     text = jnp.pad(prompts, ((0, 0), (0, num_slots - prompts.shape[1])))
@@ -149,6 +214,15 @@ def first_state(
     if wants_logprobs is not None:
         logprobs = token_logprobs(logits, pending, wants_logprobs)[:, 0]
         logprobs = jnp.zeros((batch, num_slots)).at[row, at].set(logprobs)
+    top = None
+    if wants_top is not None:
+        tokens, values = (best[:, 0] for best in best_logprobs(logits, wants_top))
+        top = no_top(batch, num_slots, logits.shape[-1])
+        top = top._replace(
+            top_tokens=top.top_tokens.at[row, at].set(tokens),
+            top_logprobs=top.top_logprobs.at[row, at].set(values),
+            wants_top=wants_top,
+        )
     return State(
         prefilled.target_cache,
         prefilled.drafter_cache,
@@ -163,6 +237,7 @@ def first_state(
         jnp.zeros((batch,), bool) if wants_logprobs is None else wants_logprobs,
         jnp.ones((batch,), jnp.int32),
         is_stop(pending, stop)[:, 0] | (stop.max_new <= 1),
+        top,
     )
 
 

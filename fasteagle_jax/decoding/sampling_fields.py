@@ -1,7 +1,8 @@
-"""The table of sampling fields.
+"""The tables of sampling fields and of the rules that are one number.
 
 Each entry becomes a field of `engine.requests.SamplingParams` and of a batch file's lines, a command-line option and an
-array of `decoding.sampling.Sampling`; `sampling.choose` implements it. Importing this module does not import JAX.
+array: of FIELDS one of `decoding.sampling.Sampling`, which `sampling.choose` implements, of RULE_FIELDS one of
+`decoding.rules.Rules`, which `rules.apply_rules` does. Importing this module does not import JAX.
 """
 
 from __future__ import annotations
@@ -73,9 +74,32 @@ _ENTRIES = (
 
 FIELDS = {field.name: field for field in _ENTRIES}
 
+_PENALTY = "-2 to 2"  # OpenAI's range
+_RULES = (
+    SamplingField("min_tokens", 0, "int32", 0, 2**31 - 1, "a whole number", "T", "no end before T tokens"),
+    SamplingField(
+        "repetition_penalty",
+        1.0,
+        "float32",
+        0.01,
+        100,
+        "0.01 to 100",
+        "X",
+        "divide positive logits of tokens in prompt and answer by X, multiply negative ones; 1 for none",
+    ),
+    SamplingField(
+        "presence_penalty", 0.0, "float32", -2, 2, _PENALTY, "X", "subtract X from the logits of tokens in the answer"
+    ),
+    SamplingField(
+        "frequency_penalty", 0.0, "float32", -2, 2, _PENALTY, "X", "subtract X for each time a token is in the answer"
+    ),
+)
+
+RULE_FIELDS = {field.name: field for field in _RULES}
+
 
 def from_options(args: Any) -> dict[str, Any]:
-    """The fields' values in a program's parsed arguments."""
+    """The sampling fields' values in a program's parsed arguments."""
     return {name: getattr(args, name) for name in FIELDS}
 
 

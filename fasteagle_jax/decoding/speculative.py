@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
 from fasteagle_jax.decoding.lookup import with_lookup
 from fasteagle_jax.decoding.prefill import first_state, init_prefill, pad_prompts, prefill
+from fasteagle_jax.decoding.rules import Rules, apply_rules, keep_allowed
 from fasteagle_jax.decoding.sampling import Sampling, choose
 from fasteagle_jax.decoding.state import (
     AXES,
@@ -26,6 +27,8 @@ from fasteagle_jax.decoding.state import (
     Generation,
     State,
     Stop,
+    TopLogprobs,
+    best_logprobs,
     context_of,
     is_stop,
     make_stop,
@@ -45,7 +48,7 @@ class Verified(NamedTuple):
     """What the target says of a draft."""
 
     out: Any  # the target's TargetOutput
-    logits: jax.Array  # float32 [B, M, V]
+    logits: jax.Array  # float32 [B, M, V], before the rules
     chosen: jax.Array  # int32 [B, M], its token after each node
     path: Walk  # the deepest one that it agrees with
 
@@ -57,6 +60,7 @@ def decode_round(
     state: State,
     sampling: Sampling,
     stop: Stop,
+    rules: Rules | None = None,
     *,
     tree: TreeSpec | None,
     shared_noise: bool = True,
@@ -66,9 +70,9 @@ def decode_round(
     Without a tree it is a plain round of one token, which the drafter, if there is one, skips.
     """
     with jax.named_scope("draft"):
-        draft, drafter_cache = draft_tree(drafter, vocab, state, sampling, tree=tree, shared_noise=shared_noise)
+        draft, drafter_cache = draft_tree(drafter, vocab, state, sampling, rules, tree=tree, shared_noise=shared_noise)
     with jax.named_scope("verify"):
-        verified = verify(target, drafter, state, draft, sampling, tree=tree)
+        verified = verify(target, drafter, state, draft, sampling, stop, rules, tree=tree)
     with jax.named_scope("commit"):
         return commit_path(drafter, state, drafter_cache, verified, stop, tree=tree)
 
@@ -78,6 +82,7 @@ def draft_tree(
     vocab: VocabWeights | None,
     state: State,
     sampling: Sampling,
+    rules: Rules | None = None,
     *,
     tree: TreeSpec | None,
     shared_noise: bool = True,
@@ -85,21 +90,38 @@ def draft_tree(
     """The Draft of a round, of plain decoding the pending token alone; and the drafter's cache after it."""
     if drafter is None or tree is None:
         return root_only(state.new), None if drafter is None else drafter.skip(state.new, state.drafter_cache)
-    ranking, context = Ranking(sampling, shared_noise), context_of(state.target_cache, drafter)
+    ranking = Ranking(sampling, shared_noise, None if rules is None else rules.bias)
+    context = context_of(state.target_cache, drafter)
     draft, drafter_cache = drafter.draft(vocab, state.new, state.drafter_cache, tree, ranking, context)
     num_levels = num_levels_of(drafter, tree)
     return with_lookup(draft, state.text, state.target_cache.length, num_levels, tree.lookup), drafter_cache
 
 
 def verify(
-    target: Any, drafter: Any | None, state: State, draft: Draft, sampling: Sampling, *, tree: TreeSpec | None
+    target: Any,
+    drafter: Any | None,
+    state: State,
+    draft: Draft,
+    sampling: Sampling,
+    stop: Stop,
+    rules: Rules | None = None,
+    masks: jax.Array | None = None,
+    *,
+    tree: TreeSpec | None,
 ) -> Verified:
-    """The target's pass over the nodes of a draft, and the path that it agrees with."""
+    """The target's pass over the nodes of a draft, and the path that it agrees with.
+
+    `masks` uint32 [B, M, V / 32], a bit a token, are of grammars: the tokens that may follow each node.
+    """
     positions = state.target_cache.length[:, None] + draft.depths  # [B, M]
     feature_layers = () if drafter is None else drafter.feature_layers
     out = target(draft.tokens, positions, visible_nodes(draft), state.target_cache, feature_layers)
     logits = target.logits(out.hidden)
-    chosen = choose(logits, positions + 1, sampling)  # [B, M]
+    ruled = logits if masks is None else keep_allowed(logits, masks)
+    if rules is not None:
+        so_far = (state.text, state.target_cache.length, state.num_emitted)
+        ruled = apply_rules(rules, stop.tokens, ruled, draft, *so_far)
+    chosen = choose(ruled, positions + 1, sampling)  # [B, M]
     return Verified(out, logits, chosen, walk(draft, chosen, num_levels_of(drafter, tree)))
 
 
@@ -124,6 +146,11 @@ def commit_path(
     if state.logprobs is not None:
         new_entries = *new_entries[:2], token_logprobs(logits, picked, state.wants_logprobs, path.nodes)
     text, depths, logprobs = _write((state.text, state.depths, state.logprobs), new_entries, slot)
+    top = state.top
+    if top is not None:
+        best = best_logprobs(logits, top.wants_top, path.nodes)
+        top_tokens, top_logprobs = _write((top.top_tokens, top.top_logprobs), best, slot)
+        top = TopLogprobs(top_tokens, top_logprobs, top.wants_top)
     num_emitted = state.num_emitted + count
     done = state.done | (until_stop <= count) | (num_emitted >= stop.max_new)
 
@@ -142,6 +169,7 @@ def commit_path(
         state.wants_logprobs,
         num_emitted,
         done,
+        top,
     )
 
 
@@ -151,13 +179,13 @@ def _at(x: jax.Array, nodes: jax.Array) -> jax.Array:
 
 
 def _write(into: Any, new_entries: Any, slots: jax.Array) -> Any:
-    """Arrays [B, slots] with `new_entries` [B, A] written at `slots` int32 [B, A]."""
+    """Arrays [B, slots, ...] with `new_entries` [B, A, ...] written at `slots` int32 [B, A]."""
 
     def write(into: Any, new_entries: Any, slots: jax.Array) -> Any:
         row = jnp.arange(slots.shape[0])[:, None]
         return jax.tree.map(lambda x, new: x.at[row, slots].set(new), into, new_entries)
 
-    return by_shard(write, {2: ("rows", None)}, into, new_entries, slots)
+    return by_shard(write, {2: ("rows", None), 3: ("rows", None, None)}, into, new_entries, slots)
 
 
 def root_only(new: Accepted) -> Draft:
@@ -182,6 +210,7 @@ def decode_rounds(
     *,
     tree: TreeSpec | None,
     shared_noise: bool = True,
+    rules: Rules | None = None,
 ) -> tuple[State, jax.Array]:
     """The State after rounds until every row is done, at most `rounds` (int32 []); and how many ran, int32 [].
 
@@ -195,7 +224,7 @@ def decode_rounds(
 
     def step(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         now, num_rounds = carry
-        now = decode_round(target, drafter, vocab, now, sampling, stop, tree=tree, shared_noise=shared_noise)
+        now = decode_round(target, drafter, vocab, now, sampling, stop, rules, tree=tree, shared_noise=shared_noise)
         return constrain_all(now, AXES), num_rounds + 1
 
     return jax.lax.while_loop(unfinished, step, (state, jnp.zeros((), jnp.int32)))
@@ -209,6 +238,7 @@ def generate_jit(
     lengths: jax.Array,
     sampling: Sampling,
     stop: Stop,
+    rules: Rules | None = None,
     *,
     max_new: int,
     tree: TreeSpec,
@@ -217,8 +247,9 @@ def generate_jit(
 ) -> Generation:
     """Prefill and all rounds in one compiled program; for the arguments see `prefill` and `decode_round`."""
     sizes = {"max_new": max_new, "num_levels": num_levels_of(drafter, tree), "chunk": chunk}
-    state, vocab = start(target, drafter, prompts, lengths, sampling, stop, **sizes)
-    state, _ = decode_rounds(target, drafter, vocab, state, sampling, stop, tree=tree, shared_noise=shared_noise)
+    state, vocab = start(target, drafter, prompts, lengths, sampling, stop, rules, **sizes)
+    options: dict[str, Any] = {"tree": tree, "shared_noise": shared_noise, "rules": rules}
+    state, _ = decode_rounds(target, drafter, vocab, state, sampling, stop, **options)
     tokens = state.emitted[:, :max_new]
     last = jnp.take_along_axis(tokens, state.num_emitted[:, None] - 1, axis=1)
     return Generation(tokens, state.num_emitted, is_stop(last, stop)[:, 0], state.statistics)
@@ -237,6 +268,7 @@ def start(
     lengths: jax.Array,
     sampling: Sampling,
     stop: Stop,
+    rules: Rules | None = None,
     *,
     max_new: int,
     num_levels: int,
@@ -249,8 +281,8 @@ def start(
     prefix = init_prefill(target, drafter, batch, num_slots, max(chunk, num_levels + 1))
     prefilled = prefill(target, drafter, vocab, prefix, prompts, lengths, chunk=chunk, num_levels=num_levels)
     of_text = prompt_slots + max_new + num_levels + 1
-    state = first_state(target, prefilled, prompts, lengths, sampling, stop, num_slots=of_text, num_levels=num_levels)
-    return state, vocab
+    sizes: dict[str, Any] = {"num_slots": of_text, "num_levels": num_levels}
+    return first_state(target, prefilled, prompts, lengths, sampling, stop, rules, **sizes), vocab
 
 
 @functools.partial(jax.jit, static_argnames=("tree", "shared_noise"), donate_argnames=("state",))
@@ -262,12 +294,14 @@ def advance(
     sampling: Sampling,
     stop: Stop,
     rounds: jax.Array,
+    rules: Rules | None = None,
     *,
     tree: TreeSpec,
     shared_noise: bool = True,
 ) -> State:
     """The State after at most `rounds` (int32 []) more rounds; the given one is donated."""
-    return decode_rounds(target, drafter, vocab, state, sampling, stop, rounds, tree=tree, shared_noise=shared_noise)[0]
+    options: dict[str, Any] = {"tree": tree, "shared_noise": shared_noise, "rules": rules}
+    return decode_rounds(target, drafter, vocab, state, sampling, stop, rounds, **options)[0]
 
 
 def generate(
@@ -282,6 +316,7 @@ def generate(
     lookup: int | None = None,
     chunk: int = 64,
     shared_noise: bool = True,
+    rules: Rules | None = None,
 ) -> Generation:
     """New tokens for a batch of prompts: exactly those of plain decoding, for any drafter and tree.
 
@@ -297,6 +332,7 @@ def generate(
         (see lookup.py); None for what `tree` says.
       chunk: prompt tokens a forward pass of the prefill takes.
       shared_noise: let the drafter rank its guesses with the target's own noise at temperature > 0.
+      rules: on the logits of each row, from `rules.make_rules`; None for none.
 
     Returns:
       A Generation. Compiled once for each shape of the arguments.
@@ -331,6 +367,7 @@ def generate(
         lengths,
         sampling,
         stop,
+        rules,
         max_new=max(limits),
         tree=tree,
         chunk=chunk,

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from fasteagle_jax.decoding.interfaces import Accepted
+from fasteagle_jax.devices.sharding import top_k
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.attention import Past
 from fasteagle_jax.nn.kv_cache import AXES as CACHE_AXES
 from fasteagle_jax.nn.kv_cache import Cache
 
 NO_TOKEN = -1
+MAX_LOGPROBS = 20  # alternatives of a token, OpenAI's most
 NO_STOP = -2  # padding of a row's stop tokens: no token has this id
 # The logical axes of a State's arrays by name (see sharding.RULES).
 AXES = CACHE_AXES | {
@@ -29,6 +31,9 @@ AXES = CACHE_AXES | {
     "depths": ("rows", None),
     "logprobs": ("rows", None),
     "wants_logprobs": ("rows",),
+    "top_tokens": ("rows", None, None),
+    "top_logprobs": ("rows", None, None),
+    "wants_top": ("rows",),
     "num_emitted": ("rows",),
     "done": ("rows",),
 }
@@ -43,6 +48,14 @@ class Statistics(NamedTuple):
     accepted_at: jax.Array
 
 
+class TopLogprobs(NamedTuple):
+    """The K most probable tokens at each place of an answer, in rows that want them."""
+
+    top_tokens: jax.Array  # int32 [B, slots, K], best first
+    top_logprobs: jax.Array  # float32 [B, slots, K]
+    wants_top: jax.Array  # bool [B]
+
+
 class State(NamedTuple):
     """Everything that changes while decoding."""
 
@@ -55,6 +68,7 @@ class State(NamedTuple):
     wants_logprobs: jax.Array  # bool [B]
     num_emitted: jax.Array  # int32 [B]
     done: jax.Array  # bool [B]
+    top: TopLogprobs | None = None  # None: never computed
 
     @property
     def emitted(self) -> jax.Array:
@@ -117,6 +131,30 @@ def token_logprobs(
         return own - jax.nn.logsumexp(before, axis=-1)
 
     return jax.lax.cond(wants_logprobs.any(), compute, lambda: jnp.zeros(tokens.shape))
+
+
+def no_top(batch: int, num_slots: int, vocab_size: int) -> TopLogprobs:
+    """TopLogprobs of rows that do not want them."""
+    shape = (batch, num_slots, min(MAX_LOGPROBS, vocab_size))
+    return TopLogprobs(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros((batch,), bool))
+
+
+def best_logprobs(
+    logits: jax.Array, wants_top: jax.Array, nodes: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The K most probable tokens int32 [B, T, K] and their log-probabilities float32; zeros if no row wants them.
+
+    Arguments as of `token_logprobs`; the logits are those before the rules, as its are.
+    """
+    batch, num, vocab = logits.shape
+    shape = (batch, num if nodes is None else nodes.shape[1], min(MAX_LOGPROBS, vocab))
+
+    def compute() -> tuple[jax.Array, jax.Array]:
+        before = logits if nodes is None else jnp.take_along_axis(logits, nodes[..., None], axis=1)
+        values, index = jax.lax.optimization_barrier(top_k(before, shape[-1], "vocab"))  # see tree._top_tokens
+        return index.astype(jnp.int32), values - jax.nn.logsumexp(before, axis=-1, keepdims=True)
+
+    return jax.lax.cond(wants_top.any(), compute, lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape)))
 
 
 def make_stop(batch: int, max_new: int | list[int], stop_tokens: tuple[int, ...] = ()) -> Stop:

@@ -21,6 +21,7 @@ from fasteagle_jax.devices.sharding import top_k
 from fasteagle_jax.errors import UserError
 
 NO_PARENT = -1
+BEFORE_TEXT = -2  # stands before the first position: no token has this id, nor does a slot without one
 KINDS = ("chain", "backbone", "best_first")
 MAX_CANDIDATES = 10  # limit of f and of k, as in EAGLE-3
 MAX_LOOKUP = 8  # limit of a lookup's suffix
@@ -340,6 +341,24 @@ def visible_nodes(draft: Draft) -> jax.Array:
         return seen, jnp.where(at == NO_PARENT, NO_PARENT, above)
 
     return jax.lax.fori_loop(0, draft.depths.max(), climb, (seen, draft.parents))[0]
+
+
+def path_ends(draft: Draft, text: jax.Array, length: jax.Array, num_tokens: int) -> jax.Array:
+    """The last tokens int32 [B, M, num_tokens] of a row's text with the path to each node, the node's own first.
+
+    `text` is int32 [B, S] by position, and `length` int32 [B] the root's position. BEFORE_TEXT stands before a text.
+    """
+    batch, num_nodes = draft.tokens.shape
+    at = jnp.broadcast_to(jnp.arange(num_nodes), (batch, num_nodes))
+    ends = []
+    for back in range(num_tokens):
+        position = length[:, None] + draft.depths - back
+        of_text = jnp.take_along_axis(text, jnp.maximum(position, 0), axis=1)
+        of_text = jnp.where(position < 0, BEFORE_TEXT, of_text)
+        of_path = jnp.take_along_axis(draft.tokens, at, axis=1)
+        ends.append(jnp.where(back <= draft.depths, of_path, of_text))
+        at = jnp.maximum(jnp.take_along_axis(draft.parents, at, axis=1), 0)
+    return jnp.stack(ends, axis=-1)
 
 
 class Walk(NamedTuple):

@@ -296,16 +296,21 @@ def newest(new: Accepted, most: int) -> tuple[Accepted, jax.Array]:
     return Accepted(features, jnp.take_along_axis(new.tokens, index, axis=1), new.count - skipped), skipped
 
 
+LEAST_BIAS = -1e9  # a banned token's: with -inf, a level of banned tokens alone would have no scores
+
+
 def rank(logits: jax.Array, positions: jax.Array, ids: jax.Array, ranking: Ranking) -> jax.Array:
     """Log-probabilities float32 [B, N, V] by which a draft tree ranks its guesses.
 
     At temperature 0 the drafter's own; above, of logits / temperature. Shared noise is added to these: the noise that
     the target will add at `positions` int32 [B, N], or [B, 1] for all levels, so that guesses agree with its draw far
-    more often. `logits` are float32 [B, N, V], `ids` int32 [V] the target's ids. Ranking never influences the target's
-    choice.
+    more often. `logits` are float32 [B, N, V], `ids` int32 [V] the target's ids. A request's bias is added to them, so
+    that what it bans is guessed last. Ranking never influences the target's choice.
     """
     temperature = ranking.sampling.temperature
     sampled = temperature > 0
+    if ranking.bias is not None:
+        logits = logits + jnp.maximum(ranking.bias, LEAST_BIAS)[:, None, ids]
 
     def perturbed() -> jax.Array:
         scaled = logits / jnp.where(sampled, temperature, 1.0)[:, None, None]

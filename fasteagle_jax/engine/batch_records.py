@@ -9,12 +9,16 @@ The answer to line 17 is one record, an error or not, and nothing but `line` tel
     OpenAI's  {"id": "line-17", "custom_id", "line": 17, "response": {"status_code": 200, "request_id", "body"} or null,
                "error": null or {"code", "message"}, "statistics"}
     simple    {"id": the line's, else "line-17", "line": 17, "text", "tokens", "finish_reason", "stop_reason",
-               "logprobs" if asked for, "prompt_tokens", "statistics", "error": null}; for n > 1 "answers", a list of
-              objects, holds text to logprobs; of an error {"id", "line": 17, "error": {"code", "message"}}
+               "logprobs" and "top_logprobs" if asked for, "prompt_tokens", "prompt_logprobs" and
+               "prompt_top_logprobs" if asked for, "statistics", "error": null}; for n > 1 "answers", a list of objects,
+               holds text to top_logprobs; of an error {"id", "line": 17, "error": {"code", "message"}}
 
 `statistics` adds the samples up: {"rounds", "accepted_at" (rounds in which the guess of depth 1, 2, ... was accepted),
 "acceptance_length" (null without a round), "seconds" (of the slowest sample)}. Choices have vLLM's `stop_reason` and
-`token_ids` besides OpenAI's keys. Tokens and logprobs end with the stop token; the text does not show it.
+`token_ids` besides OpenAI's keys. Tokens and logprobs end with the stop token; the text does not show it. Alternatives
+are objects of log-probabilities by token id in simple records, and OpenAI's in the others. As in vLLM, which OpenAI's
+form lacks, a prompt's are "prompt_logprobs", of a chat's body and of a text's choices: null for the first token, then
+for each an object of {"logprob", "decoded_token"} by token id.
 """
 
 from __future__ import annotations
@@ -62,6 +66,7 @@ def answer_record(
             "line": line.number,
             **(answers[0] if request.params.n == 1 else {"answers": answers}),
             "prompt_tokens": completions[0].prompt_tokens,
+            **_simple_prompt(completions[0]),
             "statistics": statistics,
             "error": None,
         }
@@ -80,6 +85,9 @@ def answer_record(
         "choices": choices,
         "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new},
     }
+    if (of_prompt := _prompt_logprobs(completions[0], prompt, detokenizer)) is not None:
+        for part in (body,) if is_chat else choices:
+            part["prompt_logprobs"] = of_prompt
     response = {"status_code": 200, "request_id": f"line-{line.number}", "body": body}
     return _openai_record(line, response, None, statistics)
 
@@ -119,24 +127,71 @@ def _simple_answer(completion: Completion) -> dict[str, Any]:
     }
     if completion.logprobs is not None:
         answer["logprobs"] = _rounded(completion.logprobs)
+    if completion.top_logprobs is not None:
+        answer["top_logprobs"] = [_by_id(best) for best in completion.top_logprobs]
     return answer
+
+
+def _simple_prompt(completion: Completion) -> dict[str, Any]:
+    """What a simple record says of the prompt's tokens."""
+    said: dict[str, Any] = {}
+    if completion.prompt_logprobs is not None:
+        said["prompt_logprobs"] = [None if x is None else round(x, 6) for x in completion.prompt_logprobs]
+    if completion.prompt_top_logprobs is not None:
+        said["prompt_top_logprobs"] = [best and _by_id(best) for best in completion.prompt_top_logprobs]
+    return said
+
+
+def _by_id(best: Mapping[int, float]) -> dict[str, float]:
+    return {str(token): round(logprob, 6) for token, logprob in best.items()}
+
+
+def _prompt_logprobs(completion: Completion, prompt: Sequence[int], detokenizer: Detokenizer) -> list[Any] | None:
+    """The log-probabilities of a prompt's tokens, and the best ones in their places, as vLLM's server writes them."""
+    if completion.prompt_logprobs is None:
+        return None
+    best = completion.prompt_top_logprobs or [None] * len(prompt)
+    places: list[Any] = []
+    for token, logprob, others in zip(prompt, completion.prompt_logprobs, best, strict=True):
+        values = None if logprob is None else {token: logprob} | (others or {})
+        places.append(
+            values
+            and {
+                str(id): {"logprob": round(value, 6), "decoded_token": detokenizer.token_text(id)}
+                for id, value in values.items()
+            }
+        )
+    return places
 
 
 def _chat_choice(completion: Completion, detokenizer: Detokenizer) -> dict[str, Any]:
     logprobs = None
     if completion.logprobs is not None:
-        content = []
-        pieces = [detokenizer.token_text(token) for token in completion.tokens]
-        for piece, logprob in zip(pieces, _rounded(completion.logprobs), strict=True):
-            is_whole = "\ufffd" not in piece  # else the token is part of a character, of which the text shows no bytes
-            bytes_ = list(piece.encode()) if is_whole else None
-            content.append({"token": piece, "logprob": logprob, "bytes": bytes_, "top_logprobs": []})
+        best: Sequence[dict[int, float]] = completion.top_logprobs or [{}] * len(completion.tokens)
+        content = [
+            _chat_token(token, logprob, detokenizer)
+            | {"top_logprobs": [_chat_token(*other, detokenizer) for other in others.items()]}
+            for token, logprob, others in zip(completion.tokens, completion.logprobs, best, strict=True)
+        ]
         logprobs = {"content": content, "refusal": None}
     message = {"role": "assistant", "content": completion.text, "refusal": None}
     return {"index": completion.sample, "message": message, "logprobs": logprobs, **_ending(completion)}
 
 
+def _chat_token(token: int, logprob: float, detokenizer: Detokenizer) -> dict[str, Any]:
+    piece = detokenizer.token_text(token)
+    is_whole = "\ufffd" not in piece  # else the token is part of a character, of which the text shows no bytes
+    return {"token": piece, "logprob": round(logprob, 6), "bytes": list(piece.encode()) if is_whole else None}
+
+
 def _text_choice(completion: Completion, prompt: Sequence[int], detokenizer: Detokenizer) -> dict[str, Any]:
+    def by_text(best: Mapping[int, float]) -> dict[str, float]:
+        """Of tokens that look alike, parts of characters, the best one."""
+        shown: dict[str, float] = {}
+        for token, logprob in best.items():
+            shown.setdefault(detokenizer.token_text(token), round(logprob, 6))
+        return shown
+
     logprobs = None
     if completion.logprobs is not None:
         stream, offsets = TextStream(detokenizer, prompt), []
@@ -146,7 +201,7 @@ def _text_choice(completion: Completion, prompt: Sequence[int], detokenizer: Det
         logprobs = {
             "tokens": [detokenizer.token_text(token) for token in completion.tokens],
             "token_logprobs": _rounded(completion.logprobs),
-            "top_logprobs": None,
+            "top_logprobs": None if completion.top_logprobs is None else [*map(by_text, completion.top_logprobs)],
             "text_offset": offsets,
         }
     return {"index": completion.sample, "text": completion.text, "logprobs": logprobs, **_ending(completion)}

@@ -9,8 +9,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
-from fasteagle_jax.decoding.sampling_fields import FIELDS, SamplingField
-from fasteagle_jax.engine.requests import Prompt, SamplingParams
+from fasteagle_jax.decoding.sampling_fields import FIELDS, RULE_FIELDS, SamplingField
+from fasteagle_jax.decoding.state import MAX_LOGPROBS
+from fasteagle_jax.engine.requests import RULES, Prompt, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.text import check_json_texts
 from fasteagle_jax.targets.messages import UnsupportedPart, content_text
@@ -164,9 +165,11 @@ def _request(line: Line, fields: Mapping[str, Any], url: str | None, defaults: S
         elif field in _SAMPLING:
             if value is None:
                 continue
-            if field == "logprobs" and url == TEXT and value == 0:  # OpenAI's number of alternatives
-                value = value is not False
+            if field == "top_logprobs" and url == TEXT:
+                raise _Bad("unknown_field", f"{name} is of {CHAT}: give the number as {prefix}logprobs")
             param, check = _SAMPLING[field]
+            if field == "logprobs" and url != CHAT:
+                check = _logprobs
             value = check(name, value)
             if given.setdefault(param, value) != value:
                 raise _Bad("invalid_value", f"{name} is {value}, but another field says {given[param]}: leave one out")
@@ -178,7 +181,8 @@ def _request(line: Line, fields: Mapping[str, Any], url: str | None, defaults: S
             if not isinstance(value, str | None):
                 raise _Bad("invalid_value", f"{name} is {_shown(value)}: give a text")
         elif field != "metadata":
-            raise _Bad("unknown_field", f"{_shown(name)} is unknown: leave it out, or give {', '.join(_SAMPLING)}")
+            known = ", ".join(field for field in _SAMPLING if field not in RULES)
+            raise _Bad("unknown_field", f"{_shown(name)} is unknown: leave it out, or give {known}, or a rule")
     try:
         params = dataclasses.replace(defaults, **given)
     except UserError as error:
@@ -280,6 +284,43 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def _logprobs(name: str, value: Any) -> bool | int:
+    """Whether log-probabilities are wanted, or the number of alternatives, as OpenAI's completions have it."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return _whole(0, MAX_LOGPROBS)(name, value)
+    except _Bad:
+        message = f"{name} is {_shown(value)}: give true, false or a whole number up to {MAX_LOGPROBS}"
+        raise _Bad("invalid_value", message) from None
+
+
+def _biases(name: str, value: Any) -> dict[str, float]:
+    """Numbers by token id; SamplingParams checks both."""
+    if not isinstance(value, dict):
+        raise _Bad("invalid_value", f"{name} is {_shown(value)}: give an object of numbers by token id")
+    return {token: _number(f"{name}[{_shown(token)}]", bias) for token, bias in value.items()}
+
+
+def _response_format(name: str, value: Any) -> dict[str, Any] | None:
+    """OpenAI's response_format as structured_outputs; None for text."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "json_schema":
+        named = value.get("json_schema")
+        schema = named.get("schema") if isinstance(named, dict) else None
+        if not isinstance(schema, dict):
+            raise _Bad("invalid_value", f"{name}.json_schema.schema is {_shown(schema)}: give a JSON schema")
+        return {"json": schema}
+    if kind in ("json_object", "text"):
+        return {"json_object": True} if kind == "json_object" else None
+    raise _Bad("invalid_value", f"{name} is {_shown(value)}: give one of the type json_schema, json_object or text")
+
+
+def _any(name: str, value: Any) -> Any:
+    """A value that SamplingParams checks."""
+    return value
+
+
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
@@ -294,7 +335,7 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 _SAMPLING: dict[str, tuple[str, Callable[[str, Any], Any]]] = {  # field: SamplingParams' name for it, its check
-    **{name: (name, _sampling_value(row)) for name, row in FIELDS.items()},
+    **{name: (name, _sampling_value(row)) for name, row in (FIELDS | RULE_FIELDS).items()},
     "max_tokens": ("max_new_tokens", _whole(1)),
     "max_completion_tokens": ("max_new_tokens", _whole(1)),
     "max_new_tokens": ("max_new_tokens", _whole(1)),
@@ -303,23 +344,23 @@ _SAMPLING: dict[str, tuple[str, Callable[[str, Any], Any]]] = {  # field: Sampli
     "ignore_eos": ("ignore_eos", _flag),
     "n": ("n", _whole(1, MOST_SAMPLES)),
     "logprobs": ("logprobs", _flag),
+    "top_logprobs": ("top_logprobs", _whole(0, MAX_LOGPROBS)),
+    "prompt_logprobs": ("prompt_logprobs", _whole(0, MAX_LOGPROBS)),
+    "logit_bias": ("logit_bias", _biases),
+    "allowed_token_ids": ("allowed_token_ids", _token_ids),
+    "bad_words": ("bad_words", _texts),
+    "structured_outputs": ("structured_outputs", _any),
+    "response_format": ("structured_outputs", _response_format),
 }
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # field: the values, besides null, that change nothing
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "functions": ([],),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
-    "presence_penalty": (0,),
-    "prompt_logprobs": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "store": (False,),
@@ -328,7 +369,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # field: the values, besides null, tha
     "suffix": ("",),
     "tool_choice": ("auto", "none"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "use_beam_search": (False,),
 }
 

@@ -86,14 +86,19 @@ def _byte_ids(tokenizer: Any) -> dict[int, int]:
 class TextStream:
     """The text of a growing list of tokens behind a prompt, as `Detokenizer.text` gives it.
 
-    The results of `push` and `finish` add up to `text`. Text that may be the beginning of a stop string is withheld.
+    The results of `push` and `finish` add up to `text`. Text that may be the beginning of a stop string is withheld. A
+    stop string that the first `min_tokens` tokens complete does not count.
     """
 
-    def __init__(self, detokenizer: Detokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = (), min_tokens: int = 0
+    ) -> None:
         self.text = ""  # so far
         self.stopped_by: str | None = None  # the stop string that was found; the text ends before it
         self._detokenizer = detokenizer
         self._stop = stop
+        self._min_tokens = min_tokens
+        self._num_pushed = 0
         self._tokens = detokenizer.context(prompt)
         # tokens[context:read] have been read and lend the next ones their context
         self._context, self._read = 0, len(self._tokens)
@@ -103,6 +108,7 @@ class TextStream:
         """The text that becomes certain with one more token; none after a stop string."""
         if self.stopped_by is None:
             self._tokens.append(token)
+            self._num_pushed += 1
             self._append(self._next())
         return self._return(withheld=self._beginning_of_stop())
 
@@ -125,6 +131,8 @@ class TextStream:
         """Adds a piece, up to the stop string that it completes first."""
         known = len(self.text)
         self.text += piece
+        if self._num_pushed <= self._min_tokens:
+            return
         found = [(at, stop) for stop in self._stop if (at := self.text.find(stop, max(known - len(stop) + 1, 0))) >= 0]
         if found:
             at, self.stopped_by = min(found)

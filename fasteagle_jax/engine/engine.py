@@ -27,10 +27,12 @@ from fasteagle_jax.drafters import table
 from fasteagle_jax.drafters.files import load_drafter, read_config
 from fasteagle_jax.drafters.text_only import TextOnly
 from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
+from fasteagle_jax.engine.grammar import Grammars, Matcher, everything_allowed
 from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.prefix_cache import PrefixCache
+from fasteagle_jax.engine.request_rules import row_rules
 from fasteagle_jax.engine.requests import MAX_STOP_TOKENS, Completion, Piece, Prompt, SamplingParams, whole_number
-from fasteagle_jax.engine.scheduler import Request, Scheduler, to_device_request
+from fasteagle_jax.engine.scheduler import PromptScores, Request, Scheduler, to_device_request
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.engine.sizes import (
     available_everywhere,
@@ -115,6 +117,7 @@ class Engine:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.detokenizer = Detokenizer(tokenizer)
         self.eos_token_ids = tuple(eos_token_ids)
+        self.grammars = Grammars(tokenizer, target.config.vocab_size, self.eos_token_ids)
         self.fingerprint = fingerprint
         self.num_slots = slots
         self.row_counts = row_counts(slots, 1 if mesh is None else mesh.shape["data"])
@@ -203,12 +206,22 @@ class Engine:
 
     @property
     def most_programs(self) -> int:
-        """How many programs the engine compiles at most, whatever it is asked."""
-        rows, buckets = len(self.row_counts), len(self.runner.buckets)
-        changes = rows * (rows - 1)
+        """How many programs the engine compiles at most, whatever it is asked without rules."""
         # Two make the drafter's vocabulary weights. A bucket has its empty caches and a prefill with and without the
-        # drafter, a number of rows its empty slots.
-        return 2 + 3 * buckets + rows * (1 + buckets + len(self.trees)) + changes
+        # drafter.
+        return 2 + 3 * len(self.runner.buckets) + self._programs_of_rows
+
+    @property
+    def most_programs_with_rules(self) -> int:
+        """How many it compiles at most, whatever it is asked: rules, grammars, log-probabilities of any kind."""
+        by_masks = 2 * len(self.row_counts) * len(self.trees)
+        return self.most_programs + self._programs_of_rows + len(self.runner.buckets) + by_masks
+
+    @property
+    def _programs_of_rows(self) -> int:
+        """Programs of slots: a number of rows has its empty ones, an admission a bucket, rounds a tree, and changes."""
+        rows = len(self.row_counts)
+        return rows * (1 + len(self.runner.buckets) + len(self.trees)) + rows * (rows - 1)
 
     # --- asking -------------------------------------------------------------------------------------------------
 
@@ -259,7 +272,7 @@ class Engine:
             yield from completions
 
     def requests(self, index: int, prompt: Prompt, params: SamplingParams, *, streamed: bool = False) -> list[Request]:
-        """A prompt's samples as requests for `serve`; UserError for a prompt that cannot be answered."""
+        """A prompt's samples as requests for `serve`; UserError for a prompt that cannot be answered so."""
         tokens = self.encode(prompt, f"prompt {index}")
         strings, named = self._stops(params.stop, f"prompt {index}")
         stop = (*params.stop_token_ids, *named, *(() if params.ignore_eos else self.eos_token_ids))
@@ -270,10 +283,18 @@ class Engine:
         needs_text = streamed or bool(strings)
 
         def text() -> TextStream | None:
-            return TextStream(self.detokenizer, tokens, strings) if needs_text else None
+            return TextStream(self.detokenizer, tokens, strings, params.min_tokens) if needs_text else None
+
+        rules = row_rules(params, self.tokenizer, self.target.config.vocab_size, stop, f"prompt {index}")
+        scores = None if params.prompt_logprobs is None else PromptScores()
+        grammar = self.grammars.compiled(params.structured_outputs, f"prompt {index}")
+
+        def matcher() -> Matcher | None:
+            return None if grammar is None else self.grammars.matcher(grammar)
 
         parts = (tokens, params, stop, max_new)
-        return [Request(index, sample, *parts, text(), streamed) for sample in range(params.n)]
+        shared = (rules, scores)
+        return [Request(index, sample, *parts, text(), streamed, *shared, matcher()) for sample in range(params.n)]
 
     def _stops(self, stop: Sequence[str], name: str) -> tuple[list[str], list[int]]:
         """Stop strings to look for in the text, and the ids of those that are special tokens, which no text shows."""
@@ -354,21 +375,35 @@ class Engine:
         for rows in self.row_counts:
             self._measure(rows)
 
-    def warm_up(self) -> None:
-        """Compiles every program that requests may need, and measures the trees: minutes."""
+    def warm_up(self, rules: bool = False) -> None:
+        """Compiles every program that requests may need, and measures the trees: minutes.
+
+        With `rules` also those that requests with rules, grammars, `top_logprobs` or `prompt_logprobs` need: twice as
+        many more, or so.
+        """
         self.measure()
         runner, prompt = self.runner, (0,)
         for bucket in runner.buckets:
-            request = to_device_request(self.requests(0, prompt, SamplingParams())[0], bucket)
+            (plain,) = self.requests(0, prompt, SamplingParams())
+            request = to_device_request(plain, bucket)
             prefix, _ = self.prefix_cache.lookup(prompt, bucket, False)
             for drafts in {tree is not None for tree in self.trees}:
                 prefilled = runner.prefill(prefix, prompt, bucket, 0, drafts)
             for rows in self.row_counts:
                 runner.admit(runner.empty_slots(rows), 0, prefilled, request)
-        for rows, tree in itertools.product(self.row_counts, self.trees):
-            runner.advance(runner.empty_slots(rows), [True] * rows, tree, rounds=0, until_one_is_done=False)
-        for old, new in itertools.permutations(self.row_counts, 2):
-            runner.take_rows(runner.empty_slots(old), [], new)
+                if rules:
+                    with_rules = to_device_request(plain, bucket, self.target.config.vocab_size)
+                    runner.admit(runner.with_rules(runner.empty_slots(rows)), 0, prefilled, with_rules)
+            if rules:
+                runner.score(prompt, bucket)
+        forms = (runner.empty_slots, lambda rows: runner.with_rules(runner.empty_slots(rows)))[: 1 + rules]
+        for rows, tree, slots in itertools.product(self.row_counts, self.trees, forms):
+            runner.advance(slots(rows), [True] * rows, tree, rounds=0, until_one_is_done=False)
+        for rows, tree in itertools.product(self.row_counts if rules else (), self.trees):
+            ended, draft, tokens, _ = runner.draft(runner.with_rules(runner.empty_slots(rows)), [True] * rows, tree)
+            runner.verify(ended, draft, everything_allowed(tokens.shape, self.target.config.vocab_size), tree)
+        for (old, new), slots in itertools.product(itertools.permutations(self.row_counts, 2), forms):
+            runner.take_rows(slots(old), [], new)
 
     def _measure(self, rows: int) -> None:
         """Measures the trees not yet measured for this number of rows, if there is a choice."""

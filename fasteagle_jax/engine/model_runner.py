@@ -2,7 +2,9 @@
 
 Programs: one prefill for each bucket of prompt lengths, with and without the drafter; for each number of rows computed
 (the slots, a quarter of them while no more are in use, and so on) one `advance` a tree, one `admit` a bucket, and one
-`take_rows` for each change to another number of rows.
+`take_rows` for each change to another number of rows. The latter three are compiled once more if requests have rules,
+and each bucket has a program that scores prompts, if any ask for it. With grammars a round is two programs, `draft` and
+`verify`, between which the host makes masks.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fasteagle_jax.decoding.interfaces import VocabWeights
-from fasteagle_jax.decoding.prefill import Prefilled
-from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.decoding.prefill import Prefilled, Scores
+from fasteagle_jax.decoding.tree import Draft, TreeSpec
 from fasteagle_jax.devices.sharding import shardings
 from fasteagle_jax.engine import slots as device
 from fasteagle_jax.engine.requests import MAX_STOP_TOKENS
@@ -43,7 +45,7 @@ class ModelRunner:
         self.num_levels = 0 if drafter is None else drafter.num_levels
         self._most_levels = max((tree.num_levels(self.num_levels) for tree in trees if tree), default=0)
         self.vocab: VocabWeights | None = None
-        self._compiled_rounds: set[tuple[int, TreeSpec | None]] = set()
+        self._compiled_rounds: set[tuple[int, TreeSpec | None, bool]] = set()
         most_written = max(chunk, 1 + self.num_levels)  # tokens of a row at a time
         sizes = {"most_written": most_written, "drafter_slots": max_len + most_written}
         self._init_prefill = functools.partial(device.init_prefill, target, drafter, **sizes)
@@ -51,6 +53,8 @@ class ModelRunner:
         self._empty_slots = functools.partial(
             device.empty_slots, target, drafter, num_stop_tokens=MAX_STOP_TOKENS, **sizes
         )
+        sizes = {"num_slots": max_len + most_written, "vocab_size": target.config.vocab_size}
+        self._empty_rules = functools.partial(device.empty_rules, **sizes)
 
     def gather_vocab(self) -> None:
         """Sets `vocab`, the weights that the drafter shares with the target; the embedding is the target's own array.
@@ -71,6 +75,12 @@ class ModelRunner:
         with self._on_mesh():
             return self._empty_slots(batch=rows)
 
+    def with_rules(self, slots: device.Slots) -> device.Slots:
+        """The slots with rules, as requests that have some need them; all others' change nothing."""
+        with self._on_mesh():
+            rules, top = self._empty_rules(batch=slots.state.done.shape[0])
+        return slots._replace(rules=rules, state=slots.state._replace(top=top))
+
     def empty_prefix(self, bucket: int) -> Prefilled:
         """Empty caches for prompts of a bucket."""
         with self._on_mesh():
@@ -88,12 +98,16 @@ class ModelRunner:
 
         Without `drafts` it is left out of the drafter's cache, which is cheaper; later drafts then do without it.
         """
-        padded = np.zeros((1, bucket), np.int32)
-        padded[0, : len(prompt)] = prompt
-        length = np.asarray([len(prompt)], np.int32)
+        padded, length = _padded(prompt, bucket)
         args = (self.target, self.drafter, self.vocab, prefix, padded, length, np.int32(start_chunk))
         with self._on_mesh():
             return device.prefill(*args, chunk=self.chunk, num_levels=self._most_levels if drafts else 0)
+
+    def score(self, prompt: tuple[int, ...], bucket: int) -> Scores:
+        """Log-probabilities of a prompt's tokens, on the host."""
+        padded, length = _padded(prompt, bucket)
+        with self._on_mesh():
+            return jax.device_get(device.score_prompt(self.target, padded, length, chunk=self.chunk))
 
     def admit(self, slots: device.Slots, row: int, prefilled: Prefilled, request: device.DeviceRequest) -> device.Slots:
         """The slots with a prefilled request in a row, its first token chosen; waits for the device."""
@@ -105,7 +119,7 @@ class ModelRunner:
         self, slots: device.Slots, ended: list[bool], tree: TreeSpec | None, *, rounds: int, until_one_is_done: bool
     ) -> tuple[device.Slots, int, bool]:
         """The slots after up to `rounds` rounds, how many there were, and whether they had to be compiled first."""
-        key = (len(ended), tree)
+        key = (len(ended), tree, slots.rules is not None)
         compiles = key not in self._compiled_rounds
         self._compiled_rounds.add(key)
         args = (self.target, self.drafter, self.vocab, slots, np.asarray(ended), np.int32(rounds))
@@ -114,6 +128,21 @@ class ModelRunner:
                 *args, np.asarray(until_one_is_done), tree=tree, shared_noise=self.shared_noise
             )
         return slots, int(num_rounds), compiles
+
+    def draft(
+        self, slots: device.Slots, ended: list[bool], tree: TreeSpec | None
+    ) -> tuple[device.Slots, Draft, np.ndarray, np.ndarray]:
+        """The slots and the Draft of the next round, on the device; and its tokens and parents on the host."""
+        args = (self.drafter, self.vocab, slots, np.asarray(ended))
+        with self._on_mesh():
+            slots, draft = device.draft_round(*args, tree=tree, shared_noise=self.shared_noise)
+        return slots, draft, *jax.device_get((draft.tokens, draft.parents))
+
+    def verify(self, slots: device.Slots, draft: Draft, masks: np.ndarray, tree: TreeSpec | None) -> device.Slots:
+        """The slots after the round of a draft, of which each node has a mask; waits for the device."""
+        with self._on_mesh():
+            slots = device.verify_round(self.target, self.drafter, slots, draft, masks, tree=tree)
+        return jax.block_until_ready(slots)
 
     def take_rows(self, slots: device.Slots, rows: list[int], num_rows: int) -> device.Slots:
         """New slots of `num_rows` rows, the first ones copied from `rows`, the others free."""
@@ -125,3 +154,10 @@ class ModelRunner:
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which programs find the mesh, if there is one."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+
+def _padded(prompt: tuple[int, ...], bucket: int) -> tuple[np.ndarray, np.ndarray]:
+    """A prompt as int32 [1, P] of its bucket, and its length, int32 [1]."""
+    padded = np.zeros((1, bucket), np.int32)
+    padded[0, : len(prompt)] = prompt
+    return padded, np.asarray([len(prompt)], np.int32)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fasteagle_jax.decoding.prefill import Prefilled
+from fasteagle_jax.decoding.prefill import Prefilled, Scores
+from fasteagle_jax.decoding.rules import RowRules, make_rules
 from fasteagle_jax.decoding.sampling import Sampling
 from fasteagle_jax.decoding.sampling_fields import FIELDS
 from fasteagle_jax.decoding.state import NO_STOP, Stop
@@ -20,6 +21,7 @@ from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import TreeSelector
 from fasteagle_jax.devices.sharding import process_values
 from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
+from fasteagle_jax.engine.grammar import Matcher, everything_allowed, unpacked
 from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.prefix_cache import PrefixCache, common_chunks
 from fasteagle_jax.engine.requests import (
@@ -41,6 +43,13 @@ LOOKAHEAD = 4  # waiting requests read ahead, for each slot: common prefixes are
 
 
 @dataclasses.dataclass(eq=False)
+class PromptScores:
+    """Log-probabilities of a prompt, which its samples share; of the first that is admitted on."""
+
+    scores: Scores | None = None
+
+
+@dataclasses.dataclass(eq=False)
 class Request:
     """A request, waiting or in a row, with the tokens emitted so far."""
 
@@ -52,14 +61,23 @@ class Request:
     max_new: int
     text: TextStream | None  # if text is needed before the end
     streamed: bool
+    rules: RowRules | None = None
+    prompt_scores: PromptScores | None = None  # if they are asked for
+    matcher: Matcher | None = None  # of its grammar, after `tokens`
     tokens: list[int] = dataclasses.field(default_factory=list)
     depths: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
     pieces: list[Piece] = dataclasses.field(default_factory=list)
     num_emitted: int = 1  # after prefill; `tokens` may lag behind if nobody reads text
     rounds: int = 0
     started: float = 0.0
     finished: float = 0.0
+
+    @property
+    def needs_rules(self) -> bool:
+        """Whether it has to be in slots with rules."""
+        return self.rules is not None or self.params.top_logprobs > 0 or self.matcher is not None
 
     def append(self, tokens: np.ndarray, depths: np.ndarray, logprobs: np.ndarray) -> bool:
         """Appends the new ones of all emitted tokens; returns whether a stop string ends the answer with its token."""
@@ -67,6 +85,8 @@ class Request:
             token, depth = int(tokens[i]), int(depths[i])
             self.tokens.append(token)
             self.depths.append(depth)
+            if self.matcher is not None and token not in self.stop_tokens:
+                self.matcher.consume(token)
             if self.params.logprobs:
                 self.logprobs.append(float(logprobs[i]))
             if self.text is not None and token in self.stop_tokens:
@@ -102,11 +122,31 @@ class Request:
             reason,
             tuple(self.logprobs) if self.params.logprobs else None,
             RequestStatistics(self.depths.count(0) - 1, accepted_at, self.finished - self.started),
+            tuple(self.top_logprobs) if self.params.top_logprobs else None,
+            *self._prompt_logprobs(),
         )
 
+    def _prompt_logprobs(self) -> tuple[Any, Any]:
+        """The prompt's log-probabilities and alternatives, None where not asked for; its first token has neither."""
+        if self.prompt_scores is None or self.prompt_scores.scores is None:
+            return None, None
+        logprobs, *top = (np.asarray(array[0, : len(self.prompt) - 1]) for array in self.prompt_scores.scores)
+        num = self.params.prompt_logprobs
+        return (None, *map(float, logprobs)), (None, *_best(top, num)) if num else None
 
-def to_device_request(request: Request, prompt_slots: int) -> DeviceRequest:
-    """A request as the device's programs take it, P = `prompt_slots`; numpy arrays, which compile nothing."""
+
+def _best(top: Sequence[np.ndarray], num: int) -> list[dict[int, float]]:
+    """At each place the `num` best of `top`, tokens [T, K] and their log-probabilities [T, K]."""
+    tokens, logprobs = top
+    pairs = zip(tokens[:, :num].tolist(), logprobs[:, :num].tolist(), strict=True)
+    return [dict(zip(*pair, strict=True)) for pair in pairs]
+
+
+def to_device_request(request: Request, prompt_slots: int, vocab_size: int | None = None) -> DeviceRequest:
+    """A request as the device's programs take it, P = `prompt_slots`; numpy arrays, which compile nothing.
+
+    For slots with rules give the size of the vocabulary.
+    """
     params = request.params
     prompt: Any = np.zeros((1, prompt_slots), np.int32)
     prompt[0, : len(request.prompt)] = request.prompt
@@ -123,7 +163,17 @@ def to_device_request(request: Request, prompt_slots: int) -> DeviceRequest:
         sampling=Sampling.of(sampling),
         stop=Stop(row(request.max_new, np.int32), row([*request.stop_tokens, *[NO_STOP] * spare], np.int32)),
         wants_logprobs=row(params.logprobs, bool),
+        rules=None if vocab_size is None else make_rules([request.rules or RowRules()], vocab_size),
+        wants_top=None if vocab_size is None else row(params.top_logprobs > 0, bool),
+        first_mask=None if vocab_size is None else _first_mask(request.matcher, vocab_size),
     )
+
+
+def _first_mask(matcher: Matcher | None, vocab_size: int) -> Any:
+    """bool [1, V], which tokens may begin the answer."""
+    if matcher is None:
+        return np.ones((1, vocab_size), bool)
+    return unpacked(matcher.mask(), vocab_size)[None]
 
 
 # --- the batch --------------------------------------------------------------------------------------------------
@@ -197,6 +247,7 @@ class Scheduler:
             # Rows are given up only while no request waits for one.
             needed = min(num_active + len(self.waiting), self.row_counts[0])
             num_rows = min(n for n in self.row_counts if n >= needed)
+            self._drop_rules()
             current = 0 if self.batch is None else len(self.batch.requests)
             if num_rows > current or (num_rows < current and not self.waiting):
                 if self.measure is not None:
@@ -226,6 +277,12 @@ class Scheduler:
             slots = self.runner.take_rows(self.batch.slots, active, num_rows)
         self.batch = Batch(slots, requests)
 
+    def _drop_rules(self) -> None:
+        """Takes the rules out of the slots if no request needs them any more."""
+        if self.batch is not None and not any(r is not None and r.needs_rules for r in self.batch.requests):
+            slots = self.batch.slots
+            self.batch.slots = slots._replace(rules=None, state=slots.state._replace(top=None))
+
     def _choose_tree(self, batch: Batch) -> TreeSpec | None:
         if self.measure is None:
             return self.tree
@@ -249,7 +306,13 @@ class Scheduler:
             request.started = time.perf_counter()
             prefilled = self._prefill(request, drafts=tree is not None)
             called = time.perf_counter()
-            device_request = to_device_request(request, self.runner.bucket(len(request.prompt)))
+            bucket = self.runner.bucket(len(request.prompt))
+            if request.prompt_scores is not None and request.prompt_scores.scores is None:
+                request.prompt_scores.scores = self.runner.score(request.prompt, bucket)
+            if request.needs_rules and batch.slots.rules is None:
+                batch.slots = self.runner.with_rules(batch.slots)
+            vocab_size = None if batch.slots.rules is None else self.runner.target.config.vocab_size
+            device_request = to_device_request(request, bucket, vocab_size)
             batch.slots = self.runner.admit(batch.slots, row, prefilled, device_request)
             batch.requests[row], batch.ended[row] = request, False
             seconds += time.perf_counter() - called  # prefill is neither the host's time nor a tree's
@@ -280,6 +343,8 @@ class Scheduler:
 
     def _advance(self, batch: Batch, tree: TreeSpec | None) -> tuple[list[Request], float]:
         """Runs rounds; returns the requests that are finished and the seconds spent waiting for the device."""
+        if any(request is not None and request.matcher is not None for request in batch.requests):
+            return self._advance_by_masks(batch, tree)
         reads_text = any(request is not None and request.text is not None for request in batch.requests)
         called = time.perf_counter()
         batch.slots, num_rounds, compiled = self.runner.advance(
@@ -301,6 +366,23 @@ class Scheduler:
         )
         return finished, now - called
 
+    def _advance_by_masks(self, batch: Batch, tree: TreeSpec | None) -> tuple[list[Request], float]:
+        """Runs a round of which the host makes the masks of requests with grammars; returns as `_advance`."""
+        called = time.perf_counter()
+        batch.slots, draft, tokens, parents = self.runner.draft(batch.slots, batch.ended, tree)
+        drafted = time.perf_counter()
+        masks = everything_allowed(tokens.shape, self.runner.target.config.vocab_size)
+        for row, request in enumerate(batch.requests):
+            if request is not None and request.matcher is not None:
+                masks[row] = request.matcher.masks(tokens[row], parents[row])
+        masked = time.perf_counter()
+        batch.slots = self.runner.verify(batch.slots, draft, masks, tree)
+        now = time.perf_counter()
+        new_tokens, row_rounds, finished = self._read_results(batch, 1, now)
+        rounds = {"rounds": 1, "row_rounds": row_rounds, "tokens": new_tokens}
+        self.tree_selector.record(len(batch.requests), tree, **rounds, seconds=None)  # the masks' time is no tree's
+        return finished, time.perf_counter() - called - (masked - drafted)
+
     def _read_results(self, batch: Batch, num_rounds: int, now: float) -> tuple[int, int, list[Request]]:
         """Frees the rows that are done after `num_rounds` rounds.
 
@@ -309,6 +391,7 @@ class Scheduler:
         state = batch.slots.state
         num_emitted, done = jax.device_get((state.num_emitted, state.done))
         results: Any = None  # fetched if a row needs them
+        top: Any = None  # the same
         new_tokens, row_rounds, finished = 0, 0, []
         for row, request in enumerate(batch.requests):
             if request is None:
@@ -316,7 +399,7 @@ class Scheduler:
             before = request.num_emitted, request.rounds
             request.num_emitted, request.rounds = int(num_emitted[row]), request.rounds + num_rounds
             ended = False
-            if request.text is not None or done[row]:
+            if request.text is not None or request.matcher is not None or done[row]:
                 results = results or jax.device_get((state.text, state.depths, state.logprobs))
                 ended = request.append(*(array[row, len(request.prompt) :] for array in results))
             if done[row]:
@@ -324,6 +407,10 @@ class Scheduler:
             new_tokens += request.num_emitted - before[0]
             row_rounds += request.rounds - before[1]
             if done[row] or ended:
+                if state.top is not None and (num := request.params.top_logprobs):
+                    top = top or jax.device_get(state.top[:2])
+                    first, end = len(request.prompt), len(request.prompt) + len(request.tokens)
+                    request.top_logprobs = _best([array[row, first:end] for array in top], num)
                 request.finished = now
                 finished.append(request)
                 batch.requests[row], batch.ended[row] = None, True

@@ -13,27 +13,34 @@ import jax
 import jax.numpy as jnp
 
 from fasteagle_jax.decoding import prefill as prompts
+from fasteagle_jax.decoding import rules as decoding_rules
 from fasteagle_jax.decoding import state as decoding_state
 from fasteagle_jax.decoding.interfaces import Accepted, VocabWeights
-from fasteagle_jax.decoding.prefill import Prefilled
+from fasteagle_jax.decoding.prefill import Prefilled, Scores
+from fasteagle_jax.decoding.rules import Rules, no_rules
 from fasteagle_jax.decoding.sampling import Sampling, make_sampling
-from fasteagle_jax.decoding.speculative import decode_rounds
-from fasteagle_jax.decoding.state import NO_STOP, State, Stop
-from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.decoding.speculative import commit_path, decode_rounds, draft_tree, verify
+from fasteagle_jax.decoding.state import NO_STOP, State, Stop, TopLogprobs, no_top
+from fasteagle_jax.decoding.tree import Draft, TreeSpec
 from fasteagle_jax.devices.sharding import constrain_all
 from fasteagle_jax.nn import kv_cache
 
 # The logical axes of slots and of prefilled caches. Arrays that the host reads between calls are replicated.
-READ = ("text", "depths", "logprobs", "num_emitted", "done")
-AXES = {name: axes for name, axes in decoding_state.AXES.items() if name not in READ}
+READ = ("text", "depths", "logprobs", "top_tokens", "top_logprobs", "num_emitted", "done")
+AXES = {name: axes for name, axes in decoding_state.AXES.items() if name not in READ} | decoding_rules.AXES
 
 
 class Slots(NamedTuple):
-    """The active requests, a row each; free rows are done."""
+    """The active requests, a row each; free rows are done.
+
+    Rules, and the state's `top`, are there while a request needs one of them: each program is compiled once for slots
+    without them, which do no work for either, and once for slots with both.
+    """
 
     state: State
     sampling: Sampling
     stop: Stop
+    rules: Rules | None = None
 
 
 class DeviceRequest(NamedTuple):
@@ -44,6 +51,9 @@ class DeviceRequest(NamedTuple):
     sampling: Sampling
     stop: Stop
     wants_logprobs: jax.Array  # bool [1], whether log-probabilities are wanted
+    rules: Rules | None = None  # for slots with rules
+    wants_top: jax.Array | None = None  # bool [1], for slots with rules: whether the most probable tokens are wanted
+    first_mask: jax.Array | None = None  # bool [1, V], for slots with rules: which tokens a grammar lets come first
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "num_slots", "most_written", "num_stop_tokens"))
@@ -76,6 +86,12 @@ def empty_slots(
     return constrain_all(Slots(state, make_sampling(batch), stop), AXES)
 
 
+@functools.partial(jax.jit, static_argnames=("batch", "num_slots", "vocab_size"))
+def empty_rules(*, batch: int, num_slots: int, vocab_size: int) -> tuple[Rules, TopLogprobs]:
+    """What slots with rules have besides: rules that change nothing, and no row's most probable tokens."""
+    return constrain_all((no_rules(batch, vocab_size), no_top(batch, num_slots, vocab_size)), AXES)
+
+
 @functools.partial(jax.jit, static_argnames=("num_slots", "drafter_slots", "most_written"))
 def init_prefill(
     target: Any, drafter: Any | None, *, num_slots: int, drafter_slots: int, most_written: int
@@ -102,10 +118,20 @@ def prefill(
     return constrain_all(prompts.prefill(target, drafter, vocab, prefix, prompt, length, start_chunk, **sizes), AXES)
 
 
+@functools.partial(jax.jit, static_argnames=("chunk",))
+def score_prompt(target: Any, prompt: jax.Array, length: jax.Array, *, chunk: int) -> Scores:
+    """Compiled `prefill.score_prompts` of one row, for the host."""
+    return constrain_all(prompts.score_prompts(target, prompt, length, chunk=chunk), {})
+
+
 @functools.partial(jax.jit, donate_argnames=("slots",))
 def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, request: DeviceRequest) -> Slots:
     """The slots with a prefilled request in slot int32 [], its first token chosen."""
     state = slots.state
+    rules = request.rules
+    if rules is not None:
+        assert request.first_mask is not None
+        rules = rules._replace(bias=jnp.where(request.first_mask, rules.bias, decoding_rules.BANNED))
     one = prompts.first_state(
         target,
         prefilled,
@@ -113,11 +139,13 @@ def admit(target: Any, slots: Slots, slot: jax.Array, prefilled: Prefilled, requ
         request.length,
         request.sampling,
         request.stop,
+        rules,
         num_slots=state.text.shape[1],
         num_levels=state.new.tokens.shape[1] - 1,
         wants_logprobs=request.wants_logprobs,
+        wants_top=request.wants_top,
     )
-    new = Slots(one, request.sampling, request.stop)
+    new = Slots(one, request.sampling, request.stop, request.rules)
     return constrain_all(kv_cache.insert_row(slots, new, slot), AXES)
 
 
@@ -147,8 +175,38 @@ def advance(
         until_one_is_done,
         tree=tree,
         shared_noise=shared_noise,
+        rules=slots.rules,
     )
     return constrain_all((slots._replace(state=state), ran), AXES)
+
+
+@functools.partial(jax.jit, static_argnames=("tree", "shared_noise"), donate_argnames=("slots",))
+def draft_round(
+    drafter: Any | None,
+    vocab: VocabWeights | None,
+    slots: Slots,
+    ended: jax.Array,
+    *,
+    tree: TreeSpec | None,
+    shared_noise: bool,
+) -> tuple[Slots, Draft]:
+    """The slots and the Draft of the next round, for the host to make its masks; rows `ended` bool [B] are done."""
+    state = slots.state._replace(done=slots.state.done | ended)
+    options: dict[str, Any] = {"tree": tree, "shared_noise": shared_noise}
+    draft, drafter_cache = draft_tree(drafter, vocab, state, slots.sampling, slots.rules, **options)
+    slots = constrain_all(slots._replace(state=state._replace(drafter_cache=drafter_cache)), AXES)
+    return slots, constrain_all(draft, {})
+
+
+@functools.partial(jax.jit, static_argnames=("tree",), donate_argnames=("slots",))
+def verify_round(
+    target: Any, drafter: Any | None, slots: Slots, draft: Draft, masks: jax.Array, *, tree: TreeSpec | None
+) -> Slots:
+    """The slots after the round of a draft, whose nodes have masks uint32 [B, M, V / 32] (see speculative.verify)."""
+    state, stop = slots.state, slots.stop
+    verified = verify(target, drafter, state, draft, slots.sampling, stop, slots.rules, masks, tree=tree)
+    state = commit_path(drafter, state, state.drafter_cache, verified, stop, tree=tree)
+    return constrain_all(slots._replace(state=state), AXES)
 
 
 @jax.jit

@@ -300,6 +300,59 @@ def test_fields_become_params():
     ]
 
 
+def test_rules_and_alternatives_become_params():
+    rules = {"min_tokens": 2, "repetition_penalty": 1.5, "presence_penalty": -1, "frequency_penalty": 0.5}
+    lists = {"allowed_token_ids": [5, 6], "bad_words": ["a", "b c"], "prompt_logprobs": 2}
+    line = {**rules, **lists, "logit_bias": {"5": -100, "6": 0.5}}
+    expected = SamplingParams(**rules, **lists, logit_bias={5: -100.0, 6: 0.5})
+    assert [request.params for request in parse(openai("a", **line), {"prompt": "x"} | line)] == [expected] * 2
+    lines = openai("a", logprobs=True, top_logprobs=3), openai("b", TEXT, logprobs=3), {"prompt": "x", "logprobs": 3}
+    assert [request.params for request in parse(*lines)] == [SamplingParams(logprobs=3)] * 3
+    schema = {"type": "object"}
+    formats = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}, {"type": "json_object"}
+    asked = parse(*(openai(kind["type"], response_format=kind) for kind in (*formats, {"type": "text"})))
+    given = [{"json": schema}, {"json_object": True}, None]
+    assert [request.params.structured_outputs for request in asked] == given
+    (request,) = parse({"prompt": "x", "structured_outputs": {"regex": "a+"}})
+    assert request.params == SamplingParams(structured_outputs={"regex": "a+"})
+    none = {"logit_bias": {}, "allowed_token_ids": None, "bad_words": [], "top_logprobs": 0, "prompt_logprobs": None}
+    assert [request.params for request in parse(openai("a", **none))] == [SamplingParams()]
+
+
+def test_alternatives_are_openais_and_the_prompts_log_probabilities_vllms():
+    tokenizer = metaspace_tokenizer()
+    prompt = tokenizer.encode("sky", add_special_tokens=False) * 2
+    blue, is_, high, low = tokenizer.convert_tokens_to_ids(["▁blue", "▁is", "<0xC3>", "<0xA9>"])
+    best = ({blue: -0.25, is_: -1.5}, {high: -1.0, low: -2.0})
+    took = RequestStatistics(1, (), 0.1)
+    parts = ((0, 0), "length", None, (-0.25, -1.0), took, best, (None, -3.0), (None, {is_: -0.5}))
+    completion = Completion(0, 0, 2, " blue\ufffd", (blue, high), *parts)
+
+    def body(url):
+        request = BatchRequest(Line(1, id="a"), prompt, SamplingParams(logprobs=2, prompt_logprobs=1), url)
+        record = answer_record(request, prompt, [completion], Detokenizer(tokenizer), "target")
+        return record["response"]["body"] if url else record
+
+    of_prompt = [
+        None,
+        {
+            str(prompt[1]): {"logprob": -3.0, "decoded_token": " sky"},
+            str(is_): {"logprob": -0.5, "decoded_token": " is"},
+        },
+    ]
+    chat = body(CHAT)
+    assert chat["prompt_logprobs"] == of_prompt
+    first, second = (token["top_logprobs"] for token in chat["choices"][0]["logprobs"]["content"])
+    assert first[0] == {"token": " blue", "logprob": -0.25, "bytes": list(b" blue")}
+    assert [token["token"] for token in second] == ["\ufffd"] * 2
+    (text,) = body(TEXT)["choices"]
+    assert text["prompt_logprobs"] == of_prompt
+    assert text["logprobs"]["top_logprobs"] == [{" blue": -0.25, " is": -1.5}, {"\ufffd": -1.0}]
+    simple = body(None)
+    assert simple["top_logprobs"] == [{str(blue): -0.25, str(is_): -1.5}, {str(high): -1.0, str(low): -2.0}]
+    assert (simple["prompt_logprobs"], simple["prompt_top_logprobs"]) == ([None, -3.0], [None, {str(is_): -0.5}])
+
+
 def test_neutral_values_of_unsupported_fields_are_accepted():
     neutral = {
         "stream": False,
@@ -350,10 +403,32 @@ BAD = [  # a line, the code of its error, what the error says
     (messages(bogus=1), "unknown_field", '"messages[0].bogus" is unknown'),
     (messages(content=[{"type": "text", "text": "a", "b": 1}]), "unknown_field", '"messages[0].content[0].b"'),
     (openai("x", stream=True), "unsupported_value", "body.stream is true: only false is supported"),
-    (openai("x", presence_penalty=0.5), "unsupported_value", "body.presence_penalty is 0.5"),
-    (openai("x", response_format={"type": "json_object"}), "unsupported_value", "body.response_format"),
+    (
+        openai("x", response_format={"type": "grammar"}),
+        "invalid_value",
+        'body.response_format is {"type": "grammar"}: give',
+    ),
+    (
+        openai("x", response_format="json"),
+        "invalid_value",
+        'body.response_format is "json": give one of the type json_',
+    ),
+    (
+        openai("x", response_format={"type": "json_schema"}),
+        "invalid_value",
+        "body.response_format.json_schema.schema is",
+    ),
+    (
+        openai("x", structured_outputs={"choice": ["a"]}),
+        "invalid_value",
+        "body.structured_outputs is {'choice': ['a']}",
+    ),
+    (
+        openai("x", structured_outputs={"regex": 7}),
+        "invalid_value",
+        "body.structured_outputs.regex is 7: give a regular",
+    ),
     (openai("x", tools=[{"type": "function"}]), "unsupported_value", "body.tools"),
-    (openai("x", logprobs=True, top_logprobs=3), "unsupported_value", "body.top_logprobs is 3"),
     (openai("x", url="/v1/embeddings"), "unsupported_value", 'url is "/v1/embeddings"'),
     (openai("x") | {"method": "GET"}, "unsupported_value", 'method is "GET"'),
     (openai("x", TEXT, prompt=["a", "b"]), "unsupported_value", "body.prompt is a list of texts"),
@@ -387,6 +462,24 @@ BAD = [  # a line, the code of its error, what the error says
     ({"prompt": "a", "stop_token_ids": [2**40]}, "invalid_value", "stop_token_ids is"),
     ({"prompt": "a", "ignore_eos": 1}, "invalid_value", "ignore_eos is 1: give true or false"),
     (openai("x", logprobs=2), "invalid_value", "body.logprobs is 2"),
+    (openai("x", TEXT, logprobs=21), "invalid_value", "body.logprobs is 21: give true, false or a whole number up to"),
+    (openai("x", TEXT, logprobs=1.5), "invalid_value", "body.logprobs is 1.5: give true, false or a whole number"),
+    (openai("x", TEXT, top_logprobs=2), "unknown_field", "body.top_logprobs is of /v1/chat/completions: give the num"),
+    (openai("x", top_logprobs=3), "invalid_value", "body.top_logprobs is 3 without logprobs"),
+    (openai("x", logprobs=True, top_logprobs=21), "invalid_value", "body.top_logprobs is 21: give a whole number"),
+    ({"prompt": "a", "logprobs": 2, "top_logprobs": 3}, "invalid_value", "logprobs is 2, but top_logprobs 3"),
+    ({"prompt": "a", "prompt_logprobs": True}, "invalid_value", "prompt_logprobs is true: give a whole number from 0"),
+    (openai("x", presence_penalty=2.5), "invalid_value", "body.presence_penalty is 2.5: it must be -2 to 2"),
+    (openai("x", frequency_penalty="a"), "invalid_value", 'body.frequency_penalty is "a": give a number'),
+    ({"prompt": "a", "repetition_penalty": 0}, "invalid_value", "repetition_penalty is 0.0: it must be 0.01 to 100"),
+    ({"prompt": "a", "min_tokens": -1}, "invalid_value", "min_tokens is -1: give a whole number from 0"),
+    ({"prompt": "a", "min_tokens": 9, "max_tokens": 3}, "invalid_value", "min_tokens is 9, but max_new_tokens 3"),
+    (openai("x", logit_bias=[5]), "invalid_value", "body.logit_bias is [5]: give an object of numbers by token id"),
+    (openai("x", logit_bias={"5": "a"}), "invalid_value", 'body.logit_bias["5"] is "a": give a number'),
+    (openai("x", logit_bias={"five": 1}), "invalid_value", "body.logit_bias is for 'five': give token ids"),
+    (openai("x", logit_bias={"5": 101}), "invalid_value", "body.logit_bias of token 5 is 101.0: give a number from"),
+    (openai("x", allowed_token_ids=[]), "invalid_value", "body.allowed_token_ids is empty"),
+    (openai("x", bad_words=[""]), "invalid_value", "body.bad_words is"),
     ({"prompt": "a", "id": [1]}, "invalid_value", "id is [1]"),
     ({"prompt": "a", "messages": HELLO}, "invalid_value", "messages and prompt are both there"),
     ({"id": "x"}, "invalid_value", "messages or prompt is missing"),
@@ -408,6 +501,8 @@ BAD_FOR_THE_ENGINE = [
     ({"messages": [{"role": "tool", "content": "7"}]}, "invalid_prompt", "the chat template refuses"),
     ({"prompt": "a", "stop_token_ids": list(range(16))}, "invalid_prompt", "17 stop tokens"),
     ({"prompt": "a", "stop": "x<|im_end|>"}, "invalid_prompt", "give its id, 258, as one of stop_token_ids"),
+    ({"prompt": "a", "logit_bias": {"259": 1}}, "invalid_prompt", "logit_bias is for token 259: give token ids below"),
+    ({"prompt": "a", "allowed_token_ids": [258], "min_tokens": 1}, "invalid_prompt", "does not end the answer, and"),
 ]
 
 

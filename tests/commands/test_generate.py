@@ -160,6 +160,34 @@ def test_min_p_of_1_leaves_the_most_probable_token_alone(generate):
     assert generate(*asked, "--min-p", 1)[0] == generate(*asked, "--temperature", 0)[0] != generate(*asked)[0]
 
 
+def test_an_answer_keeps_the_rules(generate, talkative, tmp_path):
+    """Also a traced one, which is decoded another way."""
+    target, drafter = talkative
+    rules = ["--allowed-token-ids", *range(65, 73), "--min-tokens", 12, "--logit-bias", "65=-100", "--bad-words", "cd"]
+    rules += ["--repetition-penalty", 1.2, "--presence-penalty", 0.5, "--frequency-penalty", 0.1]
+    asked = ["--prompt", "Why?", "--target", target, "--tree", "best_first:4", *rules]
+    plain, _ = generate(*asked)
+    assert set(plain.strip()) <= set("cdefghi") and "cd" not in plain and len(plain.strip()) == 12
+    assert generate(*asked, "--drafter", drafter)[0] == plain
+    assert generate(*asked, "--drafter", drafter, "--trace", tmp_path / "page.html")[0] == plain
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--logit-bias", "5"], "'5' is not understood: write ID=X, e.g. 5=-100"),
+        (["--logit-bias", "5=101"], "logit_bias of token 5 is 101.0: give a number from -100 to 100"),
+        (["--logit-bias", "259=1"], "prompt 0: logit_bias is for token 259: give token ids below 259"),
+        (["--allowed-token-ids", "x"], "'x' is not a whole number of at least 0"),
+        (["--min-tokens", "13", "--max-new", "12"], "min_tokens is 13, but max_new_tokens 12: lower it"),
+        (["--bad-words", ""], "bad_words is ['']: give texts that are not empty"),
+        (["--presence-penalty", "3"], "presence_penalty is 3.0: it must be -2 to 2"),
+    ],
+)
+def test_rules_that_cannot_be_are_one_line(complaint, target_folder, options, message):
+    assert message in complaint(main, "--target", target_folder, "--prompt", "Why?", *options)
+
+
 def test_an_answer_ends_at_max_len(generate, talkative):
     _, said = generate("--target", talkative[0], "--prompt", "Why?", "--max-len", 70, "--max-new", 70)
     assert int(said.split()[0]) < 70

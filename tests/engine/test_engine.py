@@ -534,7 +534,7 @@ def test_prompts_come_in_every_shape_that_means_the_same(target, tokenizer):
         (dict(temperature=np.array([1.0, 2.0])), "temperature is array"),
         (dict(temperature=None), "temperature is None: give a number"),
         (dict(ignore_eos=1), "ignore_eos is 1: give True or False"),
-        (dict(logprobs=5), "logprobs is 5: give True or False"),
+        (dict(logprobs=-5), "logprobs is -5: give True, False or a whole number up to 20"),
     ],
 )
 def test_bad_sampling_params_are_user_errors_that_name_the_value(bad, message):
