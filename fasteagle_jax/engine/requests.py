@@ -19,7 +19,9 @@ from fasteagle_jax.targets.messages import short
 
 MAX_STOP_TOKENS = 16  # of a request, the target's own end tokens included
 
-Message = Mapping[str, Any]  # {"role", "content"}, the content a text or a list of {"type": "text", "text"}
+# {"role", "content"}, the content a text or a list of {"type": "text", "text"}; an assistant's may have "tool_calls"
+# and "reasoning_content", a tool's "tool_call_id" and "name".
+Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]  # plain text, token ids, or a chat conversation
 
 

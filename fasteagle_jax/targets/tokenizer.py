@@ -69,6 +69,17 @@ def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
+_PROBE = (
+    "Hello  world's\n\n\tend 12345 3.14,x=y na\u00efve \u4e2d\u6587 \U0001f642\u00bd "  # what cuts and merges differ on
+)
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Sixteen hex digits of the vocabulary, and of what becomes of a text that many rules apply to."""
+    ids = [tokenizer.encode(_PROBE), tokenizer.encode(_PROBE, add_special_tokens=False)]
+    return hashlib.sha256(json.dumps([vocabulary_fingerprint(tokenizer), ids]).encode()).hexdigest()[:16]
+
+
 def stop_token_ids(tokenizer: Tokenizer, checkpoint_path: str | os.PathLike[str]) -> tuple[int, ...]:
     """The ids that end an answer, ascending: the tokenizer's and the checkpoint's, and what closes a turn.
 
