@@ -46,9 +46,9 @@ class BatchRequest:
     line: Line
     prompt: Prompt
     params: SamplingParams
-    chat: ChatOptions = PLAIN  # of messages
     url: str | None = None  # None: a simple line
     model: str | None = None  # by the name the line gives it
+    chat: ChatOptions = PLAIN  # of messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _request(
         chat = dataclasses.replace(chat, **of_chat)
     except UserError as error:
         raise _Bad("invalid_value", prefix + str(error)) from None
-    return BatchRequest(line, _prompt(fields, prompts, prefix), params, chat, url, fields.get("model"))
+    return BatchRequest(line, _prompt(fields, prompts, prefix), params, url, fields.get("model"), chat)
 
 
 def _prompt(fields: Mapping[str, Any], names: Sequence[str], prefix: str) -> Prompt:

@@ -440,6 +440,10 @@ def test_the_checkpoint_says_what_a_run_was_and_another_target_or_other_data_are
     other = command(same_name, data_file, run)
     assert f"target {target_folder}, not {same_name}" in complaint(*other)
     assert "trains a drafter for target" in complaint(*other, "--allow-change")
+    lines = data_file.read_text()
+    data_file.write_text(lines.replace("[[4,", "[[5,"))  # the same tokens, other answers
+    assert "other answers marked in its data" in complaint(*command(target_folder, data_file, run))
+    data_file.write_text(lines)
     with ConversationWriter(data_file) as writer:
         writer.append([Conversation.of("one more", list(range(40)), [[4, 40]])])
     assert "other data" in complaint(*command(target_folder, data_file, run))
