@@ -2,9 +2,9 @@
 
 The source holds config.json and model.safetensors, or pytorch_model.bin (read by torch, which must then be installed).
 Both families of tensor names are known, midlayer.* and layers.0.*, and a reduced draft vocabulary by d2t. The target is
-needed for its sizes and its fingerprint; the embedding is taken from it, the rotary embedding is the drafter's own. Read
-are the norms of EAGLE-3.1 (norm_before_residual, norm_before_fc, fc_norm, norm_output) and a sliding window. The target's
-layers that it reads are counted by their inputs (vLLM, speculators), or in an eagle_config by their outputs
+needed for its sizes and its fingerprint; the embedding is taken from it, the rotary embedding is the drafter's own. The
+norms of EAGLE-3.1 are read (norm_before_residual, norm_before_fc, fc_norm, norm_output), and a sliding window. The
+target's layers that it reads are counted by their inputs (vLLM, speculators), or in an eagle_config by their outputs
 (SGLang, SpecForge); what a file does not say is told. What is not supported is refused by its name.
 
 example:
@@ -186,13 +186,9 @@ def _drop_copies(tensors: dict[str, np.ndarray], target: Checkpoint, ids: np.nda
     UserError if norm or head differ: they are another target's. Returns what to tell of an embedding that does.
     """
     head = "lm_head.weight" if "lm_head.weight" in target.tensors else _EMBEDDING
-    known = (
-        (_OWN_EMBEDDING, _EMBEDDING),
-        ("verifier_norm.weight", "model.norm.weight"),
-        ("verifier_lm_head.weight", head),
-    )
+    known = {_OWN_EMBEDDING: _EMBEDDING, "verifier_norm.weight": "model.norm.weight", "verifier_lm_head.weight": head}
     told = ""
-    for name, of_target in known:
+    for name, of_target in known.items():
         if (copy := tensors.pop(name, None)) is None:
             continue
         own = target.read(of_target)

@@ -37,7 +37,12 @@ def prompt_settings(tokenizer: Any, stop_token_ids: Sequence[int], chat: ChatOpt
 def first_date(settings: Mapping[str, Any] | None) -> str:
     """The date of earlier settings, YYYY-MM-DD; today's if there are none, or they have no date."""
     date = (settings or {}).get("date")
-    return date if isinstance(date, str) else datetime.date.today().isoformat()
+    return date if isinstance(date, str) else today()
+
+
+def today() -> str:
+    """The date, YYYY-MM-DD."""
+    return datetime.date.today().isoformat()
 
 
 def saved_settings(output: Path) -> dict[str, Any] | None:

@@ -133,7 +133,7 @@ def _check(c: Eagle3Config, runtime: str, target_config: Any) -> None:
     own = (2, num_layers // 2, num_layers - 3)
     if runtime == "tpu-inference" and layers != own:
         raise UserError(
-            f"tpu-inference reads the target's layers {own} alone, this drafter {layers}: train it for those"
+            f"tpu-inference reads layers {own} of the target alone, this drafter {layers}: train it for those"
         )
     if runtime == "sglang" and (len(layers) != 3 or layers[0] == 0 or layers[-1] == num_layers):
         raise UserError(f"sglang reads three outputs of layers before the last, this drafter's inputs are {layers}")

@@ -17,9 +17,7 @@ import signal
 import socket
 import sys
 import time
-from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import pytest
@@ -632,13 +630,13 @@ def test_the_date_is_that_of_the_first_run_and_the_ends_of_answers_are_known(run
     source = write(tmp_path / "in.jsonl", {"messages": HELLO})
 
     def at(day):
-        monkeypatch.setattr("fasteagle_jax.data.manifest.datetime.date", SimpleNamespace(today=lambda: day))
+        monkeypatch.setattr("fasteagle_jax.data.manifest.today", lambda: day)
 
-    at(date(2024, 2, 3))
+    at("2024-02-03")
     path = run(source, "--target", target)
     first = path.read_text()
     path.write_text("")
-    at(date(2024, 2, 4))
+    at("2024-02-04")
     settings = json.loads(path.with_name("out.jsonl.manifest.json").read_text())["settings"]
     assert settings["date"] == "2024-02-03" and settings["stop_token_ids"] == [258]
     again = run(source, "--target", target).read_text()

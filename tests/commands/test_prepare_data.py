@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import lzma
 import re
-from datetime import date
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -542,14 +540,14 @@ def test_a_file_goes_on_with_the_date_of_its_first_run(complaint, prepare, targe
     target = make_target(tmp_path / "dated", chat_template=dated)
 
     def at(day):
-        monkeypatch.setattr("fasteagle_jax.data.manifest.datetime.date", SimpleNamespace(today=lambda: day))
+        monkeypatch.setattr("fasteagle_jax.data.manifest.today", lambda: day)
 
     options = ("--target", target, "--max-new", 12)
-    at(date(2024, 2, 3))
+    at("2024-02-03")
     whole = prepare("whole.jsonl", *options).read_bytes()
     assert "Today is 03 Feb 2024." in load_tokenizer(target).decode(json.loads(whole.splitlines()[0])["tokens"])
     prepare("a.jsonl", *options, "--limit", 4)
-    at(date(2024, 2, 4))
+    at("2024-02-04")
     path = prepare("a.jsonl", *options)
     assert path.read_bytes() == whole
     assert prepare("b.jsonl", *options).read_bytes() != whole

@@ -1,4 +1,4 @@
-"""EAGLE-3 in `speculators`: an export of ours there, and a drafter of its own here, give the same hidden states and logits.
+"""EAGLE-3 in `speculators`: our export there, and its own drafter here, give the same hidden states and logits.
 
 `make speculators` writes the values, in an environment of its own; speculators/make.py is its script.
 """
@@ -25,7 +25,7 @@ from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.llama import LlamaConfig
 
 HERE = Path(__file__).parent / "speculators"
-TARGET = LlamaConfig(259, 16, 32, 12, 4, 2, 8, max_positions=4096)
+TARGET = LlamaConfig(259, 16, 32, 12, 4, 2, 8, max_positions=16384)
 IDS = np.arange(0, 259, 3)
 
 

@@ -1,6 +1,6 @@
 """Writes the values that tests/drafters/test_speculators.py compares with, computed by speculators itself.
 
-    make speculators          makes an environment with speculators 0.9.0, which pins other packages, and runs this in it
+    make speculators     makes an environment with speculators 0.9.0, which pins other packages, and runs this in it
 
 `ours/` beside this file is an export for speculators (`python -m tests.drafters.test_speculators` writes it, in our own
 environment); it is loaded here. `theirs/` is a drafter that speculators makes and saves, with every change of EAGLE-3
@@ -68,6 +68,7 @@ def write_theirs(folder: Path, layer: dict, ours: dict[str, torch.Tensor]) -> No
             value.copy_(spread)
     shutil.rmtree(folder, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "config.py").unlink(missing_ok=True)  # a copy of speculators' own
     stored = load_file(folder / "model.safetensors")
     stored.pop("embed_tokens.weight", None)  # the target's, which the test brings
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
@@ -78,7 +79,9 @@ def run(folder: Path, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     with tempfile.TemporaryDirectory() as aside:
         copy = Path(shutil.copytree(folder, Path(aside) / "drafter"))
         raw = json.loads((copy / "config.json").read_text())
-        raw["speculators_config"]["verifier"]["name_or_path"] = None  # a name of another machine's
+        raw["speculators_config"]["verifier"]["name_or_path"] = str(
+            write_verifier(Path(aside) / "verifier", raw, values)
+        )
         (copy / "config.json").write_text(json.dumps(raw))
         config = SpeculatorModelConfig.from_pretrained(copy)
         config.transformer_layer_config._attn_implementation = "eager"
@@ -86,14 +89,26 @@ def run(folder: Path, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     with torch.no_grad():
         model.embed_tokens.weight.copy_(values["embedding"])
     found: dict[str, list[torch.Tensor]] = {"hidden": [], "logits": []}
-    model.lm_head.register_forward_hook(
-        lambda module, inputs, output: (
-            (found["hidden"].append(inputs[0][0]), found["logits"].append(output[0])) and None
-        )
-    )
+
+    def note(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        found["hidden"].append(inputs[0][0])
+        found["logits"].append(output[0])
+
+    model.lm_head.register_forward_hook(note)
     with torch.no_grad():
         model(values["features"], values["tokens"], torch.zeros_like(values["tokens"]), ttt_steps=RUNS)
     return {name: torch.stack(states) for name, states in found.items()}
+
+
+def write_verifier(folder: Path, raw: dict, values: dict[str, torch.Tensor]) -> Path:
+    """A target as far as speculators looks at it: sizes, embedding, norm and head."""
+    sizes = {name: raw["transformer_layer_config"][name] for name in ("hidden_size", "vocab_size")}
+    more = {"num_hidden_layers": 12, "num_attention_heads": 2, "architectures": ["LlamaForCausalLM"]}
+    LlamaConfig(**sizes, **more).save_pretrained(folder)
+    embedding = values["embedding"]
+    weights = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}
+    save_file(weights | {"model.norm.weight": torch.ones(sizes["hidden_size"])}, folder / "model.safetensors")
+    return folder
 
 
 if __name__ == "__main__":
