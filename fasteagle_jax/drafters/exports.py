@@ -135,5 +135,7 @@ def _check(c: Eagle3Config, runtime: str, target_config: Any) -> None:
         raise UserError(
             f"tpu-inference reads layers {own} of the target alone, this drafter {layers}: train it for those"
         )
+    if runtime == "vllm" and len(layers) != 3:
+        raise UserError(f"vllm reads three layers of the target, this drafter {layers}: train it for three")
     if runtime == "sglang" and (len(layers) != 3 or layers[0] == 0 or layers[-1] == num_layers):
         raise UserError(f"sglang reads three outputs of layers before the last, this drafter's inputs are {layers}")
