@@ -15,6 +15,10 @@ After an interruption of any kind the same command resumes, and the file is the 
 beside the output has its settings, the day among them if the template writes it, which stays that of the first run;
 other settings need another output. --slots, --drafter, --tree and --lookup change no token and may change.
 
+With --endpoint the answers are those of a server that has the target (vLLM, SGLang or another that takes token ids at
+OpenAI's /v1/completions), --slots of them at once. What the server samples is its own: a resumed file is whole, and not
+the same as an uninterrupted one unless the server gives the same answers again.
+
 Several processes share the samples: process i of n takes those whose number modulo n is i, into a file of its own,
 answers-00000-of-00002.jsonl. They meet once, to learn their numbers, and then do not wait for each other.
 
@@ -22,6 +26,7 @@ examples:
   fasteagle prepare-data --prompts questions.jsonl --output data/answers.jsonl
   fasteagle prepare-data --prompts sharegpt --prompts self --limit 20000 --output data/train.jsonl
   fasteagle prepare-data --prompts sharegpt --drafter runs/smollm2/drafter --slots 64 --output data/answers.jsonl
+  fasteagle prepare-data --prompts sharegpt --endpoint http://localhost:8000/v1 --model NAME --output data/answers.jsonl
   fasteagle prepare-data --dialogues HuggingFaceH4/ultrachat_200k:train_sft --limit 1000 --output data/ready.jsonl
 """
 
@@ -31,6 +36,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -46,6 +52,7 @@ from fasteagle_jax.commands.models import add_target_options
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, add_share_options, dtype_named, program, whole
 from fasteagle_jax.data.answering import AHEAD, MIN_ANSWER, THOUGHTS, Dialogue, Outcome, Rules, Sample, answer_all
 from fasteagle_jax.data.conversations import ConversationWriter
+from fasteagle_jax.data.endpoint import Endpoint
 from fasteagle_jax.data.manifest import (
     damaged,
     first_date,
@@ -124,6 +131,11 @@ def _parser() -> Parser:
         "--slots", type=whole(1), default=32, metavar="B", help="answers under way at once (default %(default)s)"
     )
     add_draft_options(group, "auto")
+    server = parser.add_argument_group("answers of a server")
+    server.add_argument(
+        "--endpoint", metavar="URL", help="http://host:8000/v1; a key, if it wants one, in OPENAI_API_KEY"
+    )
+    server.add_argument("--model", metavar="NAME", help="the target by its name there")
     add_share_options(parser, "the samples")
     return parser
 
@@ -141,6 +153,8 @@ def prepare(args: argparse.Namespace) -> None:
     if SELF in args.prompts and args.limit is None:
         raise UserError("--prompts self has no end: give --limit")
     tree, chat = tree_named(args.tree or "auto"), chat_options(args)
+    if (args.endpoint is None) != (args.model is None):
+        raise UserError("--endpoint and --model belong together: give both")
     share = join(args)
     params_of(args, Dialogue(0, "", [""], []))  # checks the values before anything is loaded
     sources = _read_sources(args.prompts, args.dialogues, args.limit)
@@ -166,7 +180,8 @@ def prepare(args: argparse.Namespace) -> None:
     begun = saved_settings(output)
     if begun is None and args.packed is not None:
         begun = packed_settings(args.packed)
-    of_prompts = prompt_settings(tokenizer, stop_token_ids(tokenizer, checkpoint.path), chat, first_date(begun))
+    ends = stop_token_ids(tokenizer, checkpoint.path)
+    of_prompts = prompt_settings(tokenizer, ends, chat, first_date(begun))
     rules = _rules(args, tokenizer, checkpoint.config.vocab_size, sources, held_out, chat)
     settings = {
         "target": fingerprint(checkpoint),
@@ -178,6 +193,9 @@ def prepare(args: argparse.Namespace) -> None:
         "max_new": args.max_new,
         "keep_truncated": args.keep_truncated,
     }
+    if args.endpoint is not None:
+        settings["endpoint_model"] = args.model  # the server's address may change
+        del settings["dtype"]
     if args.prompts:
         settings["loops"] = "cut"  # answers of earlier versions were kept with their loops
     if args.dialogues:
@@ -193,8 +211,12 @@ def prepare(args: argparse.Namespace) -> None:
             writer.append(conversations)
             restored.save(len(writer))
     manifest = Manifest.of(output, settings)
-    engine = None
-    if args.prompts:  # dialogues need no weights
+    engine: Engine | Endpoint | None = None
+    if args.prompts and args.endpoint is not None:
+        sizes = {"vocab_size": checkpoint.config.vocab_size, "max_len": args.max_length, "concurrent": args.slots}
+        key = os.environ.get("OPENAI_API_KEY", "")
+        engine = Endpoint(args.endpoint, args.model, tokenizer, ends, key=key, **sizes)
+    elif args.prompts:  # dialogues need no weights
         options = {"slots": args.slots, "max_len": args.max_length, "strict": args.strict, "adapter": args.adapter}
         options["lookup"] = args.lookup
         engine = Engine.load(args.target, args.drafter, **options, tree=tree, dtype=dtype)
@@ -206,7 +228,7 @@ def prepare(args: argparse.Namespace) -> None:
         if done:
             print(f"{output}: {len(writer)} conversations of {done} samples are there already")
         manifest.save(len(writer))
-        if engine is not None:
+        if isinstance(engine, Engine):
             print(f"memory: {engine.memory}", file=sys.stderr)
             if len(engine.trees) > 1:
                 print("measuring which tree is the fastest comes first", file=sys.stderr)
@@ -223,14 +245,18 @@ def prepare(args: argparse.Namespace) -> None:
 
         with progress_bar(total_here, "sample", initial=done) as bar:
             ahead = AHEAD if engine is None else WINDOW * args.slots
-            for settled, completion in answer_all(samples, rules, engine, partial(params_of, args), ahead):
-                unwritten += settled
-                if completion is not None:
-                    took.add(completion.depths)
-                if len(unwritten) >= args.slots:  # not every sample is worth waiting for the disk
-                    write()
-                bar.set_postfix_str(f"{took.rate()}, {manifest.dropped.total()} dropped", refresh=False)
-                bar.update(len(settled))
+            try:
+                for settled, completion in answer_all(samples, rules, engine, partial(params_of, args), ahead):
+                    unwritten += settled
+                    if completion is not None:
+                        took.add(completion.depths)
+                    if len(unwritten) >= args.slots:  # not every sample is worth waiting for the disk
+                        write()
+                    bar.set_postfix_str(f"{took.rate()}, {manifest.dropped.total()} dropped", refresh=False)
+                    bar.update(len(settled))
+            except UserError:  # of a server that fails half way
+                write()
+                raise
             write()
     reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(manifest.dropped.items()))
     if manifest.tried and not len(writer):

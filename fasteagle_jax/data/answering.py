@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from fasteagle_jax.data.conversations import Conversation
+from fasteagle_jax.data.endpoint import Endpoint
 from fasteagle_jax.data.sources import HeldOut, Message
 from fasteagle_jax.data.windows import cut_windows, window_id
 from fasteagle_jax.engine.detokenizer import Detokenizer
@@ -271,7 +272,7 @@ class RequestSource:
         self,
         samples: Iterator[Sample],
         rules: Rules,
-        engine: Engine | None,
+        engine: Engine | Endpoint | None,
         params: Callable[[Dialogue], SamplingParams],
         ahead: int,
     ) -> None:
@@ -332,7 +333,7 @@ class RequestSource:
 def answer_all(
     samples: Iterator[Sample],
     rules: Rules,
-    engine: Engine | None,
+    engine: Engine | Endpoint | None,
     params: Callable[[Dialogue], SamplingParams],
     ahead: int = AHEAD,
 ) -> Iterator[tuple[list[Outcome], Completion | None]]:
