@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from fasteagle_jax.drafters.eagle3 import Eagle3, Eagle3Config
 from fasteagle_jax.drafters.files import TENSORS, tensors_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import new_folder
@@ -42,7 +41,7 @@ def export_drafter(drafter: Any, folder: Path, runtime: str, target_config: Any,
     `verifier` has the target's "name_or_path", as that program finds it, and its "architectures". UserError for a
     drafter that is not EAGLE-3, or has what the program does not.
     """
-    if not isinstance(drafter, Eagle3):
+    if drafter.config.kind != "eagle3":
         raise UserError(f"a drafter of kind {drafter.config.kind} cannot be exported for {runtime}: eagle3 alone can")
     config = runtime_config(drafter.config, runtime, target_config, verifier)
     with new_folder(folder) as aside:
@@ -50,8 +49,8 @@ def export_drafter(drafter: Any, folder: Path, runtime: str, target_config: Any,
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def runtime_config(c: Eagle3Config, runtime: str, target_config: Any, verifier: dict[str, Any]) -> dict[str, Any]:
-    """The config.json for `runtime`; UserError, by name, for what it cannot say."""
+def runtime_config(c: Any, runtime: str, target_config: Any, verifier: dict[str, Any]) -> dict[str, Any]:
+    """The config.json for `runtime` of an Eagle3Config; UserError, by name, for what it cannot say."""
     _check(c, runtime, target_config)
     assert c.rope is not None  # its keys are its own
     layer: dict[str, Any] = {
@@ -108,7 +107,7 @@ def runtime_config(c: Eagle3Config, runtime: str, target_config: Any, verifier: 
     return config
 
 
-def runtime_tensors(drafter: Eagle3, runtime: str) -> dict[str, np.ndarray]:
+def runtime_tensors(drafter: Any, runtime: str) -> dict[str, np.ndarray]:
     """The tensors under the names that `runtime` reads, matrices and norms in bfloat16."""
     tensors = tensors_of(drafter)
     if runtime == "tpu-inference" and "d2t" not in tensors:
@@ -120,7 +119,7 @@ def runtime_tensors(drafter: Eagle3, runtime: str) -> dict[str, np.ndarray]:
     return renamed
 
 
-def _check(c: Eagle3Config, runtime: str, target_config: Any) -> None:
+def _check(c: Any, runtime: str, target_config: Any) -> None:
     """Raises UserError for what the program has no place for."""
     lacking = [name for name in CHANGES if getattr(c, name) and name not in _KNOWN[runtime]]
     if c.window is not None and runtime in ("sglang", "tpu-inference"):
