@@ -73,7 +73,10 @@ def import_drafter(args: argparse.Namespace) -> None:
     drafter = Eagle3(config, jax.random.key(0), _dtype(tensors), stacked=False)
     fill(drafter, tensors, str(args.source))
     save_drafter(drafter, args.output, fingerprint(target), {"imported": {"source": args.source.name}})
-    for told in (guess, embedding):
+    residual = ""
+    if "speculators_model_type" in raw and "norm_before_residual" not in raw:
+        residual = "its config.json has no norm_before_residual: taken as false, as speculators does (vLLM takes true)"
+    for told in (guess, embedding, residual):
         if told:
             print(told, file=sys.stderr)
     print(

@@ -59,6 +59,43 @@ MARKED = (
     "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As Gemma 3's: the system message inside of the first question, `model` for the assistant, turns that alternate.
+FOLDED = (
+    "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}{%- set first = messages[0]['content'] + '\n\n' -%}"
+    "{%- set loop_messages = messages[1:] -%}{%- else -%}{%- set first = '' -%}{%- set loop_messages = messages -%}"
+    "{%- endif -%}{%- for m in loop_messages -%}{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{ raise_exception('roles must alternate') }}{%- endif -%}"
+    "{{ '<|im_start|>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + (first if loop.first else '') }}"
+    "{{ m['content'] | trim }}{{ '<|im_end|>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>model\n' }}{%- endif -%}"
+)
+# As Mistral's: no generation prompt, and the tools before the last question.
+BARE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{% if tools and loop.last %}[AVAILABLE_TOOLS]"
+    "{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}[INST] {{ m.content }} [/INST]{% elif m.role == 'assistant' %}"
+    " {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+# As Phi-4's: no newlines.
+TIGHT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '|' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant|' }}{% endif %}"
+)
+# As GPT-OSS's: thoughts are a message of their own in another channel, dropped afterwards; the end is another token.
+CHANNELS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}"
+    "{{ '<|im_start|>assistant analysis:' + m.thinking + '<|im_end|>' }}{% endif %}"
+    "{{ '<|im_start|>assistant final:' + m.content + ('<|endoftext|>' if loop.last else '<|im_end|>') }}"
+    "{% else %}{{ '<|im_start|>' + m.role + ':' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+FAMILIES = {
+    "gemma 3": FOLDED,
+    "mistral": BARE,
+    "phi-4": TIGHT,
+    "gpt-oss": CHANNELS,
+    "llama 3.1": DATED,
+    "qwen3": THINKING,
+}
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}
 CALL: dict[str, Any] = {
     "role": "assistant",
@@ -121,6 +158,37 @@ def test_conversations_are_rendered_as_transformers_renders_them(load, template,
         )
         options = ChatOptions(tools=tools, add_generation_prompt=opens)
         assert tok.encode_chat(tokenizer, plain_messages(messages, "x"), options=options) == expected
+
+
+@pytest.mark.parametrize("system", [False, True], ids=["no system", "system"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_rendered_as_transformers_renders_it_and_answers_begin_where_prompts_end(load, family, system):
+    tokenizer = load(FAMILIES[family])
+    messages = [
+        *([{"role": "system", "content": "Be brief."}] if system else []),
+        *SAID[:3],
+        SAID[3] | {"content": "Yes."},
+    ]
+    options = {"tools": [TOOL]} if family in ("mistral", "qwen3", "llama 3.1") else {}
+    plain = plain_messages(messages, "x")
+    for num in range(1 + system, len(messages) + 1):
+        for opens in (True, False):
+            expected = tokenizer.apply_chat_template(messages[:num], **options, add_generation_prompt=opens)[
+                "input_ids"
+            ]
+            assert tok.encode_chat(tokenizer, plain[:num], opens, ChatOptions(**options)) == expected
+    (rows,) = encode_rows(tokenizer, [plain], [ChatOptions(**options)])
+    assert not isinstance(rows, UserError), rows
+    answers = [(row, span) for row in rows for span in row.spans]
+    assert len(answers) == 2 and len(rows) == (2 if family in ("gpt-oss", "qwen3", "mistral") else 1)
+    for (row, (start, end)), i in zip(answers, (1 + system, 3 + system), strict=True):
+        prompt = tok.encode_chat(tokenizer, plain[:i], options=ChatOptions(**options))
+        assert row.ids[:start] == prompt
+        text = tokenizer.decode(row.ids[start:end])
+        assert text.rstrip().endswith(
+            messages[i]["content"] + ("<|endoftext|>" if family == "gpt-oss" else "<|im_end|>")
+        )
+        assert (messages[i]["reasoning_content"] in text) == (family in ("gpt-oss", "qwen3"))
 
 
 def test_variables_of_the_template_are_given_and_unknown_ones_named(load):
