@@ -202,7 +202,7 @@ class Rules:
             if isinstance(rows, UserError):
                 outcomes[i] = "dialogues that the chat template refuses"
             elif any(row.spans for row in rows):  # else the template marks no message as an answer
-                parts = []
+                parts: list[tuple[list[int], list[list[int]]]] = []
                 for row in rows:
                     check_ids(row.ids, self.vocab_size, f"sample {samples[i].id}")
                     parts += self._windows(all_messages[i], row, chat) if row.spans else []
