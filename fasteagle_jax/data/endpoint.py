@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from http.client import HTTPException
-from typing import Any
+from typing import Any, Literal
 
 from fasteagle_jax.decoding.sampling_fields import FIELDS
 from fasteagle_jax.engine.detokenizer import Detokenizer
@@ -108,7 +108,7 @@ class Endpoint:
             tokens.append(eos if eos in self._ends else self._ends[-1])
         took = RequestStatistics(0, (), 0.0)
         depths = (0,) * len(tokens)
-        finish = "stop" if stopped else "length"
+        finish: Literal["stop", "length"] = "stop" if stopped else "length"
         return Completion(asked.index, 0, len(asked.tokens), text, tuple(tokens), depths, finish, None, None, took)
 
     def _tokens(self, text: Any, ids: Any, prompt: Sequence[int]) -> list[int]:

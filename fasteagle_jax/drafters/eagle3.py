@@ -90,6 +90,7 @@ class Eagle3(DrafterModule):
 
     architecture = "LlamaForCausalLMEagle3"
     Config = Eagle3Config
+    config: Eagle3Config
 
     def __init__(self, config: Eagle3Config, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
         c = config

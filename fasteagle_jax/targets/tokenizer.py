@@ -229,7 +229,7 @@ def tokens_before(tokenizer: Tokenizer, ids: Sequence[int], prefix: str, index: 
     prefix_ids = tokenizer.encode(prefix, add_special_tokens=False)
     shared = num_shared(ids, prefix_ids)
     if shared < len(prefix_ids):  # the last ones merge with what follows them, into one
-        merged, rest = (tokenizer.decode(some) for some in (ids[shared : shared + 1], prefix_ids[shared:]))
+        merged, rest = (tokenizer.decode(list(some)) for some in (ids[shared : shared + 1], prefix_ids[shared:]))
         if not str(merged).startswith(str(rest)):
             raise unstable(index)
     return shared
