@@ -71,7 +71,9 @@ FOLDED = (
 )
 # As Mistral's: no generation prompt, and the tools before the last question.
 BARE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{% if tools and loop.last %}[AVAILABLE_TOOLS]"
+    "{{ bos_token }}{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% if tools and loop.index0 == ns.last %}[AVAILABLE_TOOLS]"
     "{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}[INST] {{ m.content }} [/INST]{% elif m.role == 'assistant' %}"
     " {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
 )
@@ -201,7 +203,7 @@ def test_variables_of_the_template_are_given_and_unknown_ones_named(load):
         tok.encode_chat(tokenizer, SAID[:1], options=ChatOptions(chat_template_kwargs={"thinking": 1}))
     assert templates.template_variables(MARKED) == {"messages", "add_generation_prompt"}
     with pytest.raises(UserError, match="refuses this conversation: .*endfor"):
-        templates.template_variables("{% for m in messages %}{{ m }")
+        templates.template_variables("{% for m in messages %}{{ m }}")
 
 
 @pytest.mark.parametrize(
