@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,9 @@ class Checkpoints:
         # here in one line; __exit__ restores the level.
         self._log, self._log_level = (absl := logging.getLogger("absl")), absl.level
         absl.setLevel(logging.CRITICAL)
+        # tensorstore tells the second failure of a write to Orbax's event loop, which the first one has closed.
+        self._excepthook, self._has_failed = sys.excepthook, False
+        sys.excepthook = _but_closed_loops(sys.excepthook)
         if keep is None:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
@@ -156,6 +160,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # tensorstore, asyncio and the system raise many kinds, some wrapped
+            self._has_failed = True
             raise UserError(
                 f"cannot write a checkpoint to {self._manager.directory} ({_reason(error)}): make room there and give "
                 f"the same command again; it resumes from step {self._latest_whole()}"
@@ -184,6 +189,8 @@ class Checkpoints:
                 raise
         finally:
             self._log.setLevel(self._log_level)
+            if not self._has_failed:  # else the complaint may still come
+                sys.excepthook = self._excepthook
 
 
 class _Manager(ocp.CheckpointManager):
@@ -205,6 +212,16 @@ class _Manager(ocp.CheckpointManager):
                 self._damaged.add(step)
                 log.warning("%s/%d has a damaged file of its acceptance length: as not measured", self.directory, step)
             return None
+
+
+def _but_closed_loops(hook: Any) -> Any:
+    """An excepthook that leaves out the library's complaint of an event loop that it has closed itself."""
+
+    def filtered(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (isinstance(error, RuntimeError) and "Event loop is closed" in str(error)):
+            hook(kind, error, trace)
+
+    return filtered
 
 
 def _flat(tree: Any) -> dict[str, Any]:
