@@ -38,6 +38,7 @@ class Checkpoint:
     config: Any  # the family's configuration
     tensors: Mapping[str, StoredTensor] = dataclasses.field(repr=False)
     variant: str = ""  # a digest of what was merged into the tensors (an adapter); empty: nothing
+    notes: tuple[str, ...] = ()  # what to warn of when the weights are loaded
 
     def names(self) -> tuple[str, ...]:
         """All tensor names, sorted."""

