@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "heads": "tensor",  # the heads x head width of a projection
     "kv_heads": "tensor",  # K, of a cache
     "mlp": "tensor",
+    "expert": "tensor",  # E, whole experts
     "fused": "tensor",  # the output of a drafter's own projections
     "vocab": "tensor",
     None: None,
@@ -269,6 +270,49 @@ def by_shard(function: Callable[..., Any], axes: Mapping[int, tuple[str | None, 
         return function(*args)
     specs = jax.tree.map(lambda x: spec(mesh, axes[x.ndim], x.shape), args)
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
+
+
+class ExpertShard(NamedTuple):
+    """What a device has of a layer with experts, inside `by_experts`."""
+
+    first: Any  # int32 [], the index of its first expert
+    sum_width: Callable[[jax.Array], jax.Array]  # products of its part of H, added up over all parts
+
+
+def by_experts(
+    function: Callable[..., jax.Array], rows: str, experts: Any, x: jax.Array, *routing: jax.Array
+) -> jax.Array:
+    """The sum over devices of `function(experts, x, *routing, shard)`, each given its own experts and rows.
+
+    `experts` is a module whose weights' first axis is "expert", x [B, Q, H] and `routing` [B, Q, ...] have their rows
+    along the logical axis `rows`. In decoding ("rows") H is split as that of the weights, which stay where they are; in
+    training ("batch") each device has whole rows, and gathers the width of its experts.
+    """
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(experts, x, *routing, ExpertShard(0, lambda y: y))
+    width = "embed" if rows == "rows" else None
+
+    def of_weight(variable: Any) -> Any:
+        axes = tuple(width if axis == "embed" else axis for axis in variable.axes)
+        return jax.tree.map(lambda w: spec(mesh, axes, w.shape), variable)
+
+    of_experts = jax.tree.map(of_weight, experts, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    of_x = spec(mesh, (rows, None, width), x.shape)
+    of_routing = tuple(spec(mesh, (rows, *[None] * (r.ndim - 1)), r.shape) for r in routing)
+    num_experts = jax.tree.leaves(experts)[0].shape[0]
+    (over_experts,) = spec(mesh, ("expert",), (num_experts,))
+
+    def of_shard(experts: Any, x: jax.Array, *routing: jax.Array) -> jax.Array:
+        first: Any = 0
+        if over_experts is not None:
+            first = jax.lax.axis_index(over_experts) * jax.tree.leaves(experts)[0].shape[0]
+        sum_width = (lambda y: y) if of_x[2] is None else (lambda y: jax.lax.psum(y, of_x[2]))
+        y = function(experts, x, *routing, ExpertShard(first, sum_width))
+        return y if over_experts is None else jax.lax.psum(y, over_experts)
+
+    split = jax.shard_map(of_shard, in_specs=(of_experts, of_x, *of_routing), out_specs=of_x, check_vma=False)
+    return split(experts, x, *routing)
 
 
 def top_k(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +139,8 @@ class Linear(nnx.Module):
     weight may be int8 with a `scale` float32 [out], by which the product is multiplied.
     """
 
+    quantises: ClassVar[bool] = True  # whether `to_int8_weights` rounds it
+
     def __init__(
         self,
         num_in: int,
@@ -203,8 +205,8 @@ class Linear(nnx.Module):
     def set_layout(self, kind: type[nnx.Param]) -> None:
         """Stores an unstacked weight in the layout of `kind`, RowWeight or nnx.Param."""
         weight = self.weight
-        if type(weight) is not kind and weight.ndim == 2:
-            self.weight = kind(weight[...].T, axes=weight.axes[::-1])
+        if type(weight) is not kind and weight.ndim == len(weight.axes):
+            self.weight = kind(weight[...].mT, axes=(*weight.axes[:-2], *weight.axes[:-3:-1]))
 
 
 def to_int8(matrix: Any) -> tuple[Any, Any]:

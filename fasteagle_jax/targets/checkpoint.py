@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,33 @@ def split_fused(
             for part, stop in zip(rows, stops, strict=True):
                 split[f"model.layers.{layer}.{part}.weight"] = _rows_of(whole, stop - rows[part], stop)
     return split
+
+
+def join_experts(
+    tensors: Mapping[str, StoredTensor], experts: str, num_experts: int, num_layers: int
+) -> dict[str, StoredTensor]:
+    """The tensors, with those of a layer's experts replaced by one [E, ...] of each part.
+
+    `experts` is the name of the list of them within a layer: LIST.3.PART.weight becomes a part of LIST.PART.weight.
+    Raises UserError if some have a part that others lack, or have in another shape.
+    """
+    joined = dict(tensors)
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}.{experts}."
+        parts = {name.removeprefix(prefix).partition(".")[2] for name in tensors if name.startswith(prefix)}
+        for part in parts:
+            names = [f"{prefix}{e}.{part}" for e in range(num_experts)]
+            if absent := [name for name in names if name not in joined]:
+                raise UserError(f"it lacks {', '.join(absent[:3])}: take the complete checkpoint")
+            own = [joined.pop(name) for name in names]
+            if len({tensor.shape for tensor in own}) > 1:
+                raise UserError(f"{prefix}*.{part} have different shapes: take the complete, unmodified checkpoint")
+            joined[prefix + part] = StoredTensor((num_experts, *own[0].shape), _stack_of(own))
+    return joined
+
+
+def _stack_of(tensors: Sequence[StoredTensor]) -> Callable[[int | None], np.ndarray]:
+    return lambda num: np.stack([tensor.load(None) for tensor in tensors[:num]])
 
 
 def _rows_of(tensor: StoredTensor, start: int, stop: int) -> StoredTensor:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, read_json
-from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor, split_fused
+from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor, join_experts, split_fused
 from fasteagle_jax.targets.table import family_of_files
 
 
@@ -33,11 +33,13 @@ def open_folder(folder: Path) -> Checkpoint:
     for shard in _shards(folder):
         tensors.update(read_safetensors(shard))
     tensors = _of_prefixes(tensors, family.prefixes)
-    if family.fused is not None:
-        try:
+    try:
+        if family.fused is not None:
             tensors = split_fused(tensors, family.fused(config), config.num_layers)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from error
+        if family.experts:
+            tensors = join_experts(tensors, family.experts, config.num_experts, config.num_layers)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     return Checkpoint(folder, config, tensors)
 
 

@@ -90,13 +90,14 @@ def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mes
 
     # Shapes first, then values: no array is created to be replaced.
     model = jax.eval_shape(make)
+    stacked = model.stacked
     top = stored_tensors(model, family.top)
     layers = [stored_tensors(layer, family.layer) for layer in ([model.layers] if stacked else model.layers)]
     _check(checkpoint, _expected_shapes(config.num_layers, top, layers, stacked=stacked))
 
     def read(name: str, tensor: NamedVariable) -> jax.Array:
         value = checkpoint.read(name)
-        value = np.ascontiguousarray((value.T if tensor.transposed else value).astype(dtype))
+        value = np.ascontiguousarray((value.mT if tensor.transposed else value).astype(dtype))
         if mesh is None:
             return jnp.asarray(value)
         return place(value, NamedSharding(mesh, spec(mesh, tensor.variable.axes, value.shape)), value.shape)
@@ -139,7 +140,7 @@ def _expected_shapes(
 
     def shape(tensor: NamedVariable, leading: int = 0) -> tuple[int, ...]:
         own = tensor.variable.shape[leading:]
-        return own[::-1] if tensor.transposed else own
+        return (*own[:-2], *own[:-3:-1]) if tensor.transposed else own
 
     expected = {tensor.name: shape(tensor) for tensor in top}
     for i in range(num_layers):

@@ -11,8 +11,10 @@ from fasteagle_jax.targets.gemma import GEMMA2, GEMMA3
 from fasteagle_jax.targets.granite import GRANITE
 from fasteagle_jax.targets.llama import LLAMA
 from fasteagle_jax.targets.mistral import MISTRAL
+from fasteagle_jax.targets.mixtral import MIXTRAL
 from fasteagle_jax.targets.phi import PHI3
 from fasteagle_jax.targets.qwen import QWEN2, QWEN3
+from fasteagle_jax.targets.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from fasteagle_jax.targets.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Family] = {
@@ -25,6 +27,9 @@ FAMILIES: dict[str, Family] = {
     "phi3": PHI3,
     "smollm3": SMOLLM3,
     "granite": GRANITE,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
 }
 
 

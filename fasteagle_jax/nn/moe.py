@@ -1,0 +1,193 @@
+"""A layer of experts: of E gated MLPs each token takes the k that a router scores highest.
+
+B rows · Q tokens of a row · n tokens · E experts · k experts of a token · P = n k pairs of a token and an expert · H
+hidden width.
+Pairs are sorted by expert. Each expert that has any multiplies its own pairs alone, in blocks of a few rows; a TPU with
+many pairs multiplies all at once (`lax.ragged_dot`). Either way no array is [n, E, ...] but the scores, and of few
+tokens the experts that nobody chose are not read. A token's experts are added up in the order of their indices, so that
+its sum does not depend on the tokens beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fasteagle_jax.devices.sharding import ExpertShard, by_experts, platform
+from fasteagle_jax.nn.linear import Linear
+from fasteagle_jax.nn.mlp import ACTIVATIONS, Mlp
+
+LEAST_BLOCK, MOST_BLOCK = 8, 64  # rows that an expert multiplies at a time on a CPU (at 64 its products are as fast)
+FEW_TOKENS = 64  # up to so many an accelerator is bound by memory, whatever the rows of a block
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """Sizes and switches of a layer's experts."""
+
+    num_experts: int  # E
+    num_chosen: int  # k
+    intermediate_size: int  # of an expert
+    renormalised: bool  # the chosen experts' probabilities add up to 1
+    shared_size: int | None = None  # of the expert that every token has, behind a gate; None for none
+
+    def matrix_size(self, hidden_size: int) -> int:
+        """Elements of the matrices that a token is multiplied with."""
+        of_experts = 3 * (self.num_chosen * self.intermediate_size + (self.shared_size or 0))
+        return hidden_size * (of_experts + self.num_experts + bool(self.shared_size))
+
+
+class Router(Linear):
+    """Scores float32 of a layer's experts. Its weight is never int8: a little noise would choose other experts."""
+
+    quantises = False
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float32 [..., out] of x [..., H], multiplied in float32."""
+        x, matrix = x.astype(jnp.float32), self.matrix.astype(jnp.float32)
+        return jnp.einsum("...h,he->...e", x, matrix, precision=jax.lax.Precision.HIGHEST)
+
+
+class SparseMlp(nnx.Module):
+    """The MLPs of a layer with experts, from the normed stream to what is added to it.
+
+    `experts` is one Mlp with a leading axis E on every leaf.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: ExpertsConfig,
+        keys: Iterator[jax.Array],
+        dtype: Any = jnp.float32,
+        *,
+        activation: str = "silu",
+    ):
+        """Random weights; `activation` is one of ACTIVATIONS."""
+        c = config
+        self.num_chosen, self.renormalised, self.activation = c.num_chosen, c.renormalised, activation
+        self.router = Router(hidden_size, c.num_experts, ("embed", None), next(keys), dtype)
+        key_experts, key_shared, key_gate = jax.random.split(next(keys), 3)
+
+        def expert(key: jax.Array) -> Mlp:
+            # Experts are split over devices, and so their insides are not.
+            of_expert = iter(jax.random.split(key, 3))
+            return Mlp(hidden_size, c.intermediate_size, of_expert, dtype, activation=activation, width_axis=None)
+
+        self.experts = jax.vmap(expert)(jax.random.split(key_experts, c.num_experts))
+        for _, node in nnx.iter_graph(self.experts):
+            if isinstance(node, nnx.Param):
+                node.set_metadata(axes=("expert", *node.axes))
+        of_shared, size = iter(jax.random.split(key_shared, 3)), c.shared_size
+        self.shared = Mlp(hidden_size, size, of_shared, dtype, activation=activation) if size else None
+        self.shared_gate = Router(hidden_size, 1, ("embed", None), key_gate, dtype) if size else None
+
+    def __call__(self, x: jax.Array, rows: str = "rows") -> jax.Array:
+        """[B, Q, H] of x [B, Q, H]; `rows` is the logical axis of B, "rows" in decoding and "batch" in training."""
+        chosen, weights = self.route(x)
+        y = by_experts(self._of_shard, rows, self.experts, x, chosen, weights).astype(x.dtype)
+        if self.shared is None or self.shared_gate is None:
+            return y
+        return y + (jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)).astype(x.dtype)
+
+    def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The chosen experts int32 [..., k] of x [..., H], in increasing order, and their weights float32 [..., k].
+
+        Those of the highest scores, of equal ones the first; a weight is an expert's probability among all, or, with
+        `renormalised`, among the chosen.
+        """
+        scores = self.router(x)  # [..., E]
+        chosen = jnp.sort(jax.lax.top_k(scores, self.num_chosen)[1], axis=-1)
+        of_chosen = jnp.take_along_axis(scores, chosen, axis=-1)
+        among = of_chosen if self.renormalised else scores
+        return chosen, jnp.exp(of_chosen - jax.nn.logsumexp(among, axis=-1, keepdims=True))
+
+    def _of_shard(
+        self, experts: Mlp, x: jax.Array, chosen: jax.Array, weights: jax.Array, shard: ExpertShard
+    ) -> jax.Array:
+        """What a device's experts add to its tokens, float32 [B, Q, H]."""
+        num_experts, k = experts.gate.weight.shape[0], self.num_chosen
+        tokens, mine = x.reshape(-1, x.shape[-1]), chosen.reshape(-1, k) - shard.first
+        mine = jnp.where((mine >= 0) & (mine < num_experts), mine, num_experts)  # E: another device's
+        outputs = of_pairs(experts, tokens, mine, functools.partial(self._of_expert, shard=shard))  # [n, k, H]
+        weighted = outputs.astype(jnp.float32) * weights.reshape(-1, k, 1)
+        weighted = jnp.where(mine[..., None] < num_experts, weighted, 0)
+        return sum((weighted[:, i] for i in range(1, k)), weighted[:, 0]).reshape(x.shape)
+
+    def _of_expert(self, gate: Any, up: Any, down: Any, x: jax.Array, *, shard: ExpertShard) -> jax.Array:
+        """[n, H] of x [n, H] by the products `gate`, `up` and `down`; each device may have a part of H."""
+        hidden = ACTIVATIONS[self.activation](shard.sum_width(gate(x))) * shard.sum_width(up(x))
+        return down(hidden)
+
+
+def of_pairs(experts: Mlp, x: jax.Array, chosen: jax.Array, mlp: Any) -> jax.Array:
+    """The outputs [n, k, H] of the chosen experts int32 [n, k] for tokens x [n, H]; any value where chosen is E.
+
+    `mlp(gate, up, down, x)` is an expert's output, given its three products.
+    """
+    (num_tokens, k), num_experts = chosen.shape, experts.gate.weight.shape[0]
+    num_pairs = num_tokens * k
+    by_expert = jnp.argsort(chosen.reshape(-1), stable=True)  # int32 [P], pairs
+    sorted_experts = chosen.reshape(-1)[by_expert]
+    # Where each expert's pairs begin and, of the last one, end.
+    starts = jnp.sum(sorted_experts < jnp.arange(num_experts + 1)[:, None], axis=1, dtype=jnp.int32)  # [E + 1]
+    if platform() == "tpu" and num_tokens > FEW_TOKENS:
+        outputs = _at_once(experts, x[by_expert // k], jnp.diff(starts), mlp)
+    else:
+        block = _block_rows(num_tokens, num_pairs, num_experts)
+        outputs = _in_blocks(experts, x, by_expert // k, starts, block, mlp)
+    place = jnp.zeros((num_pairs,), jnp.int32).at[by_expert].set(jnp.arange(num_pairs))
+    return outputs[place].reshape(num_tokens, k, -1)
+
+
+def _block_rows(num_tokens: int, num_pairs: int, num_experts: int) -> int:
+    """The rows of a block: on a CPU twice an expert's share of the pairs, elsewhere all of few tokens."""
+    if platform() != "cpu":
+        return min(num_tokens, FEW_TOKENS)
+    share = -(-num_pairs // num_experts)
+    return min(num_tokens, MOST_BLOCK, max(LEAST_BLOCK, 1 << share.bit_length()))
+
+
+def _in_blocks(
+    experts: Mlp, x: jax.Array, tokens: jax.Array, starts: jax.Array, block: int, mlp: Any
+) -> jax.Array:
+    """Outputs [P, H] of pairs sorted by expert, of tokens int32 [P], by a loop over blocks of one expert each."""
+    num_blocks = -(-jnp.diff(starts) // block)  # [E]
+    ends = jnp.cumsum(num_blocks)  # the blocks of an expert and those before it
+    tokens = jnp.pad(tokens, (0, block))
+
+    def add_block(i: jax.Array, outputs: jax.Array) -> jax.Array:
+        e = jnp.sum(ends <= i, dtype=jnp.int32)
+        start = starts[e] + (i - (ends[e] - num_blocks[e])) * block
+        expert = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), experts)
+        of_block = x[jax.lax.dynamic_slice_in_dim(tokens, start, block)]
+        # A last block's rows past its expert's are overwritten by the next expert's.
+        return jax.lax.dynamic_update_slice_in_dim(
+            outputs, mlp(expert.gate, expert.up, expert.down, of_block), start, axis=0
+        )
+
+    empty = jnp.zeros((len(tokens), x.shape[1]), x.dtype)
+    return jax.lax.fori_loop(0, ends[-1], add_block, empty)[: len(tokens) - block]
+
+
+def _at_once(experts: Mlp, x: jax.Array, counts: jax.Array, mlp: Any) -> jax.Array:
+    """Outputs [P, H] of pairs sorted by expert, x [P, H] their tokens, `counts` int32 [E] of each expert's."""
+
+    def product(linear: Linear) -> Any:
+        def apply(x: jax.Array) -> jax.Array:
+            weight = linear.weight[...].astype(linear.dtype)
+            y = jax.lax.ragged_dot(x.astype(weight.dtype), weight, counts, preferred_element_type=jnp.float32)
+            if linear.scale is not None:
+                expert = jnp.repeat(jnp.arange(len(counts)), counts, total_repeat_length=len(x))
+                y = y * linear.scale[...][expert]
+            return y.astype(x.dtype)
+
+        return apply
+
+    return mlp(product(experts.gate), product(experts.up), product(experts.down), x)
