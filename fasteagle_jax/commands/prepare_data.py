@@ -149,7 +149,7 @@ def prepare(args: argparse.Namespace) -> None:
     tokenizer, dtype = load_tokenizer(checkpoint.path), dtype_named(args.dtype)
     rules = _rules(args, tokenizer, checkpoint.config.vocab_size, sources, held_out)
     settings = {
-        "target": fingerprint(checkpoint),
+        "target": fingerprint(checkpoint, dtype),
         "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "sources": [source.named for source in sources],
         "sampling": recorded(from_options(args), always=("temperature", "top_k", "top_p", "seed")),

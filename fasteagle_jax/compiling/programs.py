@@ -33,7 +33,7 @@ from fasteagle_jax.devices.sharding import (
     MeshShape,
     batch_sharding,
     check_batch,
-    check_heads,
+    check_tensor_axis,
     make_mesh,
     row_major,
     shardings,
@@ -41,7 +41,7 @@ from fasteagle_jax.devices.sharding import (
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.transformer import stacks_are_faster
-from fasteagle_jax.targets.table import family_of
+from fasteagle_jax.targets.loading import target_shapes
 from fasteagle_jax.training.config import RunConfig, drafter_config
 from fasteagle_jax.training.flops import flops_per_token
 from fasteagle_jax.training.optimizer import make_optimizer
@@ -219,7 +219,7 @@ def lower(
         check_batch(mesh, config.batch_size // config.accumulate)
     else:
         mesh = make_mesh(mesh_shape or decode_mesh(config, len(devices)), devices)
-    check_heads(mesh, config.target_config, drafter_config(config.drafter, config.target_config))
+    check_tensor_axis(mesh, config.target_config, drafter_config(config.drafter, config.target_config))
     shapes = {"train": _train, "decode": _decode, "prefill": _prefill}[program](config, mesh, decoding)
     with jax.set_mesh(mesh):
         return mesh, shapes, shapes.step.lower(*shapes.arguments)
@@ -298,7 +298,7 @@ def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
     matrices = (
         2
         * decoding.batch
-        * (nodes * _matrix_size((target.layers, _head(target))) + drafts * _matrix_size((drafter, vocab)))
+        * (nodes * (_layers_size(config) + _matrix_size(_head(target))) + drafts * _matrix_size((drafter, vocab)))
     )
     return Shapes(
         step,
@@ -321,7 +321,7 @@ def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
         return _start(config, decoding, target, drafter, prompts, lengths, sampling, stop)[0]
 
     step = jax.jit(start, out_shardings=jax.tree.map(lambda x: x.sharding, state))
-    matrices = 2 * decoding.batch * decoding.chunk * _matrix_size((target.layers, drafter))
+    matrices = 2 * decoding.batch * decoding.chunk * (_layers_size(config) + _matrix_size(drafter))
     return Shapes(
         step,
         (target, drafter, prompts["tokens"], prompts["length"], sampling, stop),
@@ -389,10 +389,9 @@ def _whole(vocab: Any, target: Any) -> Any:
 
 
 def _target(config: RunConfig, mesh: Mesh, *, stacked: bool) -> Any:
-    sizes, dtype = config.target_config, jnp.dtype(config.dtype)
-    assert sizes is not None
-    model = family_of(sizes).model
-    return weights_on_mesh(mesh, jax.eval_shape(lambda: model(sizes, jax.random.key(0), dtype, stacked=stacked)))
+    assert config.target_config is not None
+    int8 = config.target_dtype == "int8"
+    return weights_on_mesh(mesh, target_shapes(config.target_config, config.dtype, int8=int8, stacked=stacked))
 
 
 def _stacked(mesh: Mesh, *, training: bool = False) -> bool:
@@ -409,6 +408,13 @@ def _read(target: Any) -> Any:
 def _head(target: Any) -> Any:
     """A target's `head_rows`, of shapes."""
     return jax.tree.leaves(target.embedding if target.head is None else target.head)[0]
+
+
+def _layers_size(config: RunConfig) -> int:
+    """Elements of the matrices of a target's layers that a token is multiplied with."""
+    sizes = config.target_config
+    assert sizes is not None
+    return sum(sizes.layer_at(i).matrix_size for i in range(sizes.num_layers))
 
 
 def _matrix_size(tree: Any) -> int:

@@ -80,19 +80,22 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def check_heads(mesh: Mesh, target: Any, drafter: Any | None) -> None:
-    """Raises UserError, listing sizes that fit, if the mesh's tensor axis does not divide a model's heads of K/V.
+def check_tensor_axis(mesh: Mesh, target: Any, drafter: Any | None) -> None:
+    """Raises UserError, listing sizes that fit, if the mesh's tensor axis does not divide a model's heads of K/V, or
+    the target's experts.
 
     `target` and `drafter` are configurations; no drafter for plain decoding.
     """
     models = {"target": target} if drafter is None else {"target": target, "drafter": drafter}
-    heads = {name: config.num_kv_heads for name, config in models.items()}
-    tensor, all_heads = mesh.shape["tensor"], math.gcd(*heads.values())
-    for name, number in heads.items():
+    numbers = [(name, config.num_kv_heads, "heads of K/V") for name, config in models.items()]
+    if experts := getattr(target, "num_experts", None):
+        numbers.append(("target", experts, "experts"))
+    tensor, common = mesh.shape["tensor"], math.gcd(*(number for _, number, _ in numbers))
+    for name, number, parts in numbers:
         if number % tensor:
-            fitting = [str(n) for n in range(1, all_heads + 1) if all_heads % n == 0 and mesh.size % n == 0]
+            fitting = [str(n) for n in range(1, common + 1) if common % n == 0 and mesh.size % n == 0]
             raise UserError(
-                f"tensor {tensor} of the mesh does not divide the {name}'s {number} heads of K/V: "
+                f"tensor {tensor} of the mesh does not divide the {name}'s {number} {parts}: "
                 f"use tensor {', '.join(fitting)}"
             )
 
@@ -280,39 +283,48 @@ class ExpertShard(NamedTuple):
 
 
 def by_experts(
-    function: Callable[..., jax.Array], rows: str, experts: Any, x: jax.Array, *routing: jax.Array
+    function: Callable[..., jax.Array],
+    rows: str,
+    experts: Any,
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    index: Any,
 ) -> jax.Array:
-    """The sum over devices of `function(experts, x, *routing, shard)`, each given its own experts and rows.
+    """The sum over devices of `function(experts, x, chosen, weights, index, shard)`, each given its experts and rows.
 
-    `experts` is a module whose weights' first axis is "expert", x [B, Q, H] and `routing` [B, Q, ...] have their rows
-    along the logical axis `rows`. In decoding ("rows") H is split as that of the weights, which stay where they are; in
-    training ("batch") each device has whole rows, and gathers the width of its experts.
+    `experts` is a module whose weights' first axis is "expert", after that of a stack if `index`, int32 [], is not
+    None; x [B, Q, H], `chosen` and `weights` [B, Q, k] have their rows along the logical axis `rows`. In decoding
+    ("rows") H is split as that of the weights, which stay where they are; in training ("batch") each device has whole
+    rows, and gathers the width of its experts.
     """
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return function(experts, x, *routing, ExpertShard(0, lambda y: y))
+        return function(experts, x, chosen, weights, index, ExpertShard(0, lambda y: y))
     width = "embed" if rows == "rows" else None
 
     def of_weight(variable: Any) -> Any:
-        axes = tuple(width if axis == "embed" else axis for axis in variable.axes)
+        stacks = (None,) * (index is not None)
+        axes = stacks + tuple(width if axis == "embed" else axis for axis in variable.axes)
         return jax.tree.map(lambda w: spec(mesh, axes, w.shape), variable)
 
     of_experts = jax.tree.map(of_weight, experts, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     of_x = spec(mesh, (rows, None, width), x.shape)
-    of_routing = tuple(spec(mesh, (rows, *[None] * (r.ndim - 1)), r.shape) for r in routing)
-    num_experts = jax.tree.leaves(experts)[0].shape[0]
-    (over_experts,) = spec(mesh, ("expert",), (num_experts,))
+    of_routing, whole = spec(mesh, (rows, None, None), chosen.shape), jax.tree.map(lambda _: PartitionSpec(), index)
+    leading = int(index is not None)
+    over_experts = jax.tree.leaves(of_experts)[0][leading]
 
-    def of_shard(experts: Any, x: jax.Array, *routing: jax.Array) -> jax.Array:
+    def of_shard(experts: Any, x: jax.Array, chosen: jax.Array, weights: jax.Array, index: Any) -> jax.Array:
         first: Any = 0
         if over_experts is not None:
-            first = jax.lax.axis_index(over_experts) * jax.tree.leaves(experts)[0].shape[0]
+            first = jax.lax.axis_index(over_experts) * jax.tree.leaves(experts)[0].shape[leading]
         sum_width = (lambda y: y) if of_x[2] is None else (lambda y: jax.lax.psum(y, of_x[2]))
-        y = function(experts, x, *routing, ExpertShard(first, sum_width))
+        y = function(experts, x, chosen, weights, index, ExpertShard(first, sum_width))
         return y if over_experts is None else jax.lax.psum(y, over_experts)
 
-    split = jax.shard_map(of_shard, in_specs=(of_experts, of_x, *of_routing), out_specs=of_x, check_vma=False)
-    return split(experts, x, *routing)
+    specs = (of_experts, of_x, of_routing, of_routing, whole)
+    split = jax.shard_map(of_shard, in_specs=specs, out_specs=of_x, check_vma=False)
+    return split(experts, x, chosen, weights, index)
 
 
 def top_k(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax.Array]:

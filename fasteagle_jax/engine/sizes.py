@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fasteagle_jax.devices.memory import Memory, available, bytes_of
-from fasteagle_jax.devices.sharding import check_heads, process_values
+from fasteagle_jax.devices.sharding import check_tensor_axis, process_values
 from fasteagle_jax.engine import prefix_cache
 from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.slots import AXES
@@ -35,7 +35,7 @@ def check_mesh(mesh: Mesh, slots: int, target: Any, drafter: Any | None) -> None
     data = mesh.shape["data"]
     if slots % data:
         raise UserError(f"slots is {slots}, which data {data} of the mesh does not divide: use a multiple of {data}")
-    check_heads(mesh, target, drafter)
+    check_tensor_axis(mesh, target, drafter)
 
 
 def available_everywhere(mesh: Mesh | None) -> int | None:

@@ -32,7 +32,7 @@ class Mlp(nnx.Module):
         activation: str = "silu",
         width_axis: str | None = "mlp",
     ):
-        """Random weights; `activation` is one of ACTIVATIONS, `width_axis` the logical axis of the intermediate width."""
+        """Random weights; `activation` is one of ACTIVATIONS, `width_axis` the logical axis of the width within."""
         inner, outer = ("embed", width_axis), (width_axis, "embed")
         self.activation = activation
         self.gate = Linear(hidden_size, intermediate_size, inner, next(keys), dtype, bias=bias)

@@ -83,15 +83,22 @@ class SparseMlp(nnx.Module):
         self.experts = jax.vmap(expert)(jax.random.split(key_experts, c.num_experts))
         for _, node in nnx.iter_graph(self.experts):
             if isinstance(node, nnx.Param):
-                node.set_metadata(axes=("expert", *node.axes))
+                node.set_metadata(axes=("expert", *node.axes), whole=True)
         of_shared, size = iter(jax.random.split(key_shared, 3)), c.shared_size
         self.shared = Mlp(hidden_size, size, of_shared, dtype, activation=activation) if size else None
         self.shared_gate = Router(hidden_size, 1, ("embed", None), key_gate, dtype) if size else None
 
-    def __call__(self, x: jax.Array, rows: str = "rows") -> jax.Array:
-        """[B, Q, H] of x [B, Q, H]; `rows` is the logical axis of B, "rows" in decoding and "batch" in training."""
+    def __call__(self, x: jax.Array, index: Any = None, *, rows: str = "rows") -> jax.Array:
+        """[B, Q, H] of x [B, Q, H].
+
+        `index` int32 [] is the layer's place in the stack of experts, None if these are its own alone; `rows` the
+        logical axis of B, "rows" in decoding and "batch" in training.
+        """
         chosen, weights = self.route(x)
-        y = by_experts(self._of_shard, rows, self.experts, x, chosen, weights).astype(x.dtype)
+        experts = self.experts
+        if index is not None and rows == "batch":  # or the width of all layers' experts would be gathered at once
+            experts, index = jax.tree.map(functools.partial(layer_of, i=index), experts), None
+        y = by_experts(self._of_shard, rows, experts, x, chosen, weights, index).astype(x.dtype)
         if self.shared is None or self.shared_gate is None:
             return y
         return y + (jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)).astype(x.dtype)
@@ -103,19 +110,19 @@ class SparseMlp(nnx.Module):
         `renormalised`, among the chosen.
         """
         scores = self.router(x)  # [..., E]
-        chosen = jnp.sort(jax.lax.top_k(scores, self.num_chosen)[1], axis=-1)
+        chosen = _in_order(jax.lax.top_k(scores, self.num_chosen)[1])
         of_chosen = jnp.take_along_axis(scores, chosen, axis=-1)
         among = of_chosen if self.renormalised else scores
         return chosen, jnp.exp(of_chosen - jax.nn.logsumexp(among, axis=-1, keepdims=True))
 
     def _of_shard(
-        self, experts: Mlp, x: jax.Array, chosen: jax.Array, weights: jax.Array, shard: ExpertShard
+        self, experts: Mlp, x: jax.Array, chosen: jax.Array, weights: jax.Array, index: Any, shard: ExpertShard
     ) -> jax.Array:
         """What a device's experts add to its tokens, float32 [B, Q, H]."""
-        num_experts, k = experts.gate.weight.shape[0], self.num_chosen
+        num_experts, k = num_experts_of(experts), self.num_chosen
         tokens, mine = x.reshape(-1, x.shape[-1]), chosen.reshape(-1, k) - shard.first
         mine = jnp.where((mine >= 0) & (mine < num_experts), mine, num_experts)  # E: another device's
-        outputs = of_pairs(experts, tokens, mine, functools.partial(self._of_expert, shard=shard))  # [n, k, H]
+        outputs = of_pairs(experts, index, tokens, mine, functools.partial(self._of_expert, shard=shard))  # [n, k, H]
         weighted = outputs.astype(jnp.float32) * weights.reshape(-1, k, 1)
         weighted = jnp.where(mine[..., None] < num_experts, weighted, 0)
         return sum((weighted[:, i] for i in range(1, k)), weighted[:, 0]).reshape(x.shape)
@@ -126,28 +133,65 @@ class SparseMlp(nnx.Module):
         return down(hidden)
 
 
-def of_pairs(experts: Mlp, x: jax.Array, chosen: jax.Array, mlp: Any) -> jax.Array:
+# --- weights of a stack of layers -------------------------------------------------------------------------------
+# A loop over a layer's experts inside the scan over layers reads one expert of one layer at a time out of the stack of
+# all. Were the layer sliced first, as other weights are, the slice would be the inner loop's operand, and so a copy.
+
+
+def is_whole(leaf: Any) -> bool:
+    """Whether a weight of a stack goes into its layers whole, with the layer's index."""
+    return isinstance(leaf, nnx.Variable) and leaf.get_metadata("whole", default=False)
+
+
+def layer_of(stacked: jax.Array, i: Any) -> jax.Array:
+    """Layer i of an array of a stack."""
+    return jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False)
+
+
+def num_experts_of(experts: Mlp) -> int:
+    """E, of one layer's or of a stack's."""
+    return experts.gate.weight.shape[-3]
+
+
+# --- products of experts ----------------------------------------------------------------------------------------
+
+
+def of_pairs(experts: Mlp, index: Any, x: jax.Array, chosen: jax.Array, mlp: Any) -> jax.Array:
     """The outputs [n, k, H] of the chosen experts int32 [n, k] for tokens x [n, H]; any value where chosen is E.
 
-    `mlp(gate, up, down, x)` is an expert's output, given its three products.
+    `experts` are a layer's, or with `index` those of a stack; `mlp(gate, up, down, x)` is an expert's output, given its
+    three products.
     """
-    (num_tokens, k), num_experts = chosen.shape, experts.gate.weight.shape[0]
+    (num_tokens, k), num_experts = chosen.shape, num_experts_of(experts)
     num_pairs = num_tokens * k
-    by_expert = jnp.argsort(chosen.reshape(-1), stable=True)  # int32 [P], pairs
-    sorted_experts = chosen.reshape(-1)[by_expert]
-    # Where each expert's pairs begin and, of the last one, end.
-    starts = jnp.sum(sorted_experts < jnp.arange(num_experts + 1)[:, None], axis=1, dtype=jnp.int32)  # [E + 1]
+    # Sorted by counting: a TPU's compiler takes half a minute for a sort.
+    has = jnp.any(chosen[..., None] == jnp.arange(num_experts), axis=1).astype(jnp.int32)  # [n, E]
+    ends = jnp.cumsum(has.sum(axis=0))  # int32 [E], of each expert's pairs among all
+    places = jnp.cumsum(has, axis=0) - has + ends - has.sum(axis=0)  # [n, E] of a token's pair with an expert
+    starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])  # [E + 1]
+    place = jnp.take_along_axis(places, jnp.minimum(chosen, num_experts - 1), axis=1)  # [n, k]
+    own = jnp.where(chosen < num_experts, place, num_pairs)
+    tokens = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], chosen.shape)
+    tokens = jnp.zeros((num_pairs,), jnp.int32).at[own].set(tokens, mode="drop")  # of the pairs by expert
     if platform() == "tpu" and num_tokens > FEW_TOKENS:
-        outputs = _at_once(experts, x[by_expert // k], jnp.diff(starts), mlp)
+        if index is not None:
+            experts = jax.tree.map(functools.partial(layer_of, i=index), experts)
+        outputs = _at_once(experts, x[tokens], jnp.diff(starts), mlp)
     else:
         block = _block_rows(num_tokens, num_pairs, num_experts)
-        outputs = _in_blocks(experts, x, by_expert // k, starts, block, mlp)
-    place = jnp.zeros((num_pairs,), jnp.int32).at[by_expert].set(jnp.arange(num_pairs))
-    return outputs[place].reshape(num_tokens, k, -1)
+        outputs = _in_blocks(experts, index, x, tokens, starts, block, mlp)
+    return outputs[place]
+
+
+def _in_order(chosen: jax.Array) -> jax.Array:
+    """Different indices int32 [..., k] in increasing order, by comparing all with all."""
+    rank = jnp.sum(chosen[..., None, :] < chosen[..., None], axis=-1)  # [..., k]
+    at_rank = rank[..., None, :] == jnp.arange(chosen.shape[-1])[:, None]  # [..., rank, k]
+    return jnp.sum(jnp.where(at_rank, chosen[..., None, :], 0), axis=-1)
 
 
 def _block_rows(num_tokens: int, num_pairs: int, num_experts: int) -> int:
-    """The rows of a block: on a CPU twice an expert's share of the pairs, elsewhere all of few tokens."""
+    """The rows of a block: on a CPU up to twice an expert's share of the pairs, elsewhere all of few tokens."""
     if platform() != "cpu":
         return min(num_tokens, FEW_TOKENS)
     share = -(-num_pairs // num_experts)
@@ -155,18 +199,26 @@ def _block_rows(num_tokens: int, num_pairs: int, num_experts: int) -> int:
 
 
 def _in_blocks(
-    experts: Mlp, x: jax.Array, tokens: jax.Array, starts: jax.Array, block: int, mlp: Any
+    experts: Mlp, index: Any, x: jax.Array, tokens: jax.Array, starts: jax.Array, block: int, mlp: Any
 ) -> jax.Array:
     """Outputs [P, H] of pairs sorted by expert, of tokens int32 [P], by a loop over blocks of one expert each."""
     num_blocks = -(-jnp.diff(starts) // block)  # [E]
     ends = jnp.cumsum(num_blocks)  # the blocks of an expert and those before it
     tokens = jnp.pad(tokens, (0, block))
 
+    def expert_at(e: jax.Array) -> Mlp:
+        at = (e,) if index is None else (index, e)
+
+        def one(weights: jax.Array) -> jax.Array:
+            own = weights.shape[len(at) :]
+            return jax.lax.dynamic_slice(weights, at + (0,) * len(own), (1,) * len(at) + own).reshape(own)
+
+        return jax.tree.map(one, experts)
+
     def add_block(i: jax.Array, outputs: jax.Array) -> jax.Array:
         e = jnp.sum(ends <= i, dtype=jnp.int32)
         start = starts[e] + (i - (ends[e] - num_blocks[e])) * block
-        expert = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), experts)
-        of_block = x[jax.lax.dynamic_slice_in_dim(tokens, start, block)]
+        of_block, expert = x[jax.lax.dynamic_slice_in_dim(tokens, start, block)], expert_at(e)
         # A last block's rows past its expert's are overwritten by the next expert's.
         return jax.lax.dynamic_update_slice_in_dim(
             outputs, mlp(expert.gate, expert.up, expert.down, of_block), start, axis=0

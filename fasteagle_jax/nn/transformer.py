@@ -18,7 +18,7 @@ from flax import nnx
 
 from fasteagle_jax.nn.attention import Attend, Attention, Cached, Past
 from fasteagle_jax.nn.mlp import Mlp
-from fasteagle_jax.nn.moe import ExpertsConfig, SparseMlp
+from fasteagle_jax.nn.moe import ExpertsConfig, SparseMlp, is_whole, layer_of
 from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.rope import RopeConfig, Rotation, rotation
 
@@ -110,14 +110,21 @@ class DecoderLayer(nnx.Module):
         self.residual_scale = c.residual_scale
 
     def __call__(
-        self, x: jax.Array, rotation: Rotation, attend: Attend
+        self, x: jax.Array, rotation: Rotation, attend: Attend, index: Any = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """The layer's output [B, Q, H] and its fresh keys and values, each [B, K, Q, D]."""
+        """The layer's output [B, Q, H] and its fresh keys and values, each [B, K, Q, D].
+
+        `index` is its place in the stack that its Whole weights are, if it is of one.
+        """
         attended, fresh = self.attention(self.input_norm(x), rotation, attend)
         x = x + self._added(attended, self.attention_output_norm)
-        # Training's attention is a kernel's, over rows that are split as batches are.
-        rows = {"rows": "rows" if isinstance(attend, Cached) else "batch"} if isinstance(self.mlp, SparseMlp) else {}
-        return x + self._added(self.mlp(self.mlp_norm(x), **rows), self.mlp_output_norm), fresh
+        normed = self.mlp_norm(x)
+        if isinstance(self.mlp, SparseMlp):
+            # Training's attention is a kernel's, over rows that are split as batches are.
+            output = self.mlp(normed, index, rows="rows" if isinstance(attend, Cached) else "batch")
+        else:
+            output = self.mlp(normed)
+        return x + self._added(output, self.mlp_output_norm), fresh
 
     def _added(self, output: jax.Array, norm: RMSNorm | None) -> jax.Array:
         """What an output of attention or MLP adds to the stream."""
@@ -256,8 +263,7 @@ def run_layers(
 
     def indexed(carry: Any, i: jax.Array) -> tuple[Any, Any]:
         # Slicing the stacks to the span beforehand would copy the weights.
-        layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacks)
-        return body(carry, layer)
+        return body(carry, jax.tree.map(lambda x: x if is_whole(x) else layer_of(x, i), stacks, is_leaf=is_whole))
 
     return jax.lax.scan(indexed, carry, jnp.arange(*span))
 

@@ -135,13 +135,14 @@ def _identity(config: Any) -> dict[str, Any]:
     return fields
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: Checkpoint, dtype: Any = None) -> str:
     """Sixteen hex digits that identify this target, the same for all file formats of the same values.
 
     Hashes the configuration, all names and shapes, and, in float32, the norm weights and the first rows of the
     embedding and of an untied head: megabytes, not the whole model. A file that differs in layers' matrices alone has
-    the same fingerprint; a checkpoint that an adapter was merged into (its `variant`) has another one. A new field of a
-    configuration is left out at its default, so that it does not change fingerprints.
+    the same fingerprint; a checkpoint that an adapter was merged into (its `variant`), and weights rounded to a `dtype`
+    of int8, have another one. A new field of a configuration is left out at its default, so that it does not change
+    fingerprints.
     """
     config = _identity(checkpoint.config)
     for value in config.values():
@@ -151,6 +152,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     ignored = ("lm_head.weight",) if checkpoint.config.tie_embeddings else ()
     names = [name for name in checkpoint.names() if name not in ignored and not name.endswith("inv_freq")]
     variant = [checkpoint.variant] if checkpoint.variant else []
+    variant += ["int8"] if dtype is not None and np.dtype(dtype) == np.int8 else []
     identity = [config, [(name, checkpoint.shape(name)) for name in names], *variant]
     digest = hashlib.sha256(json.dumps(identity).encode())
     for name in names:

@@ -113,13 +113,14 @@ class DecoderTarget(nnx.Module):
         x = training_rows(self.embed(tokens), visible)  # [B, Q, H]
         kinds = LayerKinds(c.layer_kinds, positions, c.head_dim, stacked=self.stacked)
         past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_layers)
+        indices = jnp.arange(c.num_layers) if self.stacked else [None] * c.num_layers
         seen, filled = (cache.seen(), cache.filled()) if cache is not None else (jnp.zeros(()), None)
 
         def layer_step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            weights, kv, number = layer
+            weights, kv, number, index = layer
             context = kinds.of(number)
             attend = context.attend(visible, None if kv is None else Past(kv[0], kv[1], seen, filled))
-            x, fresh = weights(x, context.rotation, attend)
+            x, fresh = weights(x, context.rotation, attend, index)
             return training_rows(x, visible), fresh
 
         # The layers run in segments that end where a feature is read, so that nothing is kept of the other layers.
@@ -127,7 +128,7 @@ class DecoderTarget(nnx.Module):
         inputs: dict[int, jax.Array] = {0: x}  # of layers, by index
         fresh = []
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-            x, kv = run_layers(layer_step, x, (self.layers, past, kinds.numbers), (start, stop))
+            x, kv = run_layers(layer_step, x, (self.layers, past, kinds.numbers, indices), (start, stop))
             fresh.append(kv)
             inputs[stop] = x
         features = jnp.concatenate([inputs[f] for f in feature_layers], axis=-1) if feature_layers else None

@@ -131,6 +131,7 @@ class RunConfig:
     length: int = 512  # T, tokens a row
     seed: int = 0
     dtype: str = "bfloat16"  # of the products
+    target_dtype: str = ""  # of the frozen target's weights: int8 (see targets.loading), empty for `dtype`
     drafter: DrafterChoice = DrafterChoice()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -166,6 +167,8 @@ class RunConfig:
                 raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype is {self.dtype!r}: use float32 or bfloat16")
+        if self.target_dtype not in ("", "int8"):
+            raise UserError(f"target_dtype is {self.target_dtype!r}: use int8, or nothing for the dtype {self.dtype}")
 
 
 def load_config(path: str) -> RunConfig:

@@ -162,6 +162,15 @@ def test_a_drafter_starts_from_what_a_targets_layer_has_in_common_with_a_plain_o
     np.testing.assert_array_equal(level.mlp_norm.weight[...], 1 + last.mlp_norm.weight[...])
     np.testing.assert_array_equal(level.norm.weight[...], 1 + target.norm.weight[...])
     caplog.clear()
+    sparse = tiny_family(hf_config("qwen3_moe", 0) | {"attention_bias": False})
+    config = default_config(sparse.config, num_levels=N, feature_layers=(1, 2))
+    drafter = jax.jit(lambda target: init_drafter(config, target, jax.random.key(0)))(sparse)
+    assert caplog.messages == [
+        "the drafter starts from the target's layer 3, without its experts, self_attn.q_norm, self_attn.k_norm"
+    ]
+    copied, own = sparse.layer(3).attention.o.matrix, jax.tree.map(lambda w: w[1], drafter.levels)
+    np.testing.assert_array_equal(own.attention.o.matrix, copied)
+    caplog.clear()
     with_context = default_config(
         tiny_family(hf_config("qwen3", 0)).config, num_levels=N, feature_layers=(1, 2), **CONTEXT
     )
