@@ -40,6 +40,7 @@ from fasteagle_jax.devices.sharding import (
 )
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.moe import LOOP, SparseMlp
 from fasteagle_jax.nn.transformer import stacks_are_faster
 from fasteagle_jax.targets.loading import target_shapes
 from fasteagle_jax.training.config import RunConfig, drafter_config
@@ -83,6 +84,7 @@ class Report:
     ideal_bytes: float  # weights once, and what is in the caches once
     necessary_flops: float  # of matrix products
     compile_seconds: float
+    experts: float | None = None  # of a layer that a device reads, expected (see Experts); None: all, or none are there
 
     @property
     def bytes_ratio(self) -> float:
@@ -151,6 +153,14 @@ class Shapes(NamedTuple):
     read: Any  # arrays that every run must read
     necessary_flops: float  # of all devices
     state: int | None  # which argument comes out anew; None for none
+    experts: Experts | None = None  # None: all are read, or there are none
+
+
+class Experts(NamedTuple):
+    """The experts that a device's tokens are expected to choose, if the router chooses all alike and independently."""
+
+    number: float  # in each layer that has some
+    unread: float  # bytes of the others
 
 
 def compile_program(
@@ -181,6 +191,7 @@ def compile_program(
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
+    expected = {LOOP: shapes.experts.number} if shapes.experts else None
     known = chip(devices[0].device_kind)
     if devices[0].platform != "tpu" and known is not None and known.hbm and peak > known.hbm:
         raise _no_fit(peak, known.hbm, devices[0].device_kind, len(devices))  # a GPU's compiler does not say so itself
@@ -196,11 +207,12 @@ def compile_program(
         temporaries=int(memory.temp_size_in_bytes),
         peak=peak,
         hbm=None if known is None else known.hbm,
-        cost=cost(compiled.as_text(), "most" if program == "train" else "least"),
+        cost=cost(compiled.as_text(), "most" if program == "train" else "least", expected),
         state_layout_stable=_state_layout_stable(shapes, compiled),
-        ideal_bytes=bytes_of(shapes.read),
+        ideal_bytes=bytes_of(shapes.read) - (shapes.experts.unread if shapes.experts else 0),
         necessary_flops=shapes.necessary_flops / len(devices),
         compile_seconds=round(seconds, 1),
+        experts=shapes.experts.number if shapes.experts else None,
     )
 
 
@@ -309,6 +321,7 @@ def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
         (_read(target), drafter, vocab, state.target_cache, state.drafter_cache),
         matrices,
         3,
+        _experts(config, mesh, target, decoding.batch * nodes, decoding.batch),
     )
 
 
@@ -331,6 +344,7 @@ def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
         (_read(target), drafter, vocab, state.target_cache, state.drafter_cache),
         matrices,
         None,
+        _experts(config, mesh, target, decoding.batch * decoding.chunk, decoding.batch),
     )
 
 
@@ -398,6 +412,20 @@ def _stacked(mesh: Mesh, *, training: bool = False) -> bool:
     """Whether layers are one stack on the mesh's devices; simulated ones stand for TPUs."""
     platform = mesh.devices.flat[0].platform
     return platform == "cpu" or stacks_are_faster(platform, training=training)
+
+
+def _experts(config: RunConfig, mesh: Mesh, target: Any, num_tokens: int, num_rows: int) -> Experts | None:
+    """Those of a decoding's tokens: n tokens choose E (1 - (1 - k/E)^n) of a device's E, whose share of k is alike."""
+    layers = [target.layers] if target.stacked else target.layers
+    own = [layer.mlp.experts for layer in layers if isinstance(layer.mlp, SparseMlp)]
+    if not own:
+        return None
+    sizes: Any = config.target_config
+    data, tensor = mesh.shape["data"], mesh.shape["tensor"]
+    tokens = num_tokens // data if num_rows % data == 0 else num_tokens
+    share = 1 - (1 - sizes.experts_per_token / sizes.num_experts) ** tokens
+    local = sizes.num_experts // tensor if sizes.num_experts % tensor == 0 else sizes.num_experts
+    return Experts(share * local, (1 - share) * bytes_of(own))
 
 
 def _read(target: Any) -> Any:

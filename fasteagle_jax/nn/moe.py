@@ -24,6 +24,7 @@ from fasteagle_jax.nn.linear import Linear
 from fasteagle_jax.nn.mlp import ACTIVATIONS, Mlp
 
 LEAST_BLOCK, MOST_BLOCK = 8, 64  # rows that an expert multiplies at a time on a CPU (at 64 its products are as fast)
+LOOP = "experts"  # name in a program of the loop over experts
 FEW_TOKENS = 64  # up to so many an accelerator is bound by memory, whatever the rows of a block
 
 
@@ -225,7 +226,8 @@ def _in_blocks(
         )
 
     empty = jnp.zeros((len(tokens), x.shape[1]), x.dtype)
-    return jax.lax.fori_loop(0, ends[-1], add_block, empty)[: len(tokens) - block]
+    with jax.named_scope(LOOP):
+        return jax.lax.fori_loop(0, ends[-1], add_block, empty)[: len(tokens) - block]
 
 
 def _at_once(experts: Mlp, x: jax.Array, counts: jax.Array, mlp: Any) -> jax.Array:

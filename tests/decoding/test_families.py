@@ -19,6 +19,7 @@ from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.linear import to_int8_weights
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.targets.table import FAMILIES
 from fasteagle_jax.training.init import init_drafter
@@ -55,9 +56,13 @@ def random_drafter(target, **changes) -> FastEagle:
     return jax.jit(make)()
 
 
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "int8"])
 @pytest.mark.parametrize("name", but_fast("gemma3"))
-def test_drafting_is_lossless(name):
+def test_drafting_is_lossless(name, int8):
+    """The tokens of the target's own plain decoding, with its weights rounded to int8 of the rounded target's."""
     target = tiny_family(hf_config(name, 1)).unstacked()
+    if int8:
+        to_int8_weights(target)
     sizes = dict(max_new=MAX_NEW, chunk=CHUNK)
     plain = {kind: generate(target, None, PROMPTS, sampling, **sizes) for kind, sampling in SAMPLINGS.items()}
     drafter, accepted = random_drafter(target), 0
@@ -70,9 +75,12 @@ def test_drafting_is_lossless(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_drafting_from_the_targets_cache_in_stacks_of_layers_is_lossless(name):
+def test_drafting_from_the_targets_cache_in_stacks_of_layers_is_lossless(name, int8):
     target = tiny_family(hf_config(name, 1))
+    if int8:
+        to_int8_weights(target)
     sizes, accepted = dict(max_new=MAX_NEW, chunk=CHUNK), 0
     drafter = random_drafter(target, **CONTEXT)
     for sampling in SAMPLINGS.values():

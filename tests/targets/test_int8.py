@@ -31,7 +31,7 @@ def test_a_loaded_targets_matrices_are_rounded_and_nothing_else(folder, stacked)
     one, other = exact.layer(1), rounded.layer(1)
     np.testing.assert_array_equal(other.mlp_norm.weight[...], one.mlp_norm.weight[...])
     for of_exact, of_rounded in ((one.attention.k, other.attention.k), (one.mlp.down, other.mlp.down)):
-        values, scale = to_int8(of_exact.matrix)
+        values, scale = to_int8(np.asarray(of_exact.matrix))
         assert of_rounded.weight.dtype == jnp.int8
         np.testing.assert_array_equal(of_rounded.scale[...], scale)
         np.testing.assert_array_equal(of_rounded.matrix, values * scale)
@@ -51,7 +51,7 @@ def test_experts_are_rounded_one_by_one_and_routers_are_not(tmp_path):
     one, other = exact.layer(2).mlp, rounded.layer(2).mlp
     np.testing.assert_array_equal(other.router.matrix, one.router.matrix)
     np.testing.assert_array_equal(other.shared_gate.matrix, one.shared_gate.matrix)
-    values, scale = to_int8(one.experts.down.matrix)
+    values, scale = to_int8(np.asarray(one.experts.down.matrix))
     np.testing.assert_array_equal(other.experts.down.weight[...], values)
     np.testing.assert_array_equal(other.experts.down.scale[...], scale)
     by_rows = load_target(str(tmp_path), jnp.int8, stacked=False).model.layer(2).mlp
@@ -75,7 +75,7 @@ def test_on_a_mesh_scales_are_split_as_outputs_are(folder):
 
 def test_the_engines_answers_are_those_of_the_rounded_target_alone(folder, tmp_path, caplog):
     drafter = make_drafter(tmp_path / "drafter", folder)
-    params = SamplingParams(temperature=0.8, seed=3, max_new_tokens=24)
+    params = SamplingParams(temperature=0.8, seed=3, max_new_tokens=24, ignore_eos=True)
     prompts = ["Once upon a time", "a b c d e f g h i j k l m"]
     plain = Engine.load(str(folder), None, slots=2, max_len=128, dtype="int8")
     expected = [c.tokens for c in plain.generate(prompts, params)]
@@ -83,8 +83,7 @@ def test_the_engines_answers_are_those_of_the_rounded_target_alone(folder, tmp_p
     assert [c.tokens for c in drafted.generate(prompts, params)] == expected
     assert "answers stay exact, but fewer guesses may be accepted" in caplog.text
     exact = Engine.load(str(folder), None, slots=2, max_len=128)
-    assert [c.tokens for c in exact.generate(prompts, params)] != expected  # something was rounded
-    assert plain.memory.target < exact.memory.target
+    assert plain.memory.target < exact.memory.target and plain.fingerprint != exact.fingerprint
 
 
 def test_a_stack_of_random_layers_can_be_rounded_too():
