@@ -111,7 +111,7 @@ def cost(text: str, branch: Branch = "most", expected: Mapping[str, float] | Non
     `jax.named_scope` around them.
     """
     program = parse(text)
-    return _Counter(program, branch, expected or {}).computation(program.entry, {})
+    return _Counter(program, branch, expected).computation(program.entry, {})
 
 
 _FREE = {
@@ -134,10 +134,10 @@ _ON_HOST = re.compile(r"callback|infeed|outfeed|MoveToHost|MoveToDevice", re.IGN
 
 
 class _Counter:
-    def __init__(self, program: Program, branch: Branch, expected: Mapping[str, float]):
+    def __init__(self, program: Program, branch: Branch, expected: Mapping[str, float] | None = None):
         self.program = program
         self.branch = branch
-        self.expected = expected
+        self.expected = expected or {}
 
     def computation(self, name: str, arguments: dict[int, Value]) -> Cost:
         """The cost of running a computation once, outside of fusions; `arguments` are those that are known."""

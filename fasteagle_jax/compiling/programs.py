@@ -33,14 +33,15 @@ from fasteagle_jax.devices.sharding import (
     MeshShape,
     batch_sharding,
     check_batch,
-    check_tensor_axis,
+    check_experts,
+    check_heads,
     make_mesh,
     row_major,
     shardings,
 )
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.moe import LOOP, SparseMlp
+from fasteagle_jax.nn.moe import LOOP, SparseMlp, block_rows, expected_turns
 from fasteagle_jax.nn.transformer import stacks_are_faster
 from fasteagle_jax.targets.loading import target_shapes
 from fasteagle_jax.training.config import RunConfig, drafter_config
@@ -160,6 +161,7 @@ class Experts(NamedTuple):
     """The experts that a device's tokens are expected to choose, if the router chooses all alike and independently."""
 
     number: float  # in each layer that has some
+    turns: float  # of the loop over them
     unread: float  # bytes of the others
 
 
@@ -191,7 +193,7 @@ def compile_program(
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    expected = {LOOP: shapes.experts.number} if shapes.experts else None
+    expected = {LOOP: shapes.experts.turns} if shapes.experts else None
     known = chip(devices[0].device_kind)
     if devices[0].platform != "tpu" and known is not None and known.hbm and peak > known.hbm:
         raise _no_fit(peak, known.hbm, devices[0].device_kind, len(devices))  # a GPU's compiler does not say so itself
@@ -231,7 +233,8 @@ def lower(
         check_batch(mesh, config.batch_size // config.accumulate)
     else:
         mesh = make_mesh(mesh_shape or decode_mesh(config, len(devices)), devices)
-    check_tensor_axis(mesh, config.target_config, drafter_config(config.drafter, config.target_config))
+    check_heads(mesh, config.target_config, drafter_config(config.drafter, config.target_config))
+    check_experts(mesh, config.target_config)
     shapes = {"train": _train, "decode": _decode, "prefill": _prefill}[program](config, mesh, decoding)
     with jax.set_mesh(mesh):
         return mesh, shapes, shapes.step.lower(*shapes.arguments)
@@ -415,7 +418,7 @@ def _stacked(mesh: Mesh, *, training: bool = False) -> bool:
 
 
 def _experts(config: RunConfig, mesh: Mesh, target: Any, num_tokens: int, num_rows: int) -> Experts | None:
-    """Those of a decoding's tokens: n tokens choose E (1 - (1 - k/E)^n) of a device's E, whose share of k is alike."""
+    """Those of a decoding's tokens: of each E experts n tokens choose E (1 - (1 - k/E)^n)."""
     layers = [target.layers] if target.stacked else target.layers
     own = [layer.mlp.experts for layer in layers if isinstance(layer.mlp, SparseMlp)]
     if not own:
@@ -423,9 +426,10 @@ def _experts(config: RunConfig, mesh: Mesh, target: Any, num_tokens: int, num_ro
     sizes: Any = config.target_config
     data, tensor = mesh.shape["data"], mesh.shape["tensor"]
     tokens = num_tokens // data if num_rows % data == 0 else num_tokens
+    routing = tokens, sizes.experts_per_token, sizes.num_experts
     share = 1 - (1 - sizes.experts_per_token / sizes.num_experts) ** tokens
-    local = sizes.num_experts // tensor if sizes.num_experts % tensor == 0 else sizes.num_experts
-    return Experts(share * local, (1 - share) * bytes_of(own))
+    turns = expected_turns(*routing, block_rows(*routing, mesh.devices.flat[0].platform))
+    return Experts(share * sizes.num_experts / tensor, turns / tensor, (1 - share) * bytes_of(own))
 
 
 def _read(target: Any) -> Any:

@@ -80,24 +80,28 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def check_tensor_axis(mesh: Mesh, target: Any, drafter: Any | None) -> None:
-    """Raises UserError, listing sizes that fit, if the mesh's tensor axis does not divide a model's heads of K/V, or
-    the target's experts.
+def check_heads(mesh: Mesh, target: Any, drafter: Any | None) -> None:
+    """Raises UserError, listing sizes that fit, if the mesh's tensor axis does not divide a model's heads of K/V.
 
     `target` and `drafter` are configurations; no drafter for plain decoding.
     """
     models = {"target": target} if drafter is None else {"target": target, "drafter": drafter}
-    numbers = [(name, config.num_kv_heads, "heads of K/V") for name, config in models.items()]
-    if experts := getattr(target, "num_experts", None):
-        numbers.append(("target", experts, "experts"))
-    tensor, common = mesh.shape["tensor"], math.gcd(*(number for _, number, _ in numbers))
-    for name, number, parts in numbers:
-        if number % tensor:
-            fitting = [str(n) for n in range(1, common + 1) if common % n == 0 and mesh.size % n == 0]
-            raise UserError(
-                f"tensor {tensor} of the mesh does not divide the {name}'s {number} {parts}: "
-                f"use tensor {', '.join(fitting)}"
-            )
+    heads = {name: config.num_kv_heads for name, config in models.items()}
+    for name, number in heads.items():
+        _check_divides(mesh, f"the {name}'s {number} heads of K/V", number, math.gcd(*heads.values()))
+
+
+def check_experts(mesh: Mesh, target: Any) -> None:
+    """Raises UserError, listing sizes that fit, if the mesh's tensor axis does not divide a target's experts."""
+    number = getattr(target, "num_experts", 0)
+    _check_divides(mesh, f"the target's {number} experts", number, number)
+
+
+def _check_divides(mesh: Mesh, parts: str, number: int, common: int) -> None:
+    tensor = mesh.shape["tensor"]
+    if number % tensor:
+        fitting = [str(n) for n in range(1, common + 1) if common % n == 0 and mesh.size % n == 0]
+        raise UserError(f"tensor {tensor} of the mesh does not divide {parts}: use tensor {', '.join(fitting)}")
 
 
 def check_batch(mesh: Mesh, batch: int) -> None:

@@ -2,8 +2,8 @@
 
 B rows · Q tokens of a row · n tokens · E experts · k experts of a token · P = n k pairs of a token and an expert · H
 hidden width.
-Pairs are sorted by expert. Each expert that has any multiplies its own pairs alone, in blocks of a few rows; a TPU with
-many pairs multiplies all at once (`lax.ragged_dot`). Either way no array is [n, E, ...] but the scores, and of few
+Pairs are sorted by expert. Each expert that has any multiplies its own pairs alone, in blocks of some rows; in training
+a TPU multiplies all at once (`lax.ragged_dot`). Either way no array is [n, E, ...] but the scores, and of few
 tokens the experts that nobody chose are not read. A token's experts are added up in the order of their indices, so that
 its sum does not depend on the tokens beside it.
 """
@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fasteagle_jax.devices.sharding import ExpertShard, by_experts, platform
 from fasteagle_jax.nn.linear import Linear
 from fasteagle_jax.nn.mlp import ACTIVATIONS, Mlp
 
-LEAST_BLOCK, MOST_BLOCK = 8, 64  # rows that an expert multiplies at a time on a CPU (at 64 its products are as fast)
+LEAST_BLOCK, MOST_BLOCK = 8, 512  # rows that an expert multiplies at a time, on a CPU and on an accelerator
 LOOP = "experts"  # name in a program of the loop over experts
-FEW_TOKENS = 64  # up to so many an accelerator is bound by memory, whatever the rows of a block
+FEW_TOKENS = 64  # rows up to which an accelerator is bound by memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,8 @@ class SparseMlp(nnx.Module):
     ):
         """Random weights; `activation` is one of ACTIVATIONS."""
         c = config
-        self.num_chosen, self.renormalised, self.activation = c.num_chosen, c.renormalised, activation
+        self.num_experts, self.num_chosen, self.renormalised = c.num_experts, c.num_chosen, c.renormalised
+        self.activation = activation
         self.router = Router(hidden_size, c.num_experts, ("embed", None), next(keys), dtype)
         key_experts, key_shared, key_gate = jax.random.split(next(keys), 3)
 
@@ -123,7 +126,9 @@ class SparseMlp(nnx.Module):
         num_experts, k = num_experts_of(experts), self.num_chosen
         tokens, mine = x.reshape(-1, x.shape[-1]), chosen.reshape(-1, k) - shard.first
         mine = jnp.where((mine >= 0) & (mine < num_experts), mine, num_experts)  # E: another device's
-        outputs = of_pairs(experts, index, tokens, mine, functools.partial(self._of_expert, shard=shard))  # [n, k, H]
+        block = block_rows(len(tokens), k, self.num_experts, platform())
+        mlp = functools.partial(self._of_expert, shard=shard)
+        outputs = of_pairs(experts, index, tokens, mine, block, mlp)  # [n, k, H]
         weighted = outputs.astype(jnp.float32) * weights.reshape(-1, k, 1)
         weighted = jnp.where(mine[..., None] < num_experts, weighted, 0)
         return sum((weighted[:, i] for i in range(1, k)), weighted[:, 0]).reshape(x.shape)
@@ -157,11 +162,11 @@ def num_experts_of(experts: Mlp) -> int:
 # --- products of experts ----------------------------------------------------------------------------------------
 
 
-def of_pairs(experts: Mlp, index: Any, x: jax.Array, chosen: jax.Array, mlp: Any) -> jax.Array:
+def of_pairs(experts: Mlp, index: Any, x: jax.Array, chosen: jax.Array, block: int, mlp: Any) -> jax.Array:
     """The outputs [n, k, H] of the chosen experts int32 [n, k] for tokens x [n, H]; any value where chosen is E.
 
-    `experts` are a layer's, or with `index` those of a stack; `mlp(gate, up, down, x)` is an expert's output, given its
-    three products.
+    `experts` are a layer's, or with `index` those of a stack; `block` is the number of rows that an expert multiplies
+    at a time; `mlp(gate, up, down, x)` is an expert's output, given its three products.
     """
     (num_tokens, k), num_experts = chosen.shape, num_experts_of(experts)
     num_pairs = num_tokens * k
@@ -174,12 +179,11 @@ def of_pairs(experts: Mlp, index: Any, x: jax.Array, chosen: jax.Array, mlp: Any
     own = jnp.where(chosen < num_experts, place, num_pairs)
     tokens = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], chosen.shape)
     tokens = jnp.zeros((num_pairs,), jnp.int32).at[own].set(tokens, mode="drop")  # of the pairs by expert
-    if platform() == "tpu" and num_tokens > FEW_TOKENS:
-        if index is not None:
-            experts = jax.tree.map(functools.partial(layer_of, i=index), experts)
+    # Of a stack, or of int8 weights, all products at once would read a copy.
+    own_weights = index is None and experts.gate.scale is None
+    if platform() == "tpu" and num_tokens > FEW_TOKENS and own_weights:
         outputs = _at_once(experts, x[tokens], jnp.diff(starts), mlp)
     else:
-        block = _block_rows(num_tokens, num_pairs, num_experts)
         outputs = _in_blocks(experts, index, x, tokens, starts, block, mlp)
     return outputs[place]
 
@@ -191,12 +195,30 @@ def _in_order(chosen: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(at_rank, chosen[..., None, :], 0), axis=-1)
 
 
-def _block_rows(num_tokens: int, num_pairs: int, num_experts: int) -> int:
-    """The rows of a block: on a CPU up to twice an expert's share of the pairs, elsewhere all of few tokens."""
-    if platform() != "cpu":
-        return min(num_tokens, FEW_TOKENS)
-    share = -(-num_pairs // num_experts)
-    return min(num_tokens, MOST_BLOCK, max(LEAST_BLOCK, 1 << share.bit_length()))
+def block_rows(num_tokens: int, k: int, num_experts: int, platform: str) -> int:
+    """The rows that an expert multiplies at a time: about its share of the pairs, so that it is read once.
+
+    An accelerator multiplies FEW_TOKENS rows as fast as it reads an expert, a CPU does not.
+    """
+    share = -(-num_tokens * k // num_experts)
+    least, most = (LEAST_BLOCK, FEW_TOKENS) if platform == "cpu" else (FEW_TOKENS, MOST_BLOCK)
+    return min(num_tokens, most, max(least, 1 << share.bit_length()))
+
+
+def expected_turns(num_tokens: int, k: int, num_experts: int, block: int) -> float:
+    """The expected turns of the loop over all experts, if the router chooses all alike and independently.
+
+    An expert then has a binomial number of n tokens, of probability k/E each.
+    """
+    p = k / num_experts
+    if p == 1:
+        return float(num_experts * -(-num_tokens // block))
+    counts = np.arange(num_tokens + 1)
+    ways = math.lgamma(num_tokens + 1) - np.asarray(
+        [math.lgamma(c + 1) + math.lgamma(num_tokens - c + 1) for c in counts]
+    )
+    chance = np.exp(ways + counts * math.log(p) + (num_tokens - counts) * math.log1p(-p))
+    return float(num_experts * (chance * -(-counts // block)).sum())
 
 
 def _in_blocks(
@@ -235,11 +257,8 @@ def _at_once(experts: Mlp, x: jax.Array, counts: jax.Array, mlp: Any) -> jax.Arr
 
     def product(linear: Linear) -> Any:
         def apply(x: jax.Array) -> jax.Array:
-            weight = linear.weight[...].astype(linear.dtype)
+            weight = linear.weight[...]
             y = jax.lax.ragged_dot(x.astype(weight.dtype), weight, counts, preferred_element_type=jnp.float32)
-            if linear.scale is not None:
-                expert = jnp.repeat(jnp.arange(len(counts)), counts, total_repeat_length=len(x))
-                y = y * linear.scale[...][expert]
             return y.astype(x.dtype)
 
         return apply

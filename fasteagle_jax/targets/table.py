@@ -56,7 +56,12 @@ def family_of_gguf(architecture: str) -> Family:
 
 def family_of(config: Any) -> Family:
     """The family of a target's configuration; UserError, listing all, if it is unknown."""
-    for family in FAMILIES.values():
+    return FAMILIES[family_name(config)]
+
+
+def family_name(config: Any) -> str:
+    """The name in the table of the family of a target's configuration; UserError, listing all, if it is unknown."""
+    for name, family in FAMILIES.items():
         if type(config) is family.config:
-            return family
+            return name
     raise UserError(f"{type(config).__name__} is of no family of targets: there are {', '.join(FAMILIES)}")

@@ -32,7 +32,15 @@ from fasteagle_jax.data.sources import read_prompts
 from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
 from fasteagle_jax.decoding.acceptance import measure_acceptance
 from fasteagle_jax.decoding.tree import TreeSpec
-from fasteagle_jax.devices.sharding import check_batch, check_tensor_axis, fetch, make_mesh, make_on, place_batch
+from fasteagle_jax.devices.sharding import (
+    check_batch,
+    check_experts,
+    check_heads,
+    fetch,
+    make_mesh,
+    make_on,
+    place_batch,
+)
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, in_bucket, write_file
@@ -120,8 +128,9 @@ def _train(
         )
     optimizer = make_optimizer(config.optimizer, config.steps, config.loss.deepkd)
     if mesh is not None:
+        check_experts(mesh, target.config)
         try:
-            check_tensor_axis(mesh, target.config, sizes)
+            check_heads(mesh, target.config, sizes)
         except UserError as uneven:  # the engine's caches need even heads; training is slower without
             _say(quiet, f"slower    {uneven}")
     store = None

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fasteagle_jax.devices.sharding import MeshShape, check_tensor_axis, make_mesh, place_weights, shardings
+from fasteagle_jax.devices.sharding import MeshShape, check_experts, make_mesh, place_weights, shardings
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn import moe
 from fasteagle_jax.nn.linear import RowWeight, to_rows
@@ -101,6 +101,15 @@ def test_only_one_expert_at_a_time_is_computed_and_no_array_has_tokens_by_expert
     assert all(np.prod(shape) <= K * num_tokens * H + 64 * H for shape in shapes - whole)
 
 
+def test_the_expected_turns_are_the_mean_of_random_choices():
+    for num_tokens, block in ((1, 1), (5, 8), (60, 8), (200, 32)):
+        chosen = np.argsort(rng.random((500, num_tokens, E)), axis=-1)[..., :K]
+        counts = (chosen[..., None] == np.arange(E)).sum(axis=(1, 2))  # [500, E]
+        mean = (-(-counts // block)).sum(axis=1).mean()
+        assert moe.expected_turns(num_tokens, K, E, block) == pytest.approx(mean, rel=0.02)
+    assert moe.expected_turns(9, 4, 4, 8) == 8
+
+
 @pytest.mark.parametrize(
     ("shape", "rows"),
     [((2, 2, 2), "rows"), ((2, 2, 2), "batch")]
@@ -121,6 +130,6 @@ def test_experts_on_a_mesh_are_those_on_one_device(shape, rows):
 
 
 def test_a_mesh_that_does_not_divide_the_experts_is_named():
-    config = dataclasses.replace(tiny_family(hf_config("qwen3_moe")).config, num_kv_heads=4, num_heads=4, num_experts=6)
+    config = dataclasses.replace(tiny_family(hf_config("qwen3_moe")).config, num_experts=6)
     with pytest.raises(UserError, match="tensor 4 of the mesh does not divide the target's 6 experts: use tensor 1, 2"):
-        check_tensor_axis(make_mesh(MeshShape(1, 2, 4)), config, None)
+        check_experts(make_mesh(MeshShape(1, 2, 4)), config)
