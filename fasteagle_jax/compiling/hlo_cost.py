@@ -192,10 +192,9 @@ class _Counter:
 
     def loop(self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value]) -> Cost:
         start = self.value(i.operands[0], body, arguments)
-        iterations = self.iterations(i, start)
+        known = self.iterations(i, start)
+        iterations = self.expected_iterations(i) if known is None else known
         carried = self.carried(i, start)
-        if iterations is None:
-            iterations = self.expected_iterations(i)
         if iterations is None:
             return self.computation(i.called("body"), {0: carried}) + Cost(unknown_loops=1)
         if iterations == 0:
