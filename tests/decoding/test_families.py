@@ -15,6 +15,7 @@ from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate, start
 from fasteagle_jax.decoding.state import context_of, make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.drafters.table import default_config
@@ -89,6 +90,22 @@ def test_drafting_from_the_targets_cache_in_stacks_of_layers_is_lossless(name, i
         np.testing.assert_array_equal(drafted.tokens, plain.tokens)
         accepted += int(drafted.statistics.accepted_at.sum())
     assert accepted > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)], ids=str)
+def test_experts_split_over_a_mesh_say_what_they_say_on_one_device(shape):
+    sizes = dict(vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+    target = tiny_family(hf_config("qwen3_moe") | sizes)
+    drafter, sampling = random_drafter(target), make_sampling(4, temperature=[0.0, 0.7, 40.0, 0.0], seed=[0, 1, 2, 3])
+    prompts = [*PROMPTS, PROMPTS[1][:5]]
+    plain = generate(target, None, prompts, sampling, max_new=MAX_NEW, chunk=CHUNK)
+    mesh = make_mesh(MeshShape(*shape))
+    with jax.set_mesh(mesh):
+        split = [place_weights(mesh, model) for model in (target, drafter)]
+        tree = TreeSpec("best_first", 12)
+        drafted = generate(*split, prompts, sampling, tree=tree, max_new=MAX_NEW, chunk=CHUNK)
+    np.testing.assert_array_equal(drafted.tokens, plain.tokens)
 
 
 # Of the families whose attention differs from Llama's, a layer of each kind: local and capped, local and normed, not
