@@ -60,6 +60,7 @@ def test_int8_weights_are_read_as_what_they_stand_for(tmp_path):
     np.testing.assert_array_equal(kept.weight[...], load_file(folder / "model.safetensors")[UP].T)  # the file's own
 
 
+@pytest.mark.torch
 def test_fp8_weights_are_too(tmp_path):
     """Written by torch, since safetensors for NumPy has no fp8."""
     import torch

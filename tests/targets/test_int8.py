@@ -45,6 +45,7 @@ def test_the_fingerprint_says_so(folder):
     assert fingerprint(checkpoint, jnp.bfloat16) == fingerprint(checkpoint)
 
 
+@pytest.mark.torch
 def test_experts_are_rounded_one_by_one_and_routers_are_not(tmp_path):
     torch_family(hf_config("qwen2_moe"), tmp_path)
     exact, rounded = (load_target(str(tmp_path), dtype, stacked=True).model for dtype in (jnp.float32, jnp.int8))

@@ -100,6 +100,7 @@ def test_layers_with_experts_are_those_that_both_switches_leave():
     assert [config.layer_at(i).experts is None for i in range(4)] == [True, False, True, True]
 
 
+@pytest.mark.torch
 def test_experts_of_which_the_file_lacks_some_are_named(tmp_path):
     torch_family(hf_config("qwen3_moe"), tmp_path)
     file = tmp_path / "model.safetensors"
