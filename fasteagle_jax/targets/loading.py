@@ -104,7 +104,9 @@ def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mes
     def variables(tensor: NamedVariable) -> list[nnx.Variable[Any]]:
         """Where a tensor's values go: of an int8 weight, and its scale."""
         linear = linears.get(id(tensor.variable))
-        return [tensor.variable] if linear is None else [tensor.variable, linear.scale]
+        if linear is None or linear.scale is None:
+            return [tensor.variable]
+        return [tensor.variable, linear.scale]
 
     def read(name: str, tensor: NamedVariable) -> list[jax.Array]:
         value, linear = checkpoint.read(name), linears.get(id(tensor.variable))
