@@ -184,7 +184,7 @@ def prepare(args: argparse.Namespace) -> None:
     of_prompts = prompt_settings(tokenizer, ends, chat, first_date(begun))
     rules = _rules(args, tokenizer, checkpoint.config.vocab_size, sources, held_out, chat)
     settings = {
-        "target": fingerprint(checkpoint),
+        "target": fingerprint(checkpoint, dtype),
         **of_prompts,
         "sources": [source.named for source in sources],
         "sampling": recorded(from_options(args), always=("temperature", "top_k", "top_p", "seed")),

@@ -79,8 +79,8 @@ def read_manifest(output: Path, settings: Mapping[str, Any]) -> dict[str, Any] |
     return saved
 
 
-def check_target(paths: Sequence[str], fingerprint: str) -> None:
-    """Raises UserError for data whose manifest names another target; data without a manifest may be of any."""
+def check_target(paths: Sequence[str], *fingerprints: str) -> None:
+    """Raises UserError for data whose manifest names none of these targets; data without a manifest may be of any."""
     for manifest in (manifest_path(Path(path)) for path in paths):
         if not manifest.exists():
             continue
@@ -90,9 +90,9 @@ def check_target(paths: Sequence[str], fingerprint: str) -> None:
             raise UserError(
                 f"{manifest} is damaged ({first_line(error)}): prepare the data again, or remove it"
             ) from error
-        if target != fingerprint:
+        if target not in fingerprints:
             raise UserError(
-                f"{manifest} says that the answers are of target {target}, this one's weights are {fingerprint}: "
+                f"{manifest} says that the answers are of target {target}, this one's weights are {fingerprints[0]}: "
                 "use that target, prepare data with this one, or remove the manifest to train on other answers"
             )
 

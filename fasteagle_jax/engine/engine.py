@@ -44,9 +44,9 @@ from fasteagle_jax.engine.sizes import (
 )
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.text import check_text
-from fasteagle_jax.targets.loading import load_target, open_checkpoint
+from fasteagle_jax.nn.linear import product_dtype
+from fasteagle_jax.targets.loading import load_target, open_checkpoint, target_shapes
 from fasteagle_jax.targets.messages import plain_messages, short
-from fasteagle_jax.targets.table import family_of
 from fasteagle_jax.targets.templates import PLAIN, ChatOptions
 from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, encode_text, load_tokenizer, stop_token_ids
 
@@ -157,7 +157,8 @@ class Engine:
           drafter: the folder of a drafter trained for it; "shipped" is the one that comes with this package for the
             target, if one does; None decodes plainly. With tree=None none is loaded.
           slots, max_len, tree, lookup, mesh: as of `Engine`; the weights go straight into their shards.
-          dtype: of weights and caches; None for float32 on a CPU and bfloat16 elsewhere.
+          dtype: of weights and caches; None for float32 on a CPU and bfloat16 elsewhere. With int8 the target's layers
+            are rounded (see `targets.loading.load_target`), and answers are exactly those of that target.
           strict: a drafter trained for other weights of the same sizes is an error, not a warning.
           adapter: folder of a LoRA adapter of PEFT's that is merged into the target; empty for none.
 
@@ -173,13 +174,13 @@ class Engine:
         folder = None if tree is None else drafter_folder(drafter, checkpoint)
         config = checkpoint.config
         check_sizes(slots, max_len or 1, config.max_positions)
-        model = family_of(config).model
-        sizes = jax.eval_shape(lambda: model(config, jax.random.key(0), dtype))
+        products = product_dtype(dtype)
+        sizes = target_shapes(config, products, int8=dtype == jnp.int8)
         drafter_config = drafter_sizes = None
         if folder is not None:
             drafter_config = read_config(folder)[0]
             kind = table.class_of(drafter_config)
-            drafter_sizes = jax.eval_shape(lambda: kind(drafter_config, jax.random.key(0), dtype))
+            drafter_sizes = jax.eval_shape(lambda: kind(drafter_config, jax.random.key(0), products))
         if mesh is not None:
             check_mesh(mesh, slots, config, drafter_config)
         weights = bytes_of(sizes, mesh), bytes_of(drafter_sizes, mesh)
@@ -190,7 +191,7 @@ class Engine:
         model = (
             None
             if folder is None
-            else load_drafter(folder, loaded.model.config, loaded.fingerprint, dtype, mesh=mesh, strict=strict)
+            else load_drafter(folder, loaded.model.config, loaded.fingerprint, products, mesh=mesh, strict=strict)
         )
         return cls(
             loaded.model,

@@ -32,7 +32,15 @@ from fasteagle_jax.data.sources import read_prompts
 from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
 from fasteagle_jax.decoding.acceptance import measure_acceptance
 from fasteagle_jax.decoding.tree import TreeSpec
-from fasteagle_jax.devices.sharding import check_batch, check_heads, fetch, make_mesh, make_on, place_batch
+from fasteagle_jax.devices.sharding import (
+    check_batch,
+    check_experts,
+    check_heads,
+    fetch,
+    make_mesh,
+    make_on,
+    place_batch,
+)
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, in_bucket, write_file
@@ -101,9 +109,9 @@ def _train(
         raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
     dtype = jnp.dtype(config.dtype)
     of_run: dict[str, Any] = {"training": True, "max_len": config.length, "adapter": config.adapter}
-    loaded = load_target(config.target, dtype, mesh=mesh, **of_run)
+    loaded = load_target(config.target, jnp.dtype(config.target_dtype or dtype), mesh=mesh, **of_run)
     target = loaded.model
-    check_target(config.data, loaded.fingerprint)
+    check_target(config.data, *loaded.fingerprints)
     conversations = read_conversations(*config.data, vocab_size=target.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed, config.held_out.share)
     digests = {"digest": data.digest(), "spans": data.spans_digest()}
@@ -120,6 +128,7 @@ def _train(
         )
     optimizer = make_optimizer(config.optimizer, config.steps, config.loss.deepkd)
     if mesh is not None:
+        check_experts(mesh, target.config)
         try:
             check_heads(mesh, target.config, sizes)
         except UserError as uneven:  # the engine's caches need even heads; training is slower without

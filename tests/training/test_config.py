@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from etils import epath
 
+from fasteagle_jax.compiling.published import PUBLISHED
 from fasteagle_jax.data.manifest import differences
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, in_bucket
@@ -133,3 +135,9 @@ def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path: Path) -> 
     check_writable(epath.Path(tmp_path / "a" / "b"))
     assert list((tmp_path / "a" / "b").iterdir()) == []
     assert in_bucket("gs://bucket/run") and not in_bucket(tmp_path)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_targets_sizes_survive_a_file(name):
+    config = PUBLISHED[name]
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
