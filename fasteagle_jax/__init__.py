@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fasteagle_jax.engine.engine import Engine
-    from fasteagle_jax.engine.requests import Completion, SamplingParams
+    from fasteagle_jax.engine.requests import Completion, Refused, SamplingParams
     from fasteagle_jax.errors import UserError
 
 _HOMES = {
     "Completion": "engine.requests",
     "Engine": "engine.engine",
+    "Refused": "engine.requests",
     "SamplingParams": "engine.requests",
     "UserError": "errors",
 }
 
-__all__ = ["Completion", "Engine", "SamplingParams", "UserError"]
+__all__ = ["Completion", "Engine", "Refused", "SamplingParams", "UserError"]
 
 
 def __getattr__(name: str) -> Any:
