@@ -134,8 +134,7 @@ class Admission:
     def _run(self, group: Group, budget: int) -> int:
         """Computes a group's next chunks, at most `budget` of all members'; returns how many.
 
-        Those for the prefix cache are computed one a call: later ones may overwrite a drafter's
-        window.
+        Those for the prefix cache are computed one a call: later ones may overwrite a drafter's window.
         """
         num_members = len(group.members)
         prompts, start = [member.request.prompt for member in group.members], group.chunks.start
