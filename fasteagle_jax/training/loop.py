@@ -211,7 +211,7 @@ def _train(
                 loss, norm = float(result.loss), float(result.norm)
                 now = time.perf_counter()
                 seconds, clock = now - clock, now
-                terminated = terminated or sigterm.answer(flight.sigterm)
+                terminated = terminated or bool(flight.sigterm)
                 tokens_seen += num_tokens
                 record: Record = {
                     "step": index + 1,
@@ -256,6 +256,7 @@ def _train(
                     limit = _spike_limit(config.spike_factor, log.records)
                     state, result = step(state, constants, target, batch.batch, limit, batch.values)
                     before, flight = flight, _Flight(index, batch, result, data_seconds, sigterm.ask())
+                    terminated = flight.sigterm is True
                     if before is not None:
                         log.write(record_of(before))
                         _check_skipped(config, log.records, checkpoints, run)
@@ -390,7 +391,7 @@ class _Flight(NamedTuple):
     batch: _Batch
     result: StepResult
     data_seconds: float  # waiting for its batch
-    sigterm: jax.Array | None  # of `_Sigterm.ask`
+    sigterm: jax.Array | bool  # of `_Sigterm.ask`
 
 
 class _Sigterm:
@@ -406,19 +407,15 @@ class _Sigterm:
             self._interrupts = False
             raise _Interrupted
 
-    def ask(self) -> jax.Array | None:
-        """Asks all processes, which must do so together, whether it came, for `answer`; does not wait for them."""
+    def ask(self) -> jax.Array | bool:
+        """Whether it came to any process, all of which must ask together; of several an array, not waited for."""
         if jax.process_count() == 1:
-            return None
+            return self.came
         devices = np.asarray(jax.devices()).reshape(jax.process_count(), -1)
         mesh = Mesh(devices, ("process", "device"))
         own = np.asarray([self.came])
         by_process = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("process")), own)
         return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))(by_process)
-
-    def answer(self, asked: jax.Array | None) -> bool:
-        """Whether the signal had come to any process when `ask` returned `asked`; of one process, whether it has."""
-        return self.came if asked is None else bool(asked)
 
     def came_anywhere(self) -> bool:
         """Whether the signal came to any process; all processes must call this together."""

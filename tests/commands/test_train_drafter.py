@@ -542,7 +542,7 @@ def test_a_run_in_a_bucket_goes_on_and_leaves_there_what_one_in_a_folder_leaves(
     monkeypatch.setattr(loop, "Checkpoints", lambda _, keep=None: Checkpoints(kept, keep))
     monkeypatch.setattr(loop, "newest_record", lambda _: newest_record(kept))
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Sigterm, "came_anywhere", lambda self: True)
+        patch.setattr(loop._Sigterm, "ask", lambda self: True)
         assert main(command(target_folder, data_file, there, "keep=4")) == 0
     assert len(records(there)) == 1 and not (there / "drafter").exists()
     assert main(command(target_folder, data_file, there, "keep=4")) == 0
