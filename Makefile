@@ -1,4 +1,4 @@
-# make venv | demo | demo-train | test | test-slow | test-tpu | test-gpu | lint | docs | clean.
+# make venv | demo | demo-train | test | test-light | test-slow | test-tpu | test-gpu | lint | docs | wheel | clean.
 # Needs python3 (3.11 or newer), pip and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Test processes. Two suit two cores and 8 GB; 0 runs all in one process.
 WORKERS ?= 2
 
-.PHONY: venv demo demo-train test test-slow test-tpu test-gpu lint docs clean
+.PHONY: venv demo demo-train test test-light test-slow test-tpu test-gpu lint docs wheel clean
 
 venv: $(VENV)/.installed-test
 
@@ -18,6 +18,10 @@ demo-train: $(VENV)/.installed-demo $(VENV)/.installed-train
 
 test: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow' -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# Without torch, on any Python: PYENV_VERSION=3.13.0 make test-light PYTHON=python3 VENV=.venv313
+test-light: $(VENV)/.installed-test-light
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow and not torch' -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # Repeats at length what others show in short.
 test-slow: $(VENV)/.installed-test
@@ -42,8 +46,17 @@ lint: $(VENV)/.installed-test
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
+# The package as people install it: sdist, the wheel made from it, and the demo out of an environment that has the wheel alone.
+wheel: $(VENV)/.installed-build
+	rm -rf dist $(VENV)-wheel
+	$(BIN)/python -m build --outdir dist .
+	@du -k dist/*
+	$(MAKE) VENV=$(VENV)-wheel $(VENV)-wheel/.made
+	$(VENV)-wheel/bin/python -m pip install --quiet dist/*.whl
+	cd dist && ../$(VENV)-wheel/bin/fasteagle demo --max-new 16
+
 clean:
-	rm -rf $(VENV) .venv-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-wheel .venv-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is named by the extra of pyproject.toml that it installs: once, and again when pyproject.toml changes.

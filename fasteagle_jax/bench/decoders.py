@@ -10,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from fasteagle_jax.bench.prompts import Models
-from fasteagle_jax.data.sources import Prompt, read_prompts
 from fasteagle_jax.drafters.files import load_drafter, read_config
 from fasteagle_jax.drafters.simulated import parse_rates
 from fasteagle_jax.drafters.table import CLASSES
@@ -88,29 +87,3 @@ def load_drafters(models: Models, decoders: Sequence[DecoderSpec]) -> dict[Path,
     config, dtype = models.target.config, jnp.dtype(models.dtype)
     folders = dict.fromkeys(decoder.folder for decoder in decoders if decoder.folder is not None)
     return {folder: load_drafter(folder, config, models.fingerprint, dtype) for folder in folders}
-
-
-def read_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> dict[str, list[Prompt]]:
-    """The first `limit` prompts of each task.
-
-    A task is a file of `folder` by its name without .jsonl, or else a source (see sources.py): a file by its path, or a
-    data set of the hub as owner/name:split. Raises UserError for one that is neither, or holds no prompt.
-    """
-    there = [] if folder is None else sorted(path.stem for path in folder.glob("*.jsonl"))
-    if folder is not None and not there:
-        raise UserError(f"{folder} holds no .jsonl file: name a folder of prompt files")
-    tasks: dict[str, list[Prompt]] = {}
-    for name in dict.fromkeys(names):
-        if folder is not None and name in there:
-            source = str(folder / f"{name}.jsonl")
-        elif "/" in name or Path(name).suffix or Path(name).exists():
-            source = name
-        else:
-            known = f"{folder} has {', '.join(there)}" if there else "name its folder with --prompts-folder"
-            raise UserError(f"task {name!r} is not known: {known}; or give a file or a data set, owner/name:split")
-        prompts = list(read_prompts(source, limit))
-        if not prompts:
-            raise UserError(f"no prompt in {source}: name another task")
-        stem = Path(source).stem
-        tasks[name if name in there or stem in (*there, *tasks) else stem] = prompts
-    return tasks

@@ -36,6 +36,12 @@ ONE_AT_A_TIME = "best_first:4 on a CPU, best_first:16 elsewhere"  # what `tree_n
 COLOURS = ("green", "cyan", "blue", "magenta", "yellow", "red", "bright_black")  # of depths 1, 2, ...; the last: deeper
 MARKS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
+
+def depth_colour(depth: int) -> str:
+    """The colour of a token that was guessed at this depth, from 1 on."""
+    return COLOURS[min(depth, len(COLOURS)) - 1]
+
+
 # --- options ----------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +191,7 @@ class Screen:
         if not (self._shows_depths and piece.depth):
             self.text(piece.text)
         elif self._has_colours:
-            style = Style.parse(COLOURS[min(piece.depth, len(COLOURS)) - 1])
+            style = Style.parse(depth_colour(piece.depth))
             self._console.print(Segments([Segment(piece.text, style)]), soft_wrap=True, end="")
         else:  # also where a token has no text: a character's first bytes
             words = piece.text.rstrip("\n")

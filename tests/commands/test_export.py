@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 
 from fasteagle_jax.commands.export import main
@@ -44,6 +45,20 @@ def test_the_last_checkpoint_exported_is_the_finished_runs_drafter(run, tmp_path
     assert configs[0]["trained"]["run"]["data"] == ["data.jsonl"]  # where it lay is nobody's business
 
 
+def test_the_model_card_says_what_the_run_did(run, tmp_path):
+    assert main(["--run", str(run), "--output", str(tmp_path / "drafter"), "--license", "apache-2.0"]) == 0
+    path = tmp_path / "drafter" / "README.md"
+    text, data = path.read_text(), ModelCard.load(path).data.to_dict()
+    assert (data["license"], data["library_name"]) == ("apache-2.0", "fasteagle-jax")
+    assert "base_model" not in data  # a folder of somebody's machine
+    assert str(run.parent) not in text
+    assert "`data.jsonl`" in text
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = " ".join(f"{x:.2f}" for x in records[-1]["accuracy"])
+    assert f"| 6 | {sum(r['tokens'] for r in records)} | {last} |" in text
+    assert "Not measured by the run." in text
+
+
 def test_the_best_checkpoint_is_exported_with_its_average(talkative, tmp_path):
     target, _ = talkative
     questions = tmp_path / "questions.jsonl"
@@ -64,6 +79,10 @@ def test_the_best_checkpoint_is_exported_with_its_average(talkative, tmp_path):
     for name, which in (("best", ["--best"]), ("last", [])):
         assert main(["--run", str(tmp_path / "run"), *which, "--output", str(tmp_path / name)]) == 0
     assert json.loads((tmp_path / "best" / "config.json").read_text())["trained"]["steps"] == step
+    measured = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [f"| {name[4:]} | {value} |" for name, value in measured[-1].items() if name.startswith("tau ")]
+    assert rows
+    assert all(row in (tmp_path / "last" / "README.md").read_text() for row in rows)
     ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "last", tmp_path / "run" / "drafter"))
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name])

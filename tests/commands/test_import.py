@@ -76,6 +76,7 @@ def speculators(folder: Path, tensors: dict) -> Path:
     return folder
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("family", [pytest.param(authors, marks=pytest.mark.real), speculators])
 def test_both_families_come_in_with_every_weight(drafter, tensors, target_folder, tmp_path, family):
     source, output = family(tmp_path / "source", tensors), tmp_path / "imported"
@@ -189,6 +190,7 @@ def test_copies_of_the_targets_tensors_are_left_out_if_they_are_equal(tensors, t
         assert f"{name} is not the target's" in complaint(main, *argv).splitlines()[-1]
 
 
+@pytest.mark.torch
 @pytest.mark.real
 def test_a_damaged_file_of_torchs_is_one_line(complaint, target_folder, tmp_path):
     damaged = published(tmp_path / "damaged", SIZES)

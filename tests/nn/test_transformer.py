@@ -138,11 +138,12 @@ def test_reading_the_past_block_by_block_is_reading_it_in_one_go(filled):
 
 @pytest.mark.parametrize("filled", [None, 200])
 def test_a_past_held_as_bits_is_read_as_the_values_it_holds(filled):
+    """In float32, in which nothing is rounded between scores and values."""
     q, k, v = (jnp.asarray(normal(i, 2, 1, 3, 8), jnp.bfloat16) for i in range(3))
     past = [jnp.asarray(normal(i, 2, 1, 300, 8), jnp.bfloat16) for i in (3, 4)]
     visible, seen = np.ones((2, 3, 3), bool), np.broadcast_to(np.arange(300) < 200, (2, 1, 300))
     filled = None if filled is None else np.int32(filled)
-    expected = attend(q, k, v, visible, Past(*past, seen, filled))
+    expected = attend(q, k, v, visible, Past(*(part.astype(jnp.float32) for part in past), seen, filled))
     bits = [to_cache_storage(part, jnp.uint16) for part in past]
     assert all(part.dtype == jnp.uint16 for part in bits)
     np.testing.assert_array_equal(attend(q, k, v, visible, Past(*bits, seen, filled)), expected)

@@ -498,10 +498,13 @@ def test_a_cache_that_cannot_be_written_is_a_user_error(empty_cache):
 # The real thing
 
 
+@pytest.mark.torch
 @pytest.mark.real
 def test_the_default_target_speaks_when_torch_holds_what_is_read():
     """Rows of q and k in a wrong order, or two tensors exchanged, leave little sense in what it predicts."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     checkpoint = open_checkpoint("smollm2-135m")
     config = checkpoint.config
     assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads) == (30, 576, 9, 3)

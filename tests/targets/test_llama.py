@@ -114,6 +114,7 @@ def assert_alike(actual: list[np.ndarray], expected: list[np.ndarray]) -> None:
         np.testing.assert_allclose(a, e, rtol=0, atol=RELATIVE * np.abs(e).max())
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_logits_and_features_are_those_of_transformers_stacked_or_not(case, tmp_path):
     theirs = torch_model(**case)
@@ -125,6 +126,7 @@ def test_logits_and_features_are_those_of_transformers_stacked_or_not(case, tmp_
     assert_alike(our_outputs(load_target(str(tmp_path), stacked=False).model, tokens, features), expected)
 
 
+@pytest.mark.torch
 def test_a_stacked_target_unstacked_is_the_target_loaded_as_a_list(tmp_path):
     torch_model().save_pretrained(tmp_path)
     tokens = np.random.default_rng(0).integers(61, size=(1, 9))
@@ -135,6 +137,7 @@ def test_a_stacked_target_unstacked_is_the_target_loaded_as_a_list(tmp_path):
         np.testing.assert_array_equal(a, e)
 
 
+@pytest.mark.torch
 def test_everything_that_does_not_fit_is_named_in_one_error(tmp_path):
     torch_model().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -153,6 +156,7 @@ def test_everything_that_does_not_fit_is_named_in_one_error(tmp_path):
     assert "inv_freq" not in message and "\n" not in message
 
 
+@pytest.mark.torch
 def test_a_tied_checkpoint_that_stores_the_shared_matrix_twice_loads(tmp_path):
     torch_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -163,6 +167,7 @@ def test_a_tied_checkpoint_that_stores_the_shared_matrix_twice_loads(tmp_path):
     np.testing.assert_array_equal(model.head_rows(), tensors["lm_head.weight"])
 
 
+@pytest.mark.torch
 def test_older_configurations_with_rope_scaling_mean_the_same(tmp_path):
     torch_model(**CASES["llama3, grouped by 4, mlp bias"]).save_pretrained(tmp_path)
     newer = load_target(str(tmp_path)).model.config
@@ -215,6 +220,7 @@ def smollm2():
     return loaded.model, theirs, prompts, stop_token_ids(tokenizer, loaded.checkpoint.path)
 
 
+@pytest.mark.torch
 @pytest.mark.real
 @pytest.mark.slow  # test_checkpoint.py has torch read a text with the same weights, and the cases above our arithmetic
 def test_a_real_models_logits_and_features_are_those_of_transformers(smollm2):
@@ -225,6 +231,7 @@ def test_a_real_models_logits_and_features_are_those_of_transformers(smollm2):
     assert_alike(our_outputs(ours, tokens, features), torch_outputs(theirs, tokens, features))
 
 
+@pytest.mark.torch
 @pytest.mark.real
 @pytest.mark.slow  # as above
 def test_a_real_models_greedy_text_is_that_of_transformers(smollm2):

@@ -21,6 +21,8 @@ from fasteagle_jax.targets.loading import load_target, open_checkpoint
 from fasteagle_jax.targets.table import FAMILIES, family_of_files
 from tests.tiny_families import V, hf_config, torch_family
 
+pytestmark = pytest.mark.torch
+
 RELATIVE = 1e-4  # of the largest value, as in test_llama.py
 FEATURES = (1, 2, 3)  # each ends a segment of the layers, which is compiled; of the fast tests one must do
 LENGTHS = (46, 26, 13)  # of the texts: all longer than a window

@@ -477,11 +477,11 @@ def test_the_default_targets_tokenizer_behaves_as_smollm2s():
     assert [tokenizer.decode(ids[a:b]) for a, b in spans] == ["hi!\n\nhow are you?<|im_end|>", "<|im_end|>"]
 
 
+@pytest.mark.torch
 @pytest.mark.real
 @pytest.mark.slow  # torch reads the whole file for it; the test above knows the tokenizer by its ids
 def test_the_default_targets_tokenizer_agrees_with_transformers_own_reading():
     """Only with torch does transformers read a tokenizer out of a GGUF file."""
-    pytest.importorskip("torch")
     from transformers import AutoTokenizer
 
     path = locate("smollm2-135m")
