@@ -278,7 +278,7 @@ def _round(models: Models, batch: int, name: str | None, nodes: int | None) -> R
     state, vocab = models.prefilled(batch, name)
     sampling, stop = make_sampling(batch, temperature=0.0), make_stop(batch, 2**30)
     args = (models.target, drafter, vocab, state, sampling, stop, jnp.asarray(ROUNDS))
-    compiled = advance.lower(*args, tree=tree or TreeSpec()).compile()
+    compiled: Any = advance.lower(*args, tree=tree or TreeSpec()).compile()
     seconds = []
     for repeat in range(REPEATS + 1):
         fresh = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # `advance` consumes it

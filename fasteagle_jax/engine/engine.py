@@ -409,8 +409,8 @@ class Engine:
         """
         parts = (requests, self.runner, self.prefix_cache, self._tree_selector, self.row_counts)
         context = (self.detokenizer, self.eos_token_ids, self.runner.num_levels)
-        sizes = {"rounds": rounds, "prefill_budget": self.prefill_budget}
-        for step in Scheduler(*parts, **sizes, measure=self._measure).steps():
+        scheduler = Scheduler(*parts, rounds=rounds, prefill_budget=self.prefill_budget, measure=self._measure)
+        for step in scheduler.steps():
             started = time.perf_counter()
             completions = [request.completion(*context) for request in step.finished]
             self.seconds += step.seconds + time.perf_counter() - started

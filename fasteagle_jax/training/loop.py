@@ -207,7 +207,7 @@ def _train(
             def record_of(flight: _Flight) -> Record:
                 """The record of a step; waits for it."""
                 nonlocal clock, terminated, tokens_seen
-                index, result, num_tokens = flight.index, flight.result, flight.batch.num_tokens
+                index, result, num_tokens = flight.batch_index, flight.result, flight.batch.num_tokens
                 loss, norm = float(result.loss), float(result.norm)
                 now = time.perf_counter()
                 seconds, clock = now - clock, now
@@ -387,7 +387,7 @@ def _make_batch(mesh: Mesh | None, data: PackedData, store: Features | None, ste
 class _Flight(NamedTuple):
     """A step that was handed to the devices."""
 
-    index: int
+    batch_index: int
     batch: _Batch
     result: StepResult
     data_seconds: float  # waiting for its batch
