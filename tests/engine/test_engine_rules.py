@@ -211,7 +211,7 @@ def test_rounds_with_rules_take_little_more_memory():
     """By the compiler's account: about one array of the logits' size, of a vocabulary that is most of what there is."""
     target = tiny_target(vocab_size=49152, hidden_size=64)
     engine = Engine(target, None, metaspace_tokenizer(), (1,), slots=8, max_len=512, lookup=4, tree="best_first:8")
-    runner, batch = engine.runner, engine.runner.shapes(8)[0]
+    runner, batch = engine.runner, engine.runner.slots_shape(8)
     rules, top = jax.eval_shape(lambda: runner._empty_rules(batch=8))
     temporaries = []
     for given in (batch, batch._replace(rules=rules, state=batch.state._replace(top=top))):
