@@ -393,7 +393,7 @@ def test_prompts_that_cannot_be_answered_are_refused_one_by_one(target, tokenize
     assert list(engine.serve([])) == [] and len(list(engine.serve([("", None)] * 70))) == 70
 
 
-@pytest.mark.parametrize("item", ["raise", "no pair", ([1], {"n": 2}), ([1],)], ids=str)
+@pytest.mark.parametrize("item", ["raise", "no pair", ([1], {"n": 2}), ([1],), ([1], None, {})], ids=str)
 def test_what_an_iterable_raises_comes_through_after_the_answers_before_it(target, tokenizer, item):
     engine = make_engine(target, None, tokenizer)
 
@@ -552,8 +552,14 @@ def test_the_template_is_given_tools_and_variables_in_every_way_of_asking(target
     made = engine.generate([talk, talk], params, [chat, ChatOptions(continue_final_message=True)])
     assert made[0].tokens == expected.tokens and made[1].prompt_tokens == len("Hello78")
     assert "".join(engine.stream(talk, params, chat)) == expected.text
+    unknown = ChatOptions(chat_template_kwargs={"thinking": True})
+    served = {
+        x.prompt_index: x for x in engine.serve([(talk, params, chat), (text, params, None), (talk, None, unknown)])
+    }
+    assert served[0].tokens == served[1].tokens == expected.tokens
+    assert served[2].reason.startswith("the prompt: the chat template has no variable 'thinking'")
     with pytest.raises(UserError, match="prompt 0: the chat template has no variable 'thinking'"):
-        engine.generate(talk, params, ChatOptions(chat_template_kwargs={"thinking": True}))
+        engine.generate(talk, params, unknown)
     with pytest.raises(UserError, match="1 chat options for 2 prompts: give one, or one a prompt"):
         engine.generate([talk, talk], params, [chat])
     with pytest.raises(UserError, match=r"message 1: its tool_calls\[0\] is 5"):

@@ -139,14 +139,19 @@ def mixed_requests(num: int) -> list[tuple[list[int], SamplingParams]]:
     ],
 )
 def test_requests_that_mix_every_rule_are_answered_as_plain_decoding_answers_each_alone(
-    target, drafter, tokenizer, say, num, tree, compilations
+    target, drafter, tokenizer, say, num, tree, compilations, monkeypatch
 ):
+    """Served from an iterator, and prefilled several together."""
     requests = mixed_requests(num)
     expected = {(i, k): say(*requests[i], k) for i in range(num) for k in range(requests[i][1].n)}
     compilations.clear()
-    engine = make_engine(target, drafter, tokenizer, slots=8, tree=None if tree == "plain" else tree)
+    tree_of = {"tree": None if tree == "plain" else tree}
+    engine = make_engine(target, drafter, tokenizer, slots=8, max_len=16 * CHUNK, **tree_of)
+    together, prefill = [], engine.runner.prefill
+    monkeypatch.setattr(engine.runner, "prefill", lambda x, ps, *a: together.append(len(ps)) or prefill(x, ps, *a))
     order = random.Random(2).sample(range(num), num)
-    made = engine.generate([requests[i][0] for i in order], [requests[i][1] for i in order])
+    made = list(engine.serve(requests[i] for i in order))
+    assert max(together) > 1
     assert len(compilations) <= engine.most_programs_with_rules
     assert len(made) == len(expected)
     accepted = 0
