@@ -1,4 +1,4 @@
-# make venv | demo | demo-train | test | test-light | test-slow | test-tpu | speculators | lint | docs | wheel | clean.
+# make venv | demo | demo-train | test | test-light | test-slow | test-tpu | test-gpu | speculators | lint | docs | wheel | clean.
 # Needs python3 (3.11 or newer), pip and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Test processes. Two suit two cores and 8 GB; 0 runs all in one process.
 WORKERS ?= 2
 
-.PHONY: venv demo demo-train test test-light test-slow test-tpu speculators lint docs wheel clean
+.PHONY: venv demo demo-train test test-light test-slow test-tpu test-gpu speculators lint docs wheel clean
 
 venv: $(VENV)/.installed-test
 
@@ -30,6 +30,12 @@ test-slow: $(VENV)/.installed-test
 # Compiles for TPUs with libtpu; needs none.
 test-tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu
 	JAX_PLATFORMS=cpu XLA_FLAGS= $(BIN)/python -m pytest -m tpu -n $(WORKERS) $(PYTEST_ARGS)
+
+# Runs on a GPU, in one process, with CUDA's jax (CUDA=cuda13 for newer drivers). Tests that need eight devices are left out.
+CUDA ?= cuda
+test-gpu: $(VENV)/.installed-test $(VENV)/.installed-$(CUDA)
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -m 'not tpu and not slow and not real' \
+	    tests/decoding tests/nn tests/drafters tests/engine/test_engine.py tests/commands/test_check_device.py $(PYTEST_ARGS)
 
 # The values that tests/drafters/test_speculators.py compares with, by speculators itself, which pins other packages.
 SPECULATORS := $(VENV)-speculators

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fasteagle_jax.engine.engine import Engine
-    from fasteagle_jax.engine.requests import Completion, SamplingParams
+    from fasteagle_jax.engine.requests import Completion, Refused, SamplingParams
     from fasteagle_jax.errors import UserError
     from fasteagle_jax.targets.templates import ChatOptions
 
@@ -18,11 +18,12 @@ _HOMES = {
     "ChatOptions": "targets.templates",
     "Completion": "engine.requests",
     "Engine": "engine.engine",
+    "Refused": "engine.requests",
     "SamplingParams": "engine.requests",
     "UserError": "errors",
 }
 
-__all__ = ["ChatOptions", "Completion", "Engine", "SamplingParams", "UserError"]
+__all__ = ["ChatOptions", "Completion", "Engine", "Refused", "SamplingParams", "UserError"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ VERBS = {  # verb: module, and what it does
     "bench": ("bench", "measure plain against speculative decoding"),
     "ablate": ("ablate", "train variants of a run and measure what is accepted of each"),
     "bench-train": ("bench_train", "measure a train step against the same with other values"),
+    "check-device": ("check_device", "check that a GPU or TPU is lossless, and time its rounds and train steps"),
     "simulate": ("simulate", "hold the theory of acceptance to random targets and drafters"),
     "demo": ("demo", "watch a drafter decode beside plain decoding; --train trains a small one first"),
 }

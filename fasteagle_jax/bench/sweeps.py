@@ -342,7 +342,7 @@ def memory(
 
 def compiled_round(engine: Engine) -> Any:
     """The compiler's memory analysis of the engine's rounds, all slots in use."""
-    slots, _ = engine.runner.shapes(engine.num_slots)
+    slots = engine.runner.slots_shape(engine.num_slots)
     lowered = device.advance.lower(
         engine.target,
         engine.drafter,

@@ -38,6 +38,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import signal
 import sys
@@ -74,7 +75,7 @@ from fasteagle_jax.decoding.sampling_fields import from_options, recorded
 from fasteagle_jax.engine.batch_records import AnswerFile, answer_record, refusal_record
 from fasteagle_jax.engine.batch_requests import BatchRequest, Refusal, numbered, read_requests
 from fasteagle_jax.engine.engine import Engine
-from fasteagle_jax.engine.requests import RULES, Completion, SamplingParams
+from fasteagle_jax.engine.requests import RULES, Completion, Refused, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import write_text, writing
 
@@ -197,7 +198,8 @@ class Work:
     def __init__(self, engine: Engine, answers: AnswerFile, interrupts: Interrupts, target: str, total: int) -> None:
         self._engine, self._answers, self._interrupts, self._target = engine, answers, interrupts, target
         self._total = total
-        self._asked: dict[int, tuple[BatchRequest, Sequence[int]]] = {}  # by line, under way, with its prompt's tokens
+        # By `prompt_index`, under way: the line with its prompt's tokens, and the answers that there are.
+        self._asked: dict[int, tuple[BatchRequest, Sequence[int]]] = {}
         self._answered: dict[int, list[Completion]] = {}
         self._took = Took()
         self._bar: Any = None
@@ -208,8 +210,12 @@ class Work:
         done = len(self._answers.done)
         with tqdm(total=self._total, initial=done, unit="request", mininterval=pause, dynamic_ncols=True) as self._bar:
             self._took = Took()
-            for completion in self._engine.serve(self._requests(lines)):
-                self._take(completion)
+            for answer in self._engine.serve(self._pairs(lines)):
+                if isinstance(answer, Refused):
+                    (asked, _), _ = self._asked.pop(answer.prompt_index), self._answered.pop(answer.prompt_index)
+                    self._write(refusal_record(Refusal(asked.line, "invalid_prompt", answer.reason)))
+                else:
+                    self._take(answer)
 
     def summary(self) -> str:
         """What came of it."""
@@ -219,19 +225,19 @@ class Work:
             f" {self._took.summary()}"
         )
 
-    def _requests(self, lines: Iterable[BatchRequest | Refusal]) -> Iterator[Any]:
-        """The engine's requests; lines that it refuses are settled on the way."""
+    def _pairs(self, lines: Iterable[BatchRequest | Refusal]) -> Iterator[tuple[Sequence[int], SamplingParams]]:
+        """The prompts and params of lines; those without a prompt are settled on the way."""
+        numbers = itertools.count()
         for asked in lines:
-            number = asked.line.number
             if isinstance(asked, BatchRequest):
                 try:
                     tokens = self._engine.encode(asked.prompt, "the prompt", asked.chat)
-                    requests = self._engine.requests(number, tokens, asked.params)
                 except UserError as error:
                     asked = Refusal(asked.line, "invalid_prompt", str(error))
                 else:
+                    number = next(numbers)
                     self._asked[number], self._answered[number] = (asked, tokens), []
-                    yield from requests
+                    yield tokens, asked.params
                     continue
             self._write(refusal_record(asked))
 

@@ -95,7 +95,7 @@ class Report:
     @property
     def seconds(self) -> dict[str, float]:
         """Roofline seconds of HBM, matrix products and exchanges; empty if the device is not known."""
-        return _roofline(self.cost, chip(self.device_kind))
+        return roofline(self.cost, chip(self.device_kind))
 
     @property
     def estimate(self) -> float | None:
@@ -125,7 +125,8 @@ class Report:
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in properties}
 
 
-def _roofline(cost: Cost, device: Chip | None) -> dict[str, float]:
+def roofline(cost: Cost, device: Chip | None) -> dict[str, float]:
+    """Seconds of HBM, matrix products and exchanges, each at the device's best; empty if it is not known."""
     if device is None or device.bandwidth is None or device.link is None:
         return {}
     exchange = [max(c.sent / (2 * device.link), c.steps * HOP) for c in cost.collectives.values()]

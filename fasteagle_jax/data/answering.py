@@ -20,7 +20,7 @@ from fasteagle_jax.data.sources import HeldOut, Message
 from fasteagle_jax.data.windows import cut_windows, window_id
 from fasteagle_jax.engine.detokenizer import Detokenizer
 from fasteagle_jax.engine.engine import Engine
-from fasteagle_jax.engine.requests import Completion, SamplingParams
+from fasteagle_jax.engine.requests import Completion, Refused, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets.chats import Chat, encode_rows, turn_opening
 from fasteagle_jax.targets.templates import PLAIN, ChatOptions
@@ -262,23 +262,23 @@ def loop_start(tokens: Sequence[int]) -> int | None:
 
 
 class RequestSource:
-    """An iterator over the engine's requests for samples, and the samples' outcomes.
+    """An iterator over prompts and params of samples for `Engine.serve`, and the samples' outcomes.
 
-    It gives the requests that can be made now: next turns of dialogues, else a new dialogue. At its end it may have
-    more after further answers; `Engine.serve` asks again before every call of the device.
+    It gives the prompts that there are now: next turns of dialogues, else a new dialogue. At its end it may have more
+    after further answers.
     """
 
     def __init__(
         self,
         samples: Iterator[Sample],
         rules: Rules,
-        engine: Engine | Endpoint | None,
         params: Callable[[Dialogue], SamplingParams],
         ahead: int,
     ) -> None:
         self._started = rules.start_all(samples)
-        self._rules, self._engine, self._params, self._ahead = rules, engine, params, ahead
-        self._asked: dict[int, Dialogue] = {}  # by index, in the engine
+        self._rules, self._params, self._ahead = rules, params, ahead
+        self._asked: dict[int, Dialogue] = {}  # by `prompt_index`, in the engine
+        self._num_asked = 0
         self._to_ask: collections.deque[Dialogue] = collections.deque()
         self._outcomes: dict[int, Outcome] = {}  # by index, of samples after one that is not settled
         self._first = self._read = 0  # the first sample that is not settled, the number of samples read
@@ -292,7 +292,7 @@ class RequestSource:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> tuple[list[int], SamplingParams]:
         while not self._to_ask and self._more and self._read - self._first < self._ahead:
             if (started := next(self._started, None)) is None:
                 self._more = False
@@ -302,13 +302,17 @@ class RequestSource:
         if not self._to_ask:
             raise StopIteration
         dialogue = self._to_ask.popleft()
-        self._asked[dialogue.index] = dialogue
-        assert self._engine is not None, "without an engine there are dialogues alone, which are settled at once"
-        (request,) = self._engine.requests(dialogue.index, dialogue.tokens, self._params(dialogue))
-        return request
+        self._asked[self._num_asked] = dialogue
+        self._num_asked += 1
+        return dialogue.tokens, self._params(dialogue)
+
+    def start_again(self) -> None:
+        """Counts prompts from 0 on, as the next call of `Engine.serve` does; none may be under way."""
+        assert not self._asked
+        self._num_asked = 0
 
     def add_answer(self, completion: Completion) -> None:
-        """Takes the engine's answer to a request."""
+        """Takes the engine's answer to a prompt."""
         dialogue = self._asked.pop(completion.prompt_index)
         self._settle(
             dialogue.index,
@@ -342,10 +346,14 @@ def answer_all(
     They do not depend on the engine's slots or drafter: an answer is that of its prompt and params alone. Samples of
     complete messages need no engine.
     """
-    source = RequestSource(samples, rules, engine, params, ahead)
+    source = RequestSource(samples, rules, params, ahead)
     while not source.over:
-        answers: Iterator[Completion] = source if engine is None else engine.serve(source)
-        for completion in answers:
+        source.start_again()
+        for completion in () if engine is None else engine.serve(source):
+            if isinstance(completion, Refused):
+                raise UserError(f"a dialogue cannot be continued: {completion.reason}")
             source.add_answer(completion)
             yield source.settled(), completion
+        if engine is None:
+            assert next(source, None) is None, "without an engine there are complete messages alone, settled at once"
         yield source.settled(), None

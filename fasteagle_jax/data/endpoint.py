@@ -7,6 +7,7 @@ gives them (vLLM, SGLang: `token_ids`); else the text is encoded, and checked to
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 import urllib.error
@@ -37,7 +38,7 @@ class Asked:
 
 
 class Endpoint:
-    """A server as a source of answers; it has what `answering.RequestSource` needs of an engine."""
+    """A server as a source of answers; it has what `answering.answer_all` needs of an engine."""
 
     def __init__(
         self,
@@ -64,18 +65,19 @@ class Endpoint:
         self._key, self._first_wait = key, first_wait
         self._wants_ids = True  # until the server refuses the field
 
-    def requests(self, index: int, prompt: Sequence[int], params: SamplingParams) -> list[Asked]:
-        """A prompt as what `serve` takes."""
-        return [Asked(index, tuple(prompt), params)]
+    def serve(self, pairs: Iterator[tuple[Sequence[int], SamplingParams]]) -> Iterator[Completion]:
+        """The answers to prompts as they come; `prompt_index` is their number, from 0 on.
 
-    def serve(self, requests: Iterator[Asked]) -> Iterator[Completion]:
-        """The answers as they come; `requests` is asked for more before each wait."""
+        `pairs` of a prompt and its params is asked for more before each wait.
+        """
+        numbers = itertools.count()
         pool = ThreadPoolExecutor(self._concurrent, thread_name_prefix="endpoint")
         under_way: set[Future[Completion]] = set()
         try:
             while True:
-                while len(under_way) < self._concurrent and (request := next(requests, None)) is not None:
-                    under_way.add(pool.submit(self._answer, request))
+                while len(under_way) < self._concurrent and (pair := next(pairs, None)) is not None:
+                    asked = Asked(next(numbers), tuple(pair[0]), pair[1])
+                    under_way.add(pool.submit(self._answer, asked))
                 if not under_way:
                     return
                 done, under_way = wait(under_way, return_when=FIRST_COMPLETED)

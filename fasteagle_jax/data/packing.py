@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -120,15 +121,17 @@ class PackedData:
         if held_out and not (len(self._trained) and len(self._held_out)):
             some = "none" if len(self._trained) else "all"
             raise UserError(f"{some} of {len(is_held_out)} pieces are held out: change held_out.share {held_out}")
+        self._planning = threading.RLock()  # of the two below: a thread may make batches ahead
         self._first_step = [0]  # of each epoch planned so far
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def num_batches_per_epoch(self, epoch: int) -> int:
         """The number of batches, which differs a little between epochs, as rows fill differently."""
-        while len(self._first_step) <= epoch + 1:
-            known = len(self._first_step) - 1
-            num_rows = len(self._plan(known)[1]) - 1
-            self._first_step.append(self._first_step[-1] + -(-num_rows // self.B))
+        with self._planning:
+            while len(self._first_step) <= epoch + 1:
+                known = len(self._first_step) - 1
+                num_rows = len(self._plan(known)[1]) - 1
+                self._first_step.append(self._first_step[-1] + -(-num_rows // self.B))
         return self._first_step[epoch + 1] - self._first_step[epoch]
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
@@ -194,14 +197,15 @@ class PackedData:
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The pieces' order in an epoch, and the index in it at which each row starts (one entry more than rows)."""
-        if epoch not in self._plans:
-            packed = self._packed(self._trained, self.seed, epoch)
-            rows = np.cumsum([0, *map(len, packed)])
-            order = np.concatenate(packed)
-            for old in sorted(self._plans)[:-1]:  # keep two, for a reader between two epochs
-                del self._plans[old]
-            self._plans[epoch] = order, rows
-        return self._plans[epoch]
+        with self._planning:
+            if epoch not in self._plans:
+                packed = self._packed(self._trained, self.seed, epoch)
+                rows = np.cumsum([0, *map(len, packed)])
+                order = np.concatenate(packed)
+                for old in sorted(self._plans)[:-1]:  # keep two, for a reader between two epochs
+                    del self._plans[old]
+                self._plans[epoch] = order, rows
+            return self._plans[epoch]
 
     def _packed(self, pieces: np.ndarray, seed: int, epoch: int) -> list[list[int]]:
         """The pieces in rows, in a random order."""

@@ -76,6 +76,7 @@ def prefill(
     prompts: jax.Array,
     lengths: jax.Array,
     start_chunk: jax.Array | int = 0,
+    end_chunk: jax.Array | None = None,
     *,
     chunk: int,
     num_levels: int | None = None,
@@ -88,6 +89,7 @@ def prefill(
       prompts: int32 [B, P], right-padded, P a multiple of `chunk`.
       lengths: int32 [B], at least 1, and longer than the prefix.
       start_chunk: the chunk to resume with.
+      end_chunk: int32 [], the chunk to stop before; None for none, so that the prompts' ends are reached.
       chunk: C, tokens a forward pass takes. Chunks do not depend on where prefill resumes, so results do not either.
       num_levels: of later drafts, None for all of the drafter's. 0 leaves the prompts out of its cache, which is
         cheaper if nothing will be drafted.
@@ -130,6 +132,8 @@ def prefill(
     # compile time, which is very slow.
     prefix = jax.lax.optimization_barrier(prefix)
     num_chunks = (lengths.max() + chunk - 1) // chunk
+    if end_chunk is not None:
+        num_chunks = jnp.minimum(num_chunks, end_chunk)
     return jax.lax.fori_loop(start_chunk, num_chunks, take_chunk, prefix)
 
 

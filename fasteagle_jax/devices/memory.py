@@ -25,9 +25,10 @@ class Memory:
     drafter: int  # weights
     target_cache: int  # of all slots
     drafter_cache: int  # of all slots
-    prefill: int  # caches of prompts under way and of the prefix cache
+    prefill: int  # caches of prompts under way
     work: int  # logits and activations of a round, estimated
     resizing: int = 0  # a second batch, alive while the number of rows changes
+    prefix_cache: int = 0  # chunks of prompts that are kept, at most
 
     @property
     def total(self) -> int:
@@ -41,6 +42,7 @@ class Memory:
             "target cache": self.target_cache,
             "drafter cache": self.drafter_cache,
             "prefill": self.prefill,
+            "prefix cache": self.prefix_cache,
             "work": self.work,
             "resizing": self.resizing,
         }

@@ -7,11 +7,12 @@ whatever slot, order and company, with whatever tree.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,17 +32,30 @@ from fasteagle_jax.engine.grammar import Grammars, Matcher, everything_allowed
 from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.prefix_cache import PrefixCache
 from fasteagle_jax.engine.request_rules import row_rules
-from fasteagle_jax.engine.requests import MAX_STOP_TOKENS, Completion, Piece, Prompt, SamplingParams, whole_number
+from fasteagle_jax.engine.requests import (
+    MAX_STOP_TOKENS,
+    Completion,
+    Piece,
+    Progress,
+    Prompt,
+    Refused,
+    SamplingParams,
+    whole_number,
+)
 from fasteagle_jax.engine.scheduler import PromptScores, Request, Scheduler, to_device_request
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.engine.sizes import (
     available_everywhere,
     check_mesh,
+    check_prefill,
     check_sizes,
     memory_needed,
+    prefix_capacity,
     prompt_buckets,
+    prompts_together,
     row_counts,
 )
+from fasteagle_jax.engine.slots import AXES
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.text import check_text
 from fasteagle_jax.nn.linear import product_dtype
@@ -53,7 +67,12 @@ from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, encode_text,
 DEFAULT_MAX_LEN = 2048  # tokens of a request, if the target has positions for so many
 ROUNDS = 16  # of a device call at most, before the host reads results
 
+MAX_REFUSED = 64  # prompts refused before the reading of others waits for these to be handed out
+
 WARM_UP = ("The capital of France is", "def fibonacci(n):", "Once upon a time, there was", "Water boils when")
+
+# What `Engine.serve` reads.
+Item = tuple[Prompt, SamplingParams | None] | tuple[Prompt, SamplingParams | None, ChatOptions | None]
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +96,8 @@ class Engine:
         tree: TreeSpec | str | None = "auto",
         lookup: int | None = None,
         chunk: int | None = None,
+        prefill_budget: int | None = None,
+        prefix_cache_bytes: int | None = None,
         shared_noise: bool = True,
         fingerprint: str = "",
         mesh: Mesh | None = None,
@@ -95,6 +116,10 @@ class Engine:
           lookup: K, for trees that also hold what is copied from a request's own text after suffixes of up to K
             tokens (see decoding.lookup); None for trees of the drafter alone.
           chunk: C, prompt tokens a forward pass of the prefill takes; None for 64 on a CPU and 256 elsewhere.
+          prefill_budget: the most tokens of prompts that are prefilled at a time: rows under way then get their next
+            rounds, so that they never wait for a whole long prompt. None for 4 chunks.
+          prefix_cache_bytes: the most memory of prompts' chunks that are kept for prompts that begin alike, 0 for
+            none; None for the chunks of 4 prompts of `max_len`. `engine.memory` states it.
           shared_noise: let the drafter rank its guesses with the target's own noise at temperature > 0.
           fingerprint: of the target's weights.
           mesh: `sharding.make_mesh`'s, over all devices of all processes or over some of this one's; the models are
@@ -124,11 +149,14 @@ class Engine:
         self.row_counts = row_counts(slots, 1 if mesh is None else mesh.shape["data"])
         self.trees = _trees(tree, drafter, lookup)
         self._tree_selector = TreeSelector(self.trees)
-        buckets = prompt_buckets(self.max_len, chunk)
+        self.prefill_budget = check_prefill(prefill_budget, chunk)
+        buckets = prompts_together(prompt_buckets(self.max_len, chunk), chunk, self.prefill_budget, slots)
         sizes: dict[str, Any] = {"buckets": buckets, "max_len": self.max_len, "chunk": chunk}
         self.runner = ModelRunner(target, drafter, self.trees, **sizes, shared_noise=shared_noise, mesh=mesh)
-        self.prefix_cache = PrefixCache(chunk, self.runner.empty_prefix)
-        self.memory = memory_needed(self.runner, self.row_counts)
+        chunk_bytes = bytes_of(self.runner.chunk_shape(), mesh, AXES)
+        capacity = prefix_capacity(prefix_cache_bytes, chunk_bytes, max(buckets) // chunk)
+        self.prefix_cache = PrefixCache(capacity)
+        self.memory = memory_needed(self.runner, self.row_counts, capacity)
         loaded = self.memory.target + self.memory.drafter  # weights that are there already
         free = available_everywhere(mesh)
         self.memory.check(None if free is None else free + loaded, "lower slots or max_len, or use bfloat16")
@@ -209,9 +237,9 @@ class Engine:
     @property
     def most_programs(self) -> int:
         """How many programs the engine compiles at most, whatever it is asked without rules."""
-        # Two make the drafter's vocabulary weights. A bucket has its empty caches and a prefill with and without the
-        # drafter.
-        return 2 + 3 * len(self.runner.buckets) + self._programs_of_rows
+        # Two make the drafter's vocabulary weights. A shape of prompts has its empty caches, a prefill with and without
+        # the drafter, `put_chunk`, and `last_chunk` or `take_prompt`.
+        return 2 + 5 * len(self.runner.prefill_shapes) + self._programs_of_rows
 
     @property
     def most_programs_with_rules(self) -> int:
@@ -257,8 +285,53 @@ class Engine:
         listed = _prompts(prompts)
         params = _each(sampling, SamplingParams, len(listed), "sampling params")
         options = _each(chat, ChatOptions, len(listed), "chat options")
-        triples = enumerate(zip(listed, params, options, strict=True))
-        return self.serve([r for i, (prompt, own, chat) in triples for r in self.requests(i, prompt, own, chat)])
+        items = enumerate(zip(listed, params, options, strict=True))
+        requests = [request for i, item in items for request in self.requests(i, *item)]
+        return itertools.chain.from_iterable(self._serve(iter(requests), rounds=ROUNDS))
+
+    def serve(
+        self,
+        items: Iterable[Item],
+        *,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Iterator[Completion | Refused]:
+        """The answers to prompts of an iterable of any length as they finish, and a Refused for each that has none.
+
+        Args:
+          items: (prompt, params) or (prompt, params, chat) each, None for SamplingParams() or ChatOptions();
+            `prompt_index` is their number, from 0 on. They are read, and tokenised, as slots become free, a few a slot
+            ahead, so that memory does not grow with them. An iterator that has nothing for now ends (StopIteration),
+            and is asked again as long as anything is under way, so after every answer that it has been waiting for.
+          progress: is called after every device call.
+
+        Raises:
+          What the iterable raises, and UserError for an item of another form; answers to the prompts before it come
+          first.
+        """
+        started, source = time.perf_counter(), ItemReader(self, items)
+        completions = new_tokens = 0
+
+        def report() -> None:
+            if progress is not None:
+                seconds = time.perf_counter() - started
+                progress(Progress(source.num_read, completions, source.num_refused, new_tokens, seconds))
+
+        while True:
+            try:
+                for finished in self._serve(source, rounds=ROUNDS):
+                    yield from source.take_refused()
+                    for completion in finished:
+                        completions, new_tokens = completions + 1, new_tokens + len(completion.tokens)
+                        yield completion
+                    report()
+            except Exception:
+                yield from source.take_refused()
+                raise
+            refused = source.take_refused()
+            yield from refused
+            if not refused:
+                return
+            report()
 
     def stream(
         self, prompt: Prompt, sampling: SamplingParams | None = None, chat: ChatOptions | None = None
@@ -282,24 +355,32 @@ class Engine:
             yield from completions
 
     def requests(
-        self, index: int, prompt: Prompt, params: SamplingParams, chat: ChatOptions = PLAIN, *, streamed: bool = False
+        self,
+        index: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        chat: ChatOptions = PLAIN,
+        *,
+        streamed: bool = False,
+        name: str = "",
     ) -> list[Request]:
-        """A prompt's samples as requests for `serve`; UserError for a prompt that cannot be answered so."""
-        tokens = self.encode(prompt, f"prompt {index}", chat)
-        strings, named = self._stops(params.stop, f"prompt {index}")
+        """A prompt's samples as requests; UserError, with its name, for a prompt that cannot be answered."""
+        name = name or f"prompt {index}"
+        tokens = self.encode(prompt, name, chat)
+        strings, named = self._stops(params.stop, name)
         stop = (*params.stop_token_ids, *named, *(() if params.ignore_eos else self.eos_token_ids))
         stop = tuple(dict.fromkeys(stop))
         if len(stop) > MAX_STOP_TOKENS:
-            raise UserError(f"prompt {index} has {len(stop)} stop tokens: give at most {MAX_STOP_TOKENS}")
+            raise UserError(f"{name} has {len(stop)} stop tokens: give at most {MAX_STOP_TOKENS}")
         max_new = min(int(params.max_new_tokens), self.max_len - len(tokens))
         needs_text = streamed or bool(strings)
 
         def text() -> TextStream | None:
             return TextStream(self.detokenizer, tokens, strings, params.min_tokens) if needs_text else None
 
-        rules = row_rules(params, self.tokenizer, self.target.config.vocab_size, stop, f"prompt {index}")
+        rules = row_rules(params, self.tokenizer, self.target.config.vocab_size, stop, name)
         scores = None if params.prompt_logprobs is None else PromptScores()
-        grammar = self.grammars.compiled(params.structured_outputs, f"prompt {index}")
+        grammar = self.grammars.compiled(params.structured_outputs, name)
 
         def matcher() -> Matcher | None:
             return None if grammar is None else self.grammars.matcher(grammar)
@@ -362,18 +443,15 @@ class Engine:
         check_ids(tokens, vocab_size, name)
         return tuple(tokens)
 
-    def serve(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """The answers to requests as they finish; requests are read as slots become free.
-
-        Of those that wait, the one of the lowest prompt index is next: a conversation's next prompt overtakes new ones.
-        """
-        return itertools.chain.from_iterable(self._serve(iter(requests), rounds=ROUNDS))
-
     def _serve(self, requests: Iterator[Request], *, rounds: int) -> Iterator[list[Completion]]:
-        """The answers that each device call, of up to `rounds` rounds, finishes."""
+        """The answers that each device call, of up to `rounds` rounds, finishes.
+
+        Requests are read as slots become free. Of those that wait, the one of the lowest prompt index is next.
+        """
         parts = (requests, self.runner, self.prefix_cache, self._tree_selector, self.row_counts)
         context = (self.detokenizer, self.eos_token_ids, self.runner.num_levels)
-        for step in Scheduler(*parts, rounds=rounds, measure=self._measure).steps():
+        scheduler = Scheduler(*parts, rounds=rounds, prefill_budget=self.prefill_budget, measure=self._measure)
+        for step in scheduler.steps():
             started = time.perf_counter()
             completions = [request.completion(*context) for request in step.finished]
             self.seconds += step.seconds + time.perf_counter() - started
@@ -395,12 +473,18 @@ class Engine:
         """
         self.measure()
         runner, prompt = self.runner, (0,)
-        for bucket in runner.buckets:
+        for num_prompts, bucket in runner.prefill_shapes:
+            prefilled = runner.empty_prefill(num_prompts, bucket)
+            for drafts in {tree is not None for tree in self.trees}:
+                prefilled = runner.prefill(prefilled, [prompt] * num_prompts, bucket, range(0), drafts)
+            if num_prompts > 1:
+                prefilled = runner.take_prompt(prefilled, 0)
+                piece = runner.last_chunk(prefilled)
+                runner.put_chunk(runner.empty_prefill(num_prompts, bucket), piece, 0)
+                continue
+            prefilled = runner.put_chunk(prefilled, runner.last_chunk(prefilled), 0)
             (plain,) = self.requests(0, prompt, SamplingParams())
             request = to_device_request(plain, bucket)
-            prefix, _ = self.prefix_cache.lookup(prompt, bucket, False)
-            for drafts in {tree is not None for tree in self.trees}:
-                prefilled = runner.prefill(prefix, prompt, bucket, 0, drafts)
             for rows in self.row_counts:
                 runner.admit(runner.empty_slots(rows), 0, prefilled, request)
                 if rules:
@@ -432,8 +516,54 @@ class Engine:
         params = SamplingParams(temperature=0, max_new_tokens=max_new, ignore_eos=True)
         requests = [self.requests(i, prompt, params)[0] for i, prompt in enumerate(prompts)]
         parts = (iter(requests), self.runner, self.prefix_cache, self._tree_selector, (rows,))
-        for _ in Scheduler(*parts, rounds=ROUNDS, tree=tree).steps():
+        for _ in Scheduler(*parts, rounds=ROUNDS, prefill_budget=self.prefill_budget, tree=tree).steps():
             pass
+
+
+class ItemReader:
+    """An iterator over the requests of `Engine.serve`, with the prompts that were refused on the way."""
+
+    def __init__(self, engine: Engine, items: Iterable[Item]) -> None:
+        self._engine, self._items = engine, iter(items)
+        self._samples: collections.deque[Request] = collections.deque()  # of the prompt read last
+        self._refused: list[Refused] = []
+        self.num_read = self.num_refused = 0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Request:
+        while not self._samples:
+            if len(self._refused) == MAX_REFUSED:
+                raise StopIteration  # until they are handed out
+            item: Any = next(self._items)
+            index = self.num_read
+            prompt, params, chat = _parts(item, index)
+            self.num_read += 1
+            try:
+                requests = self._engine.requests(index, prompt, params, chat, name="the prompt")
+            except UserError as error:
+                self._refused.append(Refused(index, str(error)))
+                self.num_refused += 1
+            else:
+                self._samples.extend(requests)
+        return self._samples.popleft()
+
+    def take_refused(self) -> list[Refused]:
+        """Those refused since the last call."""
+        refused, self._refused = self._refused, []
+        return refused
+
+
+def _parts(item: Any, index: int) -> tuple[Prompt, SamplingParams, ChatOptions]:
+    """The prompt, params and chat options of an item of `Engine.serve`."""
+    if isinstance(item, tuple) and len(item) in (2, 3):
+        prompt, params, chat = (*item, None)[:3]
+        if isinstance(params, SamplingParams | None) and isinstance(chat, ChatOptions | None):
+            return prompt, params or SamplingParams(), chat or PLAIN
+    raise UserError(
+        f"item {index} of the iterable is {short(item)}: give (prompt, SamplingParams), or ChatOptions as a third"
+    )
 
 
 def _trees(tree: TreeSpec | str | None, drafter: Any | None, lookup: int | None) -> tuple[TreeSpec | None, ...]:

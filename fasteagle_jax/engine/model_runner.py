@@ -1,16 +1,18 @@
 """The models with the compiled programs that an engine runs, and the sizes that they are compiled for.
 
-Programs: one prefill for each bucket of prompt lengths, with and without the drafter; for each number of rows computed
-(the slots, a quarter of them while no more are in use, and so on) one `advance` a tree, one `admit` a bucket, and one
-`take_rows` for each change to another number of rows. The latter three are compiled once more if requests have rules,
-and each bucket has a program that scores prompts, if any ask for it. With grammars a round is two programs, `draft` and
-`verify`, between which the host makes masks.
+Programs: for each bucket of prompt lengths, and for each number of prompts prefilled together in it, the empty caches,
+a prefill with and without the drafter, and `put_chunk`; `last_chunk` for each bucket, and `take_prompt` where there are
+several prompts. For each number of rows computed (the slots, a quarter of them while no more are in use, and so on) one
+`advance` a tree, one `admit` a bucket, and one `take_rows` for each change to another number of rows. The latter three
+are compiled once more if requests have rules, and each bucket has a program that scores prompts, if any ask for it.
+With grammars a round is two programs, `draft` and `verify`, between which the host makes masks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,12 +36,13 @@ class ModelRunner:
         drafter: Any | None,
         trees: tuple[TreeSpec | None, ...],
         *,
-        buckets: tuple[int, ...],
+        buckets: dict[int, int],
         max_len: int,
         chunk: int,
         shared_noise: bool,
         mesh: Mesh | None,
     ) -> None:
+        """A runner; `buckets` are the sizes of prompts' caches, ascending, with the most prompts together in each."""
         self.target, self.drafter, self.trees, self.mesh = target, drafter, trees, mesh
         self.buckets, self.chunk, self.shared_noise = buckets, chunk, shared_noise
         self.num_levels = 0 if drafter is None else drafter.num_levels
@@ -81,33 +84,61 @@ class ModelRunner:
             rules, top = self._empty_rules(batch=slots.state.done.shape[0])
         return slots._replace(rules=rules, state=slots.state._replace(top=top))
 
-    def empty_prefix(self, bucket: int) -> Prefilled:
-        """Empty caches for prompts of a bucket."""
-        with self._on_mesh():
-            return self._init_prefill(num_slots=bucket)
+    @property
+    def prefill_shapes(self) -> list[tuple[int, int]]:
+        """The number of prompts and the bucket of every shape that prompts are prefilled in."""
+        return [(rows, bucket) for bucket, most in self.buckets.items() for rows in sorted({1, most})]
 
-    def shapes(self, rows: int) -> tuple[device.Slots, list[Prefilled]]:
-        """Shapes of `empty_slots` and of each bucket's `empty_prefix`; nothing is compiled."""
-        prefixes = [jax.eval_shape(functools.partial(self._init_prefill, num_slots=n)) for n in self.buckets]
-        return jax.eval_shape(functools.partial(self._empty_slots, batch=rows)), prefixes
+    def empty_prefill(self, rows: int, bucket: int) -> Prefilled:
+        """Empty caches for prompts of a bucket, of a shape of `prefill_shapes`."""
+        with self._on_mesh():
+            return self._init_prefill(rows=rows, num_slots=bucket)
+
+    def prefill_shape(self, rows: int, bucket: int) -> Prefilled:
+        """The shape of `empty_prefill`; nothing is compiled."""
+        return jax.eval_shape(functools.partial(self._init_prefill, rows=rows, num_slots=bucket))
+
+    def slots_shape(self, rows: int) -> device.Slots:
+        """The shape of `empty_slots`; nothing is compiled."""
+        return jax.eval_shape(functools.partial(self._empty_slots, batch=rows))
+
+    def chunk_shape(self) -> Prefilled:
+        """The shape of a `last_chunk`; nothing is compiled."""
+        bucket = next(iter(self.buckets))
+        return jax.eval_shape(functools.partial(device.last_chunk, chunk=self.chunk), self.prefill_shape(1, bucket))
 
     def prefill(
-        self, prefix: Prefilled, prompt: tuple[int, ...], bucket: int, start_chunk: int, drafts: bool
+        self, prefix: Prefilled, prompts: list[tuple[int, ...]], bucket: int, chunks: range, drafts: bool
     ) -> Prefilled:
-        """The prompt in caches of its bucket, given its first `start_chunk` chunks in `prefix`.
+        """The prompts with some more chunks in caches of their bucket; `prefix`, with those before, is donated.
 
-        Without `drafts` it is left out of the drafter's cache, which is cheaper; later drafts then do without it.
+        Without `drafts` they are left out of the drafter's cache, which is cheaper; later drafts then do without them.
         """
-        padded, length = _padded(prompt, bucket)
-        args = (self.target, self.drafter, self.vocab, prefix, padded, length, np.int32(start_chunk))
+        args = (self.target, self.drafter, self.vocab, prefix, *_padded(prompts, bucket))
+        ends = np.int32(chunks.start), np.int32(chunks.stop)
         with self._on_mesh():
-            return device.prefill(*args, chunk=self.chunk, num_levels=self._most_levels if drafts else 0)
+            return device.prefill(*args, *ends, chunk=self.chunk, num_levels=self._most_levels if drafts else 0)
 
     def score(self, prompt: tuple[int, ...], bucket: int) -> Scores:
         """Log-probabilities of a prompt's tokens, on the host."""
-        padded, length = _padded(prompt, bucket)
+        args = (self.target, *_padded([prompt], bucket))
         with self._on_mesh():
-            return jax.device_get(device.score_prompt(self.target, padded, length, chunk=self.chunk))
+            return jax.device_get(device.score_prompt(*args, chunk=self.chunk))
+
+    def take_prompt(self, prefilled: Prefilled, row: int) -> Prefilled:
+        """One prompt of several."""
+        with self._on_mesh():
+            return device.take_prompt(prefilled, np.int32(row))
+
+    def last_chunk(self, prefilled: Prefilled) -> Prefilled:
+        """The newest chunk of a single prompt."""
+        with self._on_mesh():
+            return device.last_chunk(prefilled, chunk=self.chunk)
+
+    def put_chunk(self, prefilled: Prefilled, piece: Prefilled, row: int) -> Prefilled:
+        """The caches, which are donated, with a chunk added to a row."""
+        with self._on_mesh():
+            return device.put_chunk(prefilled, piece, np.int32(row))
 
     def admit(self, slots: device.Slots, row: int, prefilled: Prefilled, request: device.DeviceRequest) -> device.Slots:
         """The slots with a prefilled request in a row, its first token chosen; waits for the device."""
@@ -156,8 +187,9 @@ class ModelRunner:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
-def _padded(prompt: tuple[int, ...], bucket: int) -> tuple[np.ndarray, np.ndarray]:
-    """A prompt as int32 [1, P] of its bucket, and its length, int32 [1]."""
-    padded = np.zeros((1, bucket), np.int32)
-    padded[0, : len(prompt)] = prompt
-    return padded, np.asarray([len(prompt)], np.int32)
+def _padded(prompts: Sequence[tuple[int, ...]], bucket: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as int32 [B, P] of their bucket, and their lengths, int32 [B]."""
+    padded = np.zeros((len(prompts), bucket), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return padded, np.asarray([len(prompt) for prompt in prompts], np.int32)

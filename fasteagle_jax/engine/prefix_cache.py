@@ -1,47 +1,54 @@
-"""The prefix cache: prefilled prefixes of prompts, kept for later prompts that share them."""
+"""The prefix cache: prefilled chunks of prompts, kept for later prompts that begin alike."""
 
 from __future__ import annotations
 
 import collections
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
 from fasteagle_jax.decoding.prefill import Prefilled
 
-CAPACITY = 4  # prefixes; the least recently used one is evicted first
+Key = tuple[bool, bytes]  # whether the drafter's cache has the chunk, too; the chunk's digest
 
 
 class PrefixCache:
-    """Prefixes of whole chunks by their tokens, and each bucket's empty one."""
+    """A tree of chunks. A chunk's key is the digest of its tokens and of all before them, so of its path in the tree.
 
-    def __init__(self, chunk: int, empty_prefix: Callable[[int], Prefilled]) -> None:
-        """An empty cache; `empty_prefix` makes the empty caches of a bucket."""
-        self._chunk, self._empty_prefix = chunk, empty_prefix
-        self._empty: dict[int, Prefilled] = {}  # by bucket
-        self._cached: collections.OrderedDict[tuple[int, bool, bytes], Prefilled] = collections.OrderedDict()
+    The least recently used chunk is evicted first; whoever uses a chunk uses those before it too, so that it is a leaf.
+    """
 
-    def lookup(self, prompt: tuple[int, ...], bucket: int, drafts: bool) -> tuple[Prefilled, int]:
-        """The longest cached prefix that leaves at least one token of the prompt, and its number of chunks."""
-        digests = chunk_digests(prompt[:-1], self._chunk)
-        for n in range(len(digests), 0, -1):
-            if (key := (bucket, drafts, digests[n - 1])) in self._cached:
-                self._cached.move_to_end(key)
-                return self._cached[key], n
-        if bucket not in self._empty:
-            self._empty[bucket] = self._empty_prefix(bucket)
-        return self._empty[bucket], 0
+    def __init__(self, capacity: int) -> None:
+        """An empty cache of `capacity` chunks at most."""
+        self.capacity = capacity
+        self._chunks: collections.OrderedDict[Key, Prefilled] = collections.OrderedDict()
 
-    def insert(self, tokens: tuple[int, ...], bucket: int, drafts: bool, prefix: Prefilled) -> None:
-        """Keeps the prefix of `tokens`, a whole number of chunks."""
-        self._cached[bucket, drafts, chunk_digests(tokens, self._chunk)[-1]] = prefix
-        if len(self._cached) > CAPACITY:
-            self._cached.popitem(last=False)
+    def depth(self, digests: Sequence[bytes], drafts: bool) -> int:
+        """How many of the chunks, from the first on, are in the cache."""
+        return next((n for n, digest in enumerate(digests) if (drafts, digest) not in self._chunks), len(digests))
+
+    def path(self, digests: Sequence[bytes], drafts: bool) -> list[Prefilled]:
+        """The chunks from the first on that are in the cache, which counts as use."""
+        found = digests[: self.depth(digests, drafts)]
+        self._use(found, drafts)
+        return [self._chunks[drafts, digest] for digest in found]
+
+    def insert(self, digests: Sequence[bytes], drafts: bool, chunk: Prefilled) -> None:
+        """Keeps the last chunk of those with the digests."""
+        self._chunks[drafts, digests[-1]] = chunk
+        self._use(digests, drafts)
+        while len(self._chunks) > self.capacity:
+            self._chunks.popitem(last=False)
+
+    def _use(self, digests: Sequence[bytes], drafts: bool) -> None:
+        for digest in reversed(digests):
+            if (drafts, digest) in self._chunks:
+                self._chunks.move_to_end((drafts, digest))
 
 
-def chunk_digests(tokens: tuple[int, ...], chunk: int) -> list[bytes]:
+def chunk_digests(tokens: Sequence[int], chunk: int) -> list[bytes]:
     """A hash chain: each whole chunk's digest is of its tokens and the digest before it, so of all tokens so far."""
     whole = len(tokens) // chunk
     pieces = np.asarray(tokens[: whole * chunk], np.int32).reshape(whole, chunk)
@@ -49,11 +56,3 @@ def chunk_digests(tokens: tuple[int, ...], chunk: int) -> list[bytes]:
         pieces, lambda before, ids: hashlib.sha256(before + ids.tobytes()).digest(), initial=b""
     )
     return list(digests)[1:]
-
-
-def common_chunks(a: tuple[int, ...], b: tuple[int, ...], chunk: int) -> int:
-    """The number of whole chunks that two prompts share as a prefix, each having at least one token after it."""
-    n = 0
-    while (n + 1) * chunk < min(len(a), len(b)) and a[n * chunk : (n + 1) * chunk] == b[n * chunk : (n + 1) * chunk]:
-        n += 1
-    return n

@@ -265,3 +265,22 @@ class Completion:
         """The tokens without the one that ended it, which the text does not show."""
         ended_by_token = self.finish_reason == "stop" and not isinstance(self.stop_reason, str)
         return self.tokens[:-1] if ended_by_token else self.tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A prompt that cannot be answered, among others that can."""
+
+    prompt_index: int
+    reason: str  # in one line
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far `Engine.serve` is."""
+
+    prompts: int  # read so far
+    completions: int  # handed out, a prompt's samples each
+    refused: int  # prompts
+    new_tokens: int  # of the completions
+    seconds: float  # since the start

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fasteagle_jax.decoding.prefill import Prefilled, Scores
+from fasteagle_jax.decoding.prefill import Scores
 from fasteagle_jax.decoding.rules import RowRules, make_rules
 from fasteagle_jax.decoding.sampling import Sampling
 from fasteagle_jax.decoding.sampling_fields import FIELDS
@@ -20,10 +18,11 @@ from fasteagle_jax.decoding.state import NO_STOP, Stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import TreeSelector
 from fasteagle_jax.devices.sharding import process_values
+from fasteagle_jax.engine.admission import Admission
 from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
 from fasteagle_jax.engine.grammar import Matcher, everything_allowed, unpacked
 from fasteagle_jax.engine.model_runner import ModelRunner
-from fasteagle_jax.engine.prefix_cache import PrefixCache, common_chunks
+from fasteagle_jax.engine.prefix_cache import PrefixCache
 from fasteagle_jax.engine.requests import (
     MAX_STOP_TOKENS,
     Completion,
@@ -35,6 +34,8 @@ from fasteagle_jax.engine.requests import (
 from fasteagle_jax.engine.slots import DeviceRequest, Slots
 
 ROUNDS_BETWEEN_TEXT = 4  # of a device call at most while the host checks stop strings or streams text
+
+ROUNDS_BETWEEN_PREFILLS = 4  # of a device call while prompts are being prefilled and all other rows are in use
 
 LOOKAHEAD = 4  # waiting requests read ahead, for each slot: common prefixes are looked for among them
 
@@ -218,6 +219,7 @@ class Scheduler:
         row_counts: Sequence[int],
         *,
         rounds: int,
+        prefill_budget: int,
         measure: Callable[[int], None] | None = None,
         tree: TreeSpec | None = None,
     ) -> None:
@@ -228,28 +230,33 @@ class Scheduler:
           runner, prefix_cache, tree_selector: the engine's.
           row_counts: the numbers of rows that may be computed, the largest first.
           rounds: the most of a device call.
+          prefill_budget: the most tokens of prompts that are prefilled before rows under way get their next rounds.
           measure: is called with a number of rows before these are first used; then tree_selector chooses the tree.
           tree: of all rounds, without `measure`.
         """
-        self.requests, self.waiting = requests, collections.deque[Request]()
-        self.runner, self.prefix_cache, self.tree_selector = runner, prefix_cache, tree_selector
+        sizes = {"lookahead": LOOKAHEAD * row_counts[0], "prefill_budget": prefill_budget}
+        self.admission = Admission(requests, runner, prefix_cache, **sizes)
+        self.runner, self.tree_selector = runner, tree_selector
         self.row_counts, self.rounds, self.measure, self.tree = row_counts, rounds, measure, tree
         self.batch: Batch | None = None
 
     def steps(self) -> Iterator[Step]:
-        """Admissions, and rounds unless an admission ended an answer, until all requests are answered."""
+        """Prefill, and rounds unless it ended an answer, until all requests are answered."""
+        admission = self.admission
         while True:
             started = time.perf_counter()
-            self._read_ahead()
-            num_active = 0 if self.batch is None else len(self.batch.active)
-            if not self.waiting and not num_active:
+            admission.read_ahead()
+            num_needed = admission.num_waiting + admission.num_under_way
+            num_needed += 0 if self.batch is None else len(self.batch.active)
+            if not num_needed:
+                admission.raise_error()
                 return
             # Rows are given up only while no request waits for one.
-            needed = min(num_active + len(self.waiting), self.row_counts[0])
-            num_rows = min(n for n in self.row_counts if n >= needed)
+            num_needed = min(num_needed, self.row_counts[0])
+            num_rows = min(n for n in self.row_counts if n >= num_needed)
             self._drop_rules()
             current = 0 if self.batch is None else len(self.batch.requests)
-            if num_rows > current or (num_rows < current and not self.waiting):
+            if num_rows > current or (num_rows < current and not admission.num_waiting):
                 if self.measure is not None:
                     self.measure(num_rows)
                     started = time.perf_counter()
@@ -257,15 +264,10 @@ class Scheduler:
             assert self.batch is not None
             tree = self._choose_tree(self.batch)
             finished, device_seconds = self._admit(self.batch, tree)
-            if not finished:
+            if not finished and self.batch.active:
                 finished, round_seconds = self._advance(self.batch, tree)
                 device_seconds += round_seconds
             yield Step(finished, time.perf_counter() - started, device_seconds)
-
-    def _read_ahead(self) -> None:
-        num_missing = LOOKAHEAD * self.row_counts[0] - len(self.waiting)
-        self.waiting.extend(itertools.islice(self.requests, num_missing))
-        self.waiting = collections.deque(sorted(self.waiting, key=lambda request: request.prompt_index))
 
     def _resize(self, num_rows: int) -> None:
         requests: list[Request | None] = [None] * num_rows
@@ -295,17 +297,13 @@ class Scheduler:
     # --- admission ----------------------------------------------------------------------------------------------
 
     def _admit(self, batch: Batch, tree: TreeSpec | None) -> tuple[list[Request], float]:
-        """Prefills waiting requests into free rows.
+        """Prefills waiting requests into free rows, up to the budget.
 
         Returns those that end with their first token, and the seconds spent waiting for the device.
         """
-        seconds = 0.0
-        rows = batch.free[: len(self.waiting)]
-        for row in rows:
-            request = self.waiting.popleft()
-            request.started = time.perf_counter()
-            prefilled = self._prefill(request, drafts=tree is not None)
-            called = time.perf_counter()
+        called, admitted = time.perf_counter(), False
+        for request, prefilled in self.admission.advance(len(batch.free), drafts=tree is not None):
+            row, admitted = batch.free[0], True
             bucket = self.runner.bucket(len(request.prompt))
             if request.prompt_scores is not None and request.prompt_scores.scores is None:
                 request.prompt_scores.scores = self.runner.score(request.prompt, bucket)
@@ -315,29 +313,8 @@ class Scheduler:
             device_request = to_device_request(request, bucket, vocab_size)
             batch.slots = self.runner.admit(batch.slots, row, prefilled, device_request)
             batch.requests[row], batch.ended[row] = request, False
-            seconds += time.perf_counter() - called  # prefill is neither the host's time nor a tree's
-        finished = self._read_results(batch, 0, time.perf_counter())[2] if rows else []
-        return finished, seconds
-
-    def _prefill(self, request: Request, *, drafts: bool) -> Prefilled:
-        """The prompt in caches of its bucket; the prefix that it shares with waiting requests is kept for them.
-
-        Of a streamed request, all whole chunks are kept: the conversation's next prompt begins with them.
-        """
-        prompt, chunk = request.prompt, self.runner.chunk
-        bucket = self.runner.bucket(len(prompt))
-        prefix, num_chunks = self.prefix_cache.lookup(prompt, bucket, drafts)
-        if request.streamed:
-            common = (len(prompt) - 1) // chunk
-        else:
-            others = [other.prompt for other in self.waiting if len(other.prompt) <= bucket]
-            common = max((common_chunks(prompt, other, chunk) for other in others), default=0)
-        if common > num_chunks:
-            tokens = prompt[: common * chunk]
-            prefix = self.runner.prefill(prefix, tokens, bucket, num_chunks, drafts)
-            self.prefix_cache.insert(tokens, bucket, drafts, prefix)
-            num_chunks = common
-        return self.runner.prefill(prefix, prompt, bucket, num_chunks, drafts)
+        now = time.perf_counter()  # prefill is neither the host's time nor a tree's
+        return self._read_results(batch, 0, now)[2] if admitted else [], now - called
 
     # --- rounds -------------------------------------------------------------------------------------------------
 
@@ -345,14 +322,19 @@ class Scheduler:
         """Runs rounds; returns the requests that are finished and the seconds spent waiting for the device."""
         if any(request is not None and request.matcher is not None for request in batch.requests):
             return self._advance_by_masks(batch, tree)
-        reads_text = any(request is not None and request.text is not None for request in batch.requests)
+        rounds, num_active = self.rounds, len(batch.active)
+        if any(request is not None and request.text is not None for request in batch.requests):
+            rounds = min(rounds, ROUNDS_BETWEEN_TEXT)
+        if self.admission.num_under_way or (self.admission.num_waiting and batch.free):
+            # The fewer rows gain by them, the fewer rounds come before the other rows' prompts.
+            rounds = min(rounds, max(1, ROUNDS_BETWEEN_PREFILLS * num_active // len(batch.requests)))
         called = time.perf_counter()
         batch.slots, num_rounds, compiled = self.runner.advance(
             batch.slots,
             batch.ended,
             tree,
-            rounds=min(self.rounds, ROUNDS_BETWEEN_TEXT) if reads_text else self.rounds,
-            until_one_is_done=bool(self.waiting),
+            rounds=rounds,
+            until_one_is_done=self.admission.num_waiting > 0,
         )
         now = time.perf_counter()
         new_tokens, row_rounds, finished = self._read_results(batch, num_rounds, now)

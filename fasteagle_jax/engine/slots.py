@@ -92,30 +92,49 @@ def empty_rules(*, batch: int, num_slots: int, vocab_size: int) -> tuple[Rules, 
     return constrain_all((no_rules(batch, vocab_size), no_top(batch, num_slots, vocab_size)), AXES)
 
 
-@functools.partial(jax.jit, static_argnames=("num_slots", "drafter_slots", "most_written"))
+@functools.partial(jax.jit, static_argnames=("rows", "num_slots", "drafter_slots", "most_written"))
 def init_prefill(
-    target: Any, drafter: Any | None, *, num_slots: int, drafter_slots: int, most_written: int
+    target: Any, drafter: Any | None, *, rows: int, num_slots: int, drafter_slots: int, most_written: int
 ) -> Prefilled:
-    """Compiled `prefill.init_prefill` of one row."""
-    return constrain_all(prompts.init_prefill(target, drafter, 1, num_slots, most_written, drafter_slots), AXES)
+    """Compiled `prefill.init_prefill`."""
+    return constrain_all(prompts.init_prefill(target, drafter, rows, num_slots, most_written, drafter_slots), AXES)
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "num_levels"))
+@functools.partial(jax.jit, static_argnames=("chunk", "num_levels"), donate_argnames=("prefix",))
 def prefill(
     target: Any,
     drafter: Any | None,
     vocab: VocabWeights | None,
     prefix: Prefilled,
     prompt: jax.Array,
-    length: jax.Array,
+    lengths: jax.Array,
     start_chunk: jax.Array,
+    end_chunk: jax.Array,
     *,
     chunk: int,
     num_levels: int,
 ) -> Prefilled:
-    """Compiled `prefill.prefill`; `prefix` is not donated: the prefix cache keeps it."""
-    sizes = {"chunk": chunk, "num_levels": num_levels}
-    return constrain_all(prompts.prefill(target, drafter, vocab, prefix, prompt, length, start_chunk, **sizes), AXES)
+    """Compiled `prefill.prefill` of chunks `start_chunk` to `end_chunk` int32 []."""
+    args = (target, drafter, vocab, prefix, prompt, lengths, start_chunk, end_chunk)
+    return constrain_all(prompts.prefill(*args, chunk=chunk, num_levels=num_levels), AXES)
+
+
+@jax.jit
+def take_prompt(prefilled: Prefilled, row: jax.Array) -> Prefilled:
+    """One prompt of several, that of row int32 []."""
+    return constrain_all(kv_cache.take_rows(prefilled, row[None]), AXES)
+
+
+@functools.partial(jax.jit, static_argnames=("chunk",))
+def last_chunk(prefilled: Prefilled, *, chunk: int) -> Prefilled:
+    """The newest chunk of a single prompt, in caches of C slots."""
+    return constrain_all(kv_cache.last_tokens(prefilled, jnp.zeros((), jnp.int32), chunk), AXES)
+
+
+@functools.partial(jax.jit, donate_argnames=("prefilled",))
+def put_chunk(prefilled: Prefilled, piece: Prefilled, row: jax.Array) -> Prefilled:
+    """The caches with a `last_chunk` added to row int32 []."""
+    return constrain_all(kv_cache.insert_tokens(prefilled, piece, row), AXES)
 
 
 @functools.partial(jax.jit, static_argnames=("chunk",))

@@ -199,7 +199,7 @@ def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:
                 row = jax.lax.optimization_barrier(row)
                 start = [jnp.zeros((), jnp.int32)] * into.ndim
                 start[batch_dim] = b
-                start[batch_dim + (2 if into.ndim - batch_dim == 4 else 1)] = starts[b]
+                start[_slot_dim(into, batch_dim)] = starts[b]
                 return jax.lax.dynamic_update_slice(into, row, start)
 
             return jax.tree.map(write, slots, tokens)
@@ -229,6 +229,76 @@ def insert_row(batch: Any, row: Any, slot: jax.Array) -> Any:
     return jax.tree.map(insert, batch, row, batch_dims(batch))
 
 
+def last_tokens(batch: Any, row: jax.Array, num_tokens: int) -> Any:
+    """The last `num_tokens` tokens of a row int32 [] of a pytree of caches and arrays [B, ...].
+
+    They are those that the newest commit, of `num_tokens` tokens, wrote. The result is a pytree of one row [1, ...]
+    whose caches have `num_tokens` slots and the row's own lengths. `insert_tokens` puts them where they were.
+    """
+
+    def take(cache: Any) -> Any:
+        start = _start_of_last(cache, row, num_tokens)
+
+        def of(x: jax.Array, dim: int) -> jax.Array:
+            x = jax.lax.dynamic_slice_in_dim(x, row, 1, axis=dim)
+            if (slot_dim := _slot_dim(x, dim)) == x.ndim:
+                return x
+            return jax.lax.dynamic_slice_in_dim(x, start, num_tokens, axis=slot_dim)
+
+        return jax.tree.map(of, cache, cache.batch_dims)
+
+    def of_part(part: Any) -> Any:
+        return take(part) if _is_cache(part) else jax.lax.dynamic_slice_in_dim(part, row, 1, axis=0)
+
+    return jax.tree.map(of_part, batch, is_leaf=_is_cache)
+
+
+def insert_tokens(batch: Any, tokens: Any, row: jax.Array) -> Any:
+    """The pytree with a row that goes on with the tokens of `last_tokens`, after those that were before them there."""
+
+    def insert(cache: Any, tokens: Any) -> Any:
+        start = _start_of_last(tokens, 0, _num_slots(tokens))
+
+        def into(x: jax.Array, part: jax.Array, dim: int) -> jax.Array:
+            starts = [jnp.zeros((), jnp.int32)] * x.ndim
+            starts[dim] = row
+            if (slot_dim := _slot_dim(x, dim)) < x.ndim:
+                starts[slot_dim] = start
+            return jax.lax.dynamic_update_slice(x, part, starts)
+
+        return jax.tree.map(into, cache, tokens, cache.batch_dims)
+
+    def of_part(part: Any, tokens: Any) -> Any:
+        if _is_cache(part):
+            return insert(part, tokens)
+        return jax.lax.dynamic_update_slice_in_dim(part, tokens, row, axis=0)
+
+    return jax.tree.map(of_part, batch, tokens, is_leaf=_is_cache)
+
+
+def _is_cache(part: Any) -> bool:
+    return hasattr(part, "batch_dims")
+
+
+def _num_slots(cache: Any) -> int:
+    """S; 0 of a cache without layers."""
+    return cache.num_slots if len(cache.k) else 0
+
+
+def _slot_dim(x: jax.Array, batch_dim: int) -> int:
+    """The dimension of a cache's array in which its slots are; x.ndim if it has one value a row."""
+    return batch_dim + (2 if x.ndim - batch_dim == 4 else 1)
+
+
+def _start_of_last(cache: Any, row: Any, num_tokens: int) -> jax.Array:
+    """The slot int32 [] at which the newest commit of `num_tokens` tokens began.
+
+    The first chunk of a prompt gives a drafter one token less (see decoding.prefill), from slot 0 on.
+    """
+    end = cache.cursor if isinstance(cache, Ring) else cache.length
+    return jnp.maximum(end[row] - num_tokens, 0)
+
+
 def take_rows(batch: Any, rows: jax.Array) -> Any:
     """The `rows` int32 [B'] of a pytree of a batch's arrays [B, ...] and caches."""
     return jax.tree.map(lambda x, dim: jnp.take(x, rows, axis=dim), batch, batch_dims(batch))
@@ -237,13 +307,10 @@ def take_rows(batch: Any, rows: jax.Array) -> Any:
 def batch_dims(batch: Any) -> Any:
     """The batch dimension of each array of a pytree: that of a cache's `batch_dims`, else 0."""
 
-    def has_own(part: Any) -> bool:
-        return hasattr(part, "batch_dims")
-
     def of(part: Any) -> Any:
-        return part.batch_dims if has_own(part) else jax.tree.map(lambda _: 0, part)
+        return part.batch_dims if _is_cache(part) else jax.tree.map(lambda _: 0, part)
 
-    return jax.tree.map(of, batch, is_leaf=has_own)
+    return jax.tree.map(of, batch, is_leaf=_is_cache)
 
 
 def _take_tokens(x: jax.Array, token_indices: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from fasteagle_jax.data.conversations import read_conversations
 from fasteagle_jax.data.features import Features, load_features
 from fasteagle_jax.data.manifest import check_target
 from fasteagle_jax.data.packing import Batch, PackedData
+from fasteagle_jax.data.prefetch import Prefetcher
 from fasteagle_jax.data.sources import read_prompts
 from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
 from fasteagle_jax.decoding.acceptance import measure_acceptance
@@ -210,19 +211,16 @@ def _train(
                 log.amend(more)
 
             terminated = False  # by SIGTERM, whichever process got it
-            for index in range(resume_step, config.steps):
-                if terminated or stalled(log.records, config.held_out.patience):
-                    break
-                profiler.at(index + 1)
-                start_time = time.perf_counter()
-                batch, values = _place(mesh, data, store, index)
-                num_tokens = data.num_tokens(index)
-                data_seconds = time.perf_counter() - start_time
-                limit = _spike_limit(config.spike_factor, log.records)
-                state, result = step(state, constants, target, batch, limit, values)
+            clock = time.perf_counter()  # when the step before was over
+
+            def record_of(flight: _Flight) -> Record:
+                """The record of a step; waits for it."""
+                nonlocal clock, terminated, tokens_seen
+                index, result, num_tokens = flight.batch_index, flight.result, flight.batch.num_tokens
                 loss, norm = float(result.loss), float(result.norm)
-                terminated = sigterm.came_anywhere()
-                seconds = time.perf_counter() - start_time
+                now = time.perf_counter()
+                seconds, clock = now - clock, now
+                terminated = terminated or bool(flight.sigterm)
                 tokens_seen += num_tokens
                 record: Record = {
                     "step": index + 1,
@@ -233,7 +231,7 @@ def _train(
                     "acceptance": rounded(result.metrics.acceptance),
                     "tokens": num_tokens,
                     "seconds": round(seconds, 3),
-                    "data_seconds": round(data_seconds, 4),
+                    "data_seconds": round(flight.data_seconds, 4),
                     "tokens_per_second": round(num_tokens / seconds, 1),
                 }
                 record.update(_of_parts(result))
@@ -241,7 +239,7 @@ def _train(
                 if peak is not None:
                     record["flops_utilisation"] = round(flops * num_tokens / seconds / peak / jax.device_count(), 4)
                 if not result.applied:
-                    record["skipped"] = [pieces.tolist() for pieces in data.pieces(index)]
+                    record["skipped"] = [pieces.tolist() for pieces in flight.batch.pieces]
                     say(
                         f"step {index + 1}: update skipped, loss {loss:g}, gradient norm {norm:g}: "
                         f"batch {index}, pieces {record['skipped']}"
@@ -250,28 +248,56 @@ def _train(
                 speed = f"{num_tokens / seconds:.0f} tokens/s"
                 bar.set_postfix_str(f"loss {loss:.3f}, right by level {accuracy}, {speed}", refresh=False)
                 bar.update()
-                is_measured = any(is_due(index + 1, c.every) for c in (config.held_out, config.evaluation))
-                if is_measured and not terminated:
-                    more = measured_at(index + 1, record)
-                    for name in more:
-                        if name.startswith(("tau", LENGTH)):
-                            say(f"step {index + 1}: {name} {more[name]:.3f}")
-                    record.update(more)
-                    terminated = sigterm.came_anywhere()
-                log.write(record)
-                score = _score(config, record)
-                better, best = (score or 0.0) > best, max(best, score or 0.0)
-                if better or terminated or index + 1 == config.steps or (index + 1) % config.save_every == 0:
-                    position = {**digests, "next_batch": index + 1, "tokens": tokens_seen}
-                    about: Record = {
-                        "config": to_json(config),
-                        "target_fingerprint": loaded.fingerprint,
-                        "data": position,
-                        "seed": config.seed,
-                    } | ({"earlier": earlier} if earlier else {})
-                    checkpoints.save(index + 1, (state, constants), about, score)
-                    log.flush()
-                _check_skipped(config, log.records, checkpoints, run)
+                return record
+
+            # The device computes a step while the host reads the metrics of the one before, and a thread places the
+            # next batches. A step is waited for if its state is needed before the next one replaces it.
+            flight: _Flight | None = None  # the step whose record is not written yet
+            make = functools.partial(_make_batch, mesh, data, store)
+            with Prefetcher(make, range(resume_step, config.steps)) as batches:
+                for index in range(resume_step, config.steps):
+                    if terminated or stalled(log.records, config.held_out.patience):
+                        break
+                    profiler.at(index + 1)
+                    start_time = time.perf_counter()
+                    batch = batches.take()
+                    data_seconds = time.perf_counter() - start_time
+                    limit = _spike_limit(config.spike_factor, log.records)
+                    state, result = step(state, constants, target, batch.batch, limit, batch.values)
+                    before, flight = flight, _Flight(index, batch, result, data_seconds, sigterm.ask())
+                    terminated = flight.sigterm is True
+                    if before is not None:
+                        log.write(record_of(before))
+                        _check_skipped(config, log.records, checkpoints, run)
+                    is_measured = any(is_due(index + 1, c.every) for c in (config.held_out, config.evaluation))
+                    is_saved = is_due(index + 1, config.save_every)
+                    # A spike is measured by the losses of all steps before it.
+                    is_waited_for = is_measured or is_saved or config.spike_factor or profiler.changes(index + 2)
+                    if not (is_waited_for or terminated):
+                        continue
+                    record, flight = record_of(flight), None
+                    if is_measured and not terminated:
+                        more = measured_at(index + 1, record)
+                        for name in more:
+                            if name.startswith(("tau", LENGTH)):
+                                say(f"step {index + 1}: {name} {more[name]:.3f}")
+                        record.update(more)
+                        terminated = sigterm.came_anywhere()
+                    log.write(record)
+                    score = _score(config, record)
+                    better, best = (score or 0.0) > best, max(best, score or 0.0)
+                    if better or terminated or is_saved:
+                        position = {**digests, "next_batch": index + 1, "tokens": tokens_seen}
+                        about: Record = {
+                            "config": to_json(config),
+                            "target_fingerprint": loaded.fingerprint,
+                            "data": position,
+                            "seed": config.seed,
+                        } | ({"earlier": earlier} if earlier else {})
+                        checkpoints.save(index + 1, (state, constants), about, score)
+                        log.flush()
+                    _check_skipped(config, log.records, checkpoints, run)
+                    clock = time.perf_counter()
         checkpoints.wait()
         if terminated:
             _say(quiet, f"stopped   by SIGTERM at step {int(state.step)}: the same command resumes from there")
@@ -358,6 +384,29 @@ def _check_skipped(config: RunConfig, records: list[Record], checkpoints: Checkp
     )
 
 
+class _Batch(NamedTuple):
+    """A step's batch, made ahead."""
+
+    batch: Batch  # on the devices
+    values: Any  # the target's, on the devices, if they are stored; else None
+    num_tokens: int
+    pieces: list[np.ndarray]  # of each row
+
+
+def _make_batch(mesh: Mesh | None, data: PackedData, store: Features | None, step: int) -> _Batch:
+    return _Batch(*_place(mesh, data, store, step), data.num_tokens(step), data.pieces(step))
+
+
+class _Flight(NamedTuple):
+    """A step that was handed to the devices."""
+
+    batch_index: int
+    batch: _Batch
+    result: StepResult
+    data_seconds: float  # waiting for its batch
+    sigterm: jax.Array | bool  # of `_Sigterm.ask`
+
+
 class _Sigterm:
     """Handler of SIGTERM inside `with`: the machine will be gone in a moment, and `came` is true."""
 
@@ -370,6 +419,16 @@ class _Sigterm:
         if self._interrupts:
             self._interrupts = False
             raise _Interrupted
+
+    def ask(self) -> jax.Array | bool:
+        """Whether it came to any process, all of which must ask together; of several an array, not waited for."""
+        if jax.process_count() == 1:
+            return self.came
+        devices = np.asarray(jax.devices()).reshape(jax.process_count(), -1)
+        mesh = Mesh(devices, ("process", "device"))
+        own = np.asarray([self.came])
+        by_process = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("process")), own)
+        return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))(by_process)
 
     def came_anywhere(self) -> bool:
         """Whether the signal came to any process; all processes must call this together."""
@@ -408,9 +467,13 @@ class _Profile:
     def __init__(self, steps: range, folder: epath.Path):
         self._steps, self._folder, self._running = steps, folder, False
 
+    def changes(self, step: int) -> bool:
+        """Whether the trace starts or stops before a step, so that the one before must be over."""
+        return (step in self._steps) != self._running
+
     def at(self, step: int) -> None:
         """Starts or stops the trace; to be called before each step."""
-        if (step in self._steps) != self._running:
+        if self.changes(step):
             if self._running:
                 jax.profiler.stop_trace()
             else:

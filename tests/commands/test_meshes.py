@@ -209,11 +209,11 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int, start: int) -> None:
     """Lets SIGTERM come to a run in its step `steps`; it begins after step `start`."""
     done = itertools.count(start + 1)
 
-    def came_anywhere(self: loop._Sigterm) -> bool:
+    def ask(self: loop._Sigterm) -> bool:
         self.came = next(done) >= steps
         return self.came
 
-    patch.setattr(loop._Sigterm, "came_anywhere", came_anywhere)
+    patch.setattr(loop._Sigterm, "ask", ask)
 
 
 def test_weights_go_straight_into_their_shards(target_folder):

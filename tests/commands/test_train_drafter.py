@@ -180,6 +180,24 @@ def test_training_lowers_the_loss_and_leaves_a_drafter_metrics_a_plot_and_a_trac
     )
 
 
+def test_no_step_waits_for_the_host_and_losses_are_those_of_a_loop_that_waits_for_every_step(
+    target_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """With a spike factor each step needs the losses before it; without, the next step is under way meanwhile."""
+    changes = ["steps=7", "save_every=4", "evaluation.every=1000"]
+    ahead, waiting = tmp_path / "ahead", tmp_path / "waiting"
+    for run, factor in ((ahead, 0), (waiting, 1e6)):
+        assert main(command(target_folder, data_file, run, *changes, f"spike_factor={factor}")) == 0
+    assert losses(ahead) == losses(waiting)
+    assert [record["step"] for record in records(ahead)] == list(range(1, 8))
+    for record in records(ahead):  # complete, each of them
+        assert record.keys() == records(waiting)[0].keys()
+        assert record["seconds"] > 0 and 0 <= record["data_seconds"] <= record["seconds"]
+    first, second = (load_file(run / "drafter" / "model.safetensors") for run in (ahead, waiting))
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+
+
 # --- interruptions ----------------------------------------------------------------------------------------------
 
 
@@ -532,7 +550,7 @@ def test_a_run_in_a_bucket_goes_on_and_leaves_there_what_one_in_a_folder_leaves(
     monkeypatch.setattr(loop, "Checkpoints", lambda _, keep=None: Checkpoints(kept, keep))
     monkeypatch.setattr(loop, "newest_record", lambda _: newest_record(kept))
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Sigterm, "came_anywhere", lambda self: True)
+        patch.setattr(loop._Sigterm, "ask", lambda self: True)
         assert main(command(target_folder, data_file, there, "keep=4")) == 0
     assert len(records(there)) == 1 and not (there / "drafter").exists()
     assert main(command(target_folder, data_file, there, "keep=4")) == 0

@@ -7,10 +7,12 @@ and slow versions in Python of what the engine adds: stop strings and streamed t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import random
 import re
+import weakref
 from collections.abc import Sequence
 
 import jax
@@ -21,7 +23,7 @@ from flax import nnx
 from tiny_folder import make_target
 from tiny_tokenizer import metaspace_tokenizer
 
-from fasteagle_jax import ChatOptions, Completion, Engine, SamplingParams, UserError
+from fasteagle_jax import ChatOptions, Completion, Engine, Refused, SamplingParams, UserError
 from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.packing import PackedData
 from fasteagle_jax.decoding.prefill import pad_prompts
@@ -35,6 +37,7 @@ from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.engine import slots
 from fasteagle_jax.engine.engine import _prompts
+from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.requests import Piece, sample_seed
 from fasteagle_jax.engine.sizes import prompt_buckets, row_counts
 from fasteagle_jax.targets.loading import load_target
@@ -257,9 +260,12 @@ def test_a_lookup_of_no_tokens_is_a_user_error_before_anything_is_loaded(tmp_pat
 def test_a_second_run_compiles_nothing(target, drafter, tokenizer, requests, compilations):
     engine = make_engine(target, drafter, tokenizer)
     prompts, params = zip(*requests[:30], strict=True)
-    engine.generate(prompts, params)
+    orders = (prompts, params), (prompts[::-1], params[::-1])
+    for order in orders:  # which prompts are prefilled together depends on it
+        engine.generate(*order)
     compilations.clear()
-    engine.generate(prompts[::-1], params[::-1])
+    for order in orders:
+        engine.generate(*order)
     assert compilations == []
 
 
@@ -302,7 +308,7 @@ def test_after_warm_up_no_request_compiles_anything(target, drafter, tokenizer, 
     trees = itertools.cycle(engine.trees)
     monkeypatch.setattr(engine._tree_selector, "choose", lambda rows: next(trees))
     compilations.clear()
-    lengths = [1, CHUNK, *[size + more for size in engine.runner.buckets[:-1] for more in (0, 1)], MAX_LEN - 1]
+    lengths = [1, CHUNK, *[size + more for size in [*engine.runner.buckets][:-1] for more in (0, 1)], MAX_LEN - 1]
     for num_requests in (1, 2, 3, 8):
         for length in lengths:
             params = SamplingParams(max_new_tokens=3, logprobs=length == 1, min_p=0.1 * (length == CHUNK))
@@ -310,24 +316,126 @@ def test_after_warm_up_no_request_compiles_anything(target, drafter, tokenizer, 
     params = [SamplingParams(max_new_tokens=limit, ignore_eos=True) for limit in (40, 1, 1, 1, 1, 1, 1, 1)]
     engine.generate([[1, 2]] * 8, params)  # 8 rows, then 2
     list(engine.stream_pieces([5] * 100, params[0]))
-    list(engine.serve(Later([engine.requests(i, [1, 2], params[0])[0] for i in range(8)])))  # 2 rows, then 8
+    list(engine.serve(Later([([1, 2], params[0])] * 8)))  # 2 rows, then 8
     assert compilations == []
 
 
 class Later:
-    """An iterator over requests of which all but the first come when that is under way."""
+    """An iterator over prompts of which all but the first come when that is under way."""
 
-    def __init__(self, requests: list) -> None:
-        self.requests, self.calls = requests, 0
+    def __init__(self, pairs: list) -> None:
+        self.pairs, self.calls = pairs, 0
 
     def __iter__(self):
         return self
 
     def __next__(self):
         self.calls += 1
-        if self.calls == 2 or not self.requests:
+        if self.calls == 2 or not self.pairs:
             raise StopIteration
-        return self.requests.pop(0)
+        return self.pairs.pop(0)
+
+
+# --- serve ------------------------------------------------------------------------------------------------------
+
+SHORT = SamplingParams(temperature=0, max_new_tokens=4, ignore_eos=True)
+
+
+@pytest.mark.parametrize("num", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_prompts_of_a_generator_are_served_in_constant_memory(target, tokenizer, num):
+    """Few are read ahead, and nothing stays of those answered."""
+    engine, in_memory, reports = make_engine(target, None, tokenizer, slots=8), weakref.WeakSet(), []
+    make = engine.requests
+
+    def requests(*args, **more):
+        made = make(*args, **more)
+        in_memory.update(made)
+        return made
+
+    engine.requests = requests
+    read = answered = most_ahead = most_in_memory = 0
+
+    def pairs():
+        nonlocal read
+        for i in range(num):
+            read += 1
+            yield [1 + i % 200, 2], dataclasses.replace(SHORT, max_new_tokens=1 + i % 3)
+
+    tokens = {}
+    for completion in engine.serve(pairs(), progress=reports.append):
+        answered += 1
+        most_ahead, most_in_memory = max(most_ahead, read - answered), max(most_in_memory, len(in_memory))
+        i = completion.prompt_index
+        assert tokens.setdefault((i % 600), completion.tokens) == completion.tokens
+    assert answered == read == num
+    assert most_ahead <= 5 * 8 and most_in_memory <= 7 * 8
+    last = reports[-1]
+    assert (last.prompts, last.completions, last.refused) == (num, num, 0)
+    assert last.new_tokens == sum(1 + i % 3 for i in range(num))
+    assert [report.completions for report in reports] == sorted(report.completions for report in reports)
+    assert tokens[7] == engine.generate([[8, 2]], dataclasses.replace(SHORT, max_new_tokens=2))[0].tokens
+
+
+def test_prompts_that_cannot_be_answered_are_refused_one_by_one(target, tokenizer):
+    engine = make_engine(target, None, tokenizer)
+    pairs = [([1, 2], SHORT), ([1] * MAX_LEN, SHORT), ([3], None), ("", SHORT)]
+    pairs += [([4], dataclasses.replace(SHORT, stop="<|im_end|>\n"))] + [("", None)] * 200 + [([5], SHORT)]
+    answers = {answer.prompt_index: answer for answer in engine.serve(iter(pairs))}
+    assert sorted(answers) == list(range(len(pairs)))
+    good = [0, 2, len(pairs) - 1]
+    assert [i for i in sorted(answers) if isinstance(answers[i], Completion)] == good
+    for i in good:
+        assert answers[i].tokens == engine.generate([pairs[i][0]], pairs[i][1])[0].tokens
+    assert answers[1] == Refused(
+        1, f"the prompt has {MAX_LEN} tokens, but a request has {MAX_LEN}, answer included: shorten it or raise max_len"
+    )
+    assert answers[3].reason == "the prompt is empty: give it some text"
+    assert "the prompt has the stop string" in answers[4].reason
+    assert list(engine.serve([])) == [] and len(list(engine.serve([("", None)] * 70))) == 70
+
+
+@pytest.mark.parametrize("item", ["raise", "no pair", ([1], {"n": 2}), ([1],), ([1], None, {})], ids=str)
+def test_what_an_iterable_raises_comes_through_after_the_answers_before_it(target, tokenizer, item):
+    engine = make_engine(target, None, tokenizer)
+
+    def pairs():
+        yield from [([1, 2], SHORT), ("", SHORT), ([3], SHORT)]
+        if item == "raise":
+            raise KeyError("the database is gone")
+        yield item
+
+    answers = []
+    with pytest.raises(KeyError if item == "raise" else UserError) as caught:
+        for answer in engine.serve(pairs()):
+            answers.append(answer)
+    assert sorted(answer.prompt_index for answer in answers) == [0, 1, 2]
+    assert "database" in str(caught.value) or "item 3 of the iterable is" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(engine.generate([[1, 2]], SHORT)) == 1  # and the engine is as good as new
+
+
+def test_an_iterator_that_has_nothing_for_now_may_give_more_after_an_answer(target, tokenizer):
+    """A dialogue: each question follows the answer before."""
+    engine, said, turns = make_engine(target, None, tokenizer), [1, 2], 0
+
+    class Dialogue:
+        ready = True
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if not self.ready:
+                raise StopIteration
+            self.ready = False
+            return list(said), SHORT
+
+    dialogue = Dialogue()
+    for turns, completion in enumerate(engine.serve(dialogue), 1):
+        assert completion.tokens == engine.generate([said], SHORT)[0].tokens
+        said += [*completion.tokens, 7]
+        dialogue.ready = turns < 4
+    assert turns == 4
 
 
 # --- text -------------------------------------------------------------------------------------------------------
@@ -337,7 +445,8 @@ def test_of_waiting_requests_the_lowest_number_is_next(target, drafter, tokenize
     engine = make_engine(target, drafter, tokenizer, slots=1)
     params = SamplingParams(temperature=0, max_new_tokens=2)
     asked = [request for number in (3, 1, 2) for request in engine.requests(number, [5, 6, 7], params)]
-    assert [completion.prompt_index for completion in engine.serve(iter(asked))] == [1, 2, 3]
+    answers = itertools.chain.from_iterable(engine._serve(iter(asked), rounds=4))
+    assert [completion.prompt_index for completion in answers] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -444,8 +553,14 @@ def test_the_template_is_given_tools_and_variables_in_every_way_of_asking(target
     made = engine.generate([talk, talk], params, [chat, ChatOptions(continue_final_message=True)])
     assert made[0].tokens == expected.tokens and made[1].prompt_tokens == len("Hello78")
     assert "".join(engine.stream(talk, params, chat)) == expected.text
+    unknown = ChatOptions(chat_template_kwargs={"thinking": True})
+    served = {
+        x.prompt_index: x for x in engine.serve([(talk, params, chat), (text, params, None), (talk, None, unknown)])
+    }
+    assert served[0].tokens == served[1].tokens == expected.tokens
+    assert served[2].reason.startswith("the prompt: the chat template has no variable 'thinking'")
     with pytest.raises(UserError, match="prompt 0: the chat template has no variable 'thinking'"):
-        engine.generate(talk, params, ChatOptions(chat_template_kwargs={"thinking": True}))
+        engine.generate(talk, params, unknown)
     with pytest.raises(UserError, match="1 chat options for 2 prompts: give one, or one a prompt"):
         engine.generate([talk, talk], params, [chat])
     with pytest.raises(UserError, match=r"message 1: its tool_calls\[0\] is 5"):
@@ -630,7 +745,7 @@ def test_the_stated_memory_of_the_caches_is_what_is_taken(target, drafter, token
 def test_the_stated_memory_holds_two_batches_while_rows_are_resized(target, drafter, tokenizer):
     """By the compiler's account; only the batch of all slots was stated."""
     engine = make_engine(target, drafter, tokenizer, slots=16)
-    batches = {rows: engine.runner.shapes(rows)[0] for rows in engine.row_counts}
+    batches = {rows: engine.runner.slots_shape(rows) for rows in engine.row_counts}
     memory, caches = engine.memory, {}
     for rows, batch in batches.items():
         caches[rows] = bytes_of((batch.state.target_cache, batch.state.drafter_cache))
@@ -649,7 +764,7 @@ def test_the_stated_memory_holds_two_batches_while_rows_are_resized(target, draf
 def test_log_probabilities_cost_nothing_if_nobody_wants_them(target, drafter, tokenizer):
     """The logits of the accepted path were gathered every round: they are made in a branch of the program alone."""
     engine = make_engine(target, drafter, tokenizer)
-    runner, batch = engine.runner, engine.runner.shapes(4)[0]
+    runner, batch = engine.runner, engine.runner.slots_shape(4)
     args = (runner.target, runner.drafter, runner.vocab, batch, np.zeros(4, bool), np.int32(1), np.asarray(False))
     text = slots.advance.lower(*args, tree=engine.trees[0], shared_noise=True).compile().as_text()
     path_logits = f"= f32[4,{N + 1},{target.config.vocab_size}]"
@@ -687,34 +802,139 @@ def test_numbers_of_buckets_and_rows_are_few():
     assert [row_counts(n) for n in (1, 4, 8, 16, 64)] == [(1,), (4,), (8, 2), (16, 4), (64, 16, 4)]
 
 
-def test_a_conversation_goes_on_without_prefilling_what_was_said_before(target, drafter, tokenizer, monkeypatch):
+# --- prefill ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prefills(monkeypatch):
+    """(number of prompts, first chunk, number of chunks) of every prefill call."""
+    calls, run = [], ModelRunner.prefill
+
+    def counting(self, prefix, prompts, bucket, chunks, drafts):
+        calls.append((len(prompts), chunks.start, len(chunks)))
+        return run(self, prefix, prompts, bucket, chunks, drafts)
+
+    monkeypatch.setattr(ModelRunner, "prefill", counting)
+    return calls
+
+
+def test_a_conversation_goes_on_without_prefilling_what_was_said_before(target, drafter, tokenizer, prefills):
     engine = make_engine(target, drafter, tokenizer)
-    firsts = []
-    run = engine.runner.prefill
-    monkeypatch.setattr(engine.runner, "prefill", lambda *args: firsts.append(args[3]) or run(*args))
     said = list(range(5 * CHUNK + 3))
     params = SamplingParams(temperature=0, max_new_tokens=4)
     list(engine.stream(said, params))
-    assert firsts == [0, 5]
+    assert prefills == [(1, i, 1) for i in range(6)]  # one a call, each kept
+    prefills.clear()
     longer = list(engine.stream_pieces(said + [1] * 20, params))[-1]
-    assert firsts[2:] == [5, 6]
+    assert prefills == [(1, 5, 1), (1, 6, 1)]
     assert longer.tokens == make_engine(target, drafter, tokenizer).generate([said + [1] * 20], params)[0].tokens
 
 
-def test_a_common_beginning_is_prefilled_once(target, drafter, tokenizer, monkeypatch):
+def test_a_common_beginning_is_prefilled_once(target, drafter, tokenizer, prefills):
     engine = make_engine(target, drafter, tokenizer)
-    chunks = []
-    run = engine.runner.prefill
-
-    def counting(begun, prompt, bucket, first, drafts):
-        chunks.append(-(-len(prompt) // CHUNK) - first)
-        return run(begun, prompt, bucket, first, drafts)
-
-    monkeypatch.setattr(engine.runner, "prefill", counting)
     system = list(range(10 * CHUNK + 3))
     params = SamplingParams(temperature=0, max_new_tokens=4)
     together = engine.generate([system + [200 + i] * 5 for i in range(6)], params)
-    assert sum(chunks) == 10 + 6  # the beginning's, and one of each prompt
+    assert sum(num * chunks for num, _, chunks in prefills) == 10 + 6  # the beginning's, and one of each prompt
     for i, completion in enumerate(together):
         alone = make_engine(target, drafter, tokenizer).generate([system + [200 + i] * 5], params)
         assert alone[0].tokens == completion.tokens
+
+
+def test_prompts_that_begin_alike_share_chunks_as_a_tree(target, drafter, tokenizer, prefills):
+    """In another bucket, too, and with no memory for them not at all."""
+    root, params = [3] * (2 * CHUNK), SamplingParams(temperature=0, max_new_tokens=2)
+    left, right = root + [4] * CHUNK, root + [5] * CHUNK
+    prompts = [left + [1], left + [2], right + [1], right + [2] * 5 * CHUNK]
+    engine = make_engine(target, drafter, tokenizer)
+    together = engine.generate(prompts, params)
+    assert sum(num * chunks for num, _, chunks in prefills) == 2 + 1 + 1 + 1 + 1 + 1 + 5
+    prefills.clear()
+    none = make_engine(target, drafter, tokenizer, prefix_cache_bytes=0)
+    assert [c.tokens for c in none.generate(prompts, params)] == [c.tokens for c in together]
+    assert none.memory.prefix_cache == 0 < engine.memory.prefix_cache
+    assert sum(num * chunks for num, _, chunks in prefills) == 4 + 4 + 4 + 8
+
+
+@pytest.mark.parametrize("kind", ["windowed", "whole"])
+def test_chunks_put_together_again_are_bitwise_the_caches_they_were_taken_from(target, drafter, tokenizer, kind):
+    """The chunks of a ring that writing has gone round, too: its window is of 64 positions, the prompt of 150."""
+    if kind == "whole":
+        config = dataclasses.replace(drafter.config, window=None)
+        drafter = jax.jit(lambda: FastEagle(config, jax.random.key(0)))()
+    runner = make_engine(target, drafter, tokenizer).runner
+    bucket = runner.bucket(150)
+    prompt = tuple(random.Random(1).randrange(256) for _ in range(150))
+    caches, again = runner.empty_prefill(1, bucket), runner.empty_prefill(1, bucket)
+    for i in range(len(prompt) // CHUNK):
+        caches = runner.prefill(caches, [prompt], bucket, range(i, i + 1), True)
+        again = runner.put_chunk(again, runner.last_chunk(caches), 0)
+    jax.tree.map(np.testing.assert_array_equal, caches, again)
+
+
+def test_prompts_prefilled_together_have_the_caches_of_each_alone(target, drafter, tokenizer):
+    """To float32 rounding, and not bitwise: products of other numbers of rows may add in another order.
+
+    A prompt alone has bitwise the same caches in however many calls.
+    """
+    runner = make_engine(target, drafter, tokenizer).runner
+    bucket, rng = next(iter(runner.buckets)), random.Random(2)
+    prompts = [tuple(rng.randrange(256) for _ in range(length)) for length in (33, 40, 47, 48)]
+    assert runner.buckets[bucket] == len(prompts)
+    together = runner.prefill(runner.empty_prefill(4, bucket), prompts, bucket, range(3), True)
+    for row, prompt in enumerate(prompts):
+        alone = runner.prefill(runner.empty_prefill(1, bucket), [prompt], bucket, range(3), True)
+        in_calls = runner.empty_prefill(1, bucket)
+        for i in range(3):
+            in_calls = runner.prefill(in_calls, [prompt], bucket, range(i, i + 1), True)
+        jax.tree.map(np.testing.assert_array_equal, in_calls, alone)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # values are of order 1
+        jax.tree.map(close, runner.take_prompt(together, row), alone)
+
+
+@pytest.mark.parametrize("num", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_mixed_requests_prefilled_together_are_answered_as_each_alone(
+    target, drafter, tokenizer, requests, expected, prefills, num
+):
+    engine = make_engine(target, drafter, tokenizer, slots=16)
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i][0]))  # so that many are of like length
+    order = order[:num] if num < len(order) else order
+    made = engine.generate([requests[i][0] for i in order], [requests[i][1] for i in order])
+    compare(made, {key: answer for key, answer in expected.items() if key[0] in order}, order)
+    assert sum(together for together, _, _ in prefills if together > 1) >= num // 4
+
+
+def test_rows_under_way_get_rounds_while_a_long_prompt_is_prefilled(target, drafter, tokenizer, monkeypatch):
+    """And short prompts do not wait for it either."""
+    engine, events = make_engine(target, drafter, tokenizer, prefill_budget=2 * CHUNK), []
+    run, advance = engine.runner.prefill, engine.runner.advance
+
+    def prefill(prefix, prompts, bucket, chunks, drafts):
+        events.append(len(chunks))
+        return run(prefix, prompts, bucket, chunks, drafts)
+
+    monkeypatch.setattr(engine.runner, "prefill", prefill)
+    monkeypatch.setattr(engine.runner, "advance", lambda *a, **kw: events.append("rounds") or advance(*a, **kw))
+    params = SamplingParams(temperature=0, max_new_tokens=MAX_NEW, ignore_eos=True)
+    prompts = [[1, 2], [3] * 270, [4] * 20]
+    made = engine.generate(prompts, params)
+    first = events[: events.index("rounds", events.index("rounds") + 1)]
+    assert first == [1, 1, "rounds", 2]  # of the short prompt and of the long one, rounds, the other short one
+    assert events.count("rounds") > 8
+    between = "".join("r" if event == "rounds" else str(event) for event in events)
+    assert not re.search(r"[1-9]{3}", between)  # 2 chunks a call
+    for prompt, completion in zip(prompts, made, strict=True):
+        assert make_engine(target, drafter, tokenizer).generate([prompt], params)[0].tokens == completion.tokens
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (dict(prefill_budget=CHUNK - 1), f"prefill_budget is {CHUNK - 1}: give at least {CHUNK} tokens"),
+        (dict(prefix_cache_bytes=100), "prefix_cache_bytes is 100, and a chunk of a prompt takes .*: give at least"),
+        (dict(prefix_cache_bytes=-1), "prefix_cache_bytes is -1"),
+    ],
+)
+def test_a_budget_that_cannot_hold_a_chunk_of_a_prompt_is_a_user_error(target, drafter, tokenizer, bad, message):
+    with pytest.raises(UserError, match=message):
+        make_engine(target, drafter, tokenizer, **bad)

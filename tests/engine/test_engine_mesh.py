@@ -200,7 +200,7 @@ def compile_round(target: Path, drafter: Path, tree: TreeSpec) -> tuple[Engine, 
     tokenizer = load_tokenizer(loaded.checkpoint.path)
     engine = Engine(loaded.model, model, tokenizer, (), slots=16, max_len=1000, tree=tree, mesh=mesh)
     with jax.set_mesh(mesh):
-        empty, _ = engine.runner.shapes(16)
+        empty = engine.runner.slots_shape(16)
         placed = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), empty, shardings(mesh, empty, slots.AXES)
         )

@@ -139,14 +139,19 @@ def mixed_requests(num: int) -> list[tuple[list[int], SamplingParams]]:
     ],
 )
 def test_requests_that_mix_every_rule_are_answered_as_plain_decoding_answers_each_alone(
-    target, drafter, tokenizer, say, num, tree, compilations
+    target, drafter, tokenizer, say, num, tree, compilations, monkeypatch
 ):
+    """Served from an iterator, and prefilled several together."""
     requests = mixed_requests(num)
     expected = {(i, k): say(*requests[i], k) for i in range(num) for k in range(requests[i][1].n)}
     compilations.clear()
-    engine = make_engine(target, drafter, tokenizer, slots=8, tree=None if tree == "plain" else tree)
+    tree_of = {"tree": None if tree == "plain" else tree}
+    engine = make_engine(target, drafter, tokenizer, slots=8, max_len=16 * CHUNK, **tree_of)
+    together, prefill = [], engine.runner.prefill
+    monkeypatch.setattr(engine.runner, "prefill", lambda x, ps, *a: together.append(len(ps)) or prefill(x, ps, *a))
     order = random.Random(2).sample(range(num), num)
-    made = engine.generate([requests[i][0] for i in order], [requests[i][1] for i in order])
+    made = list(engine.serve(requests[i] for i in order))
+    assert max(together) > 1
     assert len(compilations) <= engine.most_programs_with_rules
     assert len(made) == len(expected)
     accepted = 0
@@ -211,7 +216,7 @@ def test_rounds_with_rules_take_little_more_memory():
     """By the compiler's account: about one array of the logits' size, of a vocabulary that is most of what there is."""
     target = tiny_target(vocab_size=49152, hidden_size=64)
     engine = Engine(target, None, metaspace_tokenizer(), (1,), slots=8, max_len=512, lookup=4, tree="best_first:8")
-    runner, batch = engine.runner, engine.runner.shapes(8)[0]
+    runner, batch = engine.runner, engine.runner.slots_shape(8)
     rules, top = jax.eval_shape(lambda: runner._empty_rules(batch=8))
     temporaries = []
     for given in (batch, batch._replace(rules=rules, state=batch.state._replace(top=top))):
