@@ -558,7 +558,8 @@ class ItemReader:
 def _parts(item: Any, index: int) -> tuple[Prompt, SamplingParams, ChatOptions]:
     """The prompt, params and chat options of an item of `Engine.serve`."""
     if isinstance(item, tuple) and len(item) in (2, 3):
-        prompt, params, chat = (*item, None)[:3]
+        prompt, params = item[:2]
+        chat = item[2] if len(item) == 3 else None
         if isinstance(params, SamplingParams | None) and isinstance(chat, ChatOptions | None):
             return prompt, params or SamplingParams(), chat or PLAIN
     raise UserError(
