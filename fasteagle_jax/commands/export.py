@@ -35,6 +35,7 @@ from fasteagle_jax.drafters.files import (
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_new, write_text
+from fasteagle_jax.io.text import parse_json
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.training.checkpoints import Checkpoints
@@ -64,7 +65,7 @@ def export(args: argparse.Namespace) -> None:
     """Writes args.output and prints what it holds."""
     check_new(args.output)
     try:
-        config = from_json(json.loads((args.run / "config.json").read_text()))
+        config = from_json(parse_json((args.run / "config.json").read_text()))
     except FileNotFoundError:
         raise UserError(f"{args.run} holds no config.json: name a training run's folder") from None
     except UserError:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line
+from fasteagle_jax.io.text import parse_json
 
 
 def manifest_path(output: Path) -> Path:
@@ -27,7 +28,7 @@ def read_manifest(output: Path, settings: Mapping[str, Any]) -> dict[str, Any] |
             raise UserError(f"{output} exists without {path.name}: name another --output")
         return None
     try:
-        saved = json.loads(path.read_bytes())
+        saved = parse_json(path.read_bytes())
         old = dict(saved["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(output, error) from error
@@ -43,7 +44,7 @@ def check_target(paths: Sequence[str], fingerprint: str) -> None:
         if not manifest.exists():
             continue
         try:
-            target = json.loads(manifest.read_bytes())["settings"]["target"]
+            target = parse_json(manifest.read_bytes())["settings"]["target"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{manifest} is damaged ({first_line(error)}): prepare the data again, or remove it"

@@ -33,6 +33,7 @@ from fasteagle_jax.drafters.base import DrafterConfig
 from fasteagle_jax.drafters.table import CLASSES, class_named, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import new_folder, sha256
+from fasteagle_jax.io.text import parse_json
 from fasteagle_jax.nn.linear import to_int8, to_rows
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.nn.transformer import stacks_are_faster
@@ -250,10 +251,10 @@ def read_raw(folder: Path) -> dict[str, Any]:
     """The entries of the config.json of the drafter in a folder; UserError if there is no drafter."""
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        raw = parse_json(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{folder} holds no config.json: name a drafter's folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy the drafter again") from None
     known = {kind.architecture for kind in CLASSES.values()}
     if not isinstance(raw, dict) or not known & set(raw.get("architectures") or ()):
