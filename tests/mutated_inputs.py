@@ -55,7 +55,7 @@ from fasteagle_jax.targets.tokenizer import encode_chat, encode_text, load_token
 
 LIMIT = 2**30  # bytes
 SECONDS = 30  # for one file
-LONGEST = 4000  # characters of a message
+LONGEST = 4200  # characters of a message
 CANARY = "canary"  # a file that code out of a template, a pickle or a module would write
 FAILED, REFUSED, EQUAL, OTHER = "failed", "refused", "accepted and equal", "accepted and other"
 
@@ -171,8 +171,8 @@ def make_inputs(root: Path) -> list[Input]:
     """All kinds of inputs, their valid files in folders of `root`."""
     target = make_target(root / "target")
     return [
-        _target_folder(root, target), _gguf(root), _tokenizer(root, target), _drafter(root, target), _adapter(root, target),
-        _lines(root), _features(root), _wheel(root), *_checkpoints(root),
+        _target_folder(root, target), _gguf(root), _tokenizer(root, target), _drafter(root, target),
+        _adapter(root, target), _lines(root), _features(root), _wheel(root), *_checkpoints(root),
     ]  # fmt: skip
 
 
@@ -483,7 +483,7 @@ def _wheel(root: Path) -> Input:
 def _checkpoints(root: Path) -> list[Input]:
     try:
         from fasteagle_jax.training.checkpoints import Checkpoints
-        from fasteagle_jax.training.config import RunConfig, from_json, to_json
+        from fasteagle_jax.training.config import RunConfig, config_of_record, to_json
     except ModuleNotFoundError:  # the extra `train` is not installed
         return []
     folder, state = root / "checkpoints_folder", {"w": jnp.ones((3, 2)), "step": jnp.int32(1)}
@@ -500,7 +500,7 @@ def _checkpoints(root: Path) -> list[Input]:
                 raise UserError("there is no checkpoint")
             record, best = checkpoints.record(step), checkpoints.best()
             assert record is not None
-            config = from_json(record["config"])
+            config = config_of_record(record)
             values = checkpoints.restore(step, state)
         return repr(config), best, [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(values)]
 

@@ -39,7 +39,15 @@ from fasteagle_jax.io.text import parse_json
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.training.checkpoints import Checkpoints
-from fasteagle_jax.training.config import RunConfig, drafter_config, earlier_runs, from_json, target_tokenizer, trained
+from fasteagle_jax.training.config import (
+    RunConfig,
+    config_of_record,
+    drafter_config,
+    earlier_runs,
+    from_json,
+    target_tokenizer,
+    trained,
+)
 from fasteagle_jax.training.metrics_log import Record
 from fasteagle_jax.training.model_card import model_card
 from fasteagle_jax.training.optimizer import make_optimizer
@@ -87,7 +95,7 @@ def export(args: argparse.Namespace) -> None:
             raise _no_checkpoint(args.run, config)
         record = checkpoints.record(step)
         if record is not None:
-            config = from_json(record["config"])  # config.json's may be newer, with --allow-change
+            config = config_of_record(record)  # config.json's may be newer, with --allow-change
         target = open_checkpoint(config.target, config.adapter)
         drafter = _restored(config, target.config, checkpoints, step)
     mark = fingerprint(target)

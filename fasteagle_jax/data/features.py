@@ -228,7 +228,7 @@ def _mapped(path: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
         if found != shape or in_columns or stored != STORED[dtype.name]:
             raise ValueError(f"{found} values of {stored}, not {shape} of {STORED[dtype.name]}")
         return np.load(path, mmap_mode="r", allow_pickle=False).view(dtype)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # of many kinds: the header is a text in Python's syntax
         raise UserError(f"{path} is corrupt ({first_line(error)}): {_REMEDY}") from error
 
 

@@ -124,10 +124,16 @@ def load_drafter(
 
     if stacked is None:
         stacked = stacks_are_faster(jax.default_backend())
-    drafter = make_on(mesh, lambda: class_of(config)(config, jax.random.key(0), dtype, stacked=False))
+
+    def make() -> Any:
+        return class_of(config)(config, jax.random.key(0), dtype, stacked=False)
+
+    values = from_storage(tensors)
+    _check_shapes(jax.eval_shape(make), values, str(path))  # before memory is taken for what config.json claims
+    drafter = make_on(mesh, make)
     if not stacked and mesh is None:
         to_rows(drafter)
-    fill(drafter, from_storage(tensors), str(path))
+    fill(drafter, values, str(path))
     return drafter if not stacked else make_on(mesh, lambda drafter: drafter.stacked_form(), drafter)
 
 
@@ -169,20 +175,24 @@ def read_config(folder: Path) -> tuple[DrafterConfig, str]:
 
 def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
     """Sets an unstacked drafter's variables, in their shards; UserError, naming `source`, if the tensors do not fit."""
-    derived = {"t2d"}  # follows from d2t
-    stored = drafter.stored()
-    expected = {t.name: t.variable.shape[::-1] if t.transposed else t.variable.shape for t in stored}
-    found = {name: value.shape for name, value in tensors.items() if name not in derived}
-    if expected != found:
-        wrong = sorted(set(expected.items()) ^ set(found.items()))
-        raise UserError(f"{source} does not fit its config.json: {', '.join(f'{n} {s}' for n, s in wrong)}")
-    for name, variable, transposed in stored:
+    _check_shapes(drafter, tensors, source)
+    for name, variable, transposed in drafter.stored():
         value = tensors[name].T if transposed else tensors[name]
         if name == "d2t":
             value = value + np.arange(len(value))
         sharding, dtype = variable[...].sharding, variable[...].dtype
         on_mesh = isinstance(sharding, NamedSharding)
         variable[...] = place(value.astype(dtype), sharding, value.shape) if on_mesh else jnp.asarray(value, dtype)
+
+
+def _check_shapes(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
+    """Raises UserError, naming `source`, for tensors that do not fit an unstacked drafter, or its shapes."""
+    derived = {"t2d"}  # follows from d2t
+    expected = {t.name: t.variable.shape[::-1] if t.transposed else t.variable.shape for t in drafter.stored()}
+    found = {name: value.shape for name, value in tensors.items() if name not in derived}
+    if expected != found:
+        wrong = sorted(set(expected.items()) ^ set(found.items()))
+        raise UserError(f"{source} does not fit its config.json: {', '.join(f'{n} {s}' for n, s in wrong)}")
 
 
 def tensors_of(drafter: Any) -> dict[str, np.ndarray]:

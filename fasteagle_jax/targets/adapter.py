@@ -20,6 +20,7 @@ import numpy as np
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import read_json
 from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor
+from fasteagle_jax.targets.messages import short
 
 _PREFIX = "base_model.model."
 _LORA = re.compile(
@@ -108,6 +109,15 @@ def _config(folder: Path) -> dict[str, Any]:
     for name in ("r", "lora_alpha"):
         if not isinstance(config.get(name), (int, float)) or config[name] <= 0:
             raise UserError(f"{path} has {name} {config.get(name)!r}: give a number above 0")
+    for name in ("rank_pattern", "alpha_pattern"):
+        own = config.get(name) or {}
+        if not isinstance(own, dict) or not all(isinstance(v, (int, float)) and v > 0 for v in own.values()):
+            raise UserError(f"{path} has {name} {short(own)}: give numbers above 0 by modules' names")
+        for key in own:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise UserError(f"{path} has {name} {short(key)}, which is no pattern ({error}): mend it") from error
     return config
 
 

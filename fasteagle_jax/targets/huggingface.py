@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from safetensors import SafetensorError, safe_open
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, read_json
 from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor, split_fused
+from fasteagle_jax.targets.messages import short
 from fasteagle_jax.targets.table import family_of_files
+
+_LONGEST_NAME = 255  # bytes of a file's name
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -27,7 +31,7 @@ def open_folder(folder: Path) -> Checkpoint:
         config = family.config.from_hf(hf)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise UserError(f"{path} has a value of a wrong type ({error}): take the model's own file") from error
     tensors: dict[str, StoredTensor] = {}
     for shard in _shards(folder):
@@ -60,7 +64,10 @@ def _shards(folder: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map: download it again")
-        shards = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
+        names = sorted({str(name) for name in weight_map.values()})
+        if elsewhere := [name for name in names if name != Path(name).name or len(os.fsencode(name)) > _LONGEST_NAME]:
+            raise UserError(f"{index} names {short(elsewhere[0])}, which is no file of this folder: download it again")
+        shards = [folder / name for name in names]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
             raise UserError(f"{folder} lacks {', '.join(missing)}, named by {index.name}: download them too")

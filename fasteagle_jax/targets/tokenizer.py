@@ -52,6 +52,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     path = Path(path)
     tokenizer = _folder_tokenizer(path) if path.is_dir() else _gguf_tokenizer(path)
+    longest = tokenizer.model_max_length  # which encoding compares lengths with
+    if not isinstance(longest, int | float):
+        raise UserError(f"{path}: model_max_length is {longest!r}: give a number of tokens, or leave it out")
     if isinstance(tokenizer.chat_template, dict) and "default" in tokenizer.chat_template:
         tokenizer.chat_template = tokenizer.chat_template["default"]
     return tokenizer
@@ -60,7 +63,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 def _folder_tokenizer(folder: Path) -> Tokenizer:
     transformers = _transformers()
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Not to trust code in the folder is said here: else transformers asks at the terminal whether to run it.
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds: of any key in config.json that it does not like, too
         if (folder / "tokenizer.json").is_file():
             with contextlib.suppress(Exception):  # the first error is the one to tell
@@ -276,6 +280,8 @@ def template_errors() -> Iterator[None]:
 
     try:
         yield
+    except (MemoryError, RecursionError) as error:
+        raise UserError(f"the chat template needs too much memory ({type(error).__name__}): use another one") from error
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(f"the chat template refuses this conversation: {first_line(error)}") from error
 

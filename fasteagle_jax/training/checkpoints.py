@@ -48,11 +48,17 @@ class Checkpoints:
                 best_fn=_tau,
                 cleanup_tmp_directories=True,  # what a killed run left half written
             )
-        self._manager = ocp.CheckpointManager(
-            epath.Path(os.fspath(folder)).resolve(),
-            options=options,
-            item_handlers={STATE: ocp.StandardCheckpointHandler(), RECORD: ocp.JsonCheckpointHandler()},
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                epath.Path(os.fspath(folder)).resolve(),
+                options=options,
+                item_handlers={STATE: ocp.StandardCheckpointHandler(), RECORD: ocp.JsonCheckpointHandler()},
+            )
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # of what a checkpoint's metadata says
+            log.setLevel(self._log_level)
+            raise UserError(
+                f"a checkpoint in {folder} is damaged ({_reason(error)}): remove its folder to resume from an older one"
+            ) from error
 
     def steps(self) -> list[int]:
         """The steps of all whole checkpoints, in order."""
@@ -64,8 +70,11 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """The step and acceptance length of the best checkpoint; None if none was measured."""
-        measured = {step: self._manager.metrics(step) for step in self.steps()}
-        lengths = {step: float(metrics[TAU]) for step, metrics in measured.items() if metrics}
+        lengths = {}
+        for step in self.steps():
+            with self._failing_to_read(step):
+                if metrics := self._manager.metrics(step):
+                    lengths[step] = float(metrics[TAU])
         return max(lengths.items(), key=lambda item: (item[1], item[0])) if lengths else None
 
     def save(self, step: int, state: Any, record: dict[str, Any], tau: float | None = None) -> None:

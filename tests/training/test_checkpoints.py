@@ -126,3 +126,19 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(tmp_path: Path) -> No
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="remove the folder 2 .* step 1") as error:
         checkpoints.restore(2, state)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("metrics/metrics", '{"tau": [1]}'),
+        ("metrics/metrics", "\x00{"),
+        ("_CHECKPOINT_METADATA", '{"performance_metrics": 7}'),
+    ],
+)
+def test_damaged_metadata_is_one_line(tmp_path: Path, file: str, text: str) -> None:
+    written(tmp_path, {1: 1.5})
+    (tmp_path / "1" / file).write_text(text)
+    with pytest.raises(UserError, match="damaged") as error, Checkpoints(tmp_path) as checkpoints:
+        checkpoints.best()
+    assert "\n" not in str(error.value)
