@@ -58,11 +58,11 @@ class Case(NamedTuple):
     message: str = ""
 
 
-def cases(families: list[str], seed: int, count: int) -> Iterator[Case]:
+def cases(families: list[str], seed: int, count: int, drafters: tuple[str, ...] = tuple(DRAFTERS)) -> Iterator[Case]:
     """What comes of `count` cases; a longer run begins with a shorter one."""
     for number in range(count):
         rng = random.Random(f"{seed} {number}")
-        family, name = rng.choice(families), rng.choice(list(DRAFTERS))
+        family, name = rng.choice(families), rng.choice(drafters)
         yield _case(family, name, rng, f"{number}: {family}, {name}")
 
 
