@@ -16,6 +16,7 @@ import bisect
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from fasteagle_jax.targets.messages import short
 
 INDEX = "index.json"
 FILE_BYTES = 1 << 26  # of a file, unless a single piece is larger: a kill loses one file's work
+_FILE_NAME = re.compile(r"features-[0-9]{5,}\.npy")  # no other file, and none outside the folder
 STORED = {"bfloat16": "uint16", "float32": "float32"}  # dtype: the file's
 
 
@@ -253,9 +255,11 @@ def _read_index(folder: Path, settings: FeatureSettings, *, missing_ok: bool = F
     try:
         old: Mapping[str, Any] = dict(index["settings"])
         entries = [Entry(**entry) for entry in index["files"]]
-        for i, entry in enumerate(entries):  # no other file, and none outside the folder
+        for i, entry in enumerate(entries):
             counts = entry.pieces, entry.tokens
-            if entry.file != _file_name(i) or any(type(count) is not int or count < 0 for count in counts):
+            if not _FILE_NAME.fullmatch(str(entry.file)) or any(
+                type(count) is not int or count < 0 for count in counts
+            ):
                 raise ValueError(f"its entry {i} is {short(entry._asdict())}")
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, error) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def _shards(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map: download it again")
         names = sorted({str(name) for name in weight_map.values()})
-        if elsewhere := [name for name in names if name != Path(name).name or len(os.fsencode(name)) > _LONGEST_NAME]:
+        if elsewhere := [name for name in names if not _is_file_name(name)]:
             raise UserError(f"{index} names {short(elsewhere[0])}, which is no file of this folder: download it again")
         shards = [folder / name for name in names]
         missing = [shard.name for shard in shards if not shard.is_file()]
@@ -76,6 +75,11 @@ def _shards(folder: Path) -> list[Path]:
     if not shards:
         raise UserError(f"{folder} has no *.safetensors: save the model with safe_serialization=True")
     return shards
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name can be that of a file in a given folder."""
+    return bool(name) and name == Path(name).name and len(name.encode(errors="replace")) <= _LONGEST_NAME
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
