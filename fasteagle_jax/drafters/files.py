@@ -242,7 +242,7 @@ def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
     path = folder / "config.json"
     if "target_fingerprint" not in raw:
         raise UserError(f"{path} names no target: bring the drafter in with fasteagle import")
-    kind_config = class_named(raw.get("kind", "fasteagle")).Config
+    kind_config = class_named(str(raw.get("kind", "fasteagle"))).Config
     fields = {field.name for field in dataclasses.fields(kind_config)}
     sizes = {name: value for name, value in raw.items() if name in fields}
     try:
@@ -267,6 +267,7 @@ def read_raw(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy the drafter again") from None
     known = {kind.architecture for kind in CLASSES.values()}
-    if not isinstance(raw, dict) or not known & set(raw.get("architectures") or ()):
+    named = raw.get("architectures") if isinstance(raw, dict) else None
+    if not isinstance(named, list) or not any(name in known for name in named if isinstance(name, str)):
         raise UserError(f"{path} is not of a {' or '.join(sorted(known))}: name a drafter's folder")
     return raw

@@ -429,6 +429,8 @@ def test_damaged_files_are_refused(saved):
         ({"intermediate_size": 10**12}, "does not fit its config.json"),
         ({"num_levels": 10**9}, "num_levels is 1000000000: give at most 1024"),
         ({"feature_layers": [0, "a"]}, "feature_layers are"),
+        ({"architectures": 7}, "is not of a"),
+        ({"kind": ["fasteagle"]}, "fasteagle"),
         ({"vocab_size": "many"}, "vocab_size is 'many': give a whole number"),
     ],
 )
