@@ -1,4 +1,4 @@
-# make venv | demo | demo-train | test | test-light | test-slow | test-tpu | lint | docs | wheel | clean.
+# make venv | demo | demo-train | test | test-light | test-slow | test-tpu | speculators | lint | docs | wheel | clean.
 # Needs python3 (3.11 or newer), pip and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Test processes. Two suit two cores and 8 GB; 0 runs all in one process.
 WORKERS ?= 2
 
-.PHONY: venv demo demo-train test test-light test-slow test-tpu lint docs wheel clean
+.PHONY: venv demo demo-train test test-light test-slow test-tpu speculators lint docs wheel clean
 
 venv: $(VENV)/.installed-test
 
@@ -30,6 +30,14 @@ test-slow: $(VENV)/.installed-test
 # Compiles for TPUs with libtpu; needs none.
 test-tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu
 	JAX_PLATFORMS=cpu XLA_FLAGS= $(BIN)/python -m pytest -m tpu -n $(WORKERS) $(PYTEST_ARGS)
+
+# The values that tests/drafters/test_speculators.py compares with, by speculators itself, which pins other packages.
+SPECULATORS := $(VENV)-speculators
+speculators: $(VENV)/.installed-test
+	test -x $(SPECULATORS)/bin/speculators || { $(PYTHON) -m venv $(SPECULATORS) && \
+	    $(SPECULATORS)/bin/python -m pip install --quiet speculators==0.9.0; }
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.drafters.test_speculators
+	$(SPECULATORS)/bin/python tests/drafters/speculators/make.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     from fasteagle_jax.engine.engine import Engine
     from fasteagle_jax.engine.requests import Completion, SamplingParams
     from fasteagle_jax.errors import UserError
+    from fasteagle_jax.targets.templates import ChatOptions
 
 _HOMES = {
+    "ChatOptions": "targets.templates",
     "Completion": "engine.requests",
     "Engine": "engine.engine",
     "SamplingParams": "engine.requests",
     "UserError": "errors",
 }
 
-__all__ = ["Completion", "Engine", "SamplingParams", "UserError"]
+__all__ = ["ChatOptions", "Completion", "Engine", "SamplingParams", "UserError"]
 
 
 def __getattr__(name: str) -> Any:

@@ -92,11 +92,41 @@ def hf_config(name: str, seed: int = 0) -> dict[str, Any]:
             "residual_multiplier": 0.22,
             "logits_scaling": 4.0,
         },
+        "mixtral": head_dim
+        | {
+            "sliding_window": window if seed % 2 else None,
+            "num_local_experts": rng.choice([4, 5, 8]) if seed else 4,
+            "num_experts_per_tok": rng.choice([1, 2, 3]) if seed else 2,
+        },
+        "qwen2_moe": {
+            "use_sliding_window": seed % 2 == 1,
+            "sliding_window": window,
+            "max_window_layers": rng.randint(0, 3),
+            "shared_expert_intermediate_size": rng.choice([24, 40]),
+            "qkv_bias": seed < 4,
+        },
+        "qwen3_moe": head_dim
+        | {
+            "use_sliding_window": seed == 6,
+            "sliding_window": window,
+            "attention_bias": rng.random() < 0.5,
+            "rope_scaling": YARN if seed < 3 else None,
+        },
     }
+    if name in ("qwen2_moe", "qwen3_moe"):  # dense layers between for some
+        own[name] |= {
+            "num_experts": rng.choice([4, 8, 12]) if seed else 8,
+            "num_experts_per_tok": rng.choice([1, 2, 4]) if seed else 2,
+            "moe_intermediate_size": rng.choice([16, 24]),
+            "norm_topk_prob": bool(seed % 2),
+            "decoder_sparse_step": 2 if seed in (2, 5) else 1,
+            "mlp_only_layers": [1] if seed in (3, 5) else [],
+        }
     hf |= own[name]
     if "head_dim" not in hf:
         hf["hidden_size"] = hf["num_attention_heads"] * 16
-    architecture = {"llama": "Llama", "smollm3": "SmolLM3", "phi3": "Phi3"}.get(name, name.capitalize())
+    special = {"llama": "Llama", "smollm3": "SmolLM3", "phi3": "Phi3"}
+    architecture = special.get(name, "".join(word.capitalize() for word in name.split("_")))
     return hf | {"architectures": [f"{architecture}ForCausalLM"]}
 
 

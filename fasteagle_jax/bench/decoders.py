@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from fasteagle_jax.bench.prompts import Models
 from fasteagle_jax.drafters.files import load_drafter, read_config
 from fasteagle_jax.drafters.simulated import parse_rates
 from fasteagle_jax.drafters.table import CLASSES
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.linear import product_dtype
 from fasteagle_jax.targets.checkpoint import Checkpoint
 
 PLAIN, SIMULATED = "plain", "simulated"
@@ -84,6 +83,6 @@ def find_drafters(decoders: Sequence[DecoderSpec], checkpoint: Checkpoint) -> li
 
 def load_drafters(models: Models, decoders: Sequence[DecoderSpec]) -> dict[Path, Any]:
     """The trained drafters by their folders; UserError for one that does not fit the target."""
-    config, dtype = models.target.config, jnp.dtype(models.dtype)
+    config, dtype = models.target.config, product_dtype(models.dtype)
     folders = dict.fromkeys(decoder.folder for decoder in decoders if decoder.folder is not None)
     return {folder: load_drafter(folder, config, models.fingerprint, dtype) for folder in folders}

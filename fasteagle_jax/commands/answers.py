@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +31,9 @@ from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, Piece, SamplingParams
 from fasteagle_jax.engine.shipped import SHIPPED, drafter_folder
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.text import json_value
 from fasteagle_jax.targets.loading import open_checkpoint
+from fasteagle_jax.targets.templates import ChatOptions
 
 ONE_AT_A_TIME = "best_first:4 on a CPU, best_first:16 elsewhere"  # what `tree_named(None)` is, in words
 COLOURS = ("green", "cyan", "blue", "magenta", "yellow", "red", "bright_black")  # of depths 1, 2, ...; the last: deeper
@@ -114,6 +117,37 @@ def add_draft_options(parser: Any, default_tree: str) -> None:
         help="share the tree's nodes with what stood before in the text after the last tokens, up to K "
         f"(1 to {MAX_LOOKUP}, default no lookup)",
     )
+
+
+def add_template_options(parser: Any) -> None:
+    """Adds the options that `chat_options` reads."""
+    group = parser.add_argument_group("chat template")
+    group.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="""variables of the template, e.g. '{"enable_thinking": false}'""",
+    )
+    group.add_argument("--chat-template", metavar="NAME", help="one of the tokenizer's templates, by its name")
+    group.add_argument("--tools", type=Path, metavar="FILE", help="tools to offer: a JSON list, as OpenAI's")
+
+
+def chat_options(args: argparse.Namespace) -> ChatOptions:
+    """The options of `add_template_options`; UserError for what is not JSON or not of the right kind."""
+    kwargs: Any = {}
+    tools = None
+    if args.chat_template_kwargs is not None:
+        try:
+            kwargs = json_value(args.chat_template_kwargs.encode())
+        except ValueError as error:
+            raise UserError(f"--chat-template-kwargs is not JSON ({error}): give an object in quotes") from None
+    if args.tools is not None:
+        try:
+            tools = json_value(args.tools.read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {args.tools}: {error.strerror}; give a file of tools") from None
+        except ValueError as error:
+            raise UserError(f"{args.tools} is not JSON ({error}): give a list of tools") from None
+    return ChatOptions(tools=tools, chat_template=args.chat_template, chat_template_kwargs=kwargs)
 
 
 def tree_named(text: str | None) -> TreeSpec | str | None:

@@ -6,11 +6,13 @@ The input has one JSON object a line, in OpenAI's batch form (/v1/chat/completio
   {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "temperature": 0, "id": "sky"}
   {"prompt": "The sky is", "n": 2, "seed": 7}
 
-A prompt is continued as it is, messages go through the target's chat template. Sampling fields: temperature, top_p,
-top_k, min_p, max_tokens (max_completion_tokens, max_new_tokens), n, seed, stop, stop_token_ids, ignore_eos, logprobs,
-top_logprobs, prompt_logprobs; rules: logit_bias, allowed_token_ids, bad_words, min_tokens, repetition_penalty,
-presence_penalty, frequency_penalty, response_format, structured_outputs. The options below hold if a line leaves them
-out, --seed included: equal requests then get equal answers.
+A prompt is continued as it is, messages go through the target's chat template. They may have tool_calls, tool_call_id
+and reasoning_content; beside them a line may have tools, chat_template_kwargs, add_generation_prompt and
+continue_final_message. Sampling fields: temperature, top_p, top_k, min_p, max_tokens (max_completion_tokens,
+max_new_tokens), n, seed, stop, stop_token_ids, ignore_eos, logprobs, top_logprobs, prompt_logprobs; rules: logit_bias,
+allowed_token_ids, bad_words, min_tokens, repetition_penalty, presence_penalty, frequency_penalty, response_format,
+structured_outputs. The options below hold if a line leaves them out, --seed included: equal requests then get equal
+answers.
 
 Each line gets one record in the form it came in, as soon as it is answered, so in another order: records carry the
 line's number as "line". OpenAI's records have "custom_id", "response" and "error" (and token ids beside each choice's
@@ -47,7 +49,15 @@ from typing import Any, BinaryIO, Self
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from fasteagle_jax.commands.answers import Took, add_engine_options, mesh_named, sampling_params, tree_named
+from fasteagle_jax.commands.answers import (
+    Took,
+    add_engine_options,
+    add_template_options,
+    chat_options,
+    mesh_named,
+    sampling_params,
+    tree_named,
+)
 from fasteagle_jax.commands.terminal import (
     INTERRUPTED,
     Parser,
@@ -58,7 +68,7 @@ from fasteagle_jax.commands.terminal import (
     program,
     whole,
 )
-from fasteagle_jax.data.manifest import manifest_path, read_manifest
+from fasteagle_jax.data.manifest import first_date, manifest_path, prompt_settings, read_manifest, saved_settings
 from fasteagle_jax.data.shares import Share, join
 from fasteagle_jax.decoding.sampling_fields import from_options, recorded
 from fasteagle_jax.engine.batch_records import AnswerFile, answer_record, refusal_record
@@ -90,6 +100,7 @@ def _parser() -> Parser:
     group.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default %(default)s)")
     add_filter_options(group)
     add_rule_options(parser)
+    add_template_options(parser)
     add_share_options(parser, "the lines")
     return parser
 
@@ -101,7 +112,7 @@ def answer_file(args: argparse.Namespace) -> int:
     if not args.input.is_file():
         raise UserError(f"no file {args.input}: name a file of requests")
     share = join(args)
-    defaults = sampling_params(args)
+    defaults, chat = sampling_params(args), chat_options(args)
     output = share.of_file(args.output)
     if output.exists() and output.samefile(args.input):
         raise UserError(f"{output} is the input, too: name another --output")
@@ -112,12 +123,12 @@ def answer_file(args: argparse.Namespace) -> int:
     options = {"slots": args.slots, "max_len": args.max_len, "strict": args.strict, "adapter": args.adapter}
     options["lookup"] = args.lookup
     engine = Engine.load(args.target, args.drafter, **options, tree=tree, mesh=mesh, dtype=dtype)
-    template = str(engine.tokenizer.chat_template or "")
+    date = first_date(saved_settings(output))
     with args.input.open("rb") as requests:
         digest, numbers = _survey(requests, share)
         settings = {
             "target": engine.fingerprint,
-            "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+            **prompt_settings(engine.tokenizer, engine.eos_token_ids, chat, date),
             "dtype": jnp.dtype(dtype).name,
             "max_len": engine.max_len,
             "input": {"sha256": digest},
@@ -142,7 +153,9 @@ def answer_file(args: argparse.Namespace) -> int:
                     print("measuring which tree is the fastest comes first", file=sys.stderr)
                 work = Work(engine, answers, interrupts, args.target, len(numbers))
                 try:
-                    work.answer(read_requests(requests, defaults, lambda n: n in numbers and n not in answers.done))
+                    work.answer(
+                        read_requests(requests, defaults, lambda n: n in numbers and n not in answers.done, chat)
+                    )
                 except KeyboardInterrupt:
                     print(
                         f"interrupted: {len(answers.done)} of {len(numbers)} requests are answered; "
@@ -212,7 +225,7 @@ class Work:
             number = asked.line.number
             if isinstance(asked, BatchRequest):
                 try:
-                    tokens = self._engine.encode(asked.prompt, "the prompt")
+                    tokens = self._engine.encode(asked.prompt, "the prompt", asked.chat)
                     requests = self._engine.requests(number, tokens, asked.params)
                 except UserError as error:
                     asked = Refusal(asked.line, "invalid_prompt", str(error))

@@ -24,6 +24,8 @@ from fasteagle_jax.commands.answers import (
     Took,
     add_answer_options,
     add_engine_options,
+    add_template_options,
+    chat_options,
     load_engine,
     num_levels,
     sampling_params,
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="fasteagle chat", description=__doc__)
     parser.add_argument("--system", metavar="TEXT", help="a system message, which opens every conversation")
+    add_template_options(parser)
     add_answer_options(parser, max_new=512)
     add_engine_options(parser, ONE_AT_A_TIME)
     return parser
@@ -54,13 +57,14 @@ def _parser() -> Parser:
 
 def chat(args: argparse.Namespace) -> None:
     """Answers stdin's lines until it ends; all but the answers goes to stderr."""
-    params, tree = sampling_params(args), tree_named(args.tree)
+    params, tree, options = sampling_params(args), tree_named(args.tree), chat_options(args)
     check_text(args.system or "", "--system")
     engine = load_engine(args, tree, slots=1)
     levels = num_levels(engine)
     full = f"the conversation has reached --max-len {engine.max_len}: /reset begins a new one"
     opening: list[Message] = [] if args.system is None else [{"role": "system", "content": args.system}]
-    engine.tokens([*opening, {"role": "user", "content": "Hi"}], "a conversation")  # UserError if it cannot chat at all
+    hi: Message = {"role": "user", "content": "Hi"}
+    engine.tokens([*opening, hi], "a conversation", options)  # UserError if it cannot chat at all
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -94,7 +98,7 @@ def chat(args: argparse.Namespace) -> None:
             continue
         question: Message = {"role": "user", "content": line}
         try:
-            tokens = engine.tokens([*messages, question], "the conversation")
+            tokens = engine.tokens([*messages, question], "the conversation", options)
         except UserError as error:  # what this line brings is no reason to end the chat
             _note(f"{error}")
             continue

@@ -97,6 +97,10 @@ def describe(report: Report) -> str:
         f"  products     {r.cost.product_flops / 1e9:.1f} GFLOP, "
         f"{r.cost.product_flops / r.necessary_flops:.2f} of the necessary {r.necessary_flops / 1e9:.1f}",
     ]
+    if r.experts is not None:
+        lines.append(
+            f"  experts      {r.experts:.1f} of a layer's read a device, were all chosen alike and independently"
+        )
     for kind, own in r.cost.collectives.items():
         lines.append(f"  {kind:12} {own.number:.0f}, {own.bytes / 1e6:.2f} MB")
     if r.estimate is not None:

@@ -1,13 +1,18 @@
-"""Write the drafter of a training run's checkpoint, whether the run is finished or not.
+"""Write the drafter of a training run's checkpoint, whether the run is finished or not, or one in a folder for others.
 
 The folder holds model.safetensors and config.json, as a finished run's own `drafter` folder does, and a model card
 (README.md) of the run's data, curve and acceptance length; it is read back and compared before the command ends. Stored
 as int8 a drafter takes a quarter of its size in float32; its guesses differ a little, and decoding gives the target's
 own tokens all the same.
 
+With --for an EAGLE-3 drafter is written as another program reads it: its architecture's name there, the target's
+layers counted its way, the target's positions, bfloat16. What that program has no place for is refused.
+
 examples:
   fasteagle export --run runs/smollm2_135m --best --output drafters/smollm2_135m
   fasteagle export --run runs/smollm2_135m --storage int8 --output drafters/smollm2_135m-int8
+  fasteagle export --run runs/smollm2_135m_eagle3 --for vllm --output eagle3-for-vllm
+  fasteagle export --drafter eagle3 --target meta-llama/Llama-3.1-8B-Instruct --for sglang --output eagle3-for-sglang
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from etils import epath
 from flax import nnx
 
 from fasteagle_jax.commands.terminal import Parser, program, whole
+from fasteagle_jax.drafters.exports import RUNTIMES, export_drafter
 from fasteagle_jax.drafters.files import (
     STORAGE,
     from_storage,
@@ -36,8 +42,9 @@ from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_new, write_text
 from fasteagle_jax.io.text import parse_json
-from fasteagle_jax.targets.checkpoint import fingerprint
+from fasteagle_jax.targets.checkpoint import Checkpoint, fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
+from fasteagle_jax.targets.table import family_of
 from fasteagle_jax.training.checkpoints import Checkpoints
 from fasteagle_jax.training.config import (
     RunConfig,
@@ -58,12 +65,17 @@ from fasteagle_jax.training.step import first_state
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports as the command line says; returns the exit code."""
     parser = Parser(prog="fasteagle export", description=__doc__)
-    parser.add_argument("--run", required=True, type=epath.Path, help="a training run's folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=epath.Path, help="a training run's folder")
+    source.add_argument("--drafter", type=Path, metavar="FOLDER", help="a drafter's folder, with --for and --target")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=whole(1), metavar="N", help="of a checkpoint that is kept; default the newest")
     which.add_argument("--best", action="store_true", help="the checkpoint of the highest measured acceptance length")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="a new folder")
     parser.add_argument("--storage", choices=STORAGE, default="float32", help="of matrices (default float32)")
+    parser.add_argument("--for", dest="runtime", choices=RUNTIMES, help="the program that is to read EAGLE-3")
+    parser.add_argument("--target", help="of --drafter; of a run it is the run's")
+    parser.add_argument("--verifier", metavar="NAME", help="the target as that program finds it (default the target)")
     parser.add_argument("--license", default="", metavar="ID", help="of the model card, such as apache-2.0")
     export(parser.parse_args(argv))
     return 0
@@ -72,6 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export(args: argparse.Namespace) -> None:
     """Writes args.output and prints what it holds."""
     check_new(args.output)
+    if args.runtime is not None and args.storage != "float32":
+        raise UserError(f"--storage with --for: {args.runtime} reads bfloat16, leave --storage out")
+    if args.runtime is None and args.verifier is not None:
+        raise UserError("--verifier is for --for: leave it out")
+    if args.drafter is not None:
+        _convert(args)
+        return
+    if args.target is not None:
+        raise UserError("--target is for --drafter: a run's is in its configuration")
     try:
         config = from_json(parse_json((args.run / "config.json").read_text()))
     except FileNotFoundError:
@@ -104,6 +125,9 @@ def export(args: argparse.Namespace) -> None:
             f"{args.run} trains a drafter for target {record['target_fingerprint']}, the weights of {config.target} "
             f"are {mark}: use that target"
         )
+    if args.runtime is not None:
+        _write_for(args, drafter, target, args.verifier or config.target)
+        return
     records = _records_until(step, args.run / "metrics.jsonl")
     tokens = record["data"]["tokens"] if record is not None else sum(each["tokens"] for each in records)
     earlier = (record or {}).get("earlier") or earlier_runs(config.drafter.start)
@@ -118,6 +142,21 @@ def export(args: argparse.Namespace) -> None:
     if any(not np.array_equal(expected[name].astype(found[name].dtype), found[name]) for name in expected):
         raise UserError(f"{args.output} does not read back as it was written: check the disk and export again")
     print(f"{args.output}: step {step}, {tokens / 1e6:.2f}M training tokens, {drafter.num_levels} levels")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    """Writes a drafter's folder for another program."""
+    if args.runtime is None or args.target is None or args.step is not None or args.best:
+        raise UserError("--drafter needs --for and --target, and has no checkpoints: give these alone")
+    target = open_checkpoint(args.target)
+    drafter = load_drafter(args.drafter, target.config, fingerprint(target), stacked=False)
+    _write_for(args, drafter, target, args.verifier or args.target)
+
+
+def _write_for(args: argparse.Namespace, drafter: Any, target: Checkpoint, name: str) -> None:
+    verifier = {"name_or_path": name, "architectures": list(family_of(target.config).architectures[:1])}
+    export_drafter(drafter, args.output, args.runtime, target.config, verifier)
+    print(f"{args.output}: for {args.runtime}, {drafter.config.draft_vocab_size} tokens, target {name}")
 
 
 def _no_checkpoint(run: epath.Path, config: RunConfig) -> UserError:

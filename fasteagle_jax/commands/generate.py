@@ -31,6 +31,8 @@ from fasteagle_jax.commands.answers import (
     Took,
     add_answer_options,
     add_engine_options,
+    add_template_options,
+    chat_options,
     load_engine,
     num_levels,
     sampling_params,
@@ -46,6 +48,7 @@ from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_new, write_new
+from fasteagle_jax.targets.templates import ChatOptions
 
 
 @program
@@ -76,6 +79,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--slots", type=whole(1), metavar="B", help="prompts answered at once (default 8, for fewer prompts as many)"
     )
+    add_template_options(parser)
     add_answer_options(parser, max_new=256)
     add_engine_options(parser, f"for one prompt {ONE_AT_A_TIME}, for more auto")
     return parser
@@ -84,7 +88,7 @@ def _parser() -> Parser:
 def answer_prompts(args: argparse.Namespace) -> None:
     """Prints or writes the answers to the prompts of `args`, and statistics on stderr."""
     # --- what was asked for -----------------------------------------------------------------------------------
-    params = sampling_params(args)
+    params, options = sampling_params(args), chat_options(args)
     check_new(args.output)
     check_new(args.trace)
     prompts = [Prompt(f"prompt-{i}", [text]) for i, text in enumerate(args.prompt, 1)]
@@ -105,7 +109,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
         _check_trace(args, prompts, tree)
 
     engine = load_engine(args, tree, args.slots or min(8, len(prompts)))
-    talks = [Talk(prompt, chat=not args.no_chat) for prompt in prompts]
+    talks = [Talk(prompt, chat=not args.no_chat, options=options) for prompt in prompts]
     for talk in talks:
         talk.ask(engine)  # all, before the first is answered
 
@@ -193,8 +197,8 @@ def _answer(
 class Talk:
     """A conversation under way; without `chat` a text to be continued."""
 
-    def __init__(self, prompt: Prompt, *, chat: bool) -> None:
-        self.id, self.turns, self.chat = prompt.id, prompt.turns, chat
+    def __init__(self, prompt: Prompt, *, chat: bool, options: ChatOptions) -> None:
+        self.id, self.turns, self.chat, self.options = prompt.id, prompt.turns, chat, options
         self.answers: list[Completion] = []
         self.asked: dict[int, tuple[int, ...]] = {}  # the tokens that each turn's answer goes on from
 
@@ -214,7 +218,7 @@ class Talk:
 
     def ask(self, engine: Engine) -> tuple[int, ...]:
         """The tokens to be answered next; UserError if they do not fit."""
-        tokens = engine.encode(self.messages() if self.chat else self.turns[0], self.id)
+        tokens = engine.encode(self.messages() if self.chat else self.turns[0], self.id, self.options)
         self.asked[len(self.answers)] = tokens
         return tokens
 

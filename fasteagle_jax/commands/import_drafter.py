@@ -3,6 +3,7 @@
 The source holds config.json and model.safetensors, or pytorch_model.bin (read by torch, which must then be installed).
 Both families of tensor names are known, midlayer.* and layers.0.*, and a reduced draft vocabulary by d2t. The target is
 needed for its sizes and its fingerprint; the embedding is taken from it, the rotary embedding is the drafter's own. The
+norms of EAGLE-3.1 are read (norm_before_residual, norm_before_fc, fc_norm, norm_output), and a sliding window. The
 target's layers that it reads are counted by their inputs (vLLM, speculators), or in an eagle_config by their outputs
 (SGLang, SpecForge); what a file does not say is told. What is not supported is refused by its name.
 
@@ -38,17 +39,10 @@ from fasteagle_jax.targets.loading import DEFAULT_TARGET, open_checkpoint
 
 LEVELS = 8  # of the published evaluation: a first pass and depth 7
 _LAYERS = "eagle_aux_hidden_state_layer_ids"
-_NOT_OURS = ("embed_tokens.weight",)  # the target's
-# Changes of the model that some published drafters have.
-_UNSUPPORTED = (
-    "norm_before_residual",
-    "norm_before_fc",
-    "norm_output",
-    "fc_norm",
-    "attention_bias",
-    "mlp_bias",
-    "quantization_config",
-)
+_EMBEDDING, _OWN_EMBEDDING = "model.embed_tokens.weight", "embed_tokens.weight"
+# Changes of the model that some published drafters have: those that are read here are fields of Eagle3Config.
+_READ = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+_UNSUPPORTED = ("attention_bias", "mlp_bias", "bias", "qkv_bias", "quantization_config", "parallel_drafting")
 
 
 @program
@@ -75,12 +69,16 @@ def import_drafter(args: argparse.Namespace) -> None:
     tensors.pop("t2d", None)  # says what d2t says
     if config.draft_vocab_size == config.vocab_size:
         tensors.pop("d2t", None)  # files have it all the same, of zeros
-    _drop_copies(tensors, target, ids, str(args.source))
+    embedding = _drop_copies(tensors, target, ids, str(args.source))
     drafter = Eagle3(config, jax.random.key(0), _dtype(tensors), stacked=False)
     fill(drafter, tensors, str(args.source))
     save_drafter(drafter, args.output, fingerprint(target), {"imported": {"source": args.source.name}})
-    if guess:
-        print(guess, file=sys.stderr)
+    residual = ""
+    if "speculators_model_type" in raw and "norm_before_residual" not in raw:
+        residual = "its config.json has no norm_before_residual: taken as false, as speculators does (vLLM takes true)"
+    for told in (guess, embedding, residual):
+        if told:
+            print(told, file=sys.stderr)
     print(
         f"{args.output}: EAGLE-3, {config.draft_vocab_size} of {config.vocab_size} tokens, {args.levels} levels, "
         f"the target's features before layers {', '.join(map(str, config.feature_layers))}"
@@ -107,7 +105,10 @@ def eagle3_config(
             f"the drafter has hidden_size {sizes['hidden_size']}, the target {target.hidden_size}: "
             "name the target that it was trained for"
         )
-    for holder in (raw, sizes, raw.get("eagle_config") or {}):
+    if (kind := raw.get("speculators_model_type", "eagle3")) != "eagle3":
+        raise UserError(f"the drafter is speculators' {kind}, which is not supported: take an eagle3")
+    holders = (raw, sizes, raw.get("eagle_config") or {})
+    for holder in holders:
         if named := [name for name in _UNSUPPORTED if holder.get(name)]:
             raise UserError(f"the drafter has {', '.join(named)}, which is not supported: take one without it")
         if holder.get("hidden_act", "silu") not in ("silu", "swish", None):
@@ -116,6 +117,8 @@ def eagle3_config(
             raise UserError("the drafter has use_aux_hidden_state false, as no EAGLE-3 has: take one that reads layers")
         if holder.get("num_hidden_layers", 1) != 1:
             raise UserError(f"the drafter has {holder['num_hidden_layers']} layers: take one of a single layer")
+        if holder.get("target_hidden_size") not in (None, target.hidden_size):
+            raise UserError(f"the drafter has target_hidden_size {holder['target_hidden_size']}: name its target")
     changes: dict[str, Any] = {
         "kind": "eagle3",
         "num_levels": levels,
@@ -126,10 +129,23 @@ def eagle3_config(
         "rms_norm_eps": float(sizes.get("rms_norm_eps", target.rms_norm_eps)),
         "rope": RopeConfig.from_hf(sizes),  # its own, which is often not the target's
         "draft_vocab_size": len(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else target.vocab_size,
+        "qk_norm": "midlayer.self_attn.q_norm.weight" in tensors,
+        "window": _window(sizes),
     }
+    changes |= {name: any(bool(holder.get(name)) for holder in holders) for name in _READ}
     if layers:
         changes["feature_layers"] = layers
     return default_config(target, **changes)
+
+
+def _window(sizes: Mapping[str, Any]) -> int | None:
+    """The sliding window of the drafter's layer, None for none; it has one if `layer_types` says so."""
+    types, window = sizes.get("layer_types") or ["full_attention"], sizes.get("sliding_window")
+    if types[0] not in ("full_attention", "sliding_attention"):
+        raise UserError(f"the drafter's layer is of the type {types[0]!r}, which is not supported: take another")
+    if types[0] == "sliding_attention" and not isinstance(window, int):
+        raise UserError(f"the drafter's layer has a sliding_window of {window!r}: take its complete configuration")
+    return window if types[0] == "sliding_attention" else None
 
 
 def _feature_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[tuple[int, ...] | None, str]:
@@ -167,18 +183,27 @@ def _feature_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[tuple[int,
     return next(iter(found), None), guess
 
 
-def _drop_copies(tensors: dict[str, np.ndarray], target: Checkpoint, ids: np.ndarray | None, source: str) -> None:
-    """Removes copies of the target's norm and head, of all rows or the draft vocabulary's; UserError if they differ."""
-    head = "lm_head.weight" if "lm_head.weight" in target.tensors else "model.embed_tokens.weight"
-    for name, of_target in (("verifier_norm.weight", "model.norm.weight"), ("verifier_lm_head.weight", head)):
+def _drop_copies(tensors: dict[str, np.ndarray], target: Checkpoint, ids: np.ndarray | None, source: str) -> str:
+    """Removes copies of the target's embedding, norm and head, the head's of all rows or the draft vocabulary's.
+
+    UserError if norm or head differ: they are another target's. Returns what to tell of an embedding that does.
+    """
+    head = "lm_head.weight" if "lm_head.weight" in target.tensors else _EMBEDDING
+    known = {_OWN_EMBEDDING: _EMBEDDING, "verifier_norm.weight": "model.norm.weight", "verifier_lm_head.weight": head}
+    told = ""
+    for name, of_target in known.items():
         if (copy := tensors.pop(name, None)) is None:
             continue
         own = target.read(of_target)
         own = own[ids] if ids is not None and len(copy) == len(ids) < len(own) else own
-        if copy.shape != own.shape or not np.array_equal(copy.astype("f4"), own.astype(copy.dtype).astype("f4")):
+        if copy.shape == own.shape and np.array_equal(copy.astype("f4"), own.astype(copy.dtype).astype("f4")):
+            continue
+        if name != _OWN_EMBEDDING:
             raise UserError(
                 f"{source}: {name} is not the target's {of_target}: name the target that it was trained for"
             )
+        told = f"{source}: it has an embedding of its own, and the target's is used: fewer guesses may be accepted"
+    return told
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -196,8 +221,7 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
     for name, value in found.items():
         name = name.removeprefix("model.")
         name = f"midlayer.{name.removeprefix('layers.0.')}" if name.startswith("layers.0.") else name
-        if name not in _NOT_OURS:
-            tensors[name] = value
+        tensors[name] = value
     return tensors
 
 

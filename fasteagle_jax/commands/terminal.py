@@ -236,7 +236,7 @@ def _add_sampling_option(group: Any, row: SamplingField, default: float, help: s
 
 def add_dtype_option(parser: Any, note: str) -> None:
     """Adds --dtype, to be read with `dtype_named`."""
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=f"of the weights; {note}")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), help=f"of the weights; {note}")
 
 
 def dtype_named(name: str | None, on_cpu: str = "float32") -> Any:
@@ -245,7 +245,7 @@ def dtype_named(name: str | None, on_cpu: str = "float32") -> Any:
     import jax.numpy as jnp
 
     name = name or (on_cpu if jax.default_backend() == "cpu" else "bfloat16")
-    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}[name]
 
 
 def add_share_options(parser: Any, what: str) -> None:

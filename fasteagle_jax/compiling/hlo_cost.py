@@ -20,6 +20,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -82,7 +83,7 @@ class Cost:
             self.kernels + other.kernels,
         )
 
-    def times(self, iterations: int) -> Cost:
+    def times(self, iterations: float) -> Cost:
         """The cost of that many iterations of a loop; counts of places in the program stay."""
         scaled = {
             kind: Collectives(*(iterations * value for value in dataclasses.astuple(own)))
@@ -102,14 +103,15 @@ def _added(a: Collectives, b: Collectives) -> Collectives:
     return Collectives(*(x + y for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)))
 
 
-def cost(text: str, branch: Branch = "most") -> Cost:
+def cost(text: str, branch: Branch = "most", expected: Mapping[str, float] | None = None) -> Cost:
     """The Cost of a compiled program, given `jax.stages.Compiled.as_text()`.
 
     `branch` says which branch of a conditional runs: the one that reads and writes least (a decode that is greedy), or
-    most (a train step that is applied).
+    most (a train step that is applied). `expected` has iterations of loops that only data can tell, by the
+    `jax.named_scope` around them.
     """
     program = parse(text)
-    return _Counter(program, branch).computation(program.entry, {})
+    return _Counter(program, branch, expected).computation(program.entry, {})
 
 
 _FREE = {
@@ -132,9 +134,10 @@ _ON_HOST = re.compile(r"callback|infeed|outfeed|MoveToHost|MoveToDevice", re.IGN
 
 
 class _Counter:
-    def __init__(self, program: Program, branch: Branch):
+    def __init__(self, program: Program, branch: Branch, expected: Mapping[str, float] | None = None):
         self.program = program
         self.branch = branch
+        self.expected = expected or {}
 
     def computation(self, name: str, arguments: dict[int, Value]) -> Cost:
         """The cost of running a computation once, outside of fusions; `arguments` are those that are known."""
@@ -189,7 +192,8 @@ class _Counter:
 
     def loop(self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value]) -> Cost:
         start = self.value(i.operands[0], body, arguments)
-        iterations = self.iterations(i, start)
+        known = self.iterations(i, start)
+        iterations = self.expected_iterations(i) if known is None else known
         carried = self.carried(i, start)
         if iterations is None:
             return self.computation(i.called("body"), {0: carried}) + Cost(unknown_loops=1)
@@ -202,6 +206,12 @@ class _Counter:
     def value(self, name: str, body: dict[str, Instruction], arguments: dict[int, Value]) -> Value:
         """An instruction's value if constants decide it: an int, a list of these for a tuple, or None."""
         return Scalars(self.program, body, arguments).value(name)
+
+    def expected_iterations(self, i: Instruction) -> float | None:
+        """Those of the named scope that a loop is in; None if there is no such scope."""
+        named = re.search(r'op_name="([^"]*)"', i.attributes)
+        scopes = named[1].split("/") if named else []
+        return next((self.expected[scope] for scope in scopes if scope in self.expected), None)
 
     def iterations(self, i: Instruction, start: Value) -> int | None:
         """The number of iterations of a loop."""

@@ -33,6 +33,7 @@ from fasteagle_jax.devices.sharding import (
     MeshShape,
     batch_sharding,
     check_batch,
+    check_experts,
     check_heads,
     make_mesh,
     row_major,
@@ -40,8 +41,9 @@ from fasteagle_jax.devices.sharding import (
 )
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.moe import LOOP, SparseMlp, block_rows, expected_turns
 from fasteagle_jax.nn.transformer import stacks_are_faster
-from fasteagle_jax.targets.table import family_of
+from fasteagle_jax.targets.loading import target_shapes
 from fasteagle_jax.training.config import RunConfig, drafter_config
 from fasteagle_jax.training.flops import flops_per_token
 from fasteagle_jax.training.optimizer import make_optimizer
@@ -83,6 +85,7 @@ class Report:
     ideal_bytes: float  # weights once, and what is in the caches once
     necessary_flops: float  # of matrix products
     compile_seconds: float
+    experts: float | None = None  # of a layer that a device reads, expected (see Experts); None: all, or none are there
 
     @property
     def bytes_ratio(self) -> float:
@@ -151,6 +154,15 @@ class Shapes(NamedTuple):
     read: Any  # arrays that every run must read
     necessary_flops: float  # of all devices
     state: int | None  # which argument comes out anew; None for none
+    experts: Experts | None = None  # None: all are read, or there are none
+
+
+class Experts(NamedTuple):
+    """The experts that a device's tokens are expected to choose, if the router chooses all alike and independently."""
+
+    number: float  # in each layer that has some
+    turns: float  # of the loop over them
+    unread: float  # bytes of the others
 
 
 def compile_program(
@@ -181,6 +193,7 @@ def compile_program(
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
+    expected = {LOOP: shapes.experts.turns} if shapes.experts else None
     known = chip(devices[0].device_kind)
     if devices[0].platform != "tpu" and known is not None and known.hbm and peak > known.hbm:
         raise _no_fit(peak, known.hbm, devices[0].device_kind, len(devices))  # a GPU's compiler does not say so itself
@@ -196,11 +209,12 @@ def compile_program(
         temporaries=int(memory.temp_size_in_bytes),
         peak=peak,
         hbm=None if known is None else known.hbm,
-        cost=cost(compiled.as_text(), "most" if program == "train" else "least"),
+        cost=cost(compiled.as_text(), "most" if program == "train" else "least", expected),
         state_layout_stable=_state_layout_stable(shapes, compiled),
-        ideal_bytes=bytes_of(shapes.read),
+        ideal_bytes=bytes_of(shapes.read) - (shapes.experts.unread if shapes.experts else 0),
         necessary_flops=shapes.necessary_flops / len(devices),
         compile_seconds=round(seconds, 1),
+        experts=shapes.experts.number if shapes.experts else None,
     )
 
 
@@ -220,6 +234,7 @@ def lower(
     else:
         mesh = make_mesh(mesh_shape or decode_mesh(config, len(devices)), devices)
     check_heads(mesh, config.target_config, drafter_config(config.drafter, config.target_config))
+    check_experts(mesh, config.target_config)
     shapes = {"train": _train, "decode": _decode, "prefill": _prefill}[program](config, mesh, decoding)
     with jax.set_mesh(mesh):
         return mesh, shapes, shapes.step.lower(*shapes.arguments)
@@ -298,7 +313,7 @@ def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
     matrices = (
         2
         * decoding.batch
-        * (nodes * _matrix_size((target.layers, _head(target))) + drafts * _matrix_size((drafter, vocab)))
+        * (nodes * (_layers_size(config) + _matrix_size(_head(target))) + drafts * _matrix_size((drafter, vocab)))
     )
     return Shapes(
         step,
@@ -309,6 +324,7 @@ def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
         (_read(target), drafter, vocab, state.target_cache, state.drafter_cache),
         matrices,
         3,
+        _experts(config, mesh, target, decoding.batch * nodes, decoding.batch),
     )
 
 
@@ -321,7 +337,7 @@ def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
         return _start(config, decoding, target, drafter, prompts, lengths, sampling, stop)[0]
 
     step = jax.jit(start, out_shardings=jax.tree.map(lambda x: x.sharding, state))
-    matrices = 2 * decoding.batch * decoding.chunk * _matrix_size((target.layers, drafter))
+    matrices = 2 * decoding.batch * decoding.chunk * (_layers_size(config) + _matrix_size(drafter))
     return Shapes(
         step,
         (target, drafter, prompts["tokens"], prompts["length"], sampling, stop),
@@ -331,6 +347,7 @@ def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
         (_read(target), drafter, vocab, state.target_cache, state.drafter_cache),
         matrices,
         None,
+        _experts(config, mesh, target, decoding.batch * decoding.chunk, decoding.batch),
     )
 
 
@@ -389,16 +406,30 @@ def _whole(vocab: Any, target: Any) -> Any:
 
 
 def _target(config: RunConfig, mesh: Mesh, *, stacked: bool) -> Any:
-    sizes, dtype = config.target_config, jnp.dtype(config.dtype)
-    assert sizes is not None
-    model = family_of(sizes).model
-    return weights_on_mesh(mesh, jax.eval_shape(lambda: model(sizes, jax.random.key(0), dtype, stacked=stacked)))
+    assert config.target_config is not None
+    int8 = config.target_dtype == "int8"
+    return weights_on_mesh(mesh, target_shapes(config.target_config, config.dtype, int8=int8, stacked=stacked))
 
 
 def _stacked(mesh: Mesh, *, training: bool = False) -> bool:
     """Whether layers are one stack on the mesh's devices; simulated ones stand for TPUs."""
     platform = mesh.devices.flat[0].platform
     return platform == "cpu" or stacks_are_faster(platform, training=training)
+
+
+def _experts(config: RunConfig, mesh: Mesh, target: Any, num_tokens: int, num_rows: int) -> Experts | None:
+    """Those of a decoding's tokens: of each E experts n tokens choose E (1 - (1 - k/E)^n)."""
+    layers = [target.layers] if target.stacked else target.layers
+    own = [layer.mlp.experts for layer in layers if isinstance(layer.mlp, SparseMlp)]
+    if not own:
+        return None
+    sizes: Any = config.target_config
+    data, tensor = mesh.shape["data"], mesh.shape["tensor"]
+    tokens = num_tokens // data if num_rows % data == 0 else num_tokens
+    routing = tokens, sizes.experts_per_token, sizes.num_experts
+    share = 1 - (1 - sizes.experts_per_token / sizes.num_experts) ** tokens
+    turns = expected_turns(*routing, block_rows(*routing, mesh.devices.flat[0].platform))
+    return Experts(share * sizes.num_experts / tensor, turns / tensor, (1 - share) * bytes_of(own))
 
 
 def _read(target: Any) -> Any:
@@ -409,6 +440,13 @@ def _read(target: Any) -> Any:
 def _head(target: Any) -> Any:
     """A target's `head_rows`, of shapes."""
     return jax.tree.leaves(target.embedding if target.head is None else target.head)[0]
+
+
+def _layers_size(config: RunConfig) -> int:
+    """Elements of the matrices of a target's layers that a token is multiplied with."""
+    sizes = config.target_config
+    assert sizes is not None
+    return sum(sizes.layer_at(i).matrix_size for i in range(sizes.num_layers))
 
 
 def _matrix_size(tree: Any) -> int:

@@ -25,6 +25,10 @@ TARGETS = {
     "llama31_8b": ("v4:2x2x2", "v5e:2x4", "v6e:2x4", "tpu7x:2x2x1"),
     "vicuna_13b": ("v5e:2x4", "v6e:2x4"),
     "llama33_70b": ("v5e:4x4", "v5e:4x8", "v5p:2x2x1", "v5p:2x2x4"),
+    "qwen3_8b": ("v5e:2x4", "v6e:2x4", "v5p:2x2x1"),
+    "gemma3_12b": ("v5e:2x4", "v6e:2x4", "v5p:2x2x1"),
+    "mistral_7b": ("v5e:2x4", "v6e:2x4", "v5p:2x2x1"),
+    "qwen3_30b_a3b": ("v5e:2x4", "v6e:2x4", "v5p:2x2x1"),
 }
 
 COLUMNS = {

@@ -15,20 +15,24 @@ from typing import Any, Self
 import numpy as np
 
 from fasteagle_jax.data.conversations import Conversation
+from fasteagle_jax.data.endpoint import Endpoint
 from fasteagle_jax.data.sources import HeldOut, Message
 from fasteagle_jax.data.windows import cut_windows, window_id
 from fasteagle_jax.engine.detokenizer import Detokenizer
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.chats import Chat, encode_chats, turn_opening
-from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, prefix_spans
+from fasteagle_jax.targets.chats import Chat, encode_rows, turn_opening
+from fasteagle_jax.targets.templates import PLAIN, ChatOptions
+from fasteagle_jax.targets.tokenizer import assistant_spans, check_ids, encode_chat
 
 MIN_ANSWER = 16  # tokens: a prompt that leaves less room for an answer is too long
 MIN_QUESTION = 4  # tokens of a user's message that the target writes
 LOOP_COPIES, LOOP_TOKENS = 3, 32  # of a loop, at the least: copies back to back, tokens in all
 AHEAD = 512  # samples that may be settled before the first one that is not
 TOGETHER = 64  # samples whose ready dialogues are tokenised together
+
+THOUGHTS = "<think>\nYes.\n</think>\n\nYes."  # stands for an answer with thoughts
 
 Outcome = list[Conversation] | str  # the conversations of a sample, or the reason why it was dropped
 
@@ -40,6 +44,7 @@ class Sample:
     id: str
     turns: list[str] | None
     messages: list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None  # of complete messages
 
     def asked(self) -> list[str]:
         """The user's messages."""
@@ -48,22 +53,28 @@ class Sample:
 
 @dataclasses.dataclass
 class Dialogue:
-    """An unfinished conversation: `tokens` end where the assistant (or, without turns, the user) speaks next."""
+    """An unfinished conversation: `tokens` end where the assistant (or, without turns, the user) speaks next.
+
+    Where the template rewrites what was said, as it leaves thoughts out, the next prompt begins a new row.
+    """
 
     index: int  # of its sample
     id: str
     turns: list[str]  # the user's messages; empty until the target has written one
     tokens: list[int]
-    spans: list[list[int]] = dataclasses.field(default_factory=list)  # answers so far
+    spans: list[list[int]] = dataclasses.field(default_factory=list)  # answers so far, in this row
+    said: list[str] = dataclasses.field(default_factory=list)  # texts of all answers so far
+    rows: list[tuple[list[int], list[list[int]]]] = dataclasses.field(default_factory=list)  # that are finished
 
     @property
     def speaker(self) -> str:
         """The speaker of the next turn, by a name that is unique in the dialogue."""
-        return f"assistant {len(self.spans)}" if self.turns else "user"
+        return f"assistant {len(self.said)}" if self.turns else "user"
 
-    def conversation(self) -> Conversation:
-        """The conversation up to the last answer."""
-        return Conversation.of(self.id, self.tokens[: self.spans[-1][1]], self.spans)
+    def conversations(self) -> list[Conversation]:
+        """The conversation up to the last answer, a Conversation a row."""
+        last = [(self.tokens[: self.spans[-1][1]], self.spans)] if self.spans else []
+        return [Conversation.of(window_id(self.id, n), *row) for n, row in enumerate([*self.rows, *last], 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +88,7 @@ class Rules:
     keep_truncated: bool
     first_turns_only: bool  # if the chat template gives no tokens between an answer and the next question
     held_out: HeldOut  # forbidden as questions that the target writes; sources were filtered before
+    chat: ChatOptions = PLAIN
 
     @functools.cached_property
     def detokenizer(self) -> Detokenizer:
@@ -115,40 +127,66 @@ class Rules:
             if cut >= MIN_ANSWER:
                 dialogue.tokens = dialogue.tokens + tokens[:cut]
                 dialogue.spans.append([start, start + cut])
-            return [dialogue.conversation()] if dialogue.spans else "looping answers"
+            return dialogue.conversations() or "looping answers"
         if stopped or self.keep_truncated:
+            dialogue.said.append(self.detokenizer.text(tokens[:-1] if stopped else tokens, dialogue.tokens))
             dialogue.tokens = dialogue.tokens + tokens
             dialogue.spans.append([start, start + len(tokens)])
-        elif not dialogue.spans:
+        if not dialogue.said:
             return "truncated answers"
-        if not stopped or self.first_turns_only or len(dialogue.spans) == len(dialogue.turns):
-            return [dialogue.conversation()]
-        between = self.between(dialogue.turns, len(dialogue.spans), tokens[-1])
-        if between is None or len(dialogue.tokens) + len(between) + MIN_ANSWER > self.max_length:
-            return [dialogue.conversation()]
-        dialogue.tokens = dialogue.tokens + between
+        if not stopped or self.first_turns_only or len(dialogue.said) == len(dialogue.turns):
+            return dialogue.conversations()
+        return self._ask_next(dialogue, tokens[-1])
+
+    def _ask_next(self, dialogue: Dialogue, last_token: int) -> Dialogue | Outcome:
+        """The dialogue up to its next answer, in this row or in a new one; its outcome if there is no room for one."""
+        between = self.between(dialogue.turns, len(dialogue.said), last_token, dialogue.said)
+        if between is not None:
+            if len(dialogue.tokens) + len(between) + MIN_ANSWER > self.max_length:
+                return dialogue.conversations()
+            dialogue.tokens = dialogue.tokens + between
+            return dialogue
+        messages = _exchange(dialogue.turns, dialogue.said)
+        try:
+            tokens = encode_chat(self.tokenizer, messages, True, self.chat)
+        except UserError:
+            return dialogue.conversations()
+        if len(tokens) + MIN_ANSWER > self.max_length:
+            return dialogue.conversations()
+        check_ids(tokens, self.vocab_size, f"turn {len(dialogue.said)} of sample {dialogue.id}")
+        dialogue.rows.append((dialogue.tokens, dialogue.spans))
+        dialogue.tokens, dialogue.spans = tokens, []
         return dialogue
 
     def _ask_first(self, index: int, id: str, turns: list[str]) -> Dialogue | Outcome:
-        tokens = encode_chat(self.tokenizer, [{"role": "user", "content": turns[0]}])
+        tokens = encode_chat(self.tokenizer, [{"role": "user", "content": turns[0]}], True, self.chat)
         check_ids(tokens, self.vocab_size, f"sample {id}")
         if len(tokens) + MIN_ANSWER > self.max_length:
             return "prompts too long"
         return Dialogue(index, id, turns, tokens)
 
-    def between(self, turns: list[str], num_answered: int, last_token: int) -> list[int] | None:
-        """Tokens between the end of an answer and the start of the next; None if the answer has another last token.
+    def between(
+        self, turns: list[str], num_answered: int, last_token: int, said: Sequence[str] = ()
+    ) -> list[int] | None:
+        """Tokens between the end of an answer and the start of the next.
 
-        They do not depend on the answers' text, so that short ones are templated here: real ones stay as sampled.
+        None if the answer has another last token, or if the template rewrites what was said before: the next prompt is
+        then no continuation. The tokens do not depend on the answers' text, so that short ones are templated here, with
+        thoughts if the one in `said` has some: real ones stay as sampled.
         """
-        messages = []
-        for turn in turns[:num_answered]:
-            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": "Yes."}]
-        ids, spans = prefix_spans(self.tokenizer, messages)
-        end = spans[-1][1]
-        asked = encode_chat(self.tokenizer, [*messages, {"role": "user", "content": turns[num_answered]}])
+        answers = [THOUGHTS if i < len(said) and "</think>" in said[i] else "Yes." for i in range(num_answered)]
+        messages = _exchange(turns, answers)
+        try:
+            ids, spans = assistant_spans(self.tokenizer, messages[:-1], self.chat)
+            prompt = encode_chat(self.tokenizer, messages[:-2], True, self.chat)
+            asked = encode_chat(self.tokenizer, messages, True, self.chat)
+        except UserError:
+            return None
         check_ids(asked, self.vocab_size, f"turn {num_answered} of the dialogue that begins {turns[0][:40]!r}")
-        if ids[end - 1] != last_token or asked[:end] != ids[:end]:
+        if not spans:
+            return None
+        start, end = spans[-1]
+        if ids[end - 1] != last_token or asked[:end] != ids[:end] or ids[:start] != prompt:
             return None
         return asked[end:]
 
@@ -157,27 +195,44 @@ class Rules:
         outcomes: list[Outcome] = ["dialogues without an answer"] * len(samples)
         all_messages = [_from_user(sample.messages or []) for sample in samples]
         answered = [i for i, messages in enumerate(all_messages) if any(m["role"] == "assistant" for m in messages)]
-        chats = encode_chats(self.tokenizer, [all_messages[i] for i in answered])
-        for i, chat in zip(answered, chats, strict=True):
+        options = [self._options(samples[i]) for i in answered]
+        found = encode_rows(self.tokenizer, [all_messages[i] for i in answered], options)
+        for i, rows, chat in zip(answered, found, options, strict=True):
             # E.g. roles that do not alternate; _rules of prepare_data finds a template that never works.
-            if isinstance(chat, UserError):
+            if isinstance(rows, UserError):
                 outcomes[i] = "dialogues that the chat template refuses"
-            elif chat.spans:  # else the template marks no message as an answer
-                check_ids(chat.ids, self.vocab_size, f"sample {samples[i].id}")
-                outcomes[i] = self._windows(samples[i].id, all_messages[i], chat)
+            elif any(row.spans for row in rows):  # else the template marks no message as an answer
+                parts: list[tuple[list[int], list[list[int]]]] = []
+                for row in rows:
+                    check_ids(row.ids, self.vocab_size, f"sample {samples[i].id}")
+                    parts += self._windows(all_messages[i], row, chat) if row.spans else []
+                ids = (window_id(samples[i].id, n) for n in count(1))
+                outcomes[i] = [Conversation.of(id, *part) for id, part in zip(ids, parts, strict=False)]
         return outcomes
 
-    def _windows(self, id: str, messages: list[Message], chat: Chat) -> list[Conversation]:
-        """A ready dialogue as a conversation, or as several if it is too long for one."""
+    def _options(self, sample: Sample) -> ChatOptions:
+        return self.chat if sample.tools is None else dataclasses.replace(self.chat, tools=sample.tools)
+
+    def _windows(
+        self, messages: list[Message], chat: Chat, options: ChatOptions
+    ) -> list[tuple[list[int], list[list[int]]]]:
+        """The tokens and spans of a ready dialogue, or of several windows if it is too long for one."""
         if len(chat.ids) <= self.max_length:
-            return [Conversation.of(id, chat.ids, [list(span) for span in chat.spans])]
+            return [(chat.ids, [list(span) for span in chat.spans])]
         starts = {num: i for i, num in chat.turns.items() if messages[i]["role"] == "user"}
 
         def opening(start: int) -> list[int] | None:
-            return turn_opening(self.tokenizer, messages, chat, starts[start])
+            return turn_opening(self.tokenizer, messages, chat, starts[start], options)
 
-        windows = cut_windows(chat.ids, chat.spans, list(starts), opening, self.max_length)
-        return [Conversation.of(window_id(id, n), tokens, spans) for n, (tokens, spans) in enumerate(windows, 1)]
+        return cut_windows(chat.ids, chat.spans, list(starts), opening, self.max_length)
+
+
+def _exchange(turns: Sequence[str], answers: Sequence[str]) -> list[Message]:
+    """A conversation of the user's turns and the answers to all but the last one."""
+    messages: list[Message] = []
+    for turn, answer in zip(turns, answers, strict=False):
+        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": turns[len(answers)]}]
 
 
 def _from_user(messages: list[Message]) -> list[Message]:
@@ -217,7 +272,7 @@ class RequestSource:
         self,
         samples: Iterator[Sample],
         rules: Rules,
-        engine: Engine | None,
+        engine: Engine | Endpoint | None,
         params: Callable[[Dialogue], SamplingParams],
         ahead: int,
     ) -> None:
@@ -278,7 +333,7 @@ class RequestSource:
 def answer_all(
     samples: Iterator[Sample],
     rules: Rules,
-    engine: Engine | None,
+    engine: Engine | Endpoint | None,
     params: Callable[[Dialogue], SamplingParams],
     ahead: int = AHEAD,
 ) -> Iterator[tuple[list[Outcome], Completion | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,47 @@ from typing import Any
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line
 from fasteagle_jax.io.text import parse_json
+from fasteagle_jax.targets.templates import PLAIN, ChatOptions, fix_date, template_digest, writes_date
+from fasteagle_jax.targets.tokenizer import tokenizer_digest
+
+LATER = ("tokenizer", "stop_token_ids")  # settings that manifests of older versions lack
+
+
+def prompt_settings(tokenizer: Any, stop_token_ids: Sequence[int], chat: ChatOptions, date: str) -> dict[str, Any]:
+    """The settings of a manifest that decide what prompts are made of conversations, and where answers end.
+
+    Fixes the date that the tokenizer's template writes, if it writes one: at the file's first run.
+    """
+    settings: dict[str, Any] = {
+        "chat_template": template_digest(tokenizer),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "stop_token_ids": list(stop_token_ids),
+    }
+    if chat != PLAIN:
+        settings["chat"] = {name: value for name, value in vars(chat).items() if value != getattr(PLAIN, name)}
+    if writes_date(tokenizer):
+        settings["date"] = date
+        fix_date(tokenizer, date)
+    return settings
+
+
+def first_date(settings: Mapping[str, Any] | None) -> str:
+    """The date of earlier settings, YYYY-MM-DD; today's if there are none, or they have no date."""
+    date = (settings or {}).get("date")
+    return date if isinstance(date, str) else today()
+
+
+def today() -> str:
+    """The date, YYYY-MM-DD."""
+    return datetime.date.today().isoformat()
+
+
+def saved_settings(output: Path) -> dict[str, Any] | None:
+    """The settings in the manifest of `output`; None if there is none that can be read."""
+    try:
+        return dict(parse_json(manifest_path(output).read_bytes())["settings"])
+    except (OSError, ValueError, KeyError, TypeError):  # `read_manifest` tells of a damaged one
+        return None
 
 
 def manifest_path(output: Path) -> Path:
@@ -38,8 +80,8 @@ def read_manifest(output: Path, settings: Mapping[str, Any]) -> dict[str, Any] |
     return saved
 
 
-def check_target(paths: Sequence[str], fingerprint: str) -> None:
-    """Raises UserError for data whose manifest names another target; data without a manifest may be of any."""
+def check_target(paths: Sequence[str], *fingerprints: str) -> None:
+    """Raises UserError for data whose manifest names none of these targets; data without a manifest may be of any."""
     for manifest in (manifest_path(Path(path)) for path in paths):
         if not manifest.exists():
             continue
@@ -49,9 +91,9 @@ def check_target(paths: Sequence[str], fingerprint: str) -> None:
             raise UserError(
                 f"{manifest} is damaged ({first_line(error)}): prepare the data again, or remove it"
             ) from error
-        if target != fingerprint:
+        if target not in fingerprints:
             raise UserError(
-                f"{manifest} says that the answers are of target {target}, this one's weights are {fingerprint}: "
+                f"{manifest} says that the answers are of target {target}, this one's weights are {fingerprints[0]}: "
                 "use that target, prepare data with this one, or remove the manifest to train on other answers"
             )
 
@@ -65,6 +107,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     """`sampling.seed 0, not 5` for each setting that differs; groups of settings are compared one by one."""
     differ = []
     for name in sorted(old.keys() | new.keys()):
+        if name in LATER and name not in old and not prefix:
+            continue
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             differ += differences(a, b, f"{prefix}{name}.")

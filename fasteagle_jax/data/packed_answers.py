@@ -19,6 +19,7 @@ from typing import Any
 from fasteagle_jax.data.answering import Dialogue, Rules, Sample
 from fasteagle_jax.data.conversations import Conversation, read_conversations
 from fasteagle_jax.data.manifest import differences, manifest_path
+from fasteagle_jax.data.windows import later_windows
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, read_json, replacing
 from fasteagle_jax.io.text import parse_json
@@ -38,6 +39,8 @@ def pack(output: Path, packed: Path) -> tuple[int, int]:
         raise UserError(f"{output} holds ready dialogues of {ready[0]}: pack answers of the target alone")
     # Those that the manifest counts: a run that is under way may have written more.
     conversations = read_conversations(output)[: manifest["counts"]["conversations"]]
+    if later_windows(c.id for c in conversations):
+        raise UserError(f"{output} has several rows of a conversation, whose template rewrites it: they are not packed")
     num_tokens = 0
     with replacing(packed) as aside, lzma.open(aside, "wt", preset=9, encoding="utf-8") as file:
         file.write(json.dumps({"settings": manifest["settings"], "counts": manifest["counts"]}) + "\n")
@@ -49,6 +52,15 @@ def pack(output: Path, packed: Path) -> tuple[int, int]:
                 record["prompt"] = c.tokens[: c.assistant[0][0]].tolist()
             file.write(json.dumps(record | {"answers": answers}, separators=(",", ":")) + "\n")
     return len(conversations), num_tokens
+
+
+def packed_settings(packed: Path) -> dict[str, Any] | None:
+    """The settings of the file that was packed; None if it is damaged, which `unpack` tells."""
+    try:
+        head = next(_lines(packed), None)
+    except UserError:
+        return None
+    return head.get("settings") if isinstance(head, dict) else None
 
 
 def unpack(
@@ -95,7 +107,8 @@ def _conversation(sample: Sample, prompt: list[int] | None, answers: list[list[i
         start = len(dialogue.tokens)
         dialogue.tokens = dialogue.tokens + answer
         dialogue.spans.append([start, start + len(answer)])
-    return dialogue.conversation()
+    (conversation,) = dialogue.conversations()
+    return conversation
 
 
 def _is_own(id: str) -> bool:

@@ -188,6 +188,10 @@ class PackedData:
         digest.update(np.ascontiguousarray(self._tokens, "<i4").data)
         return digest.hexdigest()
 
+    def spans_digest(self) -> str:
+        """The sha256 of which tokens are the assistant's."""
+        return hashlib.sha256(np.packbits(self._assistant).tobytes()).hexdigest()
+
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The pieces' order in an epoch, and the index in it at which each row starts (one entry more than rows)."""
         if epoch not in self._plans:

@@ -4,11 +4,16 @@ A *source* is a file (.jsonl, .json, .parquet, .csv), `sharegpt` (fetched from P
 set on the Hugging Face hub with an optional split, `name:split`, which is streamed: read as far as it is
 needed. Formats of records, distinguished by their keys (a data set's columns):
 
-    {"messages": [{"role": "user", "content": "..."}, ...]}          OpenAI
-    {"conversations": [{"from": "human", "value": "..."}, ...]}      ShareGPT
+    {"messages": [{"role": "user", "content": "..."}, ...]}          OpenAI, UltraChat 200k, Nemotron
+    {"conversations": [{"from": "human", "value": "..."}, ...]}      ShareGPT, OpenThoughts, Magpie; or "conversation"
     {"turns": ["...", ...]}                                          MT-bench: the user's messages; or "prompt"
+    {"data": ["...", "...", ...]}                                    UltraChat: user and assistant by turns
     {"prompt": "...", "response": "..."}                             one exchange; the answer may be absent
     {"instruction": "...", "input": "...", "output": "..."}          Alpaca; likewise
+    {"input": [{"role": "user", ...}], "output": "..."}              Llama-Nemotron; "input" may be a text
+
+Beside them may stand "system" or "system_prompt", a text, and "tools", a list or its text as JSON. An assistant's
+message may have "tool_calls" and "reasoning_content".
 """
 
 from __future__ import annotations
@@ -26,14 +31,15 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import wheel_file
 from fasteagle_jax.io.files import first_line
 from fasteagle_jax.io.text import check_json_texts, json_value
-from fasteagle_jax.targets.messages import content_text
+from fasteagle_jax.targets.messages import content_text, plain_messages, plain_tools, short
 
-Message = dict[str, str]  # {"role", "content"}
+Message = dict[str, Any]  # as targets.messages.Message
 
 RUN = 13  # consecutive words that two texts share only if one copies the other
 PIECE_BYTES = 1 << 20  # of a JSON list at a time
 _BEFORE_LIST = re.compile(r"\s*\[\s*")
 _BETWEEN_RECORDS = re.compile(r"[\s,]*")
+_SPACES = re.compile(r"\s*")
 _CUT_END = re.compile(r"[\w\\.+-]{0,12}\s*")  # nothing, or the start of a literal, a number or an escape
 
 log = logging.getLogger(__name__)
@@ -45,6 +51,14 @@ class Prompt:
 
     id: str
     turns: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadyDialogue:
+    """A conversation with its answers, and the tools that it may use."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
 
 
 def read_prompts(source: str, limit: int | None = None) -> Iterator[Prompt]:
@@ -77,8 +91,8 @@ def read_prompts(source: str, limit: int | None = None) -> Iterator[Prompt]:
         log.warning("%s: dropped %d of %d records without a user's message", source, dropped, num_records)
 
 
-def read_dialogues(source: str) -> Iterator[list[Message]]:
-    """The conversations of a source with their answers as they are: lists of {"role", "content"}.
+def read_dialogues(source: str) -> Iterator[ReadyDialogue]:
+    """The conversations of a source with their answers as they are.
 
     Roles are system, user, assistant and tool. Records without an assistant's message are counted, logged and
     dropped. Raises UserError with file and line on a bad record.
@@ -87,12 +101,17 @@ def read_dialogues(source: str) -> Iterator[list[Message]]:
     for where, record in _records(source):
         num_records += 1
         messages = _messages(record, where)
-        if any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+        if any(map(_is_answer, messages)):
             num_given += 1
-            yield messages
+            yield ReadyDialogue(messages, _tools(record, where))
     if num_given < num_records:
         dropped = num_records - num_given
         log.warning("%s: dropped %d of %d records without an answer", source, dropped, num_records)
+
+
+def _is_answer(message: Message) -> bool:
+    says = (message.get("content") or "").strip() or message.get("tool_calls") or message.get("reasoning_content")
+    return message["role"] == "assistant" and bool(says)
 
 
 class HeldOut:
@@ -160,6 +179,7 @@ def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
     decode_utf8 = codecs.getincrementaldecoder("utf-8-sig")().decode
     text, at, line, num = "", 0, 1, 0
     between = _BEFORE_LIST
+    over = False  # after the list's end
     with path.open("rb") as file:
         while piece := file.read(PIECE_BYTES):
             try:
@@ -171,8 +191,12 @@ def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
                 at, between = gap.end(), _BETWEEN_RECORDS
                 if at == len(text):
                     break
+                if over:
+                    raise UserError(f"{path}:{line}: {text[at]!r} after the end of the list: make one list of them")
                 if text[at] == "]":
-                    return
+                    over, between = True, _SPACES
+                    at += 1
+                    continue
                 if text[at] != "{":
                     raise UserError(f"{path}:{line}: {text[at]!r} where an object should start: mend it")
                 try:
@@ -190,7 +214,8 @@ def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
                 line += text.count("\n", at, end)
                 at = end
                 num += 1
-    log.warning("%s is cut off: read its %d whole records", path, num)
+    if not over:
+        log.warning("%s is cut off: read its %d whole records", path, num)
 
 
 def _datasets_records(source: str, builder: str | None) -> Iterator[tuple[str, Any]]:
@@ -216,28 +241,39 @@ def _datasets_records(source: str, builder: str | None) -> Iterator[tuple[str, A
 
 # ShareGPT's and OpenAI's names for who speaks.
 ROLES = {"human": "user", "user": "user", "system": "system", "developer": "system", "tool": "tool"}
+ROLES |= dict.fromkeys(("function", "observation", "function_response", "tool_response"), "tool")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant")
 
 
 def _messages(record: Any, where: str) -> list[Message]:
     """The messages of a record of any known format; UserError with `where` when there is none."""
+    messages = _said(record, where)
+    for key in ("system", "system_prompt"):
+        if isinstance(text := record.get(key), str) and text.strip() and messages and messages[0]["role"] != "system":
+            return [_message("system", text, where, key), *messages]
+    return messages
+
+
+def _said(record: Any, where: str) -> list[Message]:
+    """The messages of a record, without a system message in a column of its own."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: a {type(record).__name__}, not an object: give records with keys")
-    for key in ("messages", "conversations", "turns", "prompt", "instruction"):
+    for key in ("messages", "conversations", "conversation", "turns", "data", "prompt", "instruction", "input"):
         value = record.get(key)
-        if value is None:
+        if value is None or (key == "data" and not _are_texts(value)):
             continue
-        texts = key == "prompt" and isinstance(value, list) and all(isinstance(item, str) for item in value)
+        texts = key == "prompt" and _are_texts(value)
         if isinstance(value, list) and (key == "turns" or texts):
             return [_message("user", turn, where, f"{key}[{i}]") for i, turn in enumerate(value)]
+        if key == "data":
+            return [_message(("user", "assistant")[i % 2], text, where, f"data[{i}]") for i, text in enumerate(value)]
         if isinstance(value, list):  # "prompt" may hold messages too
-            return [_spoken(item, where, f"{key}[{i}]") for i, item in enumerate(value)]
-        if key in ("prompt", "instruction") and isinstance(value, str):
+            messages = [_spoken(item, where, f"{key}[{i}]") for i, item in enumerate(value)]
+            return messages + (_answer(record, where, ("output",)) if key == "input" else [])
+        if key in ("prompt", "instruction", "input") and isinstance(value, str):
             more = record.get("input") if key == "instruction" else None
-            messages = [_message("user", f"{value}\n\n{more}" if more else value, where, key)]
-            answers = ("response", "completion", "output", "answer")
-            answer = next((name for name in answers if record.get(name) is not None), None)
-            return messages + ([_message("assistant", record[answer], where, answer)] if answer else [])
+            question = _message("user", f"{value}\n\n{more}" if more else value, where, key)
+            return [question, *_answer(record, where, ("response", "completion", "output", "answer"))]
         raise UserError(f"{where}: {key!r} is a {type(value).__name__}: data/sources.py has the formats")
     raise UserError(
         f"{where}: no conversation in the columns (keys) {', '.join(map(str, record)) or '(none)'}: "
@@ -245,16 +281,42 @@ def _messages(record: Any, where: str) -> list[Message]:
     )
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _answer(record: dict[str, Any], where: str, columns: tuple[str, ...]) -> list[Message]:
+    """The answer in the first of these columns that there is, or nothing."""
+    column = next((name for name in columns if record.get(name) is not None), None)
+    return [_message("assistant", record[column], where, column)] if column else []
+
+
 def _spoken(item: Any, where: str, what: str) -> Message:
-    """A message from {"role", "content"} or {"from", "value"}."""
+    """A message from {"role", "content"} or {"from", "value"}, and what an assistant's or a tool's has besides."""
     if not isinstance(item, dict):
         raise UserError(f"{where}: {what} is a {type(item).__name__}: give an object with a role and a text")
     role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
     role = ROLES.get(str(item.get(role_key)).lower())
     if role is None:
         raise UserError(f"{where}: {what} has {role_key} {item.get(role_key)!r}: give one of {', '.join(ROLES)}")
-    return _message(role, item.get(text_key), where, f"{what}.{text_key}")
+    more = {key: item[key] for key in ("reasoning_content", "tool_calls", "tool_call_id", "name") if item.get(key)}
+    content = item.get(text_key)
+    if not more or content is not None:
+        more["content"] = content_text(content, f"{where}: {what}.{text_key}")
+    (message,) = plain_messages([{"role": role, **more}], f"{where}: {what}")
+    return dict(message)
 
 
 def _message(role: str, content: Any, where: str, what: str) -> Message:
     return {"role": role, "content": content_text(content, f"{where}: {what}")}
+
+
+def _tools(record: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
+    """The tools in a record; None if there are none."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json_value(tools.encode()) if tools.strip() else None
+        except ValueError:
+            raise UserError(f"{where}: tools is {short(tools)}: give a list, or its text as JSON") from None
+    return plain_tools(tools, f"{where}: tools") if tools else None

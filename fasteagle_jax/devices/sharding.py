@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "heads": "tensor",  # the heads x head width of a projection
     "kv_heads": "tensor",  # K, of a cache
     "mlp": "tensor",
+    "expert": "tensor",  # E, whole experts
     "fused": "tensor",  # the output of a drafter's own projections
     "vocab": "tensor",
     None: None,
@@ -86,14 +87,21 @@ def check_heads(mesh: Mesh, target: Any, drafter: Any | None) -> None:
     """
     models = {"target": target} if drafter is None else {"target": target, "drafter": drafter}
     heads = {name: config.num_kv_heads for name, config in models.items()}
-    tensor, all_heads = mesh.shape["tensor"], math.gcd(*heads.values())
     for name, number in heads.items():
-        if number % tensor:
-            fitting = [str(n) for n in range(1, all_heads + 1) if all_heads % n == 0 and mesh.size % n == 0]
-            raise UserError(
-                f"tensor {tensor} of the mesh does not divide the {name}'s {number} heads of K/V: "
-                f"use tensor {', '.join(fitting)}"
-            )
+        _check_divides(mesh, f"the {name}'s {number} heads of K/V", number, math.gcd(*heads.values()))
+
+
+def check_experts(mesh: Mesh, target: Any) -> None:
+    """Raises UserError, listing sizes that fit, if the mesh's tensor axis does not divide a target's experts."""
+    number = getattr(target, "num_experts", 0)
+    _check_divides(mesh, f"the target's {number} experts", number, number)
+
+
+def _check_divides(mesh: Mesh, parts: str, number: int, common: int) -> None:
+    tensor = mesh.shape["tensor"]
+    if number % tensor:
+        fitting = [str(n) for n in range(1, common + 1) if common % n == 0 and mesh.size % n == 0]
+        raise UserError(f"tensor {tensor} of the mesh does not divide {parts}: use tensor {', '.join(fitting)}")
 
 
 def check_batch(mesh: Mesh, batch: int) -> None:
@@ -269,6 +277,58 @@ def by_shard(function: Callable[..., Any], axes: Mapping[int, tuple[str | None, 
         return function(*args)
     specs = jax.tree.map(lambda x: spec(mesh, axes[x.ndim], x.shape), args)
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
+
+
+class ExpertShard(NamedTuple):
+    """What a device has of a layer with experts, inside `by_experts`."""
+
+    first: Any  # int32 [], the index of its first expert
+    sum_width: Callable[[jax.Array], jax.Array]  # products of its part of H, added up over all parts
+
+
+def by_experts(
+    function: Callable[..., jax.Array],
+    rows: str,
+    experts: Any,
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    index: Any,
+) -> jax.Array:
+    """The sum over devices of `function(experts, x, chosen, weights, index, shard)`, each given its experts and rows.
+
+    `experts` is a module whose weights' first axis is "expert", after that of a stack if `index`, int32 [], is not
+    None; x [B, Q, H], `chosen` and `weights` [B, Q, k] have their rows along the logical axis `rows`. In decoding
+    ("rows") H is split as that of the weights, which stay where they are; in training ("batch") each device has whole
+    rows, and gathers the width of its experts.
+    """
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(experts, x, chosen, weights, index, ExpertShard(0, lambda y: y))
+    width = "embed" if rows == "rows" else None
+
+    def of_weight(variable: Any) -> Any:
+        stacks = (None,) * (index is not None)
+        axes = stacks + tuple(width if axis == "embed" else axis for axis in variable.axes)
+        return jax.tree.map(lambda w: spec(mesh, axes, w.shape), variable)
+
+    of_experts = jax.tree.map(of_weight, experts, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    of_x = spec(mesh, (rows, None, width), x.shape)
+    of_routing, whole = spec(mesh, (rows, None, None), chosen.shape), jax.tree.map(lambda _: PartitionSpec(), index)
+    leading = int(index is not None)
+    over_experts = jax.tree.leaves(of_experts)[0][leading]
+
+    def of_shard(experts: Any, x: jax.Array, chosen: jax.Array, weights: jax.Array, index: Any) -> jax.Array:
+        first: Any = 0
+        if over_experts is not None:
+            first = jax.lax.axis_index(over_experts) * jax.tree.leaves(experts)[0].shape[leading]
+        sum_width = (lambda y: y) if of_x[2] is None else (lambda y: jax.lax.psum(y, of_x[2]))
+        y = function(experts, x, chosen, weights, index, ExpertShard(first, sum_width))
+        return y if over_experts is None else jax.lax.psum(y, over_experts)
+
+    specs = (of_experts, of_x, of_routing, of_routing, whole)
+    split = jax.shard_map(of_shard, in_specs=specs, out_specs=of_x, check_vma=False)
+    return split(experts, x, chosen, weights, index)
 
 
 def top_k(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax.Array]:

@@ -19,6 +19,7 @@ from fasteagle_jax.decoding.sampling import gumbel_noise
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Cache, Ring, as_ring, empty_cache, ring_slots
 from fasteagle_jax.nn.linear import Linear
+from fasteagle_jax.nn.moe import SparseMlp
 from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.nn.stored import NamedVariable
@@ -246,6 +247,9 @@ def copy_layer(into: Any, source: Any) -> list[str]:
         module, _, attribute = place.partition(".")
         of_source, of_drafter = getattr(source, module), getattr(into, module, None)
         if of_drafter is None:
+            continue
+        if isinstance(of_source, SparseMlp):  # no expert is what all tokens have
+            left.append("its experts")
             continue
         part, own = (getattr(m, attribute) if attribute else m for m in (of_source, of_drafter))
         if part is None:

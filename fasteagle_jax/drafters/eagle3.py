@@ -5,6 +5,9 @@ vocabulary · f nodes of a level.
 At stream position t it reads the target's features g[t] and the embedding of x[t+1], and guesses x[t+2]; the next run
 takes its own output instead of g[t], the embedding of that guess, and rotary position t + 1. So a draft of N levels is
 N sequential runs, over a tree that grows by the f best nodes a level.
+
+Published drafters have a few changes of it, by the names of `speculators`: norms of the features (one for all, or one
+each, as EAGLE-3.1), a residual stream that begins after the norm, and the output's norm before the next run reads it.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from fasteagle_jax.drafters.base import (
     rank,
     say_left,
 )
+from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.attention import Attention, Past, attention, by_kv_head, by_token
 from fasteagle_jax.nn.embedding import embed
 from fasteagle_jax.nn.kv_cache import Ring, commit_ring, seen_in_ring
@@ -47,6 +51,7 @@ _STORED = {  # name in the file: place in the drafter
     "midlayer.input_layernorm": "embedding_norm",
     "midlayer.hidden_norm": "hidden_norm",
     "norm": "norm",
+    "input_norm": "input_norm",
     "lm_head": "head",
 }
 
@@ -56,6 +61,16 @@ class Eagle3Config(DrafterConfig):
     """Sizes of EAGLE-3."""
 
     kind: str = "eagle3"
+    norm_before_residual: bool = False  # the layer's residual stream begins with its input after `hidden_norm`
+    norm_before_fc: bool = False  # RMSNorm of all features together before fc
+    fc_norm: bool = False  # RMSNorm of each feature before fc
+    norm_output: bool = False  # the next run reads the layer's output after `norm`
+    qk_norm: bool = False  # norms of queries' and keys' heads, as Qwen3's layers
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm_before_fc and self.fc_norm:
+            raise UserError("norm_before_fc and fc_norm are both True: a drafter has one of them")
 
     @property
     def level_parameters(self) -> int:
@@ -75,6 +90,7 @@ class Eagle3(DrafterModule):
 
     architecture = "LlamaForCausalLMEagle3"
     Config = Eagle3Config
+    config: Eagle3Config
 
     def __init__(self, config: Eagle3Config, key: jax.Array, dtype: Any = jnp.float32, *, stacked: bool = True):
         c = config
@@ -84,7 +100,12 @@ class Eagle3(DrafterModule):
         self.stacked = stacked  # the form of its cache: there is one layer
         self.embedding_norm, self.hidden_norm = RMSNorm(hidden, eps, dtype), RMSNorm(hidden, eps, dtype)
         self.mlp_norm, self.norm = RMSNorm(hidden, eps, dtype), RMSNorm(hidden, eps, dtype)
-        self.attention = Attention(hidden, c.num_heads, c.num_kv_heads, c.head_dim, keys, dtype, num_in=2 * hidden)
+        num_features = len(c.feature_layers)
+        self.input_norm = RMSNorm(num_features * hidden, eps, dtype) if c.norm_before_fc else None
+        self.fc_norms = nnx.List([RMSNorm(hidden, eps, dtype) for _ in range(num_features if c.fc_norm else 0)])
+        norm = (lambda: RMSNorm(c.head_dim, eps, dtype)) if c.qk_norm else None
+        sizes = (hidden, c.num_heads, c.num_kv_heads, c.head_dim)
+        self.attention = Attention(*sizes, keys, dtype, num_in=2 * hidden, norm=norm)
         self.mlp = Mlp(hidden, c.intermediate_size, keys, dtype)
         head = jax.random.normal(next(keys), (c.draft_vocab_size, hidden), dtype) * hidden**-0.5
         self.head = nnx.Param(head, axes=("vocab", "embed"))
@@ -135,6 +156,7 @@ class Eagle3(DrafterModule):
     def stored(self) -> list[NamedVariable]:
         """The tensors of DrafterModule.stored, under the names that EAGLE-3's authors gave."""
         tensors = stored_tensors(self, _STORED)
+        tensors += [NamedVariable(f"fc_norm.{i}.weight", norm.weight) for i, norm in enumerate(self.fc_norms)]
         return tensors if self.token_ids is None else [*tensors, NamedVariable("d2t", self.token_ids)]
 
     def published(self) -> dict[str, Any]:
@@ -161,6 +183,16 @@ class Eagle3(DrafterModule):
         """The empty Ring of its one layer."""
         return self.empty_ring(1, batch, num_slots, most_written, stacked=self.stacked)
 
+    def fused(self, features: jax.Array) -> jax.Array:
+        """g [B, T, H] of the target's features [B, T, F*H]."""
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        if len(self.fc_norms):
+            each = jnp.split(features, len(self.fc_norms), axis=-1)
+            normed = [norm(feature) for norm, feature in zip(self.fc_norms, each, strict=True)]
+            features = jnp.concatenate(normed, axis=-1)
+        return super().fused(features)
+
     # --- the layer ----------------------------------------------------------------------------------------------
 
     def _qkv(self, e: jax.Array, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -174,9 +206,15 @@ class Eagle3(DrafterModule):
         return by_kv_head(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def _after_attention(self, h: jax.Array, attended: jax.Array) -> jax.Array:
-        """The layer's output [B, Q, H] from its input and the attended values [B, Q, K*G, D]."""
-        h = h + self.attention.output(attended.astype(h.dtype))
-        return h + self.mlp(self.mlp_norm(h))
+        """What the next run reads [B, Q, H], of the layer's input and the attended values [B, Q, K*G, D]."""
+        residual = self.hidden_norm(h) if self.config.norm_before_residual else h
+        h = residual + self.attention.output(attended.astype(h.dtype))
+        h = h + self.mlp(self.mlp_norm(h))
+        return self.norm(h) if self.config.norm_output else h
+
+    def _head_input(self, h: jax.Array) -> jax.Array:
+        """The head's input [B, Q, H] of what the next run reads."""
+        return h if self.config.norm_output else self.norm(h)
 
     # --- training -----------------------------------------------------------------------------------------------
 
@@ -213,7 +251,7 @@ class Eagle3(DrafterModule):
 
             h = constrain(h, "batch", None, None)
             h, keys, values = (run if remat is None else jax.checkpoint(run, policy=remat))(h, e, keys, values)
-            states.append(self.norm(h))
+            states.append(self._head_input(h))
         return jnp.stack(states) if self.stacked else states, None
 
     # --- decoding -----------------------------------------------------------------------------------------------
@@ -242,7 +280,7 @@ class Eagle3(DrafterModule):
         past = self._past(cache, jnp.maximum(cache.length - 1, 0)[:, None])  # every node sees what its root sees
 
         def guess(nodes: _Nodes, depth: int) -> Guesses:
-            logits = vocab.logits(self.norm(nodes.hidden))  # [B, f, V]
+            logits = vocab.logits(self._head_input(nodes.hidden))  # [B, f, V]
             return Guesses(rank(logits, cache.length[:, None] + depth, ids, ranking), ids)
 
         def follow(nodes: _Nodes, parent: jax.Array, tokens: jax.Array, index: jax.Array, depth: int) -> _Nodes:

@@ -41,7 +41,7 @@ from fasteagle_jax.drafters.base import (
     rank,
     say_left,
 )
-from fasteagle_jax.drafters.edges import Candidates, EdgeScores
+from fasteagle_jax.drafters.edges import EdgeScores
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.attention import Attend, Attention, Cached, Past
 from fasteagle_jax.nn.embedding import embed
@@ -476,16 +476,15 @@ class FastEagle(DrafterModule):
         ids, num_levels, root = draft_ids(vocab), states.shape[1], pending(new)
         hidden = [self.head_input(level, states[:, i], None) for i, level in enumerate(self._level_list()[:num_levels])]
         logits = vocab.logits(jnp.stack(hidden, axis=1))  # [B, N, V]
-        start = self.edges.shares(embed(vocab.embedding, root, states.dtype))[:, None]  # [B, 1, J, R]
-        logits = logits.at[:, 0].add(self.edges.of_all(states[:, 0], start[:, 0, 0]))
-        ranked = rank(logits, cache.length[:, None] + 1 + jnp.arange(num_levels), ids, ranking)
-        candidates = Candidates(self.edges, vocab, ids, states, ranked, ranking.sampling.temperature)
+        edges, length = self.edges, cache.length
+        start = edges.shares(embed(vocab.embedding, root, states.dtype))[:, None]  # [B, 1, J, R]
 
         def guess(paths: jax.Array, depth: int) -> Guesses:
-            return Guesses(candidates.after(paths, depth - 1), candidates.token_ids[:, depth - 1])
+            scored = logits[:, depth - 1, None] + edges.of_all(states[:, depth - 1, None], paths[:, :, 0])  # [B, f, V]
+            return Guesses(rank(scored, length[:, None] + depth, ids, ranking), ids)
 
         def follow(paths: jax.Array, parent: jax.Array, tokens: jax.Array, index: jax.Array, depth: int) -> jax.Array:
-            return candidates.below(paths, parent, index, depth - 1)
+            return edges.below(paths, parent, embed(vocab.embedding, tokens, states.dtype))
 
         return grow(tree, root, num_levels, start, guess, follow)
 

@@ -38,6 +38,7 @@ from fasteagle_jax.nn.linear import to_int8, to_rows
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.nn.transformer import stacks_are_faster
 
+FORMAT = 1  # of folders; a folder without a number is of the first. docs/format.md says what it means
 TENSORS = "model.safetensors"
 TOKENIZER = "target_tokenizer"  # entry of config.json: tokenizer.vocabulary_fingerprint of the target's
 STORAGE = ("float32", "bfloat16", "int8")
@@ -64,6 +65,7 @@ def save_drafter(
         text = json.dumps(
             {
                 "architectures": [drafter.architecture],
+                "format": FORMAT,
                 **drafter.published(),
                 **dataclasses.asdict(drafter.config),
                 "target_fingerprint": fingerprint,
@@ -240,6 +242,8 @@ def from_storage(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
     path = folder / "config.json"
+    if (number := raw.get("format", 1)) not in range(1, FORMAT + 1):
+        raise UserError(f"{path} is of format {number}, this version reads up to {FORMAT}: update fasteagle-jax")
     if "target_fingerprint" not in raw:
         raise UserError(f"{path} names no target: bring the drafter in with fasteagle import")
     kind_config = class_named(str(raw.get("kind", "fasteagle"))).Config

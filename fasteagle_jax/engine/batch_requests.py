@@ -14,7 +14,8 @@ from fasteagle_jax.decoding.state import MAX_LOGPROBS
 from fasteagle_jax.engine.requests import RULES, Prompt, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.text import check_json_texts
-from fasteagle_jax.targets.messages import UnsupportedPart, content_text
+from fasteagle_jax.targets.messages import UnsupportedPart, content_text, tool_calls
+from fasteagle_jax.targets.templates import PLAIN, ChatOptions
 
 MOST_SAMPLES = 128  # n, as OpenAI's
 
@@ -48,6 +49,7 @@ class BatchRequest:
     params: SamplingParams
     url: str | None = None  # None: a simple line
     model: str | None = None  # by the name the line gives it
+    chat: ChatOptions = PLAIN  # of messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +77,12 @@ def numbered(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def read_requests(
-    file: Iterable[bytes], defaults: SamplingParams, is_wanted: Callable[[int], bool] = lambda number: True
+    file: Iterable[bytes],
+    defaults: SamplingParams,
+    is_wanted: Callable[[int], bool] = lambda number: True,
+    chat: ChatOptions = PLAIN,
 ) -> Iterator[BatchRequest | Refusal]:
-    """The requests of the lines of wanted numbers; `defaults` are for fields that they leave out.
+    """The requests of the lines of wanted numbers; `defaults` and `chat` are for fields that they leave out.
 
     The other lines are read for their custom_ids alone, of which each belongs to the first line that has it.
     """
@@ -93,7 +98,7 @@ def read_requests(
                 if (owner := owners.setdefault(line.id, number)) != number:
                     raise _Bad("duplicate_custom_id", f"custom_id {_shown(line.id)} is that of line {owner}: rename it")
             if is_wanted(number):
-                yield _request(line, fields, url, defaults)
+                yield _request(line, fields, url, defaults, chat)
         except _Bad as bad:
             if is_wanted(number):
                 yield Refusal(line, bad.code, str(bad))
@@ -150,11 +155,14 @@ def _envelope(record: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
     return record["url"], record["body"]
 
 
-def _request(line: Line, fields: Mapping[str, Any], url: str | None, defaults: SamplingParams) -> BatchRequest:
+def _request(
+    line: Line, fields: Mapping[str, Any], url: str | None, defaults: SamplingParams, chat: ChatOptions
+) -> BatchRequest:
     """The request of the fields of a body (`url`) or of a simple line."""
     prompts = {CHAT: ("messages",), TEXT: ("prompt",), None: ("messages", "prompt")}[url]
     prefix = "" if url is None else "body."
     given: dict[str, Any] = {}
+    of_chat: dict[str, Any] = {}
     for field, value in fields.items():
         name = prefix + field
         if field in prompts:
@@ -173,6 +181,12 @@ def _request(line: Line, fields: Mapping[str, Any], url: str | None, defaults: S
             value = check(name, value)
             if given.setdefault(param, value) != value:
                 raise _Bad("invalid_value", f"{name} is {value}, but another field says {given[param]}: leave one out")
+        elif field in _CHAT:
+            if value in (None, [], {}):
+                continue
+            if fields.get("messages") is None:
+                raise _Bad("unsupported_value", f"{name} is of messages alone: leave it out")
+            of_chat[field] = value
         elif field in _NEUTRAL:
             if value is not None and value not in _NEUTRAL[field]:
                 neutral = " or ".join(map(json.dumps, _NEUTRAL[field])) or "null"
@@ -185,9 +199,10 @@ def _request(line: Line, fields: Mapping[str, Any], url: str | None, defaults: S
             raise _Bad("unknown_field", f"{_shown(name)} is unknown: leave it out, or give {known}, or a rule")
     try:
         params = dataclasses.replace(defaults, **given)
+        chat = dataclasses.replace(chat, **of_chat)
     except UserError as error:
         raise _Bad("invalid_value", prefix + str(error)) from None
-    return BatchRequest(line, _prompt(fields, prompts, prefix), params, url, fields.get("model"))
+    return BatchRequest(line, _prompt(fields, prompts, prefix), params, url, fields.get("model"), chat)
 
 
 def _prompt(fields: Mapping[str, Any], names: Sequence[str], prefix: str) -> Prompt:
@@ -210,10 +225,11 @@ def _prompt(fields: Mapping[str, Any], names: Sequence[str], prefix: str) -> Pro
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 # What a message may have besides, empty: an assistant's message comes with these.
-_MESSAGE_NEUTRAL = ("name", "refusal", "annotations", "audio", "tool_calls", "tool_call_id", "function_call")
+_MESSAGE_NEUTRAL = ("refusal", "annotations", "audio", "function_call")
+_MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
 
 
-def _messages(name: str, value: Any) -> list[dict[str, str]]:
+def _messages(name: str, value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise _Bad("invalid_prompt", f"{name} is {_shown(value)}: give a list of at least one message")
     messages = []
@@ -225,13 +241,25 @@ def _messages(name: str, value: Any) -> list[dict[str, str]]:
             if field in _MESSAGE_NEUTRAL:
                 if message[field] not in (None, [], ""):
                     raise _Bad("unsupported_value", f"{here}.{field} is not supported: leave it out")
-            elif field not in ("role", "content"):
+            elif field in _MESSAGE_TEXTS:
+                if not isinstance(message[field], str | None):
+                    raise _Bad("invalid_value", f"{here}.{field} is {_shown(message[field])}: give a text")
+            elif field not in ("role", "content", "tool_calls"):
                 raise _Bad("unknown_field", f"{_shown(f'{here}.{field}')} is unknown: leave it out")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or role not in _ROLES:
             raise _Bad("invalid_value", f"{here}.role is {_shown(role)}: give one of {', '.join(_ROLES)}")
-        messages.append({"role": _ROLES[role], "content": _content(f"{here}.content", content)})
-    if not any(message["content"] for message in messages):
+        own: dict[str, Any] = {"role": _ROLES[role]}
+        own |= {field: message[field] for field in _MESSAGE_TEXTS if message.get(field)}
+        try:
+            if calls := tool_calls(message.get("tool_calls"), f"{here}.tool_calls", _shown):
+                own["tool_calls"] = calls
+        except UserError as error:
+            raise _Bad("invalid_value", str(error)) from None
+        if content is not None or not (calls or own.get("reasoning_content")):
+            own["content"] = _content(f"{here}.content", content)
+        messages.append(own)
+    if not any(message.get("content") for message in messages):
         raise _Bad("invalid_prompt", f"{name} is without any text: give some")
     return messages
 
@@ -353,6 +381,9 @@ _SAMPLING: dict[str, tuple[str, Callable[[str, Any], Any]]] = {  # field: Sampli
     "response_format": ("structured_outputs", _response_format),
 }
 
+# Fields of ChatOptions, beside messages; vLLM's names, and OpenAI's for tools.
+_CHAT = ("tools", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # field: the values, besides null, that change nothing
     "best_of": (1,),
     "echo": (False,),
@@ -368,7 +399,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # field: the values, besides null, tha
     "stream_options": (),
     "suffix": ("",),
     "tool_choice": ("auto", "none"),
-    "tools": ([],),
     "use_beam_search": (False,),
 }
 

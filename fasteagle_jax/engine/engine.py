@@ -44,9 +44,10 @@ from fasteagle_jax.engine.sizes import (
 )
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.text import check_text
-from fasteagle_jax.targets.loading import load_target, open_checkpoint
+from fasteagle_jax.nn.linear import product_dtype
+from fasteagle_jax.targets.loading import load_target, open_checkpoint, target_shapes
 from fasteagle_jax.targets.messages import plain_messages, short
-from fasteagle_jax.targets.table import family_of
+from fasteagle_jax.targets.templates import PLAIN, ChatOptions
 from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, encode_text, load_tokenizer, stop_token_ids
 
 DEFAULT_MAX_LEN = 2048  # tokens of a request, if the target has positions for so many
@@ -156,7 +157,8 @@ class Engine:
           drafter: the folder of a drafter trained for it; "shipped" is the one that comes with this package for the
             target, if one does; None decodes plainly. With tree=None none is loaded.
           slots, max_len, tree, lookup, mesh: as of `Engine`; the weights go straight into their shards.
-          dtype: of weights and caches; None for float32 on a CPU and bfloat16 elsewhere.
+          dtype: of weights and caches; None for float32 on a CPU and bfloat16 elsewhere. With int8 the target's layers
+            are rounded (see `targets.loading.load_target`), and answers are exactly those of that target.
           strict: a drafter trained for other weights of the same sizes is an error, not a warning.
           adapter: folder of a LoRA adapter of PEFT's that is merged into the target; empty for none.
 
@@ -172,13 +174,13 @@ class Engine:
         folder = None if tree is None else drafter_folder(drafter, checkpoint)
         config = checkpoint.config
         check_sizes(slots, max_len or 1, config.max_positions)
-        model = family_of(config).model
-        sizes = jax.eval_shape(lambda: model(config, jax.random.key(0), dtype))
+        products = product_dtype(dtype)
+        sizes = target_shapes(config, products, int8=dtype == jnp.int8)
         drafter_config = drafter_sizes = None
         if folder is not None:
             drafter_config = read_config(folder)[0]
             kind = table.class_of(drafter_config)
-            drafter_sizes = jax.eval_shape(lambda: kind(drafter_config, jax.random.key(0), dtype))
+            drafter_sizes = jax.eval_shape(lambda: kind(drafter_config, jax.random.key(0), products))
         if mesh is not None:
             check_mesh(mesh, slots, config, drafter_config)
         weights = bytes_of(sizes, mesh), bytes_of(drafter_sizes, mesh)
@@ -189,7 +191,7 @@ class Engine:
         model = (
             None
             if folder is None
-            else load_drafter(folder, loaded.model.config, loaded.fingerprint, dtype, mesh=mesh, strict=strict)
+            else load_drafter(folder, loaded.model.config, loaded.fingerprint, products, mesh=mesh, strict=strict)
         )
         return cls(
             loaded.model,
@@ -226,7 +228,10 @@ class Engine:
     # --- asking -------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        chat: ChatOptions | Sequence[ChatOptions] | None = None,
     ) -> list[Completion]:
         """The answers in the prompts' order, the samples of a prompt one after the other.
 
@@ -234,46 +239,53 @@ class Engine:
           prompts: each a text (continued as it is), token ids, or a list of messages (the chat template is applied);
             or one of these.
           sampling: for all, or one for each prompt; None for SamplingParams().
+          chat: what the chat template is given beside messages (tools, enable_thinking and more), for all or one for
+            each prompt; it counts for lists of messages alone. None for ChatOptions().
 
         Raises:
           UserError: a prompt that is empty or does not fit, by its number, before anything is decoded.
         """
-        return sorted(self.complete(prompts, sampling), key=lambda c: (c.prompt_index, c.sample))
+        return sorted(self.complete(prompts, sampling, chat), key=lambda c: (c.prompt_index, c.sample))
 
     def complete(
-        self, prompts: Prompt | Iterable[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        chat: ChatOptions | Sequence[ChatOptions] | None = None,
     ) -> Iterator[Completion]:
         """The answers as they finish. Arguments and errors are those of `generate`."""
         listed = _prompts(prompts)
-        if sampling is None or isinstance(sampling, SamplingParams):
-            params = [sampling or SamplingParams()] * len(listed)
-        else:
-            params = list(sampling)
-            if len(params) != len(listed):
-                raise UserError(f"{len(params)} sampling params for {len(listed)} prompts: give one, or one a prompt")
-        pairs = enumerate(zip(listed, params, strict=True))
-        return self.serve([request for i, pair in pairs for request in self.requests(i, *pair)])
+        params = _each(sampling, SamplingParams, len(listed), "sampling params")
+        options = _each(chat, ChatOptions, len(listed), "chat options")
+        triples = enumerate(zip(listed, params, options, strict=True))
+        return self.serve([r for i, (prompt, own, chat) in triples for r in self.requests(i, prompt, own, chat)])
 
-    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, chat: ChatOptions | None = None
+    ) -> Iterator[str]:
         """The answer's text piece by piece, in whole characters, as the rounds find it; `n` must be 1."""
-        for piece in self.stream_pieces(prompt, sampling):
+        for piece in self.stream_pieces(prompt, sampling, chat):
             if isinstance(piece, Piece) and piece.text:
                 yield piece.text
 
-    def stream_pieces(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[Piece | Completion]:
+    def stream_pieces(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, chat: ChatOptions | None = None
+    ) -> Iterator[Piece | Completion]:
         """The pieces of `stream`, a token each, with the depth at which it was accepted; at last the Completion."""
         params = sampling or SamplingParams()
         if params.n != 1:
             raise UserError(f"n is {params.n}: one answer is streamed at a time")
-        (request,) = self.requests(0, prompt, params, streamed=True)
+        (request,) = self.requests(0, prompt, params, chat or PLAIN, streamed=True)
         for completions in self._serve(iter([request]), rounds=1):
             yield from request.pieces
             request.pieces.clear()
             yield from completions
 
-    def requests(self, index: int, prompt: Prompt, params: SamplingParams, *, streamed: bool = False) -> list[Request]:
+    def requests(
+        self, index: int, prompt: Prompt, params: SamplingParams, chat: ChatOptions = PLAIN, *, streamed: bool = False
+    ) -> list[Request]:
         """A prompt's samples as requests for `serve`; UserError for a prompt that cannot be answered so."""
-        tokens = self.encode(prompt, f"prompt {index}")
+        tokens = self.encode(prompt, f"prompt {index}", chat)
         strings, named = self._stops(params.stop, f"prompt {index}")
         stop = (*params.stop_token_ids, *named, *(() if params.ignore_eos else self.eos_token_ids))
         stop = tuple(dict.fromkeys(stop))
@@ -311,9 +323,9 @@ class Engine:
             strings.append(text)
         return strings, ids
 
-    def encode(self, prompt: Prompt, name: str) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, name: str, chat: ChatOptions = PLAIN) -> tuple[int, ...]:
         """The tokens of a prompt; UserError with its name if they cannot be answered."""
-        tokens = self.tokens(prompt, name)
+        tokens = self.tokens(prompt, name, chat)
         if len(tokens) >= self.max_len:
             remedy = " or raise max_len" if self.max_len < self.target.config.max_positions else ""
             raise UserError(
@@ -322,7 +334,7 @@ class Engine:
             )
         return tokens
 
-    def tokens(self, prompt: Prompt, name: str) -> tuple[int, ...]:
+    def tokens(self, prompt: Prompt, name: str, chat: ChatOptions = PLAIN) -> tuple[int, ...]:
         """The tokens of a prompt of any length; UserError with its name if there are none, or the target lacks one.
 
         Arrays are taken as lists.
@@ -336,7 +348,7 @@ class Engine:
         elif given and isinstance(given[0], Mapping):
             messages = plain_messages(given, name)
             try:
-                tokens = encode_chat(self.tokenizer, messages)
+                tokens = encode_chat(self.tokenizer, messages, options=chat)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
         else:
@@ -436,6 +448,16 @@ def _trees(tree: TreeSpec | str | None, drafter: Any | None, lookup: int | None)
     if lookup is None:
         return trees
     return tuple(None if tree is None else dataclasses.replace(tree, lookup=lookup) for tree in trees)
+
+
+def _each(given: Any, kind: Any, num_prompts: int, name: str) -> list[Any]:
+    """One of a kind for each prompt, from one for all, a sequence of them, or None for the kind's defaults."""
+    if given is None or isinstance(given, kind):
+        return [given or kind()] * num_prompts
+    listed = list(given)
+    if len(listed) != num_prompts:
+        raise UserError(f"{len(listed)} {name} for {num_prompts} prompts: give one, or one a prompt")
+    return listed
 
 
 def _prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:

@@ -23,7 +23,9 @@ MAX_STOP_TOKENS = 16  # of a request, the target's own end tokens included
 
 RULES = (*RULE_FIELDS, "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs")  # of SamplingParams
 
-Message = Mapping[str, Any]  # {"role", "content"}, the content a text or a list of {"type": "text", "text"}
+# {"role", "content"}, the content a text or a list of {"type": "text", "text"}; an assistant's may have "tool_calls"
+# and "reasoning_content", a tool's "tool_call_id" and "name".
+Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]  # plain text, token ids, or a chat conversation
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fasteagle_jax.devices.memory import Memory, available, bytes_of
-from fasteagle_jax.devices.sharding import check_heads, process_values
+from fasteagle_jax.devices.sharding import check_experts, check_heads, process_values
 from fasteagle_jax.engine import prefix_cache
 from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.slots import AXES
@@ -31,11 +31,12 @@ def check_sizes(slots: int, max_len: int, positions: int) -> None:
 
 
 def check_mesh(mesh: Mesh, slots: int, target: Any, drafter: Any | None) -> None:
-    """Raises UserError if the mesh does not divide the slots, or the heads of K/V of a model."""
+    """Raises UserError if the mesh does not divide the slots, the heads of K/V of a model, or the target's experts."""
     data = mesh.shape["data"]
     if slots % data:
         raise UserError(f"slots is {slots}, which data {data} of the mesh does not divide: use a multiple of {data}")
     check_heads(mesh, target, drafter)
+    check_experts(mesh, target)
 
 
 def available_everywhere(mesh: Mesh | None) -> int | None:

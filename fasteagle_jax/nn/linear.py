@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +139,8 @@ class Linear(nnx.Module):
     weight may be int8 with a `scale` float32 [out], by which the product is multiplied.
     """
 
+    quantises: ClassVar[bool] = True  # whether `to_int8_weights` rounds it
+
     def __init__(
         self,
         num_in: int,
@@ -200,11 +202,23 @@ class Linear(nnx.Module):
             value, self.scale[...] = to_int8(value)
         self.weight[...] = value.mT if self.by_rows else value
 
+    def set_int8(self) -> None:
+        """Rounds the weight to int8, with a scale of each output."""
+        weight, matrix = self.weight, self.matrix
+        rounded, scale = to_int8(matrix)
+        metadata = {name: value for name, value in weight.get_metadata().items() if name != "axes"}
+        *leading, num_in, num_out = weight.axes
+        out_axis = num_in if self.by_rows else num_out
+        # Of experts the scale is split as their outputs are; elsewhere see __init__.
+        vector_axes = (*leading, None if out_axis == "embed" and not leading else out_axis)
+        self.scale = nnx.data(nnx.Param(scale, axes=vector_axes, **metadata))
+        self.weight = type(weight)(rounded.mT if self.by_rows else rounded, axes=weight.axes, **metadata)
+
     def set_layout(self, kind: type[nnx.Param]) -> None:
         """Stores an unstacked weight in the layout of `kind`, RowWeight or nnx.Param."""
         weight = self.weight
-        if type(weight) is not kind and weight.ndim == 2:
-            self.weight = kind(weight[...].T, axes=weight.axes[::-1])
+        if type(weight) is not kind and weight.ndim == len(weight.axes):
+            self.weight = kind(weight[...].mT, axes=(*weight.axes[:-2], *weight.axes[:-3:-1]))
 
 
 def to_int8(matrix: Any) -> tuple[Any, Any]:
@@ -216,6 +230,23 @@ def to_int8(matrix: Any) -> tuple[Any, Any]:
     largest = xp.abs(matrix.astype(np.float32)).max(axis=-2)
     scale = xp.where(largest > 0, largest / 127, np.float32(1))
     return xp.rint(matrix / scale[..., None, :]).astype(np.int8), scale
+
+
+def to_int8_weights(model: nnx.Module) -> None:
+    """Rounds the matrices of a model's Linears to int8; embeddings, heads, norms and routers stay as they are."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear) and module.quantises and module.scale is None:
+            module.set_int8()
+
+
+def product_dtype(dtype: Any) -> Any:
+    """The dtype of products, embeddings and caches of a model whose weights are of `dtype`.
+
+    Of int8 weights float32 on a CPU, where it is the fastest, and bfloat16 elsewhere.
+    """
+    if jnp.dtype(dtype) != jnp.int8:
+        return jnp.dtype(dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def rows_are_faster() -> bool:

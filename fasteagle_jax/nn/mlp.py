@@ -30,12 +30,14 @@ class Mlp(nnx.Module):
         *,
         bias: bool = False,
         activation: str = "silu",
+        width_axis: str | None = "mlp",
     ):
-        """Random weights; `activation` is one of ACTIVATIONS."""
+        """Random weights; `activation` is one of ACTIVATIONS, `width_axis` the logical axis of the width within."""
+        inner, outer = ("embed", width_axis), (width_axis, "embed")
         self.activation = activation
-        self.gate = Linear(hidden_size, intermediate_size, ("embed", "mlp"), next(keys), dtype, bias=bias)
-        self.up = Linear(hidden_size, intermediate_size, ("embed", "mlp"), next(keys), dtype, bias=bias)
-        self.down = Linear(intermediate_size, hidden_size, ("mlp", "embed"), next(keys), dtype, bias=bias)
+        self.gate = Linear(hidden_size, intermediate_size, inner, next(keys), dtype, bias=bias)
+        self.up = Linear(hidden_size, intermediate_size, inner, next(keys), dtype, bias=bias)
+        self.down = Linear(intermediate_size, hidden_size, outer, next(keys), dtype, bias=bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., H] of x [..., H]."""

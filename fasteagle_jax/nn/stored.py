@@ -23,11 +23,11 @@ def stored_tensors(model: Any, names: Mapping[str, str]) -> list[NamedVariable]:
     """The tensors of a model by a table from a part's name in files to its place in the model, such as `mlp.up`.
 
     A part is a variable, stored as NAME.weight, or a module, whose `weight` and `bias` are stored as NAME.weight and
-    NAME.bias. Parts and biases that are None are left out.
+    NAME.bias. Parts and biases that are None, or that a layer of this structure does not have, are left out.
     """
     tensors = []
     for name, place in names.items():
-        part = functools.reduce(getattr, place.split("."), model)
+        part = functools.reduce(lambda module, name: getattr(module, name, None), place.split("."), model)
         if isinstance(part, nnx.Variable):
             tensors.append(NamedVariable(f"{name}.weight", part))
         elif part is not None:

@@ -18,6 +18,7 @@ from flax import nnx
 
 from fasteagle_jax.nn.attention import Attend, Attention, Cached, Past
 from fasteagle_jax.nn.mlp import Mlp
+from fasteagle_jax.nn.moe import ExpertsConfig, SparseMlp, is_whole, layer_of
 from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.rope import RopeConfig, Rotation, rotation
 
@@ -43,12 +44,16 @@ class LayerConfig:
     norm_offset: float = 0.0  # see norm.RMSNorm
     output_norms: bool = False  # norms of what attention and MLP add to the stream
     residual_scale: float = 1.0  # of what they add
+    experts: ExpertsConfig | None = None  # in place of the MLP
 
     @property
     def matrix_size(self) -> int:
-        """Elements of a layer's matrices."""
+        """Elements of the matrices that a token is multiplied with: all of a layer's but the experts not chosen."""
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return self.hidden_size * (2 * heads + 2 * kv_heads + 3 * self.intermediate_size)
+        attention = self.hidden_size * (2 * heads + 2 * kv_heads)
+        if self.experts is not None:
+            return attention + self.experts.matrix_size(self.hidden_size)
+        return attention + 3 * self.hidden_size * self.intermediate_size
 
 
 DECODER_LAYER_NAMES = {  # Hugging Face's name of a part of a decoder layer: its place in a DecoderLayer
@@ -95,18 +100,31 @@ class DecoderLayer(nnx.Module):
             norm=functools.partial(norm, c.head_dim) if c.qk_norm else None,
         )
         self.mlp_norm = norm()
-        self.mlp = Mlp(c.hidden_size, c.intermediate_size, keys, dtype, bias=c.mlp_bias, activation=c.activation)
+        self.mlp: Mlp | SparseMlp
+        if c.experts is None:
+            self.mlp = Mlp(c.hidden_size, c.intermediate_size, keys, dtype, bias=c.mlp_bias, activation=c.activation)
+        else:
+            self.mlp = SparseMlp(c.hidden_size, c.experts, keys, dtype, activation=c.activation)
         self.attention_output_norm = norm() if c.output_norms else None
         self.mlp_output_norm = norm() if c.output_norms else None
         self.residual_scale = c.residual_scale
 
     def __call__(
-        self, x: jax.Array, rotation: Rotation, attend: Attend
+        self, x: jax.Array, rotation: Rotation, attend: Attend, index: Any = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """The layer's output [B, Q, H] and its fresh keys and values, each [B, K, Q, D]."""
+        """The layer's output [B, Q, H] and its fresh keys and values, each [B, K, Q, D].
+
+        `index` is its place in the stack that its Whole weights are, if it is of one.
+        """
         attended, fresh = self.attention(self.input_norm(x), rotation, attend)
         x = x + self._added(attended, self.attention_output_norm)
-        return x + self._added(self.mlp(self.mlp_norm(x)), self.mlp_output_norm), fresh
+        normed = self.mlp_norm(x)
+        if isinstance(self.mlp, SparseMlp):
+            # Training's attention is a kernel's, over rows that are split as batches are.
+            output = self.mlp(normed, index, rows="rows" if isinstance(attend, Cached) else "batch")
+        else:
+            output = self.mlp(normed)
+        return x + self._added(output, self.mlp_output_norm), fresh
 
     def _added(self, output: jax.Array, norm: RMSNorm | None) -> jax.Array:
         """What an output of attention or MLP adds to the stream."""
@@ -245,8 +263,7 @@ def run_layers(
 
     def indexed(carry: Any, i: jax.Array) -> tuple[Any, Any]:
         # Slicing the stacks to the span beforehand would copy the weights.
-        layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacks)
-        return body(carry, layer)
+        return body(carry, jax.tree.map(lambda x: x if is_whole(x) else layer_of(x, i), stacks, is_leaf=is_whole))
 
     return jax.lax.scan(indexed, carry, jnp.arange(*span))
 

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Checkpoint:
     config: Any  # the family's configuration
     tensors: Mapping[str, StoredTensor] = dataclasses.field(repr=False)
     variant: str = ""  # a digest of what was merged into the tensors (an adapter); empty: nothing
+    notes: tuple[str, ...] = ()  # what to warn of when the weights are loaded
 
     def names(self) -> tuple[str, ...]:
         """All tensor names, sorted."""
@@ -85,6 +86,33 @@ def split_fused(
     return split
 
 
+def join_experts(
+    tensors: Mapping[str, StoredTensor], experts: str, num_experts: int, num_layers: int
+) -> dict[str, StoredTensor]:
+    """The tensors, with those of a layer's experts replaced by one [E, ...] of each part.
+
+    `experts` is the name of the list of them within a layer: LIST.3.PART.weight becomes a part of LIST.PART.weight.
+    Raises UserError if some have a part that others lack, or have in another shape.
+    """
+    joined = dict(tensors)
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}.{experts}."
+        parts = {name.removeprefix(prefix).partition(".")[2] for name in tensors if name.startswith(prefix)}
+        for part in parts:
+            names = [f"{prefix}{e}.{part}" for e in range(num_experts)]
+            if absent := [name for name in names if name not in joined]:
+                raise UserError(f"it lacks {', '.join(absent[:3])}: take the complete checkpoint")
+            own = [joined.pop(name) for name in names]
+            if len({tensor.shape for tensor in own}) > 1:
+                raise UserError(f"{prefix}*.{part} have different shapes: take the complete, unmodified checkpoint")
+            joined[prefix + part] = StoredTensor((num_experts, *own[0].shape), _stack_of(own))
+    return joined
+
+
+def _stack_of(tensors: Sequence[StoredTensor]) -> Callable[[int | None], np.ndarray]:
+    return lambda num: np.stack([tensor.load(None) for tensor in tensors[:num]])
+
+
 def _rows_of(tensor: StoredTensor, start: int, stop: int) -> StoredTensor:
     return StoredTensor((stop - start, *tensor.shape[1:]), lambda num: tensor.load(stop)[start:][:num])
 
@@ -108,13 +136,14 @@ def _identity(config: Any) -> dict[str, Any]:
     return fields
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: Checkpoint, dtype: Any = None) -> str:
     """Sixteen hex digits that identify this target, the same for all file formats of the same values.
 
     Hashes the configuration, all names and shapes, and, in float32, the norm weights and the first rows of the
     embedding and of an untied head: megabytes, not the whole model. A file that differs in layers' matrices alone has
-    the same fingerprint; a checkpoint that an adapter was merged into (its `variant`) has another one. A new field of a
-    configuration is left out at its default, so that it does not change fingerprints.
+    the same fingerprint; a checkpoint that an adapter was merged into (its `variant`), and weights rounded to a `dtype`
+    of int8, have another one. A new field of a configuration is left out at its default, so that it does not change
+    fingerprints.
     """
     config = _identity(checkpoint.config)
     for value in config.values():
@@ -124,6 +153,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     ignored = ("lm_head.weight",) if checkpoint.config.tie_embeddings else ()
     names = [name for name in checkpoint.names() if name not in ignored and not name.endswith("inv_freq")]
     variant = [checkpoint.variant] if checkpoint.variant else []
+    variant += ["int8"] if dtype is not None and np.dtype(dtype) == np.int8 else []
     identity = [config, [(name, checkpoint.shape(name)) for name in names], *variant]
     digest = hashlib.sha256(json.dumps(identity).encode())
     for name in names:

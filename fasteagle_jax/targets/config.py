@@ -36,6 +36,8 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (),
     "lm_head_bias": (False,),
     "full_attn_mod": (1,),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
 }
 
 
@@ -96,6 +98,10 @@ class DecoderConfig:
             self.hidden_size, self.intermediate_size, self.num_heads, self.num_kv_heads, self.head_dim,
             self.rms_norm_eps, self.attention_bias, self.mlp_bias,
         )  # fmt: skip
+
+    def layer_at(self, index: int) -> LayerConfig:
+        """The sizes and switches of one layer, which may lack what the others have."""
+        return self.layer
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

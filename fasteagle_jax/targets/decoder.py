@@ -20,6 +20,7 @@ from fasteagle_jax.nn.linear import LogitMap, head_logits, to_rows
 from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.transformer import (
     DecoderLayer,
+    LayerConfig,
     LayerKinds,
     Windowed,
     run_layers,
@@ -38,8 +39,8 @@ class TargetOutput(NamedTuple):
 class DecoderTarget(nnx.Module):
     """A frozen target: embedding, decoder layers, final norm, head. A family overrides what differs.
 
-    `layers` is one stacked layer (leading axis L) or, unstacked, a list of L of them. Activations between matrix
-    products are in `activation_dtype`, by default the weights' dtype.
+    `layers` is one stacked layer (leading axis L) or, unstacked, a list of L of them; always a list if some have parts
+    that others lack. Activations between matrix products are in `activation_dtype`, by default the weights' dtype.
     """
 
     def __init__(
@@ -57,8 +58,12 @@ class DecoderTarget(nnx.Module):
         self.config = c
         axes = ("vocab", "embed")
         self.embedding = nnx.Param(jax.random.normal(key_embed, (c.vocab_size, c.hidden_size), dtype), axes=axes)
-        layers = jax.vmap(lambda k: self.make_layer(c, k, dtype))(jax.random.split(key_layers, c.num_layers))
-        self.layers = layers if stacked else nnx.List(unstack(layers, c.num_layers))
+        keys, configs = jax.random.split(key_layers, c.num_layers), [c.layer_at(i) for i in range(c.num_layers)]
+        if len(set(configs)) == 1:
+            layers = jax.vmap(lambda k: self.make_layer(configs[0], k, dtype))(keys)
+            self.layers: Any = layers if stacked else nnx.List(unstack(layers, c.num_layers))
+        else:  # of several structures, which no stack has
+            self.layers = nnx.List([self.make_layer(config, k, dtype) for config, k in zip(configs, keys, strict=True)])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, offset=c.layer.norm_offset)
         head = jax.random.normal(key_head, (c.vocab_size, c.hidden_size), dtype) * c.hidden_size**-0.5
         self.head = None if c.tie_embeddings else nnx.Param(head, axes=axes)  # None if it is the embedding
@@ -66,9 +71,9 @@ class DecoderTarget(nnx.Module):
     # --- what a family may override -----------------------------------------------------------------------------
 
     @staticmethod
-    def make_layer(config: Any, key: jax.Array, dtype: Any) -> Any:
+    def make_layer(config: LayerConfig, key: jax.Array, dtype: Any) -> Any:
         """A layer of random weights: a DecoderLayer, or a module with its call and parts."""
-        return DecoderLayer(config.layer, key, dtype)
+        return DecoderLayer(config, key, dtype)
 
     @property
     def logit_map(self) -> LogitMap:
@@ -108,13 +113,14 @@ class DecoderTarget(nnx.Module):
         x = training_rows(self.embed(tokens), visible)  # [B, Q, H]
         kinds = LayerKinds(c.layer_kinds, positions, c.head_dim, stacked=self.stacked)
         past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_layers)
+        indices = jnp.arange(c.num_layers) if self.stacked else [None] * c.num_layers
         seen, filled = (cache.seen(), cache.filled()) if cache is not None else (jnp.zeros(()), None)
 
         def layer_step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            weights, kv, number = layer
+            weights, kv, number, index = layer
             context = kinds.of(number)
             attend = context.attend(visible, None if kv is None else Past(kv[0], kv[1], seen, filled))
-            x, fresh = weights(x, context.rotation, attend)
+            x, fresh = weights(x, context.rotation, attend, index)
             return training_rows(x, visible), fresh
 
         # The layers run in segments that end where a feature is read, so that nothing is kept of the other layers.
@@ -122,7 +128,7 @@ class DecoderTarget(nnx.Module):
         inputs: dict[int, jax.Array] = {0: x}  # of layers, by index
         fresh = []
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-            x, kv = run_layers(layer_step, x, (self.layers, past, kinds.numbers), (start, stop))
+            x, kv = run_layers(layer_step, x, (self.layers, past, kinds.numbers, indices), (start, stop))
             fresh.append(kv)
             inputs[stop] = x
         features = jnp.concatenate([inputs[f] for f in feature_layers], axis=-1) if feature_layers else None
@@ -169,11 +175,12 @@ class DecoderTarget(nnx.Module):
 
         With `by_rows` the weights become RowWeights if these are faster.
         """
-        if not self.stacked:
+        if not self.stacked and not by_rows:
             return self
         graph, state = nnx.split(self)
         other = nnx.merge(graph, state)
-        other.layers = nnx.List(unstack(self.layers, self.config.num_layers))
+        if self.stacked:
+            other.layers = nnx.List(unstack(self.layers, self.config.num_layers))
         if by_rows:
             to_rows(other)
         return other

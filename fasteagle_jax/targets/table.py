@@ -11,8 +11,10 @@ from fasteagle_jax.targets.gemma import GEMMA2, GEMMA3
 from fasteagle_jax.targets.granite import GRANITE
 from fasteagle_jax.targets.llama import LLAMA
 from fasteagle_jax.targets.mistral import MISTRAL
+from fasteagle_jax.targets.mixtral import MIXTRAL
 from fasteagle_jax.targets.phi import PHI3
 from fasteagle_jax.targets.qwen import QWEN2, QWEN3
+from fasteagle_jax.targets.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from fasteagle_jax.targets.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Family] = {
@@ -25,6 +27,9 @@ FAMILIES: dict[str, Family] = {
     "phi3": PHI3,
     "smollm3": SMOLLM3,
     "granite": GRANITE,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
 }
 
 
@@ -51,7 +56,12 @@ def family_of_gguf(architecture: str) -> Family:
 
 def family_of(config: Any) -> Family:
     """The family of a target's configuration; UserError, listing all, if it is unknown."""
-    for family in FAMILIES.values():
+    return FAMILIES[family_name(config)]
+
+
+def family_name(config: Any) -> str:
+    """The name in the table of the family of a target's configuration; UserError, listing all, if it is unknown."""
+    for name, family in FAMILIES.items():
         if type(config) is family.config:
-            return family
+            return name
     raise UserError(f"{type(config).__name__} is of no family of targets: there are {', '.join(FAMILIES)}")

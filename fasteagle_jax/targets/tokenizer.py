@@ -10,8 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +18,15 @@ import numpy as np
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, read_json
-from fasteagle_jax.io.text import check_text
 from fasteagle_jax.targets.gguf import read_gguf
 from fasteagle_jax.targets.messages import Message
+from fasteagle_jax.targets.templates import PLAIN, ChatOptions, marked_chats, marks_answers, render_chats
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types that are matched whole; the first alone is "special"
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 _SENTINEL = "fasteaglesentinel"
 # Tokens that close a turn in the published families, whatever their files name as the end (llama.cpp knows them so).
 TURN_ENDS = (
@@ -46,17 +44,12 @@ _QWEN2_PIECES = _LLAMA3_PIECES.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a model folder or .gguf file (a path from `locate`); UserError if it is unusable.
-
-    Of several chat templates it has the one named default; if none is, all of them, by name.
-    """
+    """The tokenizer of a model folder or .gguf file (a path from `locate`); UserError if it is unusable."""
     path = Path(path)
     tokenizer = _folder_tokenizer(path) if path.is_dir() else _gguf_tokenizer(path)
     longest = tokenizer.model_max_length  # which encoding compares lengths with
     if not isinstance(longest, int | float):
         raise UserError(f"{path}: model_max_length is {longest!r}: give a number of tokens, or leave it out")
-    if isinstance(tokenizer.chat_template, dict) and "default" in tokenizer.chat_template:
-        tokenizer.chat_template = tokenizer.chat_template["default"]
     return tokenizer
 
 
@@ -79,6 +72,17 @@ def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
     """Sixteen hex digits of the tokens and their ids, the same for a model folder's tokenizer and its GGUF file's."""
     pairs = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+
+
+_PROBE = (
+    "Hello  world's\n\n\tend 12345 3.14,x=y na\u00efve \u4e2d\u6587 \U0001f642\u00bd "  # what cuts and merges differ on
+)
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Sixteen hex digits of the vocabulary, and of what becomes of a text that many rules apply to."""
+    ids = [tokenizer.encode(_PROBE), tokenizer.encode(_PROBE, add_special_tokens=False)]
+    return hashlib.sha256(json.dumps([vocabulary_fingerprint(tokenizer), ids]).encode()).hexdigest()[:16]
 
 
 def stop_token_ids(tokenizer: Tokenizer, checkpoint_path: str | os.PathLike[str]) -> tuple[int, ...]:
@@ -119,7 +123,7 @@ def _turn_ends(tokenizer: Tokenizer) -> set[int]:
     ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in TURN_ENDS}
     there = {name: id for name, id in ids.items() if id is not None and tokenizer.convert_ids_to_tokens(id) == name}
     try:
-        text = _render(tokenizer, [_said("user", "Hi"), _said("assistant", _SENTINEL)], add_generation_prompt=False)
+        text = _render(tokenizer, [_said("user", "Hi"), _said("assistant", _SENTINEL)], False)
     except UserError:
         text = ""
     behind = text.rpartition(_SENTINEL)[2].lstrip() if _SENTINEL in text else ""
@@ -154,17 +158,23 @@ def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
         )
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    add_generation_prompt: bool | None = None,
+    options: ChatOptions = PLAIN,
+) -> list[int]:
     """Token ids of a conversation under the chat template, by default up to the start of the next answer."""
-    return tokenizer.encode(_render(tokenizer, messages, add_generation_prompt), add_special_tokens=False)
+    opens = options.opens_answer if add_generation_prompt is None else add_generation_prompt
+    return tokenizer.encode(_render(tokenizer, messages, opens, options), add_special_tokens=False)
 
 
-def user_header_ids(tokenizer: Tokenizer) -> list[int]:
+def user_header_ids(tokenizer: Tokenizer, options: ChatOptions = PLAIN) -> list[int]:
     """The ids that open a conversation, up to the user's first word: a target continues them as the user.
 
     They include the template's default system prompt, without which prompts that the target generates are poor.
     """
-    text = _render(tokenizer, [_said("user", _SENTINEL)], add_generation_prompt=False)
+    text = _render(tokenizer, [_said("user", _SENTINEL)], False, options)
     header, found, _ = text.partition(_SENTINEL)
     if not found:
         raise UserError("chat template without the user's text: use a template that keeps messages as they are")
@@ -172,69 +182,107 @@ def user_header_ids(tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(header.rstrip(" "), add_special_tokens=False)
 
 
-def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+Spans = list[tuple[int, int]]
+
+
+def assistant_spans(
+    tokenizer: Tokenizer, messages: Sequence[Message], options: ChatOptions = PLAIN
+) -> tuple[list[int], Spans]:
     """Ids of a whole conversation, and the [start, end) of each answer in it, its end-of-turn token included.
 
     Answers are what the template marks by {% generation %}; without such marks, they are found by rendering the
     conversation up to each answer and past it (`prefix_spans`).
     """
-    return (_marked_spans if marks_answers(tokenizer) else prefix_spans)(tokenizer, messages)
+    return (marked_spans if marks_answers(tokenizer, options) else prefix_spans)(tokenizer, messages, options)
 
 
-def marks_answers(tokenizer: Tokenizer) -> bool:
-    """Whether the chat template marks answers by {% generation %}."""
-    template = tokenizer.chat_template
-    return isinstance(template, str) and _MARKER.search(template) is not None
-
-
-def prefix_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+def prefix_spans(
+    tokenizer: Tokenizer, messages: Sequence[Message], options: ChatOptions = PLAIN
+) -> tuple[list[int], Spans]:
     """`assistant_spans` by rendering prefixes of the conversation; UserError if that is impossible.
 
     The conversation starts with the user's (or system's) message. A span has the tokens that the target would have
-    generated: neither the header before the answer nor what the template adds after the end of the turn.
+    generated: neither the header before the answer nor what the template adds after the end of the turn. A token that
+    begins in the header and ends in the answer, of newlines on both sides, counts as the answer's.
     """
-    text = _render(tokenizer, messages, add_generation_prompt=False)
+    text = _render(tokenizer, messages, False, options)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(tokenizer, messages[:i], add_generation_prompt=True)
-        answered = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
-        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-        answered_ids = tokenizer.encode(answered, add_special_tokens=False)
-        start, end = len(prompt_ids), len(answered_ids)
-        if not answered.startswith(prompt) or ids[:start] != prompt_ids or ids[:end] != answered_ids:
-            raise UserError(
-                f"chat template without stable prefixes (message {i} changes what stands before it): "
-                "use a template that only appends, or one that marks answers by {% generation %}"
-            )
-        if not answered[len(prompt) :].lstrip().startswith(message["content"].strip()):
-            raise UserError(
-                f"chat template without a generation prompt that ends where message {i} begins: "
-                "use a template that knows add_generation_prompt"
-            )
-        while end > start and ids[end - 1] not in special:
-            end -= 1
-        if end == start:
-            raise UserError(
-                f"chat template without an end-of-turn token after message {i}: use one that closes answers"
-            )
-        spans.append((start, end))
+        prompt = _render(tokenizer, messages[:i], True, options)
+        answered = _render(tokenizer, messages[: i + 1], False, options)
+        if not answered.startswith(prompt) or not text.startswith(answered):
+            raise unstable(i)
+        check_answer(tokenizer, messages, i, prompt, answered, options)
+        start, end = (tokens_before(tokenizer, ids, prefix, i) for prefix in (prompt, answered))
+        spans.append((start, turn_end(tokenizer, ids, start, end, i)))
     return ids, spans
 
 
-def _marked_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
-    encoded: Any
-    with template_errors():
-        encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+def unstable(index: int) -> UserError:
+    """The error for a template by which a conversation's beginning depends on message `index` after it."""
+    return UserError(
+        f"chat template without stable prefixes (message {index} changes what stands before it): "
+        "use a template that only appends, or one that marks answers by {% generation %}"
+    )
+
+
+def tokens_before(tokenizer: Tokenizer, ids: Sequence[int], prefix: str, index: int) -> int:
+    """The number of a text's tokens `ids` that end in its prefix; UserError if more than the one after them differs."""
+    prefix_ids = tokenizer.encode(prefix, add_special_tokens=False)
+    shared = num_shared(ids, prefix_ids)
+    if shared < len(prefix_ids):  # the last ones merge with what follows them, into one
+        merged, rest = (tokenizer.decode(list(some)) for some in (ids[shared : shared + 1], prefix_ids[shared:]))
+        if not str(merged).startswith(str(rest)):
+            raise unstable(index)
+    return shared
+
+
+def check_answer(
+    tokenizer: Tokenizer, messages: Sequence[Message], index: int, prompt: str, answered: str, options: ChatOptions
+) -> None:
+    """Raises UserError unless what follows the prompt in `answered` is message `index`, thoughts before it or not."""
+    answer = answered[len(prompt) :]
+    text = spoken_text(messages[index])
+    if answer.lstrip().startswith(text):
+        return
+    if text not in answer or prompt == _render(tokenizer, messages[:index], False, options):
+        raise UserError(
+            f"chat template without a generation prompt that ends where message {index} begins: "
+            "use a template that knows add_generation_prompt"
         )
-    return list(encoded["input_ids"]), mask_spans(encoded["assistant_masks"])
+
+
+def spoken_text(message: Message) -> str:
+    """What an assistant says after its thoughts, without the spaces around it."""
+    return str(message.get("content") or "").rpartition("</think>")[2].strip()
+
+
+def turn_end(tokenizer: Tokenizer, ids: Sequence[int], start: int, end: int, index: int) -> int:
+    """The index after the last special token of ids[start:end], which closes message `index`; UserError without one."""
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    while end > start and ids[end - 1] not in special:
+        end -= 1
+    if end == start:
+        raise UserError(
+            f"chat template without an end-of-turn token after message {index}: use one that closes answers"
+        )
+    return end
+
+
+def num_shared(ids: Sequence[int], prefix: Sequence[int]) -> int:
+    """The number of leading tokens that two texts share."""
+    return next((i for i, (a, b) in enumerate(zip(ids, prefix, strict=False)) if a != b), min(len(ids), len(prefix)))
+
+
+def marked_spans(
+    tokenizer: Tokenizer, messages: Sequence[Message], options: ChatOptions = PLAIN
+) -> tuple[list[int], Spans]:
+    """`assistant_spans` by the template's own marks."""
+    encoded, masks = marked_chats(tokenizer, [messages], options)
+    return list(encoded["input_ids"][0]), mask_spans(masks[0])
 
 
 def mask_spans(mask: Sequence[int]) -> list[tuple[int, int]]:
@@ -243,47 +291,10 @@ def mask_spans(mask: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(np.flatnonzero(edges > 0).tolist(), np.flatnonzero(edges < 0).tolist(), strict=True))
 
 
-def render_chats(
-    tokenizer: Tokenizer, chats: Sequence[Sequence[Message]], add_generation_prompt: bool = False
-) -> list[str]:
-    """The texts of conversations under the chat template; UserError if there is none, or it refuses one of them."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict) and template:
-        raise UserError(
-            f"the tokenizer's chat templates are named {', '.join(map(str, template))}, none of them default: "
-            "name one so, or add chat_template.jinja"
-        )
-    if not template:
-        raise UserError("the tokenizer has no chat template: use an instruct model or add chat_template.jinja")
-    if not isinstance(template, str):
-        raise UserError(f"the tokenizer's chat template is a {type(template).__name__}: give a text")
-    if not chats:
-        return []
-    texts: Any
-    with template_errors():
-        texts = tokenizer.apply_chat_template(
-            [[dict(message) for message in messages] for messages in chats],
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
-    return [check_text(text, "the conversation") for text in texts]
-
-
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    return render_chats(tokenizer, [messages], add_generation_prompt)[0]
-
-
-@contextlib.contextmanager
-def template_errors() -> Iterator[None]:
-    """A context that raises a chat template's errors, and those of the values that it works on, as UserError."""
-    from jinja2 import TemplateError
-
-    try:
-        yield
-    except (MemoryError, RecursionError) as error:
-        raise UserError(f"the chat template needs too much memory ({type(error).__name__}): use another one") from error
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"the chat template refuses this conversation: {first_line(error)}") from error
+def _render(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool, options: ChatOptions = PLAIN
+) -> str:
+    return render_chats(tokenizer, [messages], add_generation_prompt, options)[0]
 
 
 def _transformers() -> Any:
@@ -348,10 +359,18 @@ def _byte_level_bpe(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
         )
     return _transformers().PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=_gguf_templates(metadata),
         clean_up_tokenization_spaces=False,
         **names,
     )
+
+
+def _gguf_templates(metadata: Mapping[str, Any]) -> Any:
+    """The chat template of a GGUF file; all by name if there are others beside the default."""
+    key = "tokenizer.chat_template"
+    named = {k.removeprefix(f"{key}."): v for k, v in metadata.items() if k.startswith(f"{key}.")}
+    default = metadata.get(key)
+    return ({"default": default} if default else {}) | named if named else default
 
 
 def _pre_tokenizer(path: Path, name: str) -> PreTokenizer:

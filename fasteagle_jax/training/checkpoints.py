@@ -11,7 +11,9 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +28,9 @@ from fasteagle_jax.io.files import first_line, write_file
 
 STATE, RECORD = "default", "run"  # items of a checkpoint; the state's name is Orbax's for one without others
 TAU = "tau"  # the metric by which one is best: the measured acceptance length
+_OF_SYSTEM = re.compile(r": ([^:\[\]]+) \[os_error_code=")  # at the end of hundreds of characters
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -36,9 +41,13 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int | None = None):
-        # Orbax logs every file and warns of intended settings; __exit__ restores the level.
-        self._log, self._log_level = (log := logging.getLogger("absl")), log.level
-        log.setLevel(logging.ERROR)
+        # Orbax logs every file, warns of intended settings, and tells of a failed write several times, which is told
+        # here in one line; __exit__ restores the level.
+        self._log, self._log_level = (absl := logging.getLogger("absl")), absl.level
+        absl.setLevel(logging.CRITICAL)
+        # tensorstore tells the second failure of a write to Orbax's event loop, which the first one has closed.
+        self._excepthook, self._has_failed = sys.excepthook, False
+        sys.excepthook = _but_closed_loops(sys.excepthook)
         if keep is None:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
@@ -49,7 +58,7 @@ class Checkpoints:
                 cleanup_tmp_directories=True,  # what a killed run left half written
             )
         try:
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 epath.Path(os.fspath(folder)).resolve(),
                 options=options,
                 item_handlers={STATE: ocp.StandardCheckpointHandler(), RECORD: ocp.JsonCheckpointHandler()},
@@ -70,11 +79,8 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """The step and acceptance length of the best checkpoint; None if none was measured."""
-        lengths = {}
-        for step in self.steps():
-            with self._failing_to_read(step):
-                if metrics := self._manager.metrics(step):
-                    lengths[step] = float(metrics[TAU])
+        measured = {step: self._manager.metrics(step) for step in self.steps()}
+        lengths = {step: float(metrics[TAU]) for step, metrics in measured.items() if metrics}
         return max(lengths.items(), key=lambda item: (item[1], item[0])) if lengths else None
 
     def save(self, step: int, state: Any, record: dict[str, Any], tau: float | None = None) -> None:
@@ -110,7 +116,7 @@ class Checkpoints:
         if free < size:
             raise UserError(
                 f"no room for a checkpoint of {size / 1e6:.0f} MB in {self._manager.directory} ({free / 1e6:.0f} MB "
-                f"free): make some and give the same command again; it resumes from step {self.latest_step() or 0}"
+                f"free): make some and give the same command again; it resumes from step {self._latest_whole()}"
             )
 
     def restore(self, step: int, like: Any) -> Any:
@@ -150,15 +156,20 @@ class Checkpoints:
         with self._failing_as_user_error():
             self._manager.wait_until_finished()
 
+    def _latest_whole(self) -> int:
+        """The step of the newest checkpoint on the disk, where a failed one never is; 0 if there is none."""
+        return max(ocp.utils.checkpoint_steps(self._manager.directory), default=0)
+
     @contextlib.contextmanager
     def _failing_as_user_error(self) -> Iterator[None]:
         """Raises UserError, of one line, for whatever stops Orbax from writing (a full disk, no permission)."""
         try:
             yield
         except Exception as error:  # tensorstore, asyncio and the system raise many kinds, some wrapped
+            self._has_failed = True
             raise UserError(
                 f"cannot write a checkpoint to {self._manager.directory} ({_reason(error)}): make room there and give "
-                f"the same command again; it resumes from step {self._manager.latest_step() or 0}"
+                f"the same command again; it resumes from step {self._latest_whole()}"
             ) from error
 
     @contextlib.contextmanager
@@ -184,6 +195,39 @@ class Checkpoints:
                 raise
         finally:
             self._log.setLevel(self._log_level)
+            if not self._has_failed:  # else the complaint may still come
+                sys.excepthook = self._excepthook
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, for which a damaged measurement is none: one bad file would close the whole folder."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._damaged: set[int] = set()
+        super().__init__(*args, **kwargs)
+
+    def metrics(self, step: int) -> Any:
+        """The measurements of a step; None, with a warning, if they cannot be read."""
+        try:
+            found = super().metrics(step)
+            if found is not None:
+                float(found[TAU])
+            return found
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+            if step not in self._damaged:
+                self._damaged.add(step)
+                log.warning("%s/%d has a damaged file of its acceptance length: as not measured", self.directory, step)
+            return None
+
+
+def _but_closed_loops(hook: Any) -> Any:
+    """An excepthook that leaves out the library's complaint of an event loop that it has closed itself."""
+
+    def filtered(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (isinstance(error, RuntimeError) and "Event loop is closed" in str(error)):
+            hook(kind, error, trace)
+
+    return filtered
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -197,10 +241,11 @@ def _tau(metrics: Any) -> float:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the error that caused the others."""
+    """The first line of the error that caused the others; of the system's errors that tensorstore tells, their text."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_line(error)[:200]
+    of_system = _OF_SYSTEM.search(str(error))
+    return of_system[1] if of_system else first_line(error)[:200]
 
 
 def newest_record(folder: epath.Path) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.checkpoint import Checkpoint
 from fasteagle_jax.targets.config import DecoderConfig
 from fasteagle_jax.targets.llama import LlamaConfig
+from fasteagle_jax.targets.table import FAMILIES, family_name
 from fasteagle_jax.targets.tokenizer import load_tokenizer, vocabulary_fingerprint
 from fasteagle_jax.training.deepkd import DeepKD
 from fasteagle_jax.training.losses import LossConfig
@@ -131,6 +132,7 @@ class RunConfig:
     length: int = 512  # T, tokens a row
     seed: int = 0
     dtype: str = "bfloat16"  # of the products
+    target_dtype: str = ""  # of the frozen target's weights: int8 (see targets.loading), empty for `dtype`
     drafter: DrafterChoice = DrafterChoice()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -147,7 +149,7 @@ class RunConfig:
     remat: str = "none"  # of the drafter's levels, a policy of REMAT
     adapter: str = ""  # folder of a LoRA adapter that is merged into the target; empty for none
     features: str = ""  # a folder of prepare-features, which replaces the target's layers; empty: they run
-    target_config: LlamaConfig | None = None  # the target's sizes, for use without its weights
+    target_config: DecoderConfig | None = None  # the target's sizes, for use without its weights
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "length", "save_every", "keep", "max_bad_steps"):
@@ -166,6 +168,8 @@ class RunConfig:
                 raise UserError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype is {self.dtype!r}: use float32 or bfloat16")
+        if self.target_dtype not in ("", "int8"):
+            raise UserError(f"target_dtype is {self.target_dtype!r}: use int8, or nothing for the dtype {self.dtype}")
 
 
 def load_config(path: str) -> RunConfig:
@@ -255,8 +259,11 @@ def _value(text: str, kind: str, key: str) -> Any:
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """The configuration as a JSON file gives it back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """The configuration as a JSON file gives it back; the sizes of a target that is no Llama name their family."""
+    raw = json.loads(json.dumps(dataclasses.asdict(config)))
+    if config.target_config is not None and type(config.target_config) is not LlamaConfig:
+        raw["target_config"]["family"] = family_name(config.target_config)
+    return raw
 
 
 def trained(config: RunConfig, steps: int, tokens: int, earlier: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
@@ -314,7 +321,10 @@ def from_json(raw: dict[str, Any]) -> RunConfig:
         parts = {field.name: _PARTS.get(str(field.type)) for field in dataclasses.fields(kind)}
         values = {}
         for key, value in raw.items():
-            if parts.get(key) is not None and value is not None:
+            if key == "target_config" and value is not None:
+                sizes = {name: one for name, one in value.items() if name != "family"}
+                values[key] = build(FAMILIES[value.get("family", "llama")].config, sizes, f"{prefix}{key}.")
+            elif parts.get(key) is not None and value is not None:
                 values[key] = build(parts[key], value, f"{prefix}{key}.")
             elif key in parts:
                 values[key] = tuple(value) if isinstance(value, list) else value
@@ -348,7 +358,6 @@ _PARTS: dict[str, Any] = {
     "OptimizerConfig": OptimizerConfig,
     "EvalChoice": EvalChoice,
     "HeldOutChoice": HeldOutChoice,
-    "LlamaConfig | None": LlamaConfig,
     "MeshShape | None": MeshShape,
     "RopeConfig": RopeConfig,
 }

@@ -9,7 +9,6 @@ from typing import Any
 
 from fasteagle_jax.devices.chips import chip
 from fasteagle_jax.drafters.base import DrafterConfig
-from fasteagle_jax.nn.transformer import LayerConfig
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -34,13 +33,12 @@ def flops_per_token(
     with the heads frozen, so that backward has one product and not two; EAGLE-3's head is not, and its level reads 2 H.
     where a drafter that reads the target's context has its levels too at `share` of tokens (see
     DrafterModule.pointwise; the N - 1 before each stretch are left out).
-    A correction of R units adds 3 H R to P_level; edges of rank R add 2 H R, and 6 R V' to each level's head.
-    With more `backward_passes` than one (DeepKD's three) all that is backward counts so many times. Norms, softmax and
-    recomputation are left out.
+    P_layer of a layer with experts counts those that a token has. A correction of R units adds 3 H R to P_level; edges
+    of rank R add 2 H R, and 6 R V' to each level's head. With more `backward_passes` than one (DeepKD's three) all that
+    is backward counts so many times. Norms, softmax and recomputation are left out.
     """
-    layer_sizes = (target.hidden_size, target.intermediate_size, target.num_heads, target.num_kv_heads, target.head_dim)
-    layer = LayerConfig(*layer_sizes, target.rms_norm_eps).matrix_size
-    forward = target.num_layers * (2 * layer + 4 * length * target.num_heads * target.head_dim)
+    layers = sum(target.layer_at(i).matrix_size for i in range(target.num_layers))
+    forward = 2 * layers + target.num_layers * 4 * length * target.num_heads * target.head_dim
     levels, width = drafter.num_levels, drafter.num_heads * drafter.head_dim
     once = 2 * (levels * drafter.level_parameters + drafter.input_parameters) + levels * 4 * length * width
     both_ways = once * (1 + 2 * backward_passes) * (share if drafter.context_layers else 1)

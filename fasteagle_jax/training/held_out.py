@@ -41,7 +41,7 @@ class HeldOut:
         self._data, self._store = data, store
         self._rows: list[list[int]] = []
         if choice.data:
-            check_target(choice.data, loaded.fingerprint)
+            check_target(choice.data, *loaded.fingerprints)
             texts = read_conversations(*choice.data, vocab_size=loaded.model.config.vocab_size)
             self._data, self._store = PackedData(texts, config.length, config.batch_size, 0), None
             self._rows = self._data.sample_rows(choice.rows, held_out=False)

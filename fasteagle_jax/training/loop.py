@@ -32,7 +32,15 @@ from fasteagle_jax.data.sources import read_prompts
 from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
 from fasteagle_jax.decoding.acceptance import measure_acceptance
 from fasteagle_jax.decoding.tree import TreeSpec
-from fasteagle_jax.devices.sharding import check_batch, check_heads, fetch, make_mesh, make_on, place_batch
+from fasteagle_jax.devices.sharding import (
+    check_batch,
+    check_experts,
+    check_heads,
+    fetch,
+    make_mesh,
+    make_on,
+    place_batch,
+)
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, in_bucket, write_file
@@ -101,13 +109,13 @@ def _train(
         raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
     dtype = jnp.dtype(config.dtype)
     of_run: dict[str, Any] = {"training": True, "max_len": config.length, "adapter": config.adapter}
-    loaded = load_target(config.target, dtype, mesh=mesh, **of_run)
+    loaded = load_target(config.target, jnp.dtype(config.target_dtype or dtype), mesh=mesh, **of_run)
     target = loaded.model
-    check_target(config.data, loaded.fingerprint)
+    check_target(config.data, *loaded.fingerprints)
     conversations = read_conversations(*config.data, vocab_size=target.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed, config.held_out.share)
-    digest = data.digest()
-    _check_sources(saved, loaded.fingerprint, digest, run, allow_change=allow_change)
+    digests = {"digest": data.digest(), "spans": data.spans_digest()}
+    _check_sources(saved, loaded.fingerprint, digests, run, allow_change=allow_change)
 
     # --- the drafter and its optimiser ------------------------------------------------------------------------
     sizes = drafter_config(config.drafter, target.config)
@@ -120,6 +128,7 @@ def _train(
         )
     optimizer = make_optimizer(config.optimizer, config.steps, config.loss.deepkd)
     if mesh is not None:
+        check_experts(mesh, target.config)
         try:
             check_heads(mesh, target.config, sizes)
         except UserError as uneven:  # the engine's caches need even heads; training is slower without
@@ -253,7 +262,7 @@ def _train(
                 score = _score(config, record)
                 better, best = (score or 0.0) > best, max(best, score or 0.0)
                 if better or terminated or index + 1 == config.steps or (index + 1) % config.save_every == 0:
-                    position = {"digest": digest, "next_batch": index + 1, "tokens": tokens_seen}
+                    position = {**digests, "next_batch": index + 1, "tokens": tokens_seen}
                     about: Record = {
                         "config": to_json(config),
                         "target_fingerprint": loaded.fingerprint,
@@ -302,7 +311,9 @@ def _check_config(saved: Record | None, config: RunConfig, run: epath.Path, *, a
         )
 
 
-def _check_sources(saved: Record | None, fingerprint: str, digest: str, run: epath.Path, *, allow_change: bool) -> None:
+def _check_sources(
+    saved: Record | None, fingerprint: str, digests: dict[str, str], run: epath.Path, *, allow_change: bool
+) -> None:
     """Raises UserError if the newest checkpoint is of another target, or of other data unless that is allowed."""
     if saved is None:
         return
@@ -311,11 +322,13 @@ def _check_sources(saved: Record | None, fingerprint: str, digest: str, run: epa
             f"{run} trains a drafter for target {saved['target_fingerprint']}, this one's weights are {fingerprint}: "
             "use that target, or another --run"
         )
-    if saved["data"]["digest"] != digest and not allow_change:
-        raise UserError(
-            f"{run} was started with other data (sha256 {saved['data']['digest'][:12]} -> {digest[:12]}): "
-            "use that data, another --run, or --allow-change to resume with the new data"
-        )
+    for name, what in (("digest", "other data"), ("spans", "other answers marked in its data")):
+        old = saved["data"].get(name, digests[name])  # checkpoints of older versions have no spans
+        if old != digests[name] and not allow_change:
+            raise UserError(
+                f"{run} was started with {what} (sha256 {old[:12]} -> {digests[name][:12]}): "
+                "use that data, another --run, or --allow-change to resume with the new data"
+            )
 
 
 def _spike_limit(factor: float, records: list[Record]) -> np.float32:

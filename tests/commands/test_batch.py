@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from fasteagle_jax import Engine, SamplingParams
+from fasteagle_jax import ChatOptions, Engine, SamplingParams
 from fasteagle_jax.commands import batch
 from fasteagle_jax.commands.batch import main
 from fasteagle_jax.data.shares import Share
@@ -30,7 +30,7 @@ from fasteagle_jax.engine.batch_records import AnswerFile, answer_record
 from fasteagle_jax.engine.batch_requests import BatchRequest, Line, Refusal, read_requests
 from fasteagle_jax.engine.detokenizer import Detokenizer
 from fasteagle_jax.engine.requests import Completion, RequestStatistics
-from tests.tiny_folder import make_target
+from tests.tiny_folder import CHAT_TEMPLATE, make_target
 from tests.tiny_tokenizer import metaspace_tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -382,6 +382,26 @@ def test_messages_may_be_copied_from_a_response_and_have_parts():
     ]
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+def test_tools_calls_thoughts_and_variables_of_the_template_are_read():
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "Hm.", "refusal": None}
+    messages = [*HELLO, said, {"role": "tool", "content": "7", "tool_call_id": "x"}]
+    fields = {"tools": [TOOL], "chat_template_kwargs": {"a": 1}, "add_generation_prompt": True, "tool_choice": "auto"}
+    for request in parse(openai("x", messages=messages, **fields), {"messages": messages} | fields):
+        assert request.chat == ChatOptions([TOOL], None, {"a": 1}, True)
+        read = call | {"function": {"name": "f", "arguments": {"a": 1}}}
+        assert request.prompt == [
+            *HELLO,
+            {"role": "assistant", "reasoning_content": "Hm.", "tool_calls": [read]},
+            {"role": "tool", "content": "7", "tool_call_id": "x"},
+        ]
+    (request,) = parse({"messages": [*HELLO, {"role": "assistant", "content": "So"}], "continue_final_message": True})
+    assert request.chat == ChatOptions(continue_final_message=True)
+
+
 def messages(**changes):
     return {"messages": [HELLO[0] | changes]}
 
@@ -428,11 +448,23 @@ BAD = [  # a line, the code of its error, what the error says
         "invalid_value",
         "body.structured_outputs.regex is 7: give a regular",
     ),
-    (openai("x", tools=[{"type": "function"}]), "unsupported_value", "body.tools"),
+    (openai("x", TEXT, tools=[TOOL]), "unsupported_value", "body.tools is of messages alone"),
+    ({"prompt": "a", "chat_template_kwargs": {"a": 1}}, "unsupported_value", "chat_template_kwargs is of messages"),
+    (openai("x", tool_choice="required"), "unsupported_value", 'body.tool_choice is "required"'),
+    (openai("x", tools=[{"type": "function"}]), "invalid_value", "body.tools[0] is"),
+    (openai("x", chat_template_kwargs=5), "invalid_value", "body.chat_template_kwargs is 5"),
+    (
+        openai("x", add_generation_prompt=True, continue_final_message=True),
+        "invalid_value",
+        "body.add_generation_prompt and continue_final_message are both True",
+    ),
     (openai("x", url="/v1/embeddings"), "unsupported_value", 'url is "/v1/embeddings"'),
     (openai("x") | {"method": "GET"}, "unsupported_value", 'method is "GET"'),
     (openai("x", TEXT, prompt=["a", "b"]), "unsupported_value", "body.prompt is a list of texts"),
-    (messages(tool_calls=[{}]), "unsupported_value", "messages[0].tool_calls"),
+    (messages(function_call={"name": "f"}), "unsupported_value", "messages[0].function_call"),
+    (messages(tool_calls=[{}]), "invalid_value", "messages[0].tool_calls[0] is {}"),
+    (messages(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), "invalid_value", "arguments are not JSON"),
+    (messages(reasoning_content=5), "invalid_value", "messages[0].reasoning_content is 5"),
     (messages(content=[{"type": "image_url"}]), "unsupported_value", "messages[0].content[0]"),
     ({"custom_id": "x"}, "invalid_value", "method is missing"),
     (openai(""), "invalid_value", 'custom_id is ""'),
@@ -499,6 +531,8 @@ BAD_FOR_THE_ENGINE = [
     ({"prompt": "long " * 40}, "invalid_prompt", "the prompt has 200 tokens, but a request has 128"),
     ({"prompt": [10**9]}, "invalid_prompt", "the prompt holds 1000000000: give token ids below 259"),
     ({"messages": [{"role": "tool", "content": "7"}]}, "invalid_prompt", "the chat template refuses"),
+    ({"messages": HELLO, "chat_template_kwargs": {"b": 1}}, "invalid_prompt", "the chat template has no variable 'b'"),
+    ({"messages": HELLO, "chat_template": "rag"}, "invalid_prompt", "no chat template named 'rag'"),
     ({"prompt": "a", "stop_token_ids": list(range(16))}, "invalid_prompt", "17 stop tokens"),
     ({"prompt": "a", "stop": "x<|im_end|>"}, "invalid_prompt", "give its id, 258, as one of stop_token_ids"),
     ({"prompt": "a", "logit_bias": {"259": 1}}, "invalid_prompt", "logit_bias is for token 259: give token ids below"),
@@ -683,6 +717,28 @@ def test_other_settings_are_refused(run, refused, tmp_path):
     assert "target " in refused(source, path, "--target", make_target(tmp_path / "other", seed=1))
     write(source, {"prompt": "How"})
     assert "sha256" in refused(source, path)
+
+
+def test_the_date_is_that_of_the_first_run_and_the_ends_of_answers_are_known(run, refused, tmp_path, monkeypatch):
+    dated = CHAT_TEMPLATE.replace("Be brief.", "{{ strftime_now('%d %b %Y') }}")
+    target = make_target(tmp_path / "dated", chat_template=dated)
+    source = write(tmp_path / "in.jsonl", {"messages": HELLO})
+
+    def at(day):
+        monkeypatch.setattr("fasteagle_jax.data.manifest.today", lambda: day)
+
+    at("2024-02-03")
+    path = run(source, "--target", target)
+    first = path.read_text()
+    path.write_text("")
+    at("2024-02-04")
+    settings = json.loads(path.with_name("out.jsonl.manifest.json").read_text())["settings"]
+    assert settings["date"] == "2024-02-03" and settings["stop_token_ids"] == [258]
+    again = run(source, "--target", target).read_text()
+    assert tokens(json.loads(again)) == tokens(json.loads(first))
+    assert "chat None, not" in refused(source, path, "--target", target, "--chat-template", "{{ messages }}")
+    (target / "generation_config.json").write_text('{"eos_token_id": [258, 113]}')
+    assert "stop_token_ids [258], not [113, 258]" in refused(source, path, "--target", target)
 
 
 def test_files_that_are_no_answers_are_refused(run, refused, tmp_path):

@@ -58,6 +58,14 @@ def test_a_chat_says_what_generate_answers_to_the_same_turns(chat, talkative, tm
     assert chat(turns, "--drafter", talkative[1], "--tree", "best_first:6")[0] == expected
 
 
+def test_the_template_is_given_variables_and_tools(chat, talkative, asked, tmp_path):
+    template = "{{ mood }}{% for t in tools %}{{ t.name }}{% endfor %}{{ messages[-1].content }}"
+    target = make_target(tmp_path / "target", chat_template=template, stop_rate=-4)
+    (tmp_path / "tools.json").write_text('[{"name": "f"}]')
+    chat(["Hi"], "--target", target, "--chat-template-kwargs", '{"mood": "Calm "}', "--tools", tmp_path / "tools.json")
+    assert asked == ["Calm fHi"]
+
+
 def test_reset_forgets_all_but_the_system_message_and_exit_ends(chat, asked):
     answers, said = chat(["Hi?", "", "  And?  ", "/reset", "Hi?", "/exit", "More?"], "--system", "Be rude.")
     assert len(asked) == 3

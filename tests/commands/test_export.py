@@ -17,6 +17,7 @@ from fasteagle_jax.drafters.files import load_drafter, tensors_of
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.training.checkpoints import Checkpoints
+from tests.tiny_folder import make_drafter
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "tiny.py"
 
@@ -149,3 +150,18 @@ def test_what_cannot_be_exported_is_a_user_error(run, tmp_path, complaint, argum
 
 def test_an_output_that_exists_is_left_alone(run, tmp_path, complaint):
     assert "exists" in complaint(main, "--run", run, "--output", tmp_path)
+
+
+def test_a_drafters_folder_is_written_for_another_program(target_folder, tmp_path, complaint):
+    folder = make_drafter(tmp_path / "eagle3", target_folder, kind="eagle3", feature_layers=(0, 1, 2))
+    given = ["--drafter", folder, "--target", target_folder]
+    words = [*given, "--for", "vllm", "--verifier", "some/target", "--output", tmp_path / "vllm"]
+    assert main([str(word) for word in words]) == 0
+    raw = json.loads((tmp_path / "vllm" / "config.json").read_text())
+    assert raw["architectures"] == ["Eagle3LlamaForCausalLM"] and raw["max_position_embeddings"] == 1024
+    output = ["--output", tmp_path / "other"]
+    assert "sglang reads three outputs" in complaint(main, *given, *output, "--for", "sglang")
+    assert "--drafter needs --for and --target" in complaint(main, *given, *output)
+    assert "--storage with --for" in complaint(main, *given, *output, "--for", "vllm", "--storage", "int8")
+    assert "--verifier is for --for" in complaint(main, *given, *output, "--verifier", "x")
+    assert "one of the arguments --run --drafter is required" in complaint(main, *output)

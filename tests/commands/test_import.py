@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.commands.import_drafter import _LAYERS as LAYERS
-from fasteagle_jax.commands.import_drafter import _feature_layers, main
+from fasteagle_jax.commands.import_drafter import _feature_layers, eagle3_config, main
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.files import draft_vocabulary_ids, load_drafter, save_drafter
 from fasteagle_jax.drafters.table import default_config
@@ -121,6 +121,30 @@ def test_a_drafter_of_the_whole_vocabulary_may_bring_a_map_of_zeros(tensors, tar
     assert load_drafter(tmp_path / "imported", target.model.config, target.fingerprint).token_ids is None
 
 
+@pytest.mark.parametrize("where", ["config.json", "eagle_config", "transformer_layer_config"])
+def test_changes_of_the_model_are_read_wherever_they_stand(tensors, target_folder, where):
+    """norm_before_residual inside eagle_config was ignored, and later refused."""
+    changes = {"norm_before_residual": True, "norm_output": True}
+    config = {
+        "config.json": SIZES | changes,
+        "eagle_config": SIZES | {"eagle_config": changes},
+        "transformer_layer_config": {"transformer_layer_config": SIZES | changes},
+    }[where]
+    target = load_target(str(target_folder)).model.config
+    read = eagle3_config(config, tensors, target, 8, (0, 1))
+    assert read.norm_before_residual and read.norm_output and not read.fc_norm and not read.norm_before_fc
+
+
+def test_an_embedding_of_its_own_is_told(tensors, target_folder, tmp_path, capsys):
+    source = published(tmp_path / "source", SIZES)
+    embedding = load_target(str(target_folder)).checkpoint.read("model.embed_tokens.weight")
+    for scale in (1, 2):
+        save_file(tensors | {"embed_tokens.weight": embedding * scale}, source / "model.safetensors")
+        argv = ["--source", source, "--target", target_folder, "--output", tmp_path / f"imported{scale}"]
+        assert main([str(word) for word in argv]) == 0
+        assert ("it has an embedding of its own, and the target's is used" in capsys.readouterr().err) == (scale == 2)
+
+
 def test_the_mask_of_the_vocabulary_agrees_with_the_offsets(tensors):
     assert tensors["d2t"].dtype == np.int64 and tensors["t2d"].dtype == bool
     np.testing.assert_array_equal(np.flatnonzero(tensors["t2d"]), np.arange(len(IDS)) + tensors["d2t"])
@@ -209,11 +233,12 @@ def test_mistakes_are_one_line(complaint, tensors, target_folder, tmp_path):
     less = published(tmp_path / "less", SIZES)
     save_file({name: value for name, value in tensors.items() if "q_proj" not in name}, less / "model.safetensors")
     assert "does not fit its config.json: midlayer.self_attn.q_proj" in complaint(main, "--source", less, *given)
-    normed = published(tmp_path / "normed", {"transformer_layer_config": SIZES, "norm_before_residual": True})
+    normed = published(tmp_path / "normed", {"transformer_layer_config": SIZES, "fc_norm": True})
     save_file(tensors, normed / "model.safetensors")
-    assert "norm_before_residual, which is not supported" in complaint(main, "--source", normed, *given)
+    assert "does not fit its config.json: fc_norm.0.weight" in complaint(main, "--source", normed, *given)
     for name, config in {
-        "norm_before_residual,": SIZES | {"eagle_config": {"norm_before_residual": True}},
+        "attention_bias, which is not supported": SIZES | {"eagle_config": {"attention_bias": True}},
+        "both True": SIZES | {"eagle_config": {"fc_norm": True}, "norm_before_fc": True},
         "hidden_act 'gelu'": SIZES | {"hidden_act": "gelu"},
         "quantization_config": {"transformer_layer_config": SIZES, "quantization_config": {"quant_method": "fp8"}},
         "2 layers": SIZES | {"num_hidden_layers": 2},

@@ -459,13 +459,50 @@ def test_dialogues_need_no_weights(prepare, target_folder, tmp_path, monkeypatch
     assert [c.id for c in read_conversations(output)] == [f"ready.jsonl/dialogue-{i}" for i in range(600)]
 
 
-def test_where_the_template_cannot_tell_later_turns_the_first_ones_are_answered(prepare, tmp_path, capsys):
-    """As with templates that leave the thoughts of earlier turns out."""
-    thinking = CHAT_TEMPLATE.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\nhm {% endif %}")
-    target = make_target(tmp_path / "thinking", chat_template=thinking)
+def test_where_the_template_refuses_later_turns_the_first_ones_are_answered(prepare, tmp_path, capsys):
+    refusing = "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + CHAT_TEMPLATE
+    target = make_target(tmp_path / "refusing", chat_template=refusing)
     conversations = read_conversations(prepare("a.jsonl", "--target", target, "--keep-truncated"))
     assert [len(c.assistant) for c in conversations] == [1] * 14
-    assert "of several turns, the first ones alone are answered: chat template without" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "of several turns, the first ones alone are answered: the chat template refuses" in said
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_where_the_template_rewrites_what_was_said_each_answer_is_a_line_behind_its_own_prompt(
+    prepare, tmp_path, marked
+):
+    """As with templates that leave the thoughts of earlier turns out: only the first turns were answered."""
+    thinking = CHAT_TEMPLATE.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\nhm {% endif %}")
+    target = make_target(tmp_path / "thinking", chat_template=MARKED if marked else thinking, stop_rate=6.5)
+    path = prepare("a.jsonl", "--target", target, "--max-new", 12)
+    tokenizer, rows = load_tokenizer(target), {c.id: c for c in read_conversations(path)}
+    lines = [rows[id] for id in ("questions/3", "questions/3#w2", "questions/3#w3")]
+    messages = []
+    for turn, c in zip(("Hi?", "And?", "Go on."), lines, strict=True):
+        messages.append({"role": "user", "content": turn})
+        ((start, end),) = c.assistant.tolist()
+        assert c.tokens[:start].tolist() == encode_chat(tokenizer, messages) and end == len(c.tokens)
+        messages.append({"role": "assistant", "content": tokenizer.decode(c.tokens[start : end - 1])})
+    # Killed after any of these lines, it is the same file.
+    whole = path.read_bytes()
+    for id in ("questions/2", *(c.id for c in lines)):
+        cut = whole.index(b"\n", whole.index(f'"{id}"'.encode())) + 1
+        path.write_bytes(whole[:cut])
+        saved = json.loads((manifest := path.with_name("a.jsonl.manifest.json")).read_text())
+        manifest.write_text(json.dumps(saved | {"counts": {"samples": 0, "conversations": 0, "dropped": {}}}))
+        assert prepare("a.jsonl", "--target", target, "--max-new", 12).read_bytes() == whole
+    with pytest.raises(AssertionError):
+        prepare("b.jsonl", "--pack", tmp_path / "packed.xz", "--output", path)
+
+
+def test_marks_tell_later_turns(prepare, tmp_path):
+    """A template that marks answers is used for later turns: they follow in the same line, as sampled."""
+    target = make_target(tmp_path / "marked", chat_template=MARKED.replace("hm ", ""), stop_rate=6.5)
+    c = next(c for c in read_conversations(prepare("a.jsonl", "--target", target)) if c.id == "questions/3")
+    assert len(c.assistant) == 3
+    between = load_tokenizer(target).decode(c.tokens[c.assistant[0][1] : c.assistant[1][0]])
+    assert between == "<|im_start|>user\nAnd?<|im_end|><|im_start|>assistant\n"
 
 
 def test_dialogues_need_a_template_that_tells_answers(complaint, prepare, tmp_path):
@@ -485,6 +522,82 @@ def test_all_samples_dropped_is_one_line_with_the_remedy(prepare, capsys):
         prepare("a.jsonl", "--max-length", 40)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "a.jsonl is empty: all 14 samples were dropped (14 prompts too long): raise --max-length" in last
+
+
+def test_a_source_without_any_sample_is_one_line(complaint, target_folder, tmp_path):
+    """It was an empty file and exit 0."""
+    path = tmp_path / "unanswered.jsonl"
+    path.write_text(json.dumps({"messages": [HI]}) + "\n")
+    given = ["--target", target_folder, "--output", tmp_path / "a.jsonl"]
+    assert "no sample in unanswered.jsonl: give questions" in complaint(main, *given, "--dialogues", path)
+    path.write_text("")
+    assert "no sample in unanswered.jsonl" in complaint(main, *given, "--prompts", path)
+
+
+def test_a_file_goes_on_with_the_date_of_its_first_run(complaint, prepare, target_folder, tmp_path, monkeypatch):
+    """A template that writes the date made two kinds of answers in one file, resumed on another day."""
+    dated = CHAT_TEMPLATE.replace("Be brief.", "Today is {{ strftime_now('%d %b %Y') }}.")
+    target = make_target(tmp_path / "dated", chat_template=dated)
+
+    def at(day):
+        monkeypatch.setattr("fasteagle_jax.data.manifest.today", lambda: day)
+
+    options = ("--target", target, "--max-new", 12)
+    at("2024-02-03")
+    whole = prepare("whole.jsonl", *options).read_bytes()
+    assert "Today is 03 Feb 2024." in load_tokenizer(target).decode(json.loads(whole.splitlines()[0])["tokens"])
+    prepare("a.jsonl", *options, "--limit", 4)
+    at("2024-02-04")
+    path = prepare("a.jsonl", *options)
+    assert path.read_bytes() == whole
+    assert prepare("b.jsonl", *options).read_bytes() != whole
+    # What else decides a token: the ends of answers, the tokenizer, the template's variables. Older files go on.
+    argv = ["--target", target, "--output", path, "--max-length", 192, "--slots", 4, *options]
+    argv += ["--prompts", tmp_path / "questions.jsonl"]
+    (target / "generation_config.json").write_text('{"eos_token_id": [258, 113]}')
+    assert "stop_token_ids [258], not [113, 258]" in complaint(main, *argv)
+    manifest = path.with_name("a.jsonl.manifest.json")
+    saved = json.loads(manifest.read_text())
+    del saved["settings"]["stop_token_ids"], saved["settings"]["tokenizer"]
+    manifest.write_text(json.dumps(saved))
+    assert main([str(word) for word in argv]) == 0
+    saved = json.loads(manifest.read_text())
+    saved["settings"]["tokenizer"] = "another"
+    manifest.write_text(json.dumps(saved))
+    assert "tokenizer another, not" in complaint(main, *argv)
+    variables = ("--chat-template-kwargs", '{"messages": 1}')
+    assert "chat_template_kwargs has messages: give it beside" in complaint(main, *argv, *variables)
+    assert "is not JSON" in complaint(main, *argv, "--chat-template-kwargs", "{")
+    assert "no variable 'thinking'" in complaint(main, *argv, "--chat-template-kwargs", '{"thinking": true}')
+
+
+def test_dialogues_have_tools_and_thoughts_and_variables_of_the_template(prepare, tmp_path):
+    template = CHAT_TEMPLATE.replace(
+        "Be brief.", "{{ mood }}{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    )
+    template = template.replace(
+        "{% if message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}", ""
+    )
+    said = "{{ message['content'] }}"
+    template = template.replace(
+        said, "{{ message['tool_calls'] | tojson if message['tool_calls'] else message['content'] }}"
+    )
+    target = make_target(tmp_path / "tools", chat_template=template)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    messages = [HI, call, {"role": "tool", "content": "7"}, {"role": "assistant", "content": "Seven."}]
+    path = tmp_path / "ready.jsonl"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    path.write_text(
+        json.dumps({"messages": messages, "tools": tools}) + "\n" + json.dumps({"messages": messages}) + "\n"
+    )
+    options = ("--target", target, "--dialogues", path, "--chat-template-kwargs", '{"mood": "Calm. "}')
+    with_tools, without = read_conversations(prepare("a.jsonl", *options, "--max-length", 512, prompts=None))
+    decode = load_tokenizer(target).decode
+    assert "system\nCalm. f<|im_end|>" in decode(with_tools.tokens)
+    assert "system\nCalm. <|im_end|>" in decode(without.tokens)
+    for c in (with_tools, without):
+        answers = [decode(c.tokens[a:b]) for a, b in c.assistant]
+        assert answers == ['[{"function": {"name": "f", "arguments": {}}}]<|im_end|>', "Seven.<|im_end|>"]
 
 
 def test_seeds_are_the_same_everywhere():

@@ -440,6 +440,10 @@ def test_the_checkpoint_says_what_a_run_was_and_another_target_or_other_data_are
     other = command(same_name, data_file, run)
     assert f"target {target_folder}, not {same_name}" in complaint(*other)
     assert "trains a drafter for target" in complaint(*other, "--allow-change")
+    lines = data_file.read_text()
+    data_file.write_text(lines.replace("[[4,", "[[5,"))  # the same tokens, other answers
+    assert "other answers marked in its data" in complaint(*command(target_folder, data_file, run))
+    data_file.write_text(lines)
     with ConversationWriter(data_file) as writer:
         writer.append([Conversation.of("one more", list(range(40)), [[4, 40]])])
     assert "other data" in complaint(*command(target_folder, data_file, run))
@@ -488,6 +492,10 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     process = start(command(target_folder, data_file, full), largest_file=30_000)
     said = process.communicate(timeout=240)[1]
     assert process.returncode == 2 and "cannot write a checkpoint" in said
+    # The one line that tells it, without the library's own; no step was whole, the one that failed least of all.
+    (line,) = (line for line in said.splitlines() if line.startswith("error:"))
+    assert "ERROR:absl" not in said and "Failed to run" not in said
+    assert "(File too large): make room" in line and line.endswith("it resumes from step 0")
     assert not (full / "drafter").exists()
     # The same where the system tells beforehand that there is no room.
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))

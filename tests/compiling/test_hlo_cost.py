@@ -266,3 +266,15 @@ def test_a_kernel_is_what_does_work_and_of_a_conditional_the_branch_asked_for() 
     # fused, product, called, copied, sorted, summed; not the room, the copy beside them, the end of an exchange
     assert cost(KINDS, "least").kernels == 6
     assert cost(KINDS, "most").kernels == 6 + 2
+
+
+def test_a_loop_that_data_ends_counts_as_often_as_its_scope_is_expected_to_turn() -> None:
+    def rows(x: jax.Array, n: jax.Array) -> jax.Array:
+        with jax.named_scope("experts"):
+            return jax.lax.fori_loop(0, n, lambda _, y: jnp.tanh(y @ x), x)
+
+    text = jax.jit(rows).lower(jnp.ones((64, 64)), jnp.int32(3)).compile().as_text()
+    once, several = cost(text), cost(text, "most", {"experts": 2.5})
+    assert once.unknown_loops == 1 and several.unknown_loops == 0
+    assert several.product_flops == pytest.approx(2.5 * once.product_flops) and once.product_flops >= 2 * 64**3
+    assert cost(text, "most", {"others": 9.0}) == once

@@ -19,7 +19,8 @@ from fasteagle_jax.compiling.programs import Decoding, Report, compile_program, 
 from fasteagle_jax.devices import topology
 from fasteagle_jax.devices.chips import chip, slice_names
 from fasteagle_jax.devices.sharding import MeshShape
-from fasteagle_jax.training.config import RunConfig, load_config
+from fasteagle_jax.targets.qwen_moe import Qwen3MoeConfig
+from fasteagle_jax.training.config import DrafterChoice, RunConfig, load_config
 
 pytestmark = pytest.mark.tpu
 SLICES = ("v5e:2x4", "v6e:2x4")
@@ -94,6 +95,42 @@ def test_no_weights_are_copied_into_another_layout(name: str, slice_name: str, r
         found = compile_program(config(name), "decode", topology.devices(slice_name), Decoding(tree=None))
     assert found.bytes_ratio == pytest.approx(ratio, rel=TOLERANCE)
     assert found.temporaries < 16 * 2**20
+
+
+@pytest.mark.parametrize("slice_name", ["v5e:2x4", "v6e:2x4"])
+def test_int8_weights_are_read_as_they_are(slice_name: str) -> None:
+    """All layers: the head, which stays in bfloat16, is a tenth of an 8B target, and more of one of few layers."""
+    whole, found = config(num_layers=32), {}
+    with jax.default_matmul_precision("default"):
+        for dtype in ("", "int8"):
+            run = dataclasses.replace(whole, target_dtype=dtype)
+            found[dtype] = compile_program(run, "decode", topology.devices(slice_name), Decoding(tree=None))
+    exact, rounded = found[""], found["int8"]
+    assert rounded.cost.bytes < 0.6 * exact.cost.bytes
+    assert rounded.bytes_ratio == pytest.approx(1.00, rel=TOLERANCE)
+    assert rounded.temporaries < 16 * 2**20  # no matrix in bfloat16
+
+
+QWEN3_MOE = Qwen3MoeConfig(
+    vocab_size=151_936, hidden_size=2048, intermediate_size=6144, num_layers=4, num_heads=32, num_kv_heads=4,
+    head_dim=128, rms_norm_eps=1e-6, max_positions=40_960, num_experts=128, experts_per_token=8, expert_size=768,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["", "int8"])
+@pytest.mark.parametrize(("slice_name", "mesh"), [("v5e:1x1", None), ("v5e:2x4", MeshShape(1, 2, 4))])
+def test_of_few_tokens_only_the_chosen_experts_are_read(slice_name: str, mesh: MeshShape | None, dtype: str) -> None:
+    """Of the expected experts as many bytes as they have, and no copy of a layer's experts."""
+    run = RunConfig(
+        target="t", data=("d",), steps=5, target_config=QWEN3_MOE, target_dtype=dtype,
+        drafter=DrafterChoice(num_levels=3, feature_layers=(1, 2)),
+    )  # fmt: skip
+    with jax.default_matmul_precision("default"):
+        found = compile_program(run, "decode", topology.devices(slice_name), Decoding(tree=None), mesh)
+    assert found.experts == pytest.approx(8 if mesh is None else 2)
+    assert found.bytes_ratio == pytest.approx(1.00, rel=TOLERANCE)
+    assert found.temporaries < 16 * 2**20 and found.cost.unknown_loops == 1  # of rounds
+    assert found.state_layout_stable
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import pytest
 from fasteagle_jax.data import sources
 from fasteagle_jax.data.conversations import Conversation, ConversationWriter, read_conversations
 from fasteagle_jax.data.packing import MIN_WINDOW, Batch, LeftOut, PackedData
-from fasteagle_jax.data.sources import Prompt, read_dialogues, read_prompts
+from fasteagle_jax.data.sources import Prompt, ReadyDialogue, read_dialogues, read_prompts
 from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
 from fasteagle_jax.data.windows import window_id
 from fasteagle_jax.errors import UserError
@@ -69,7 +69,70 @@ def test_every_format_gives_its_prompts_and_its_dialogues(tmp_path, record, turn
     source = write_lines(tmp_path / "some.jsonl", record)
     (prompt,) = read_prompts(source)
     assert prompt.turns == turns
-    assert list(read_dialogues(source)) == ([] if dialogue is None else [dialogue])
+    assert list(read_dialogues(source)) == ([] if dialogue is None else [ReadyDialogue(dialogue)])
+
+
+EXCHANGE = DIALOGUE[1:3]
+CALLS = [{"function": {"name": "sum", "arguments": {"a": 1}}, "id": "x", "type": "function"}]
+TOOL = {"type": "function", "function": {"name": "sum"}}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": "Hi", "prompt_id": "x", "messages": EXCHANGE}, ReadyDialogue(EXCHANGE)),  # UltraChat 200k
+        ({"id": "0", "data": ["Hi", "Hello ü😀"]}, ReadyDialogue(EXCHANGE)),  # UltraChat
+        (  # OpenThoughts
+            {"system": "Be brief.", "conversations": SHAREGPT["conversations"][1:]},
+            ReadyDialogue(DIALOGUE),
+        ),
+        (  # Magpie
+            {"uuid": "x", "instruction": "Hi", "response": "y", "conversations": SHAREGPT["conversations"][1:3]},
+            ReadyDialogue(EXCHANGE),
+        ),
+        (  # Llama-Nemotron
+            {"system_prompt": "Be brief.", "input": EXCHANGE[:1], "output": "Hello ü😀", "reasoning": "on"},
+            ReadyDialogue(DIALOGUE[:3]),
+        ),
+        ({"input": "Hi", "output": "Hello ü😀", "system_prompt": ""}, ReadyDialogue(EXCHANGE)),
+        ({"conversation": EXCHANGE, "model": "x"}, ReadyDialogue(EXCHANGE)),
+        (  # Nemotron
+            {"messages": [EXCHANGE[0], {**EXCHANGE[1], "reasoning_content": "Hm.", "tool_calls": []}]},
+            ReadyDialogue([EXCHANGE[0], {**EXCHANGE[1], "reasoning_content": "Hm."}]),
+        ),
+        (
+            {
+                "messages": [
+                    EXCHANGE[0],
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": json.loads(json.dumps(CALLS).replace('{"a": 1}', '"{\\"a\\": 1}"')),
+                    },
+                    {"role": "tool", "content": "1", "tool_call_id": "x"},
+                ],
+                "tools": json.dumps([TOOL]),
+            },
+            ReadyDialogue(
+                [
+                    EXCHANGE[0],
+                    {"role": "assistant", "tool_calls": CALLS},
+                    {"role": "tool", "content": "1", "tool_call_id": "x"},
+                ],
+                [TOOL],
+            ),
+        ),
+    ],
+)
+def test_layouts_of_published_data_are_known_by_their_columns(tmp_path, record, expected):
+    assert list(read_dialogues(write_lines(tmp_path / "some.jsonl", record))) == [expected]
+
+
+def test_tools_that_are_none_are_named_with_their_line(tmp_path):
+    for tools in ("[", 5, [{"name": 5}]):
+        source = write_lines(tmp_path / "x.jsonl", {"prompt": "a", "response": "b", "tools": tools})
+        with pytest.raises(UserError, match=r"x\.jsonl:1: tools.* is .*: give"):
+            list(read_dialogues(source))
 
 
 def test_prompt_ids_name_the_source_and_are_unique_in_it(tmp_path):
@@ -136,6 +199,19 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
         ("x.jsonl", '{"turns": "a"}\n', r"x\.jsonl:1: 'turns' is a str"),
         ("x.jsonl", '{"turns": ["a", 2]}\n', r"x\.jsonl:1: turns\[1\] is 2: give a text"),
         ("x.jsonl", '{"messages": ["a"]}\n', r"x\.jsonl:1: messages\[0\] is a str"),
+        (  # it was trained on as the word None
+            "x.jsonl",
+            '{"messages": [{"role": "user", "content": [{"type": "text", "text": null}]}]}\n',
+            r"x\.jsonl:1: messages\[0\]\.content\[0\]\.text is None: give a text",
+        ),
+        (
+            "x.jsonl",
+            '{"messages": [{"role": "assistant", "tool_calls": [5]}]}\n',
+            r"x\.jsonl:1: .*tool_calls\[0\] is 5",
+        ),
+        # The second list was ignored.
+        ("x.json", '[{"prompt": "a"}]\n\n[{"prompt": "b"}]\n', r"x\.json:3: '\[' after the end of the list"),
+        ("x.json", '[{"prompt": "a"}] x', r"x\.json:1: 'x' after the end of the list"),
         ("x.jsonl", '{"messages": [{"role": "cat", "content": "a"}]}\n', r"x\.jsonl:1: .*'cat'"),
         (
             "x.jsonl",
@@ -179,7 +255,7 @@ def test_parquet_and_csv_files_are_sources(tmp_path, monkeypatch):
 
     datasets.Dataset.from_list([{"messages": DIALOGUE}]).to_parquet(str(tmp_path / "x.parquet"))
     (tmp_path / "y.csv").write_text("prompt,other\nHi,1\n")
-    assert list(read_dialogues(str(tmp_path / "x.parquet"))) == [DIALOGUE]
+    assert list(read_dialogues(str(tmp_path / "x.parquet"))) == [ReadyDialogue(DIALOGUE)]
     assert list(read_prompts(str(tmp_path / "y.csv"))) == [Prompt("y/0", ["Hi"])]
     with pytest.raises(UserError, match="no file and no data set"):
         list(read_prompts(str(tmp_path / "absent.parquet")))

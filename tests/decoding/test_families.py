@@ -15,10 +15,12 @@ from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate, start
 from fasteagle_jax.decoding.state import context_of, make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.linear import to_int8_weights
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.targets.table import FAMILIES
 from fasteagle_jax.training.init import init_drafter
@@ -55,9 +57,13 @@ def random_drafter(target, **changes) -> FastEagle:
     return jax.jit(make)()
 
 
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "int8"])
 @pytest.mark.parametrize("name", but_fast("gemma3"))
-def test_drafting_is_lossless(name):
+def test_drafting_is_lossless(name, int8):
+    """The tokens of the target's own plain decoding, with its weights rounded to int8 of the rounded target's."""
     target = tiny_family(hf_config(name, 1)).unstacked()
+    if int8:
+        to_int8_weights(target)
     sizes = dict(max_new=MAX_NEW, chunk=CHUNK)
     plain = {kind: generate(target, None, PROMPTS, sampling, **sizes) for kind, sampling in SAMPLINGS.items()}
     drafter, accepted = random_drafter(target), 0
@@ -70,9 +76,12 @@ def test_drafting_is_lossless(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_drafting_from_the_targets_cache_in_stacks_of_layers_is_lossless(name):
+def test_drafting_from_the_targets_cache_in_stacks_of_layers_is_lossless(name, int8):
     target = tiny_family(hf_config(name, 1))
+    if int8:
+        to_int8_weights(target)
     sizes, accepted = dict(max_new=MAX_NEW, chunk=CHUNK), 0
     drafter = random_drafter(target, **CONTEXT)
     for sampling in SAMPLINGS.values():
@@ -81,6 +90,22 @@ def test_drafting_from_the_targets_cache_in_stacks_of_layers_is_lossless(name):
         np.testing.assert_array_equal(drafted.tokens, plain.tokens)
         accepted += int(drafted.statistics.accepted_at.sum())
     assert accepted > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)], ids=str)
+def test_experts_split_over_a_mesh_say_what_they_say_on_one_device(shape):
+    sizes = dict(vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+    target = tiny_family(hf_config("qwen3_moe") | sizes)
+    drafter, sampling = random_drafter(target), make_sampling(4, temperature=[0.0, 0.7, 40.0, 0.0], seed=[0, 1, 2, 3])
+    prompts = [*PROMPTS, PROMPTS[1][:5]]
+    plain = generate(target, None, prompts, sampling, max_new=MAX_NEW, chunk=CHUNK)
+    mesh = make_mesh(MeshShape(*shape))
+    with jax.set_mesh(mesh):
+        split = [place_weights(mesh, model) for model in (target, drafter)]
+        tree = TreeSpec("best_first", 12)
+        drafted = generate(*split, prompts, sampling, tree=tree, max_new=MAX_NEW, chunk=CHUNK)
+    np.testing.assert_array_equal(drafted.tokens, plain.tokens)
 
 
 # Of the families whose attention differs from Llama's, a layer of each kind: local and capped, local and normed, not
@@ -161,6 +186,15 @@ def test_a_drafter_starts_from_what_a_targets_layer_has_in_common_with_a_plain_o
     np.testing.assert_allclose(level.attention.q.matrix, last.attention.q.matrix * last.attention.query_gain)
     np.testing.assert_array_equal(level.mlp_norm.weight[...], 1 + last.mlp_norm.weight[...])
     np.testing.assert_array_equal(level.norm.weight[...], 1 + target.norm.weight[...])
+    caplog.clear()
+    sparse = tiny_family(hf_config("qwen3_moe", 0) | {"attention_bias": False})
+    config = default_config(sparse.config, num_levels=N, feature_layers=(1, 2))
+    drafter = jax.jit(lambda target: init_drafter(config, target, jax.random.key(0)))(sparse)
+    assert caplog.messages == [
+        "the drafter starts from the target's layer 3, without its experts, self_attn.q_norm, self_attn.k_norm"
+    ]
+    copied, own = sparse.layer(3).attention.o.matrix, jax.tree.map(lambda w: w[1], drafter.levels)
+    np.testing.assert_array_equal(own.attention.o.matrix, copied)
     caplog.clear()
     with_context = default_config(
         tiny_family(hf_config("qwen3", 0)).config, num_levels=N, feature_layers=(1, 2), **CONTEXT

@@ -33,13 +33,17 @@ CLOSE = dict(rtol=1e-4, atol=1e-5)  # float32, sums in another order
 
 @pytest.fixture(scope="module")
 def drafter() -> Eagle3:
-    config = default_config(
-        tiny_config(), kind="eagle3", num_levels=N, feature_layers=(1, 3), draft_vocab_size=len(IDS)
-    )
+    return make_eagle3()
+
+
+def make_eagle3(**changes) -> Eagle3:
+    sizes = {"num_levels": N, "feature_layers": (1, 3), "draft_vocab_size": len(IDS)}
+    config = default_config(tiny_config(), kind="eagle3", **sizes, **changes)
 
     def make() -> Eagle3:
         made = Eagle3(config, jax.random.key(4))
-        for i, norm in enumerate((made.embedding_norm, made.hidden_norm, made.mlp_norm, made.norm)):
+        more = [*made.fc_norms, *([made.input_norm] if made.input_norm else [])]
+        for i, norm in enumerate((made.embedding_norm, made.hidden_norm, made.mlp_norm, made.norm, *more)):
             norm.weight[...] += 0.2 * jax.random.normal(jax.random.key(i), norm.weight.shape)
         made.feature_scale[...] = jnp.linspace(0.5, 2.0, made.feature_scale[...].size)
         made.head[...] = made.head[...] * 3
@@ -79,6 +83,13 @@ class Slow:
             self.w |= {name: np.asarray(getattr(part, name).matrix) for name in names}
         self.w["head"] = np.asarray(drafter.head[...])
         self.config, self.embedding = drafter.config, np.asarray(embedding)
+        if drafter.config.norm_before_fc:
+            self.w["input"] = np.asarray(drafter.input_norm.weight[...])
+            features = np.stack([self.norm(x, "input") for x in features])
+        if drafter.config.fc_norm:
+            self.w |= {i: np.asarray(norm.weight[...]) for i, norm in enumerate(drafter.fc_norms)}
+            each = np.split(features, len(drafter.fc_norms), axis=1)
+            features = np.concatenate([[self.norm(x, i) for x in part] for i, part in enumerate(each)], axis=1)
         self.g = (features * np.asarray(drafter.feature_scale[...])) @ np.asarray(drafter.fc.weight[...])
         self.outputs = {}  # what `along` returned
         # Run 0 at every position, on features.
@@ -102,10 +113,12 @@ class Slow:
         v = (x @ self.w["v"]).reshape(K, D)
         keys, values = np.stack([*(k for k, _ in seen), k]), np.stack([*(v for _, v in seen), v])
         out = [softmax(keys[:, i // G] @ q[i] / D**0.5) @ values[:, i // G] for i in range(K * G)]
+        h = self.norm(h, "hidden_norm") if self.config.norm_before_residual else h
         h = h + np.concatenate(out) @ self.w["o"]
         y = self.norm(h, "mlp_norm")
         gate = y @ self.w["gate"]
-        return (k, v), h + (gate / (1 + np.exp(-gate)) * (y @ self.w["up"])) @ self.w["down"]
+        h = h + (gate / (1 + np.exp(-gate)) * (y @ self.w["up"])) @ self.w["down"]
+        return (k, v), self.norm(h, "norm") if self.config.norm_output else h
 
     def along(self, t, path):
         """The layer's output after run 0 at t and one run for each token of a path of guesses, and the (k, v) seen."""
@@ -118,7 +131,8 @@ class Slow:
         return self.outputs[t, path]
 
     def log_q(self, t, path):
-        return np.log(softmax(self.w["head"] @ self.norm(self.along(t, path)[0], "norm")))
+        h = self.along(t, path)[0]
+        return np.log(softmax(self.w["head"] @ (h if self.config.norm_output else self.norm(h, "norm"))))
 
 
 @pytest.fixture(scope="module")
@@ -272,3 +286,18 @@ def test_drafts_are_those_of_the_slow_version_step_by_step(drafter, target, stre
             assert scores[node] < scores[parents[node]]
             paths[node] = (*paths[parents[node]], drafts[node])
         assert set(paths.values()) - {()} == slow_tree(slow, at - 1, tokens[at], tree)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm_before_residual": True, "fc_norm": True, "norm_output": True},
+        pytest.param({"norm_before_fc": True}, marks=pytest.mark.slow),
+    ],
+    ids=["3.1", "one norm"],
+)
+def test_with_the_norms_of_published_drafters_drafts_are_the_slow_versions(target, stream, changes):
+    """Training's states are compared with those of speculators in test_speculators.py."""
+    changed = make_eagle3(**changes)
+    slow = Slow(changed, target.embedding[...], stream[1], stream[0])
+    test_drafts_are_those_of_the_slow_version_step_by_step(changed, target, stream, slow, "best_first:6", False)

@@ -18,8 +18,6 @@ from fasteagle_jax.decoding.speculative import start
 from fasteagle_jax.decoding.state import AXES, context_of, make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights
-from fasteagle_jax.drafters import edges
-from fasteagle_jax.drafters.edges import renormalised
 from fasteagle_jax.drafters.fasteagle import FastEagle
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.drafters.table import default_config
@@ -78,14 +76,6 @@ FORMS = {  # changes of the configuration, stacked
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_candidates():
-    """Of edge scores: fewer than the tiny vocabularies have tokens."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(edges, "NUM_CANDIDATES", 8)
-        yield
-
-
 @pytest.fixture(scope="module")
 def target():
     return tiny_target()
@@ -121,16 +111,15 @@ def chains(drafter, vocab, tokens, features, **how):
     """The guesses of a chain from every stream position on: int32 [N, B, T]."""
     outputs, _ = whole_pass(drafter, vocab, tokens, features, head_inputs=False, **how)  # of the levels
     guesses = []
-    for i, (h, level) in enumerate(zip(outputs, drafter.unstacked().levels, strict=True)):
+    for h, level in zip(outputs, drafter.unstacked().levels, strict=True):
         nearest = jnp.stack([*guesses[::-1], tokens[:, 1:]][: drafter.config.edges_reach], axis=-1)  # [B, T, <= J]
         e = jnp.pad(
             vocab.embedding[nearest], [(0, 0)] * 2 + [(0, drafter.config.edges_reach - nearest.shape[-1]), (0, 0)]
         )
         h = drafter.head_input(level, h, e)
         logits = head_logits(h[..., : vocab.head.shape[1]], vocab.head)
-        if (table := drafter.own_head()) is not None:  # after the first level of the best without the token before
-            least = jax.lax.top_k(logits, edges.NUM_CANDIDATES)[0][..., -1:] if i else -jnp.inf
-            logits = jnp.where(logits >= least, logits + h[..., vocab.head.shape[1] :] @ table.T, -jnp.inf)
+        if (table := drafter.own_head()) is not None:
+            logits += h[..., vocab.head.shape[1] :] @ table.T
         best = jnp.argmax(logits, axis=-1)
         guesses.append(best if vocab.token_ids is None else vocab.token_ids[best])
     return jnp.stack(guesses)
@@ -259,16 +248,6 @@ def test_a_level_reads_positions_up_to_its_own_alone(target, stream):
     ):
         np.testing.assert_array_equal(changed[:, :, :7], hidden[:, :, :7])
         assert (np.abs(changed[:, :, 7:] - hidden[:, :, 7:]).max(axis=(1, 3)) > 1e-3).all()  # of every level
-
-
-def test_candidates_of_the_whole_vocabulary_are_scored_as_in_training():
-    logits, scores = jax.random.normal(jax.random.key(0), (2, 5, V))
-    log_probs = jax.nn.log_softmax(logits)
-    np.testing.assert_allclose(renormalised(log_probs, scores), jax.nn.log_softmax(logits + scores), **CLOSE)
-    # Of some, the others keep their share.
-    some = jnp.exp(renormalised(log_probs[:, :9], scores[:, :9]))
-    raised = jnp.exp(log_probs.at[:, :9].add(scores[:, :9]))
-    np.testing.assert_allclose(some, (raised / raised.sum(axis=-1, keepdims=True))[:, :9], **CLOSE)
 
 
 def test_a_drafter_that_reads_the_targets_cache_guesses_after_every_prefix_what_training_says(target):

@@ -21,7 +21,7 @@ from flax import nnx
 from tiny_folder import make_target
 from tiny_tokenizer import metaspace_tokenizer
 
-from fasteagle_jax import Completion, Engine, SamplingParams, UserError
+from fasteagle_jax import ChatOptions, Completion, Engine, SamplingParams, UserError
 from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.packing import PackedData
 from fasteagle_jax.decoding.prefill import pad_prompts
@@ -424,6 +424,32 @@ def test_texts_tokens_and_conversations_are_prompts(target, drafter, tokenizer):
     assert len({completion.tokens for completion in made}) == 1
     for alone in (rendered, tokenizer.encode(rendered), talk):
         assert engine.generate(alone, params)[0].tokens == made[0].tokens
+
+
+def test_the_template_is_given_tools_and_variables_in_every_way_of_asking(target, drafter, folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = (
+        "{{ mood }}{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{% for m in messages %}"
+        "{{ m.content or m.tool_calls[0].function.arguments.a }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    engine = make_engine(target, drafter, tokenizer)
+    params = SamplingParams(temperature=0, max_new_tokens=8)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 7}'}}]}
+    talk = [{"role": "user", "content": "Hello"}, call, {"role": "tool", "content": "8"}]
+    chat = ChatOptions(tools=[{"type": "function", "function": {"name": "f"}}], chat_template_kwargs={"mood": "Calm "})
+    text = "Calm fHello78>"
+    assert engine.encode(talk, "x", chat) == tuple(tokenizer.encode(text))
+    expected = engine.generate(text, params)[0]
+    assert engine.generate([talk, text], params, chat)[0].tokens == expected.tokens
+    made = engine.generate([talk, talk], params, [chat, ChatOptions(continue_final_message=True)])
+    assert made[0].tokens == expected.tokens and made[1].prompt_tokens == len("Hello78")
+    assert "".join(engine.stream(talk, params, chat)) == expected.text
+    with pytest.raises(UserError, match="prompt 0: the chat template has no variable 'thinking'"):
+        engine.generate(talk, params, ChatOptions(chat_template_kwargs={"thinking": True}))
+    with pytest.raises(UserError, match="1 chat options for 2 prompts: give one, or one a prompt"):
+        engine.generate([talk, talk], params, [chat])
+    with pytest.raises(UserError, match=r"message 1: its tool_calls\[0\] is 5"):
+        engine.generate([talk[0], {"role": "assistant", "tool_calls": [5]}], params)
 
 
 def test_log_probabilities_come_where_asked_for(target, drafter, tokenizer):

@@ -263,6 +263,10 @@ def test_a_gguf_file_gives_hugging_face_names_rows_and_configuration(tmp_path, b
         max_position_embeddings=2048,
     )
     assert checkpoint.config == open_checkpoint(folder).config
+    if head:  # the file's head counts, whatever config.json says
+        folder = write_folder(tmp_path / "tied", weights, attention_bias=bias, max_position_embeddings=2048)
+        assert checkpoint.config == open_checkpoint(folder).config
+        assert fingerprint(checkpoint) == fingerprint(open_checkpoint(folder))
 
 
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16", "F32")

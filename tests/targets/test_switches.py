@@ -16,7 +16,7 @@ from fasteagle_jax.nn.rope import RopeConfig, Rotation, rotate, rotation
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.loading import load_target, open_checkpoint
 from fasteagle_jax.targets.table import FAMILIES, family_of_files
-from tests.tiny_families import YARN, hf_config
+from tests.tiny_families import YARN, hf_config, torch_family
 from tests.tiny_folder import make_target
 
 
@@ -45,12 +45,19 @@ REFUSED = [
     ("phi3", {"partial_rotary_factor": 0.7}, "11 of 16 channels would be rotated: they must be an even number"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 4 layers"),
     ("granite", {"sliding_window": 8}, "support sliding_window 8"),
+    ("llama", {"num_local_experts": 4}, "LlamaForCausalLM targets do not support num_local_experts 4"),
+    ("mixtral", {"attention_bias": True}, "MixtralForCausalLM targets do not support attention_bias True"),
+    ("mixtral", {"num_experts_per_tok": 9}, "a token has 9 experts, and there are 4"),
+    ("qwen2_moe", {"attention_bias": True}, "Qwen2MoeForCausalLM targets do not support attention_bias True"),
+    ("qwen3_moe", {"mlp_bias": True}, "Qwen3MoeForCausalLM targets do not support mlp_bias True"),
+    ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+    ("qwen3_moe", {"num_experts": 0}, "num_experts is 0: give a whole number"),
     ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported: it rotates"),
     ("llama", {"rope_scaling": {"rope_type": "proportional"}}, "rope type 'proportional' is not supported: use one of"),
     ("llama", {"rope_scaling": {"type": "default", "mrope_section": [1]}}, "not supported: mrope_section"),
     ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [2.0]}}, "has 1 values"),
     ("llama", {"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not supported: use a target of Llama"),
-    ("llama", {"architectures": ["FalconForCausalLM"]}, "GraniteForCausalLM; CONTRIBUTING.md says how to add a family"),
+    ("llama", {"architectures": ["FalconForCausalLM"]}, "Qwen3MoeForCausalLM; CONTRIBUTING.md says how to add"),
 ]  # fmt: skip
 
 
@@ -85,6 +92,29 @@ def test_what_a_config_leaves_out_is_at_the_familys_default():
     assert without("gemma2", "attn_logit_softcapping").soft_cap == 50
 
 
+def test_layers_with_experts_are_those_that_both_switches_leave():
+    assert read("qwen3_moe").dense_layers == () == read("mixtral").dense_layers
+    assert read("qwen3_moe", decoder_sparse_step=3).dense_layers == (0, 1, 3)
+    config = read("qwen2_moe", decoder_sparse_step=2, mlp_only_layers=[3])
+    assert config.dense_layers == (0, 2, 3)
+    assert [config.layer_at(i).experts is None for i in range(4)] == [True, False, True, True]
+
+
+@pytest.mark.torch
+def test_experts_of_which_the_file_lacks_some_are_named(tmp_path):
+    torch_family(hf_config("qwen3_moe"), tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.2.mlp.experts.5.up_proj.weight"
+    whole = tensors.pop(name)
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{tmp_path}: it lacks {name}: take the complete checkpoint"):
+        open_checkpoint(tmp_path)
+    save_file(tensors | {name: whole[:-1].copy()}, file)
+    with pytest.raises(UserError, match="experts.*up_proj.weight have different shapes"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_window_of_all_positions_is_none():
     assert read("phi3", sliding_window=256).layer_kinds == read("phi3", sliding_window=None).layer_kinds
     kinds = read("gemma3", sliding_window=256).layer_kinds
@@ -105,15 +135,26 @@ def test_positions_which_are_a_limit_of_use_are_in_no_fingerprint(tmp_path):
         assert one == other != wider
 
 
-def test_a_tied_head_that_is_none_is_named(tmp_path):
+def test_a_stored_head_counts_though_the_configuration_ties_it(tmp_path, caplog):
+    """It was decoded with the embedding, silently; transformers 5 takes the stored head, with a warning."""
     folder = make_target(tmp_path / "target")
+    plain = load_target(str(folder))
     config, file = folder / "config.json", folder / "model.safetensors"
     hf, tensors = json.loads(config.read_text()), load_file(file)
     config.write_text(json.dumps(hf | {"tie_word_embeddings": True}))
-    with pytest.raises(UserError, match="says tie_word_embeddings true and has a lm_head.weight that is not the embed"):
-        load_target(str(folder))
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}, file)
-    assert load_target(str(folder)).model.head is None
+    assert not caplog.text
+    own = load_target(str(folder))
+    assert "says tie_word_embeddings true and has another lm_head.weight, which is used" in caplog.text
+    np.testing.assert_array_equal(own.model.head[...], tensors["lm_head.weight"])
+    assert own.fingerprint == plain.fingerprint and own.checkpoint.config == plain.checkpoint.config
+    caplog.clear()
+    copy = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors | {"lm_head.weight": copy}, file)
+    tied = load_target(str(folder))
+    assert tied.model.head is None and not caplog.text
+    copy[-1] += 1  # a row that no glance at the first ones shows
+    save_file(tensors | {"lm_head.weight": copy}, file)
+    assert load_target(str(folder)).model.head is not None
     del tensors["lm_head.weight"]
     save_file(tensors, file)
     config.write_text(json.dumps(hf))

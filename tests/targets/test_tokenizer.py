@@ -282,7 +282,8 @@ def test_of_named_chat_templates_the_default_is_used_and_without_one_the_names_a
 
     named(("default", expected.chat_template), ("tool_use", "tools"))
     tokenizer = tok.load_tokenizer(folder)
-    assert tokenizer.chat_template == expected.chat_template
+    assert tokenizer.chat_template["default"] == expected.chat_template
+    assert tok.encode_chat(tokenizer, CONVERSATION) == tok.encode_chat(expected, CONVERSATION)
     assert tok.assistant_spans(tokenizer, CONVERSATION) == tok.assistant_spans(expected, CONVERSATION)
     named(("rag", "a"), ("tool_use", "b"))
     tokenizer = tok.load_tokenizer(folder)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from etils import epath
 
+from fasteagle_jax.compiling.published import PUBLISHED
 from fasteagle_jax.data.manifest import differences
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, in_bucket
@@ -140,3 +142,9 @@ def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path: Path) -> 
 def test_a_checkpoints_record_that_is_damaged_is_one_line(record):
     with pytest.raises(UserError, match="a checkpoint's record of the run is damaged"):
         config_of_record(record)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_targets_sizes_survive_a_file(name):
+    config = PUBLISHED[name]
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config

@@ -29,7 +29,11 @@ def packed_batch() -> Batch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "changes"), [("gemma3", {}), ("qwen3", CONTEXT)], ids=["gemma3", "qwen3, context"])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("gemma3", {}), ("qwen3", CONTEXT), ("qwen3_moe", {}), ("qwen2_moe", CONTEXT), ("mixtral", {})],
+    ids=["gemma3", "qwen3, context", "qwen3_moe", "qwen2_moe, context", "mixtral"],
+)
 def test_the_loss_falls_and_steps_on_a_mesh_are_those_on_one_device(name, changes):
     target = tiny_family(hf_config(name) | SIZES)
     config = default_config(target.config, num_levels=2, feature_layers=(1, 2), **changes)
