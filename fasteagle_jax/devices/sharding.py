@@ -344,8 +344,13 @@ def top_k(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax
         if axis is None:
             return values, index
         index += jax.lax.axis_index(axis) * x.shape[-1]
-        # In the shards' order, so that among equal values the first one comes first, as without a mesh.
-        values, index = (jax.lax.all_gather(part, axis, axis=x.ndim - 1, tiled=True) for part in (values, index))
+        # One exchange of both, in the shards' order: among equal values the first one comes first, as without a mesh.
+        bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
+        both = jax.lax.all_gather(
+            jnp.stack([bits, index], axis=-2), axis, axis=x.ndim, tiled=True
+        )  # [..., 2, shards*k]
+        values = jax.lax.bitcast_convert_type(both[..., 0, :], jnp.float32).astype(x.dtype)
+        index = both[..., 1, :]
         values, best = jax.lax.top_k(values, k)
         return values, jnp.take_along_axis(index, best, axis=-1)
 
