@@ -14,6 +14,7 @@ from tqdm import tqdm
 from fasteagle_jax.data.manifest import differences
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_new, write_text, writing
+from fasteagle_jax.io.text import parse_json
 
 UNFINISHED = "unfinished.json"  # of a results folder: the parts that are measured
 PAUSE = 60.0  # seconds between two lines of a log
@@ -37,7 +38,7 @@ class Parts:
             return
         if self._path.is_file():
             try:
-                saved = json.loads(self._path.read_text())
+                saved = parse_json(self._path.read_text())
                 settings, self._parts = dict(saved["settings"]), dict(saved["parts"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{self._path} is damaged ({error}): remove {folder}") from error

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.text import parse_json
 
 Law = Callable[[tuple[int, ...]], np.ndarray]  # of a path from the root: probabilities [V] of the next token
 
@@ -202,7 +202,7 @@ def measured_surprisals(lines: Iterable[bytes], name: str) -> tuple[float, float
     found: list[float] = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             for answer in record.get("answers") or [record]:
                 found += [-float(value) for value in answer.get("logprobs") or []]
         except (ValueError, TypeError, AttributeError, KeyError) as error:

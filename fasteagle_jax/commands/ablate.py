@@ -38,6 +38,7 @@ from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_new, write_new
+from fasteagle_jax.io.text import parse_json
 from fasteagle_jax.targets.loading import load_target, open_checkpoint
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.training.config import RunConfig, apply_changes, changes_since, load_config
@@ -170,7 +171,7 @@ def _variant(base: RunConfig, name: str) -> RunConfig:
 def _check_trained(run: Path, config: RunConfig) -> None:
     """Raises UserError if a run's finished drafter is of another configuration."""
     if (run / "drafter").exists():
-        changed = changes_since(json.loads((run / "config.json").read_text()), config)
+        changed = changes_since(parse_json((run / "config.json").read_text()), config)
         if changed:
             raise UserError(
                 f"{run} was trained with another configuration ({'; '.join(changed)}): "

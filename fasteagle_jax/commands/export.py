@@ -41,11 +41,20 @@ from fasteagle_jax.drafters.files import (
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_new, write_text
+from fasteagle_jax.io.text import parse_json
 from fasteagle_jax.targets.checkpoint import Checkpoint, fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.targets.table import family_of
 from fasteagle_jax.training.checkpoints import Checkpoints
-from fasteagle_jax.training.config import RunConfig, drafter_config, earlier_runs, from_json, target_tokenizer, trained
+from fasteagle_jax.training.config import (
+    RunConfig,
+    config_of_record,
+    drafter_config,
+    earlier_runs,
+    from_json,
+    target_tokenizer,
+    trained,
+)
 from fasteagle_jax.training.metrics_log import Record
 from fasteagle_jax.training.model_card import model_card
 from fasteagle_jax.training.optimizer import make_optimizer
@@ -85,7 +94,7 @@ def export(args: argparse.Namespace) -> None:
     if args.target is not None:
         raise UserError("--target is for --drafter: a run's is in its configuration")
     try:
-        config = from_json(json.loads((args.run / "config.json").read_text()))
+        config = from_json(parse_json((args.run / "config.json").read_text()))
     except FileNotFoundError:
         raise UserError(f"{args.run} holds no config.json: name a training run's folder") from None
     except UserError:
@@ -107,7 +116,7 @@ def export(args: argparse.Namespace) -> None:
             raise _no_checkpoint(args.run, config)
         record = checkpoints.record(step)
         if record is not None:
-            config = from_json(record["config"])  # config.json's may be newer, with --allow-change
+            config = config_of_record(record)  # config.json's may be newer, with --allow-change
         target = open_checkpoint(config.target, config.adapter)
         drafter = _restored(config, target.config, checkpoints, step)
     mark = fingerprint(target)

@@ -71,6 +71,7 @@ from fasteagle_jax.engine.requests import SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import sha256, write_text, writing
 from fasteagle_jax.io.progress import progress_bar
+from fasteagle_jax.io.text import parse_json
 from fasteagle_jax.targets.chats import encode_rows
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.loading import open_checkpoint
@@ -462,7 +463,7 @@ def _refuse_older(path: Path, settings: dict[str, Any]) -> None:
     if LONG_DIALOGUES not in settings or not path.is_file():
         return
     try:
-        old = json.loads(path.read_bytes())["settings"]
+        old = parse_json(path.read_bytes())["settings"]
         is_older = LONG_DIALOGUES not in old and any(source["kind"] == "dialogues" for source in old["sources"])
     except (ValueError, KeyError, TypeError):  # a damaged one is refused by those who read it
         return

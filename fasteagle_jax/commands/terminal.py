@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import json
 import logging
 import platform
 import sys
@@ -21,6 +20,7 @@ from fasteagle_jax.decoding.sampling_fields import FIELDS, RULE_FIELDS, Sampling
 from fasteagle_jax.devices.chips import set_libtpu_flags
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import cache_folder
+from fasteagle_jax.io.text import parse_json
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
@@ -213,7 +213,7 @@ def rules_from_options(args: Any) -> dict[str, Any]:
 def _read_schema(path: Path) -> dict[str, Any]:
     """The JSON schema in a file."""
     try:
-        schema: Any = json.loads(path.read_text(encoding="utf-8"))
+        schema: Any = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}): mend it") from None
     if not isinstance(schema, dict):

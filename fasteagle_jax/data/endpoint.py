@@ -22,6 +22,7 @@ from fasteagle_jax.engine.detokenizer import Detokenizer
 from fasteagle_jax.engine.requests import Completion, RequestStatistics, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line
+from fasteagle_jax.io.text import parse_json
 
 TRIES, FIRST_WAIT = 5, 1.0  # of a request, and the seconds before the second one, doubled each time
 TIMEOUT = 600.0  # seconds for one answer
@@ -137,7 +138,7 @@ class Endpoint:
             request = urllib.request.Request(f"{self.url}/completions", json.dumps(sent).encode(), headers)
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                    return json.loads(response.read())
+                    return parse_json(response.read())
             except urllib.error.HTTPError as error:
                 reason = f"{error.code}: {_said(error)}"
                 if error.code in (400, 422) and "return_token_ids" in sent:
@@ -163,7 +164,7 @@ def _said(error: urllib.error.HTTPError) -> str:
     """What a server says of an error, in one short line."""
     try:
         raw = error.read().decode(errors="replace")
-        told = json.loads(raw)
+        told = parse_json(raw)
         told = told.get("error", told) if isinstance(told, dict) else told
         text = told.get("message", raw) if isinstance(told, dict) else told
     except (OSError, ValueError):

@@ -16,6 +16,7 @@ import bisect
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +27,13 @@ import numpy as np
 from fasteagle_jax.data.manifest import differences
 from fasteagle_jax.data.packing import Batch, PackedData, best_fit
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import replacing, sha256, write_text
+from fasteagle_jax.io.files import first_line, replacing, sha256, write_text
+from fasteagle_jax.io.text import parse_json
+from fasteagle_jax.targets.messages import short
 
 INDEX = "index.json"
 FILE_BYTES = 1 << 26  # of a file, unless a single piece is larger: a kill loses one file's work
+_FILE_NAME = re.compile(r"features-[0-9]{5,}\.npy")  # no other file, and none outside the folder
 STORED = {"bfloat16": "uint16", "float32": "float32"}  # dtype: the file's
 
 
@@ -100,7 +104,7 @@ def write_features(
         ends = np.cumsum(data.lengths[bounds[-1] :])
         bounds.append(bounds[-1] + max(1, int(np.searchsorted(ends, file_tokens, side="right"))))
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
-        path = folder / f"features-{i:05d}.npy"
+        path = folder / _file_name(i)
         num_tokens = int(data.lengths[start:end].sum())
         if i >= len(entries) or not path.is_file() or sha256(path) != entries[i].sha256:
             values = _values(data, np.arange(start, end), settings, compute)
@@ -137,6 +141,10 @@ def _write_array(path: Path, values: np.ndarray) -> str:
         with aside.open("wb") as file:
             np.save(file, values)
         return sha256(aside)
+
+
+def _file_name(i: int) -> str:
+    return f"features-{i:05d}.npy"
 
 
 def _write_index(folder: Path, settings: FeatureSettings, entries: list[Entry]) -> None:
@@ -190,7 +198,7 @@ class Features:
             path = folder / entry.file
             if not path.is_file() or sha256(path) != entry.sha256:
                 raise UserError(f"{path} is {'corrupt' if path.is_file() else 'not there'}: {_REMEDY}")
-            self._arrays.append(np.load(path, mmap_mode="r").view(self._dtype))
+            self._arrays.append(_mapped(path, (entry.tokens, self._width), self._dtype))
 
     def batch(self, step: int, rows: slice | None = None) -> TargetValues:
         """The features of `PackedData.batch(step, rows)`, zero if it is padding."""
@@ -211,13 +219,28 @@ class Features:
         return TargetValues(np.concatenate([parts[i] for i in self._layers], axis=-1), parts[-1])
 
 
+def _mapped(path: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    """The array in a file, mapped into memory; UserError if it is of another shape or type, or of pickled objects."""
+    try:
+        # Its header is read first: one that claims terabytes is not to be mapped.
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            found, in_columns, stored = read(file)
+        if found != shape or in_columns or stored != STORED[dtype.name]:
+            raise ValueError(f"{found} values of {stored}, not {shape} of {STORED[dtype.name]}")
+        return np.load(path, mmap_mode="r", allow_pickle=False).view(dtype)
+    except Exception as error:  # of many kinds: the header is a text in Python's syntax
+        raise UserError(f"{path} is corrupt ({first_line(error)}): {_REMEDY}") from error
+
+
 _REMEDY = "give the prepare-features command again, which writes what is missing"
 
 
 def _load_index(folder: Path) -> Any:
     """The index of a folder, as JSON; UserError if there is none or it is damaged."""
     try:
-        return json.loads((folder / INDEX).read_bytes())
+        return parse_json((folder / INDEX).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{folder} holds no features ({INDEX}): write them with fasteagle prepare-features") from None
     except ValueError as error:
@@ -232,6 +255,12 @@ def _read_index(folder: Path, settings: FeatureSettings, *, missing_ok: bool = F
     try:
         old: Mapping[str, Any] = dict(index["settings"])
         entries = [Entry(**entry) for entry in index["files"]]
+        for i, entry in enumerate(entries):
+            counts = entry.pieces, entry.tokens
+            if not _FILE_NAME.fullmatch(str(entry.file)) or any(
+                type(count) is not int or count < 0 for count in counts
+            ):
+                raise ValueError(f"its entry {i} is {short(entry._asdict())}")
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, error) from error
     new = json.loads(json.dumps(dataclasses.asdict(settings)))

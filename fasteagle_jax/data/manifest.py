@@ -10,6 +10,7 @@ from typing import Any
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line
+from fasteagle_jax.io.text import parse_json
 from fasteagle_jax.targets.templates import PLAIN, ChatOptions, fix_date, template_digest, writes_date
 from fasteagle_jax.targets.tokenizer import tokenizer_digest
 
@@ -48,7 +49,7 @@ def today() -> str:
 def saved_settings(output: Path) -> dict[str, Any] | None:
     """The settings in the manifest of `output`; None if there is none that can be read."""
     try:
-        return dict(json.loads(manifest_path(output).read_bytes())["settings"])
+        return dict(parse_json(manifest_path(output).read_bytes())["settings"])
     except (OSError, ValueError, KeyError, TypeError):  # `read_manifest` tells of a damaged one
         return None
 
@@ -69,7 +70,7 @@ def read_manifest(output: Path, settings: Mapping[str, Any]) -> dict[str, Any] |
             raise UserError(f"{output} exists without {path.name}: name another --output")
         return None
     try:
-        saved = json.loads(path.read_bytes())
+        saved = parse_json(path.read_bytes())
         old = dict(saved["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(output, error) from error
@@ -85,7 +86,7 @@ def check_target(paths: Sequence[str], *fingerprints: str) -> None:
         if not manifest.exists():
             continue
         try:
-            target = json.loads(manifest.read_bytes())["settings"]["target"]
+            target = parse_json(manifest.read_bytes())["settings"]["target"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{manifest} is damaged ({first_line(error)}): prepare the data again, or remove it"

@@ -22,6 +22,7 @@ from fasteagle_jax.data.manifest import differences, manifest_path
 from fasteagle_jax.data.windows import later_windows
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, read_json, replacing
+from fasteagle_jax.io.text import parse_json
 
 
 def pack(output: Path, packed: Path) -> tuple[int, int]:
@@ -119,7 +120,7 @@ def _lines(packed: Path) -> Iterator[Any]:
     try:
         with lzma.open(packed, "rt", encoding="utf-8") as file:
             for line in file:
-                yield json.loads(line)
+                yield parse_json(line)
     except OSError as error:
         raise UserError(f"cannot read {packed}: {error.strerror or error}; name a file of packed answers") from error
     except (lzma.LZMAError, EOFError, ValueError) as error:

@@ -208,7 +208,7 @@ def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
                         break  # the rest of the record is in the next piece
                     bad_line = line + text.count("\n", at, error.pos)
                     raise UserError(f"{path}:{bad_line}: not JSON ({error.msg}): mend the record") from error
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{path}:{line}: not JSON ({error}): mend the record") from error
                 yield f"{path}:{line}", record
                 line += text.count("\n", at, end)

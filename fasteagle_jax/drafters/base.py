@@ -28,6 +28,9 @@ from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, LayerConfig
 log = logging.getLogger(__name__)
 
 
+MOST_LEVELS = 1024  # more than any drafter has, few enough for a list of them
+
+
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
     """Sizes of any drafter, extended by each kind; `hidden_size` and `vocab_size` are its target's."""
@@ -51,6 +54,13 @@ class DrafterConfig:
         for name in sizes:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UserError(f"drafter {name} is {getattr(self, name)!r}: give a whole number of at least 1")
+        if self.num_levels > MOST_LEVELS:
+            raise UserError(f"drafter num_levels is {self.num_levels}: give at most {MOST_LEVELS}")
+        for name in ("vocab_size", "draft_vocab_size"):
+            if not isinstance(getattr(self, name), int):
+                raise UserError(f"drafter {name} is {getattr(self, name)!r}: give a whole number")
+        if not all(isinstance(layer, int) for layer in self.feature_layers):
+            raise UserError(f"drafter feature_layers are {self.feature_layers!r}: give whole numbers")
         if not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise UserError(
                 f"draft_vocab_size is {self.draft_vocab_size}: it must be 1 to the target's {self.vocab_size}"

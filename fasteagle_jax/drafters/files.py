@@ -33,6 +33,7 @@ from fasteagle_jax.drafters.base import DrafterConfig
 from fasteagle_jax.drafters.table import CLASSES, class_named, class_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import new_folder, sha256
+from fasteagle_jax.io.text import parse_json
 from fasteagle_jax.nn.linear import to_int8, to_rows
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.nn.transformer import stacks_are_faster
@@ -125,10 +126,16 @@ def load_drafter(
 
     if stacked is None:
         stacked = stacks_are_faster(jax.default_backend())
-    drafter = make_on(mesh, lambda: class_of(config)(config, jax.random.key(0), dtype, stacked=False))
+
+    def make() -> Any:
+        return class_of(config)(config, jax.random.key(0), dtype, stacked=False)
+
+    values = from_storage(tensors)
+    _check_shapes(jax.eval_shape(make), values, str(path))  # before memory is taken for what config.json claims
+    drafter = make_on(mesh, make)
     if not stacked and mesh is None:
         to_rows(drafter)
-    fill(drafter, from_storage(tensors), str(path))
+    fill(drafter, values, str(path))
     return drafter if not stacked else make_on(mesh, lambda drafter: drafter.stacked_form(), drafter)
 
 
@@ -170,20 +177,24 @@ def read_config(folder: Path) -> tuple[DrafterConfig, str]:
 
 def fill(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
     """Sets an unstacked drafter's variables, in their shards; UserError, naming `source`, if the tensors do not fit."""
-    derived = {"t2d"}  # follows from d2t
-    stored = drafter.stored()
-    expected = {t.name: t.variable.shape[::-1] if t.transposed else t.variable.shape for t in stored}
-    found = {name: value.shape for name, value in tensors.items() if name not in derived}
-    if expected != found:
-        wrong = sorted(set(expected.items()) ^ set(found.items()))
-        raise UserError(f"{source} does not fit its config.json: {', '.join(f'{n} {s}' for n, s in wrong)}")
-    for name, variable, transposed in stored:
+    _check_shapes(drafter, tensors, source)
+    for name, variable, transposed in drafter.stored():
         value = tensors[name].T if transposed else tensors[name]
         if name == "d2t":
             value = value + np.arange(len(value))
         sharding, dtype = variable[...].sharding, variable[...].dtype
         on_mesh = isinstance(sharding, NamedSharding)
         variable[...] = place(value.astype(dtype), sharding, value.shape) if on_mesh else jnp.asarray(value, dtype)
+
+
+def _check_shapes(drafter: Any, tensors: Mapping[str, np.ndarray], source: str) -> None:
+    """Raises UserError, naming `source`, for tensors that do not fit an unstacked drafter, or its shapes."""
+    derived = {"t2d"}  # follows from d2t
+    expected = {t.name: t.variable.shape[::-1] if t.transposed else t.variable.shape for t in drafter.stored()}
+    found = {name: value.shape for name, value in tensors.items() if name not in derived}
+    if expected != found:
+        wrong = sorted(set(expected.items()) ^ set(found.items()))
+        raise UserError(f"{source} does not fit its config.json: {', '.join(f'{n} {s}' for n, s in wrong)}")
 
 
 def tensors_of(drafter: Any) -> dict[str, np.ndarray]:
@@ -235,7 +246,7 @@ def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
         raise UserError(f"{path} is of format {number}, this version reads up to {FORMAT}: update fasteagle-jax")
     if "target_fingerprint" not in raw:
         raise UserError(f"{path} names no target: bring the drafter in with fasteagle import")
-    kind_config = class_named(raw.get("kind", "fasteagle")).Config
+    kind_config = class_named(str(raw.get("kind", "fasteagle"))).Config
     fields = {field.name for field in dataclasses.fields(kind_config)}
     sizes = {name: value for name, value in raw.items() if name in fields}
     try:
@@ -254,12 +265,13 @@ def read_raw(folder: Path) -> dict[str, Any]:
     """The entries of the config.json of the drafter in a folder; UserError if there is no drafter."""
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        raw = parse_json(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{folder} holds no config.json: name a drafter's folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy the drafter again") from None
     known = {kind.architecture for kind in CLASSES.values()}
-    if not isinstance(raw, dict) or not known & set(raw.get("architectures") or ()):
+    named = raw.get("architectures") if isinstance(raw, dict) else None
+    if not isinstance(named, list) or not any(name in known for name in named if isinstance(name, str)):
         raise UserError(f"{path} is not of a {' or '.join(sorted(known))}: name a drafter's folder")
     return raw

@@ -35,6 +35,7 @@ from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
 from fasteagle_jax.engine.requests import Completion
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.lines import LineFile
+from fasteagle_jax.io.text import parse_json
 
 # --- records ----------------------------------------------------------------------------------------------------
 
@@ -262,7 +263,7 @@ class AnswerFile(LineFile):
 
 
 def _written(line: bytes) -> _Written:
-    record = json.loads(line)
+    record = parse_json(line)
     if not is_whole(record["line"]):
         raise ValueError("its line is no number")
     return _Written(record["line"], record["error"] is not None)

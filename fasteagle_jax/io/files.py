@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import uuid
@@ -16,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.text import parse_json
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def write_new(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises UserError if it is not JSON or no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({first_line(error)}): download it again") from error
     if not isinstance(value, dict):

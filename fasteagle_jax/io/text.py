@@ -18,9 +18,17 @@ def check_text(text: str, name: str) -> str:
     return text
 
 
+def parse_json(raw: str | bytes) -> Any:
+    """The value of a JSON document; ValueError, and no other exception, if it is none that can be read."""
+    try:
+        return json.loads(raw)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def json_value(raw: bytes) -> Any:
     """The value of a JSON document; ValueError if it is none, or has a text with half a surrogate pair."""
-    value = json.loads(raw)
+    value = parse_json(raw)
     if b"\\u" in raw or b"\xed" in raw:  # an escape, or what such a half looks like as bytes
         check_json_texts(value)
     return value
@@ -32,3 +40,5 @@ def check_json_texts(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("a \\u escape is half a character: give both surrogates") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

@@ -20,7 +20,9 @@ import numpy as np
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import read_json
 from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor
+from fasteagle_jax.targets.messages import short
 
+_LARGEST = 1e30  # of ranks and scales, which no adapter has: a float32 does not hold much more
 _PREFIX = "base_model.model."
 _LORA = re.compile(
     r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.default)?(\.weight)?"  # .default: of older files
@@ -106,8 +108,17 @@ def _config(folder: Path) -> dict[str, Any]:
         if config.get(name) not in values:
             raise UserError(f"{path} has {name} {config[name]!r}, which is not handled: merge it with PEFT")
     for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), (int, float)) or config[name] <= 0:
+        if not isinstance(config.get(name), (int, float)) or not 0 < config[name] < _LARGEST:
             raise UserError(f"{path} has {name} {config.get(name)!r}: give a number above 0")
+    for name in ("rank_pattern", "alpha_pattern"):
+        own = config.get(name) or {}
+        if not isinstance(own, dict) or not all(isinstance(v, (int, float)) and 0 < v < _LARGEST for v in own.values()):
+            raise UserError(f"{path} has {name} {short(own)}: give numbers above 0 by modules' names")
+        for key in own:
+            try:
+                re.compile(key)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise UserError(f"{path} has {name} {short(key)}, which is no pattern ({error}): mend it") from error
     return config
 
 

@@ -41,6 +41,9 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
 }
 
 
+MOST_LAYERS = 10_000  # of a config.json: more than any model has, few enough for a list of them
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Sizes and switches of a target, extended by each family."""
@@ -134,6 +137,9 @@ class DecoderConfig:
         absent = [name for name in required if name not in hf]
         if absent:
             raise UserError(f"config.json lacks {', '.join(absent)}: take the model's complete configuration")
+        num_layers = hf["num_hidden_layers"]
+        if not isinstance(num_layers, int) or not 1 <= num_layers <= MOST_LAYERS:
+            raise UserError(f"num_hidden_layers is {num_layers!r}: give a whole number from 1 to {MOST_LAYERS}")
         cls._check_switches(hf)
         return cls(**cls.read(hf))
 

@@ -12,7 +12,10 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, read_json
 from fasteagle_jax.targets.checkpoint import Checkpoint, StoredTensor, join_experts, split_fused
 from fasteagle_jax.targets.compressed import ROUNDED_TYPES, dequantised, is_rounded
+from fasteagle_jax.targets.messages import short
 from fasteagle_jax.targets.table import family_of_files
+
+_LONGEST_NAME = 255  # bytes of a file's name
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -28,7 +31,7 @@ def open_folder(folder: Path) -> Checkpoint:
         config = family.config.from_hf(hf)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise UserError(f"{path} has a value of a wrong type ({error}): take the model's own file") from error
     tensors: dict[str, StoredTensor] = {}
     for shard in _shards(folder):
@@ -63,7 +66,10 @@ def _shards(folder: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map: download it again")
-        shards = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
+        names = sorted({str(name) for name in weight_map.values()})
+        if elsewhere := [name for name in names if not _is_file_name(name)]:
+            raise UserError(f"{index} names {short(elsewhere[0])}, which is no file of this folder: download it again")
+        shards = [folder / name for name in names]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
             raise UserError(f"{folder} lacks {', '.join(missing)}, named by {index.name}: download them too")
@@ -72,6 +78,11 @@ def _shards(folder: Path) -> list[Path]:
     if not shards:
         raise UserError(f"{folder} has no *.safetensors: save the model with safe_serialization=True")
     return shards
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name can be that of a file in a given folder."""
+    return bool(name) and name == Path(name).name and len(name.encode(errors="replace")) <= _LONGEST_NAME
 
 
 def read_safetensors(path: Path, *, rounded: bool = False) -> dict[str, StoredTensor]:

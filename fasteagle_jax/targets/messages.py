@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.text import check_text
+from fasteagle_jax.io.text import check_text, parse_json
 
 # {"role": "user" | "assistant" | "system" | "tool", "content": a text}. An assistant's may have "reasoning_content" and
 # "tool_calls", and then no content; a tool's "tool_call_id" and "name".
@@ -70,7 +70,7 @@ def tool_calls(calls: Any, name: str, shown: Callable[[Any], str] | None = None)
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(check_text(arguments, f"{here}: its arguments")) if arguments.strip() else {}
+                arguments = parse_json(check_text(arguments, f"{here}: its arguments")) if arguments.strip() else {}
             except ValueError as error:
                 raise UserError(f"{here}: its arguments are not JSON ({error}): give an object") from None
         if not isinstance(arguments, Mapping | None):

@@ -188,6 +188,8 @@ def template_errors() -> Iterator[None]:
         yield
     except UserError:
         raise
+    except (MemoryError, RecursionError) as error:
+        raise UserError(f"the chat template needs too much memory ({type(error).__name__}): use another one") from error
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(f"the chat template refuses this conversation: {first_line(error)}") from error
 

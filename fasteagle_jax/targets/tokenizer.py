@@ -46,13 +46,18 @@ _QWEN2_PIECES = _LLAMA3_PIECES.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a model folder or .gguf file (a path from `locate`); UserError if it is unusable."""
     path = Path(path)
-    return _folder_tokenizer(path) if path.is_dir() else _gguf_tokenizer(path)
+    tokenizer = _folder_tokenizer(path) if path.is_dir() else _gguf_tokenizer(path)
+    longest = tokenizer.model_max_length  # which encoding compares lengths with
+    if not isinstance(longest, int | float):
+        raise UserError(f"{path}: model_max_length is {longest!r}: give a number of tokens, or leave it out")
+    return tokenizer
 
 
 def _folder_tokenizer(folder: Path) -> Tokenizer:
     transformers = _transformers()
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Not to trust code in the folder is said here: else transformers asks at the terminal whether to run it.
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds: of any key in config.json that it does not like, too
         if (folder / "tokenizer.json").is_file():
             with contextlib.suppress(Exception):  # the first error is the one to tell

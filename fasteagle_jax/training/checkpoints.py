@@ -57,11 +57,17 @@ class Checkpoints:
                 best_fn=_tau,
                 cleanup_tmp_directories=True,  # what a killed run left half written
             )
-        self._manager = _Manager(
-            epath.Path(os.fspath(folder)).resolve(),
-            options=options,
-            item_handlers={STATE: ocp.StandardCheckpointHandler(), RECORD: ocp.JsonCheckpointHandler()},
-        )
+        try:
+            self._manager = _Manager(
+                epath.Path(os.fspath(folder)).resolve(),
+                options=options,
+                item_handlers={STATE: ocp.StandardCheckpointHandler(), RECORD: ocp.JsonCheckpointHandler()},
+            )
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # of what a checkpoint's metadata says
+            log.setLevel(self._log_level)
+            raise UserError(
+                f"a checkpoint in {folder} is damaged ({_reason(error)}): remove its folder to resume from an older one"
+            ) from error
 
     def steps(self) -> list[int]:
         """The steps of all whole checkpoints, in order."""

@@ -18,7 +18,7 @@ from fasteagle_jax.drafters.base import DrafterConfig
 from fasteagle_jax.drafters.files import TOKENIZER
 from fasteagle_jax.drafters.table import CLASSES, class_named, default_config
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import read_json
+from fasteagle_jax.io.files import first_line, read_json
 from fasteagle_jax.nn.packed_attention import KINDS
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.checkpoint import Checkpoint
@@ -337,6 +337,18 @@ def from_json(raw: dict[str, Any]) -> RunConfig:
         return config
 
     return build(RunConfig, raw)
+
+
+def config_of_record(record: dict[str, Any]) -> RunConfig:
+    """The configuration in the record of a checkpoint; UserError if it is damaged, and as of `from_json`."""
+    try:
+        return from_json(record["config"])
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise UserError(
+            f"a checkpoint's record of the run is damaged ({first_line(error)}): take an older checkpoint"
+        ) from error
 
 
 _PARTS: dict[str, Any] = {

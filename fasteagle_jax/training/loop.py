@@ -44,8 +44,9 @@ from fasteagle_jax.devices.sharding import (
 )
 from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import check_writable, in_bucket, write_file
+from fasteagle_jax.io.files import check_writable, first_line, in_bucket, write_file
 from fasteagle_jax.io.progress import progress_bar
+from fasteagle_jax.io.text import parse_json
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
 from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
@@ -328,8 +329,14 @@ def _say(quiet: bool, line: str) -> None:
 def _check_config(saved: Record | None, config: RunConfig, run: epath.Path, *, allow_change: bool) -> None:
     """Raises UserError if the run has another configuration, in its newest checkpoint or else in config.json."""
     path = run / "config.json"
-    old = saved["config"] if saved else json.loads(path.read_text()) if path.exists() else None
-    changed = changes_since(old, config) if old and not allow_change else []
+    try:
+        old = saved["config"] if saved else parse_json(path.read_text()) if path.exists() else None
+        changed = changes_since(old, config) if old and not allow_change else []
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        damaged = f"the record of the newest checkpoint in {run}" if saved else f"{path}"
+        raise UserError(f"{damaged} is damaged ({first_line(error)}): remove it, or name another --run") from error
     if changed:
         raise UserError(
             f"{run} was started with another configuration ({'; '.join(changed)}): "

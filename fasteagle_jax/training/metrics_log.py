@@ -16,6 +16,7 @@ from etils import epath
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import in_bucket, write_file
+from fasteagle_jax.io.text import parse_json
 
 Record = dict[str, Any]  # of one step; "step" counts from 1; values that are not finite are None
 
@@ -84,8 +85,8 @@ class Log:
         if self._path.exists():
             for line in self._path.read_text().splitlines():
                 try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
+                    record = parse_json(line)
+                except ValueError:
                     break  # torn by a kill; the checkpoint is older
                 if record["step"] <= step:
                     self.records.append(record)

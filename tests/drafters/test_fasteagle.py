@@ -402,6 +402,23 @@ def test_damaged_files_are_refused(saved):
     refused(saved, "config.json cannot be read")
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"intermediate_size": 10**12}, "does not fit its config.json"),
+        ({"num_levels": 10**9}, "num_levels is 1000000000: give at most 1024"),
+        ({"feature_layers": [0, "a"]}, "feature_layers are"),
+        ({"architectures": 7}, "is not of a"),
+        ({"kind": ["fasteagle"]}, "fasteagle"),
+        ({"vocab_size": "many"}, "vocab_size is 'many': give a whole number"),
+    ],
+)
+def test_sizes_that_the_file_does_not_have_are_refused_before_memory_is_taken_for_them(saved, changes, match):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | changes))
+    refused(saved, match)
+
+
 def test_tensors_that_do_not_fit_the_configuration_are_named(saved):
     file = saved / "model.safetensors"
     tensors = load_file(file)

@@ -182,6 +182,24 @@ def test_shards_are_read_as_one_and_a_missing_shard_is_named(tmp_path):
     assert "model-2-of-2.safetensors" in complain(open_checkpoint, folder)
 
 
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "a" * 300, ""])
+def test_an_index_that_names_no_file_of_its_folder_is_refused(tmp_path, name):
+    """It could name any file of the disk, and a name that is too long for one was a traceback."""
+    write_folder(tmp_path / "other", random_weights())
+    folder = write_folder(tmp_path / "model", random_weights())
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    assert "which is no file of this folder" in complain(open_checkpoint, folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 10**12}, {"rope_scaling": {"rope_type": "linear", "factor": 10**400}}]
+)
+def test_numbers_that_no_model_has_are_one_line(tmp_path, changes):
+    """A list of 10**12 layers took all memory; an infinite number was a traceback."""
+    assert "config.json" in complain(open_checkpoint, write_folder(tmp_path / "model", random_weights(), **changes))
+
+
 @pytest.mark.parametrize("damage", ["empty", "header", "short", "long", "text"])
 def test_damaged_safetensors_are_found_when_the_folder_is_opened(tmp_path, damage):
     folder = write_folder(tmp_path / "model", random_weights())

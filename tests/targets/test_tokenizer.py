@@ -214,6 +214,23 @@ def test_keys_of_the_configuration_that_are_not_the_tokenizers_do_not_stop_it(fo
     assert tokenizer.eos_token_id == expected.eos_token_id
 
 
+def test_code_in_a_tokenizers_folder_is_not_run_and_nobody_is_asked(folder, monkeypatch):
+    """transformers asked at the terminal whether to run it, and ran it after a y."""
+    (folder / "evil.py").write_text(f"open({str(folder / 'canary')!r}, 'w')\nclass Evil: pass\n")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "Evil"}
+    path.write_text(json.dumps(settings | {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    assert tok.load_tokenizer(folder).encode("a") and not (folder / "canary").exists()
+
+
+def test_a_longest_text_that_is_no_number_is_refused(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(UserError, match="model_max_length is 'long': give a number of tokens"):
+        tok.load_tokenizer(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -402,6 +419,7 @@ def test_assistant_spans_hold_each_answer_and_its_end_of_turn(gguf_path):
         ),
         ("{{ raise_exception('roles must alternate') }}", "refuses this conversation: roles must alternate"),
         ("{{ messages[0]['content'] + 5 }}", "refuses this conversation: "),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "needs too much memory"),
     ],
 )
 def test_a_chat_template_that_cannot_give_spans_is_refused(tmp_path, template, expected):

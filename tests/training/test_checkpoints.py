@@ -128,6 +128,14 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(tmp_path: Path) -> No
     assert "\n" not in str(error.value)
 
 
+def test_damaged_metadata_is_one_line(tmp_path: Path) -> None:
+    written(tmp_path, {1: 1.5})
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text('{"performance_metrics": 7}')
+    with pytest.raises(UserError, match="damaged") as error:
+        Checkpoints(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("damage", [b"", b"[1]", b'{"tau": null}', b"\xff"])
 def test_a_damaged_measurement_is_none_and_closes_no_other_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes

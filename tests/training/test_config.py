@@ -16,10 +16,12 @@ from fasteagle_jax.training.config import (
     RunConfig,
     apply_changes,
     changes_since,
+    config_of_record,
     from_json,
     load_config,
     to_json,
 )
+from fasteagle_jax.training.loop import _check_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -135,6 +137,19 @@ def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path: Path) -> 
     check_writable(epath.Path(tmp_path / "a" / "b"))
     assert list((tmp_path / "a" / "b").iterdir()) == []
     assert in_bucket("gs://bucket/run") and not in_bucket(tmp_path)
+
+
+@pytest.mark.parametrize("record", [{}, {"config": 7}, {"config": {"target": "t"}}, {"config": {"drafter": 7}}])
+def test_a_checkpoints_record_that_is_damaged_is_one_line(record):
+    with pytest.raises(UserError, match="a checkpoint's record of the run is damaged"):
+        config_of_record(record)
+
+
+@pytest.mark.parametrize("text", ["{", "7", '{"drafter": 7}', "[" * 100_000])
+def test_a_runs_configuration_that_is_damaged_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        _check_config(None, RunConfig("t", ("a.jsonl",), 1), epath.Path(tmp_path), allow_change=False)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,0 +1,201 @@
+"""Random cases of drafting, each of which must give token for token what plain decoding gives.
+
+    XLA_FLAGS=--xla_backend_optimization_level=0 python tests/lossless_fuzz.py --seed 0 --count 10000
+
+A case draws freely: the weights of target and drafter, prompts, sampling settings and seeds of each row, lengths, stop
+tokens, how often a drafter that knows the answer is right. What compiles into a program is drawn from few: for each
+family of targets one plain program, of ROWS rows, and one for each of four of DRAFTERS, of one to ROWS rows.
+
+Two tokens whose scores differ by less than TIE may be told apart by how many rows a product has (see docs, exactness):
+such a case counts as a tie, not as equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import random
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny_families import V, hf_config
+
+from fasteagle_jax.decoding.sampling import choose, make_sampling
+from fasteagle_jax.decoding.speculative import generate_jit
+from fasteagle_jax.decoding.state import NO_STOP, Stop, slots_needed
+from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.drafters.simulated import Simulated
+from fasteagle_jax.drafters.table import class_of, default_config
+from fasteagle_jax.nn.packed_attention import Packed
+from fasteagle_jax.targets.table import FAMILIES, family_of, family_of_files
+
+ROWS, SLOTS, MAX_NEW, CHUNK, LEVELS, STOPS = 3, 32, 24, 16, 3, 3
+TIE = 1e-4  # of a score: float32 rounds scores of this size by less than a tenth of that
+SIZES = dict(max_new=MAX_NEW, chunk=CHUNK)
+CONTEXT = dict(context="target", levels="shared", side_by_side=True, reinject=True)
+DRAFTERS: dict[str, tuple[str, dict[str, Any], str]] = {  # name: kind, changes of its configuration, tree
+    "own cache": ("fasteagle", {}, "best_first:12"),
+    "target's cache": ("fasteagle", CONTEXT | {"edges": 4}, "backbone:4"),
+    "eagle3": ("eagle3", {}, "best_first:8"),
+    "told the answer": ("simulated", {}, "chain"),
+    "and a lookup": ("simulated", {}, "best_first:8+lookup:4"),
+}
+EQUAL, TIED, FAILED = "equal", "tie", "failed"
+
+
+class Case(NamedTuple):
+    """What came of a case, in which program, and how many guesses were accepted."""
+
+    kind: str
+    program: str
+    accepted: int
+    message: str = ""
+
+
+def cases(families: list[str], seed: int, count: int, drafters: tuple[str, ...] = tuple(DRAFTERS)) -> Iterator[Case]:
+    """What comes of `count` cases; a longer run begins with a shorter one."""
+    for number in range(count):
+        rng = random.Random(f"{seed} {number}")
+        family = rng.choice(families)
+        left_out = list(DRAFTERS)[list(FAMILIES).index(family) % len(DRAFTERS)] if len(drafters) > 1 else None
+        name = rng.choice([name for name in drafters if name != left_out])
+        yield _case(family, name, rng, f"{number}: {family}, {name}")
+
+
+def _case(family: str, name: str, rng: random.Random, label: str) -> Case:
+    kind, _, tree = DRAFTERS[name]
+    draw = np.random.default_rng(rng.getrandbits(32))
+    target = _drawn(_target(family), draw)
+    lengths = draw.integers(1, SLOTS + 1, ROWS)
+    few = int(draw.choice((2, 5, V)))  # tokens of the prompts: repetition is what a lookup finds
+    prompts = draw.integers(0, few, (ROWS, SLOTS)).astype(np.int32)
+    sampling = make_sampling(
+        ROWS,
+        temperature=draw.choice((0.0, 0.0, 0.3, 1.0, 3.0, 40.0), ROWS).tolist(),
+        top_k=draw.choice((0, 0, 1, 5, 30), ROWS).tolist(),
+        top_p=draw.choice((1.0, 1.0, 0.9, 0.4), ROWS).tolist(),
+        min_p=draw.choice((0.0, 0.0, 0.1), ROWS).tolist(),
+        seed=draw.integers(0, 2**31, ROWS).tolist(),
+    )
+    stops = np.where(draw.random((ROWS, STOPS)) < 0.3, draw.integers(0, V, (ROWS, STOPS)), NO_STOP)
+    stop = Stop(jnp.asarray(draw.integers(1, MAX_NEW + 1, ROWS), jnp.int32), jnp.asarray(stops, jnp.int32))
+    full = jnp.asarray(prompts), jnp.asarray(lengths, jnp.int32), sampling, stop
+    plain = generate_jit(target, None, *full, **SIZES, tree=TreeSpec("chain"))
+    expected = np.asarray(plain.tokens)
+
+    rows = draw.permutation(ROWS)[: _num_rows(family, name)]
+    spec = TreeSpec.parse(tree)
+    if kind == "simulated":
+        known = np.zeros((ROWS, slots_needed(SLOTS, CHUNK, MAX_NEW, LEVELS)), np.int32)
+        for row, prompt, length, answer in zip(known, prompts, lengths, expected, strict=True):
+            row[:length] = prompt[:length]
+            row[length : length + MAX_NEW] = np.maximum(answer, 0)
+        rates = jnp.asarray(draw.choice((0.3, 0.7, 0.95), LEVELS), jnp.float32)
+        drafter: Any = Simulated(jnp.asarray(known[rows]), rates, jnp.asarray(rows, jnp.uint32), V)
+    else:
+        drafter = _drawn(_drafter(family, name), draw)
+    some = jax.tree.map(lambda x: x[rows], full)
+    drafted = generate_jit(target, drafter, *some, **SIZES, tree=spec, shared_noise=kind != "eagle3")
+    accepted, found = int(drafted.statistics.accepted_at.sum()), np.asarray(drafted.tokens)
+    ended = np.asarray(drafted.lengths), np.asarray(drafted.stopped)
+    expected_ends = np.asarray(plain.lengths)[rows], np.asarray(plain.stopped)[rows]
+    if np.array_equal(found, expected[rows]) and all(map(np.array_equal, ended, expected_ends)):
+        return Case(EQUAL, f"{family}, {name}", accepted)
+    for i, row in enumerate(rows):
+        if (differ := np.flatnonzero(found[i] != expected[row])).size:
+            at, length = int(differ[0]), int(lengths[row])
+            prefix = [*prompts[row, :length], *expected[row, :at]]
+            one = jax.tree.map(lambda x, row=row: x[row : row + 1], sampling)
+            if not _is_tie(target, prefix, one, int(expected[row, at]), int(found[i, at])):
+                message = f"{label}: row {row} from token {at}: {found[i].tolist()}, not {expected[row].tolist()}"
+                return Case(FAILED, f"{family}, {name}", accepted, message)
+    return Case(TIED, f"{family}, {name}", accepted)
+
+
+def _is_tie(target: Any, prefix: list[int], sampling: Any, plain: int, drafted: int) -> bool:
+    """Whether the drafted token would be chosen after the prefix, were its logit larger and the plain one's smaller by
+    TIE."""
+    tokens, positions = jnp.asarray(prefix, jnp.int32)[None], jnp.arange(len(prefix))[None]
+    out = target(tokens, positions, Packed(jnp.ones_like(tokens), None))
+    logits = target.logits(out.hidden[:, -1:]).astype(jnp.float32)
+    for near in (logits.at[..., drafted].add(TIE).at[..., plain].add(-TIE), logits * (1 + TIE), logits * (1 - TIE)):
+        if int(choose(near, jnp.full((1, 1), len(prefix)), sampling)[0, 0]) == drafted:
+            return True
+    return False
+
+
+def _num_rows(family: str, name: str) -> int:
+    """The rows of a program."""
+    return 1 + (list(FAMILIES).index(family) + list(DRAFTERS).index(name)) % ROWS
+
+
+@functools.cache
+def _target(family: str) -> Any:
+    """The shapes of a family's target; layers are a stack in every other one."""
+    config = family_of_files(hf := hf_config(family, 1)).config.from_hf(hf)
+    stacked = list(FAMILIES).index(family) % 2 == 0
+
+    def make() -> Any:
+        target = family_of(config).model(config, jax.random.key(0))
+        return target if stacked else target.unstacked()
+
+    return jax.eval_shape(make)
+
+
+@functools.cache
+def _drafter(family: str, name: str) -> Any:
+    """The shapes of a drafter for it."""
+    kind, changes, _ = DRAFTERS[name]
+    target = _target(family)
+    sizes: dict[str, Any] = dict(num_levels=LEVELS, feature_layers=(1, 2))
+    config = default_config(target.config, kind=kind, **sizes, **changes)
+    return jax.eval_shape(lambda: class_of(config)(config, jax.random.key(1), stacked=target.stacked))
+
+
+def _drawn(shapes: Any, draw: np.random.Generator) -> Any:
+    """The model of these shapes, with random weights: vectors about 1, matrices that keep the size of what they map."""
+    sharpness = draw.choice((0.5, 1.0, 3.0))
+
+    def values(leaf: Any) -> jax.Array:
+        if len(leaf.shape) < 2:
+            return jnp.asarray(1 + 0.3 * draw.standard_normal(leaf.shape), leaf.dtype)
+        return jnp.asarray(draw.standard_normal(leaf.shape) * sharpness * leaf.shape[-2] ** -0.5, leaf.dtype)
+
+    return jax.tree.map(values, shapes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the counts, and the failures; returns 1 if there are any."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--families", default=",".join(FAMILIES), help="some of them")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    start, counts = time.perf_counter(), collections.Counter[str]()
+    programs, accepted = collections.Counter[str](), 0
+    for number, case in enumerate(cases(args.families.split(","), args.seed, args.count), 1):
+        counts[case.kind] += 1
+        programs[case.program] += 1
+        accepted += case.accepted
+        if case.message:
+            print(case.message, flush=True)
+        if number % 500 == 0:
+            print(f"{number} cases, {dict(counts)}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    num_programs = len(programs) + len({program.split(",")[0] for program in programs})
+    seconds = time.perf_counter() - start
+    print(
+        f"seed {args.seed}: {args.count} cases of {num_programs} programs, {counts[EQUAL]} equal, "
+        f"{counts[TIED]} ties, {counts[FAILED]} failed; {accepted} guesses accepted, {seconds:.0f} s"
+    )
+    return int(counts[FAILED] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
