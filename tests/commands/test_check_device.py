@@ -24,6 +24,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_report_has_a_row_of_everything_in_json_and_markdown(checked: Path) -> None:
     found = json.loads((checked / "report.json").read_text())
     assert found["about"]["platform"] == "cpu" and list(found["parts"]) == list(PARTS)
@@ -44,6 +45,7 @@ def test_the_report_has_a_row_of_everything_in_json_and_markdown(checked: Path) 
     assert all(f"\n## {name}\n" in text for name in ("lossless", "rounds", "decodes", "train")) and "failed" not in text
 
 
+@pytest.mark.slow
 def test_resuming_runs_what_is_missing_or_failed(
     checked: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -612,6 +612,7 @@ def test_a_run_starts_from_the_first_levels_of_a_trained_drafter(
         assert about["total_tokens"] == sum(run["tokens"] for run in runs) > 2 * about["tokens"]
 
 
+@pytest.mark.slow
 def test_ablate_measures_variants_of_a_run_and_trains_none_twice(
     data_file: Path, tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, complaint: Callable[..., str]
 ) -> None:

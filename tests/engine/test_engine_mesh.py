@@ -139,6 +139,7 @@ def test_on_eight_devices_answers_are_those_of_one(
     assert compilations == []
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_answer_as_one_device(target, drafters, expected, tmp_path):
     """Also where their clocks disagree about the faster tree."""
     script = "import sys; from tests.engine.test_engine_mesh import one_of_two; one_of_two(sys.argv[1:])"

@@ -395,8 +395,11 @@ KINDS = [("fasteagle", {}), ("fasteagle", {"edges": 4}), ("eagle3", {})]
 
 @pytest.mark.parametrize(
     ("kind", "changes", "stacked"),
-    [("fasteagle", {}, True), ("fasteagle", {"edges": 4}, False), ("eagle3", {}, False)],
-    ids=["stack", "list with edges", "eagle3"],
+    [
+        pytest.param("fasteagle", {}, True, id="stack", marks=pytest.mark.slow),
+        pytest.param("fasteagle", {"edges": 4}, False, id="list with edges"),
+        pytest.param("eagle3", {}, False, id="eagle3", marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_has_the_gradients_of_three_losses_by_themselves(kind: str, changes: dict, stacked: bool) -> None:
     """Each buffer is, after a step, the gradient that jax.grad gives for its loss alone."""
