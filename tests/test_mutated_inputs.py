@@ -31,8 +31,5 @@ def run(inputs: list[mutated_inputs.Input], seed: int, count: int, work: Path) -
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a scale of 1e308 overflows
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's reads that came too late
-@pytest.mark.parametrize(
-    ("seed", "count"), [(1, 120), pytest.param(2, 3000, marks=pytest.mark.slow)], ids=["short", "long"]
-)
-def test_a_mutated_file_is_refused_in_one_line_or_read(inputs, tmp_path, seed, count):
-    run(inputs, seed, count, tmp_path)
+def test_a_mutated_file_is_refused_in_one_line_or_read(inputs, tmp_path):
+    run(inputs, 1, 120, tmp_path)
