@@ -256,8 +256,11 @@ def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
             }
             sizes["rope"] = RopeConfig(**rope)
         sizes["feature_layers"] = tuple(sizes["feature_layers"])
+        for name in ("attention_scale", "soft_cap"):
+            if not isinstance(sizes.get(name), int | float | None):
+                raise TypeError(f"{name} is no number")
         return kind_config(**sizes), str(raw["target_fingerprint"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): copy the drafter again") from None
 
 

@@ -213,7 +213,7 @@ class _Manager(ocp.CheckpointManager):
             if found is not None:
                 float(found[TAU])
             return found
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if step not in self._damaged:
                 self._damaged.add(step)
                 log.warning("%s/%d has a damaged file of its acceptance length: as not measured", self.directory, step)
