@@ -64,7 +64,8 @@ class Checkpoints:
                 item_handlers={STATE: ocp.StandardCheckpointHandler(), RECORD: ocp.JsonCheckpointHandler()},
             )
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # of what a checkpoint's metadata says
-            log.setLevel(self._log_level)
+            absl.setLevel(self._log_level)
+            sys.excepthook = self._excepthook
             raise UserError(
                 f"a checkpoint in {folder} is damaged ({_reason(error)}): remove its folder to resume from an older one"
             ) from error

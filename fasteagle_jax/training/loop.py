@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fasteagle_jax.data.conversations import read_conversations
@@ -213,14 +212,16 @@ def _train(
 
             terminated = False  # by SIGTERM, whichever process got it
             clock = time.perf_counter()  # when the step before was over
+            waited = 0.0  # for batches since then
 
             def record_of(flight: _Flight) -> Record:
                 """The record of a step; waits for it."""
-                nonlocal clock, terminated, tokens_seen
+                nonlocal clock, waited, terminated, tokens_seen
                 index, result, num_tokens = flight.batch_index, flight.result, flight.batch.num_tokens
                 loss, norm = float(result.loss), float(result.norm)
                 now = time.perf_counter()
-                seconds, clock = now - clock, now
+                seconds, data_seconds = now - clock, waited
+                clock, waited = now, 0.0
                 terminated = terminated or bool(flight.sigterm)
                 tokens_seen += num_tokens
                 record: Record = {
@@ -231,8 +232,8 @@ def _train(
                     "accuracy": rounded(result.metrics.accuracy),
                     "acceptance": rounded(result.metrics.acceptance),
                     "tokens": num_tokens,
-                    "seconds": round(seconds, 3),
-                    "data_seconds": round(flight.data_seconds, 4),
+                    "seconds": round(seconds, 4),
+                    "data_seconds": round(data_seconds, 4),
                     "tokens_per_second": round(num_tokens / seconds, 1),
                 }
                 record.update(_of_parts(result))
@@ -262,10 +263,10 @@ def _train(
                     profiler.at(index + 1)
                     start_time = time.perf_counter()
                     batch = batches.take()
-                    data_seconds = time.perf_counter() - start_time
+                    waited += time.perf_counter() - start_time
                     limit = _spike_limit(config.spike_factor, log.records)
                     state, result = step(state, constants, target, batch.batch, limit, batch.values)
-                    before, flight = flight, _Flight(index, batch, result, data_seconds, sigterm.ask())
+                    before, flight = flight, _Flight(index, batch, result, sigterm.ask())
                     terminated = flight.sigterm is True
                     if before is not None:
                         log.write(record_of(before))
@@ -410,7 +411,6 @@ class _Flight(NamedTuple):
     batch_index: int
     batch: _Batch
     result: StepResult
-    data_seconds: float  # waiting for its batch
     sigterm: jax.Array | bool  # of `_Sigterm.ask`
 
 
@@ -439,8 +439,7 @@ class _Sigterm:
 
     def came_anywhere(self) -> bool:
         """Whether the signal came to any process; all processes must call this together."""
-        if jax.process_count() > 1:
-            self.came = bool(multihost_utils.process_allgather(np.asarray(self.came)).any())
+        self.came = bool(self.ask())
         return self.came
 
     @contextlib.contextmanager

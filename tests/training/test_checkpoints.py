@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import jax
@@ -131,9 +132,11 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(tmp_path: Path) -> No
 def test_damaged_metadata_is_one_line(tmp_path: Path) -> None:
     written(tmp_path, {1: 1.5})
     (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text('{"performance_metrics": 7}')
+    before = logging.getLogger("absl").level, sys.excepthook
     with pytest.raises(UserError, match="damaged") as error:
         Checkpoints(tmp_path)
     assert "\n" not in str(error.value)
+    assert (logging.getLogger("absl").level, sys.excepthook) == before
 
 
 @pytest.mark.parametrize("damage", [b"", b"[1]", b'{"tau": null}', b"\xff"])
