@@ -203,7 +203,7 @@ class Runner:
 def race_all(models: Models, tree: TreeSpec, args: Any) -> bool:
     """Answers every question with both decoders and prints the sums; True if all answers are identical."""
     console = Console()
-    picture = Console(record=True, file=io.StringIO(), force_terminal=True, width=WIDTH)
+    picture = Console(record=True, file=io.StringIO(), force_terminal=True, width=WIDTH) if args.svg else None
     detokenizer = Detokenizer(models.tokenizer)
     runners = (
         Runner("plain", models, None, tree, detokenizer),
@@ -232,7 +232,8 @@ def race_all(models: Models, tree: TreeSpec, args: Any) -> bool:
             f"acceptance length {counts.length:.2f}, identical: {'yes' if same else 'NO'}"
         )
         console.print(result)
-        picture.print(f"\n[bold]{question}[/bold]", side_by_side(runners), result)
+        if picture is not None:
+            picture.print(f"\n[bold]{question}[/bold]", side_by_side(runners), result)
     assert total is not None
     total_line = (
         f"\n[bold]all five[/bold]: plain {tokens / seconds[0]:.1f} tokens/s, speculative {tokens / seconds[1]:.1f}: "
@@ -241,7 +242,7 @@ def race_all(models: Models, tree: TreeSpec, args: Any) -> bool:
         f"identical: {'yes' if all_same else 'NO'}"
     )
     console.print(total_line)
-    if args.svg:
+    if picture is not None:
         picture.print(total_line)
         drawn = picture.export_svg(title="fasteagle demo")
         write_text(args.svg, re.sub(r"@font-face \{[^}]*\}\s*", "", drawn))  # fonts that a viewer would fetch

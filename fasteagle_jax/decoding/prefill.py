@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -245,8 +246,11 @@ def first_state(
     )
 
 
-def pad_prompts(prompts: list[list[int]], chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Prompts right-padded to int32 [B, P], P the next multiple of `chunk`, and their lengths int32 [B]."""
+def pad_prompts(prompts: Sequence[Sequence[int]], chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts right-padded to int32 [B, P], P the next multiple of `chunk`, and their lengths int32 [B].
+
+    Arrays of the host, which compile nothing.
+    """
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {i} is empty: give at least one token")
@@ -255,4 +259,4 @@ def pad_prompts(prompts: list[list[int]], chunk: int) -> tuple[jax.Array, jax.Ar
     padded = np.zeros((len(prompts), slots), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    return jnp.asarray(padded), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+    return padded, np.asarray([len(prompt) for prompt in prompts], np.int32)

@@ -346,11 +346,10 @@ def top_k(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax
         index += jax.lax.axis_index(axis) * x.shape[-1]
         # One exchange of both, in the shards' order: among equal values the first one comes first, as without a mesh.
         bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
-        both = jax.lax.all_gather(
-            jnp.stack([bits, index], axis=-2), axis, axis=x.ndim, tiled=True
-        )  # [..., 2, shards*k]
-        values = jax.lax.bitcast_convert_type(both[..., 0, :], jnp.float32).astype(x.dtype)
-        index = both[..., 1, :]
+        both = jnp.stack([bits, index], axis=-2)  # [B, ..., 2, k]
+        both = jax.lax.all_gather(both, axis, axis=x.ndim, tiled=True)  # [B, ..., 2, shards * k]
+        bits, index = both[..., 0, :], both[..., 1, :]
+        values = jax.lax.bitcast_convert_type(bits, jnp.float32).astype(x.dtype)
         values, best = jax.lax.top_k(values, k)
         return values, jnp.take_along_axis(index, best, axis=-1)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fasteagle_jax.decoding.interfaces import VocabWeights
-from fasteagle_jax.decoding.prefill import Prefilled, Scores
+from fasteagle_jax.decoding.prefill import Prefilled, Scores, pad_prompts
 from fasteagle_jax.decoding.tree import Draft, TreeSpec
 from fasteagle_jax.devices.sharding import shardings
 from fasteagle_jax.engine import slots as device
@@ -114,14 +113,14 @@ class ModelRunner:
 
         Without `drafts` they are left out of the drafter's cache, which is cheaper; later drafts then do without them.
         """
-        args = (self.target, self.drafter, self.vocab, prefix, *_padded(prompts, bucket))
+        args = (self.target, self.drafter, self.vocab, prefix, *pad_prompts(prompts, bucket))
         ends = np.int32(chunks.start), np.int32(chunks.stop)
         with self._on_mesh():
             return device.prefill(*args, *ends, chunk=self.chunk, num_levels=self._most_levels if drafts else 0)
 
     def score(self, prompt: tuple[int, ...], bucket: int) -> Scores:
         """Log-probabilities of a prompt's tokens, on the host."""
-        args = (self.target, *_padded([prompt], bucket))
+        args = (self.target, *pad_prompts([prompt], bucket))
         with self._on_mesh():
             return jax.device_get(device.score_prompt(*args, chunk=self.chunk))
 
@@ -185,11 +184,3 @@ class ModelRunner:
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which programs find the mesh, if there is one."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-
-def _padded(prompts: Sequence[tuple[int, ...]], bucket: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as int32 [B, P] of their bucket, and their lengths, int32 [B]."""
-    padded = np.zeros((len(prompts), bucket), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return padded, np.asarray([len(prompt) for prompt in prompts], np.int32)

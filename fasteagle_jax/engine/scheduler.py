@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fasteagle_jax.decoding.prefill import Scores
+from fasteagle_jax.decoding.prefill import Scores, pad_prompts
 from fasteagle_jax.decoding.rules import RowRules, make_rules
 from fasteagle_jax.decoding.sampling import Sampling
 from fasteagle_jax.decoding.sampling_fields import FIELDS
@@ -149,8 +149,9 @@ def to_device_request(request: Request, prompt_slots: int, vocab_size: int | Non
     For slots with rules give the size of the vocabulary.
     """
     params = request.params
-    prompt: Any = np.zeros((1, prompt_slots), np.int32)
-    prompt[0, : len(request.prompt)] = request.prompt
+    prompt: Any
+    length: Any
+    prompt, length = pad_prompts([request.prompt], prompt_slots)
 
     def row(value: Any, dtype: Any) -> Any:
         return np.asarray([value], dtype)
@@ -160,7 +161,7 @@ def to_device_request(request: Request, prompt_slots: int, vocab_size: int | Non
     spare = MAX_STOP_TOKENS - len(request.stop_tokens)
     return DeviceRequest(
         prompt=prompt,
-        length=row(len(request.prompt), np.int32),
+        length=length,
         sampling=Sampling.of(sampling),
         stop=Stop(row(request.max_new, np.int32), row([*request.stop_tokens, *[NO_STOP] * spare], np.int32)),
         wants_logprobs=row(params.logprobs, bool),

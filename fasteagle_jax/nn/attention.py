@@ -40,11 +40,6 @@ def to_cache_storage(values: jax.Array, dtype: Any) -> jax.Array:
 
 
 def from_cache_storage(cached: jax.Array) -> jax.Array:
-    """The values that a cache's array stores, bfloat16 from uint16."""
-    return jax.lax.bitcast_convert_type(cached, jnp.bfloat16) if cached.dtype == jnp.uint16 else cached
-
-
-def widened(cached: jax.Array) -> jax.Array:
     """The values that a cache's array stores, in float32 if it holds bits: a CPU is slow at small bfloat16 products."""
     if cached.dtype != jnp.uint16:
         return cached
@@ -99,7 +94,7 @@ def attention(
     groups = q.shape[2] // visible.shape[1]
     blockwise = past is not None and past.filled is not None and past.k.shape[2] > BLOCK
     if past is not None and not blockwise:
-        past = past._replace(k=widened(past.k), v=widened(past.v))
+        past = past._replace(k=from_cache_storage(past.k), v=from_cache_storage(past.v))
     q = q * q.shape[-1] ** -0.5
     mask = jnp.tile(visible, (1, groups, 1))[:, None]  # [B, 1, G*Q, T]
     fresh = jnp.einsum("bkmd,bktd->bkmt", q, k, preferred_element_type=jnp.float32)
@@ -206,7 +201,7 @@ def _block(past: Past, i: jax.Array, row: jax.Array | None = None) -> Past:
     start = jnp.minimum(i * BLOCK, num_slots - BLOCK)
     first, num_rows = (0, rows) if row is None else (row, 1)
     k, v = (
-        widened(jax.lax.dynamic_slice(part, (first, 0, start, 0), (num_rows, kv_heads, BLOCK, width)))
+        from_cache_storage(jax.lax.dynamic_slice(part, (first, 0, start, 0), (num_rows, kv_heads, BLOCK, width)))
         for part in (past.k, past.v)
     )
     seen = jax.lax.dynamic_slice_in_dim(past.seen, start, BLOCK, axis=2)
