@@ -311,10 +311,11 @@ def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
     placed = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(rounds, donate_argnums=3, out_shardings=placed)
     drafts = 0 if decoding.tree is None else decoding.tree.num_levels(drafter.num_levels) + 1
+    whole = vocab and vocab._replace(shares=None)  # what a draft reads of more than a few rows
     matrices = (
         2
         * decoding.batch
-        * (nodes * (_layers_size(config) + _matrix_size(_head(target))) + drafts * _matrix_size((drafter, vocab)))
+        * (nodes * (_layers_size(config) + _matrix_size(_head(target))) + drafts * _matrix_size((drafter, whole)))
     )
     return Shapes(
         step,
@@ -322,7 +323,7 @@ def _decode(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
         {"target": target, "drafter": (drafter, vocab)},
         (state.target_cache, state.drafter_cache),
         f"batch {decoding.batch}, {decoding.tree or 'plain'}, {decoding.slots} slots",
-        (_read(target), drafter, vocab, state.target_cache, state.drafter_cache),
+        (_read(target), drafter, whole, state.target_cache, state.drafter_cache),
         matrices,
         3,
         _experts(config, mesh, target, decoding.batch * nodes, decoding.batch),

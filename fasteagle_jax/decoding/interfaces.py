@@ -22,6 +22,7 @@ class VocabWeights(NamedTuple):
     head: jax.Array  # [V, H]
     token_ids: jax.Array | None  # int32 [V], target id of each row of `head`; None if the vocabularies are equal
     logit_map: LogitMap = LogitMap()  # from the head's products to logits
+    shares: jax.Array | None = None  # [V, J * R], what each token adds to edge scores below it (see drafters.edges)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Draft logits float32 [..., V] of head inputs [..., H]."""

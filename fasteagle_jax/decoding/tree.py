@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fasteagle_jax.devices.sharding import top_k
+from fasteagle_jax.devices.sharding import top_k, top_log_softmax
 from fasteagle_jax.errors import UserError
 
 NO_PARENT = -1
@@ -103,34 +103,34 @@ def check_lookup(lookup: int | None) -> None:
         raise UserError(f"lookup is {lookup!r}: give 1 to {MAX_LOOKUP} tokens, or None for no lookup")
 
 
-def build(tree: TreeSpec, root: jax.Array, scores: jax.Array, token_ids: jax.Array | None = None) -> Draft:
+def build(tree: TreeSpec, root: jax.Array, logits: jax.Array, token_ids: jax.Array | None = None) -> Draft:
     """The Draft of the shape `tree` from N levels of guesses.
 
     Args:
       tree: the shape.
       root: int32 [B], the pending token.
-      scores: float32 [B, N, V], each level's log-probabilities (at most 0).
+      logits: float32 [B, N, V] of each level.
       token_ids: int32 [V], the target's id of each entry of a reduced draft vocabulary; None if they are equal.
     """
-    num_levels = tree.num_levels(scores.shape[1])
-    scores = scores[:, :num_levels]
+    num_levels = tree.num_levels(logits.shape[1])
+    logits = logits[:, :num_levels]
     if tree.kind == "best_first":
-        return _best_first(tree.nodes, root, scores, token_ids)
-    return _backbone(1 if tree.kind == "chain" else tree.width, root, scores, token_ids)
+        return _best_first(tree.nodes, root, logits, token_ids)
+    return _backbone(1 if tree.kind == "chain" else tree.width, root, logits, token_ids)
 
 
-def _top_tokens(scores: jax.Array, k: int, token_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Scores float32 and target ids int32 [B, N, k] of the k best tokens of each level, best first."""
+def _top_tokens(logits: jax.Array, k: int, token_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities float32 and target ids int32 [B, N, k] of the k best tokens of each level, best first."""
     # Without the barrier XLA's CPU compiler may move a slice of the values to before top_k, which it then does not
     # recognise: it sorts the whole vocabulary.
-    values, index = jax.lax.optimization_barrier(top_k(scores, k, "vocab"))
+    values, index = jax.lax.optimization_barrier(top_log_softmax(logits, k, "vocab"))
     return values, (index if token_ids is None else token_ids[index]).astype(jnp.int32)
 
 
-def _backbone(width: int, root: jax.Array, scores: jax.Array, token_ids: jax.Array | None) -> Draft:
-    batch, num_levels, vocab = scores.shape
+def _backbone(width: int, root: jax.Array, logits: jax.Array, token_ids: jax.Array | None) -> Draft:
+    batch, num_levels, vocab = logits.shape
     width = min(width, vocab)
-    values, guesses = _top_tokens(scores, width, token_ids)  # [B, N, k]
+    values, guesses = _top_tokens(logits, width, token_ids)  # [B, N, k]
     tokens = jnp.concatenate([root[:, None], guesses.reshape(batch, -1)], axis=1)
     # The nodes of level d are 1 + (d - 1) k ... d k; their parent is the first (best) node of level d - 1.
     levels = np.arange(num_levels).repeat(width)
@@ -178,11 +178,11 @@ def _candidates(budget: int, num_levels: int, vocab: int) -> _Candidates:
     return _Candidates(parent, level_of, rank_of)
 
 
-def _best_first(nodes: int, root: jax.Array, scores: jax.Array, token_ids: jax.Array | None) -> Draft:
-    batch, num_levels, vocab = scores.shape
+def _best_first(nodes: int, root: jax.Array, logits: jax.Array, token_ids: jax.Array | None) -> Draft:
+    batch, num_levels, vocab = logits.shape
     table = _candidates(nodes - 1, num_levels, vocab)
     budget = min(nodes - 1, len(table.parent))
-    values, guesses = _top_tokens(scores, int(table.rank.max()) + 1, token_ids)  # [B, N, ranks]
+    values, guesses = _top_tokens(logits, int(table.rank.max()) + 1, token_ids)  # [B, N, ranks]
 
     # A child scores its parent's score plus at most 0, and top_k gives ties to the parent, which comes first: with each
     # node its parent is chosen.
@@ -222,13 +222,6 @@ def draft_of(
 # --- trees grown level by level, of guesses that depend on their path -------------------------------------------
 
 
-class Guesses(NamedTuple):
-    """What may follow the nodes of a level."""
-
-    scores: jax.Array  # float32 [B, f, C], log-probabilities (at most 0) below each of f nodes
-    token_ids: jax.Array  # int32 [C], the target's ids, of the whole draft vocabulary; or [B, C], of candidates
-
-
 class _Scored(NamedTuple):
     """The candidates of a level."""
 
@@ -241,10 +234,11 @@ class _Scored(NamedTuple):
 def grow(
     tree: TreeSpec,
     root: jax.Array,
+    token_ids: jax.Array,
     num_levels: int,
     state: Any,
-    guess: Callable[[Any, int], Guesses],
-    follow: Callable[[Any, jax.Array, jax.Array, jax.Array, int], Any],
+    guess: Callable[[Any, int], jax.Array],
+    follow: Callable[[Any, jax.Array, jax.Array, int], Any],
 ) -> Draft:
     """The Draft of the shape `tree` from guesses that depend on the path to them.
 
@@ -255,11 +249,12 @@ def grow(
     Args:
       tree: the shape.
       root: int32 [B], the pending token.
+      token_ids: int32 [V], the target's ids.
       num_levels: N, the depth.
       state: the drafter's state at the root, of [B, 1] nodes.
-      guess: (state, depth) -> the Guesses at `depth` below each of the state's f nodes.
-      follow: (state, parent, tokens, index, depth) -> the state at f' nodes of that depth, given by int32 [B, f'] each:
-        the index of the parent among the state's nodes, the token, and its index among the guesses.
+      guess: (state, depth) -> logits float32 [B, f, V] of the tokens at `depth` below each of the state's f nodes.
+      follow: (state, parent, index, depth) -> the state at f' nodes of that depth, given by int32 [B, f'] each: the
+        index of the parent among the state's nodes, and that of the token in `token_ids`.
     """
     batch = root.shape[0]
     above = jnp.zeros((batch, 1))  # float32 [B, f], the scores of the expanded nodes
@@ -267,27 +262,19 @@ def grow(
     scored: list[_Scored] = []
     num_scored = 1  # the root is node 0
     for depth in range(1, num_levels + 1):
-        guesses = guess(state, depth)
-        expanded, children = _growth(tree, depth, guesses.scores.shape[-1])
-        values, index = top_k(guesses.scores, children, "vocab" if guesses.token_ids.ndim == 1 else None)  # [B, f, k]
+        expanded, children = _growth(tree, depth, len(token_ids))
+        values, index = top_log_softmax(guess(state, depth), children, "vocab")  # [B, f, k]
         score = (above[..., None] + values).reshape(batch, -1)  # [B, f*k]
         index = index.reshape(batch, -1)
-        tokens = _ids_at(guesses.token_ids, index)
+        tokens = token_ids[index].astype(jnp.int32)
         scored.append(_Scored(tokens, jnp.repeat(indices, children, axis=1), score, depth))
         if depth == num_levels:
             break
         above, best = top_k(score, min(expanded, score.shape[1]))
-        best_tokens, best_index = (jnp.take_along_axis(x, best, axis=1) for x in (tokens, index))
-        state = follow(state, best // children, best_tokens, best_index, depth)
+        state = follow(state, best // children, jnp.take_along_axis(index, best, axis=1), depth)
         indices = num_scored + best
         num_scored += score.shape[1]
     return _best_scored(root, scored, tree.num_nodes(num_levels))
-
-
-def _ids_at(token_ids: jax.Array, index: jax.Array) -> jax.Array:
-    """Entries int32 [B, x] at index [B, x] of token ids [C] or [B, C]."""
-    ids = token_ids[index] if token_ids.ndim == 1 else jnp.take_along_axis(token_ids, index, axis=1)
-    return ids.astype(jnp.int32)
 
 
 def _growth(tree: TreeSpec, depth: int, vocab: int) -> tuple[int, int]:

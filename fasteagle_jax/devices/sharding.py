@@ -333,27 +333,50 @@ def by_experts(
 
 def top_k(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax.Array]:
     """`lax.top_k` of x [B, ..., V], V of the logical axis `last`: only the k best of each shard are all-gathered."""
+    return _top_k(x, k, last, log_softmax=False)
+
+
+def top_log_softmax(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """The k best of log_softmax(x), at most 0, and their index; like `top_k`, with the sums in the same exchange."""
+    return _top_k(x, k, last, log_softmax=True)
+
+
+def _top_k(x: jax.Array, k: int, last: str | None, log_softmax: bool) -> tuple[jax.Array, jax.Array]:
+    def best(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Values and index [..., k] of the k best of a shard, and the sum [..., 1] of exp(x - the best value)."""
+        values, index = jax.lax.top_k(x, min(k, x.shape[-1]))
+        over = jnp.exp(x - values[..., :1]).sum(axis=-1, keepdims=True) if log_softmax else values[..., :1]
+        return values, index, over
+
+    def normalised(values: jax.Array, total: jax.Array) -> jax.Array:
+        # In two steps, of which neither gives more than 0: a node must not score more than its parent.
+        return values - values[..., :1] - jnp.log(total) if log_softmax else values
+
     mesh: Any = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.lax.top_k(x, k)
-    split = spec(mesh, ("rows", *[None] * (x.ndim - 2), last), x.shape)
-    *leading, axis = split
+    split = None if mesh.empty else spec(mesh, ("rows", *[None] * (x.ndim - 2), last), x.shape)
 
     def of_shard(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, index = jax.lax.top_k(x, min(k, x.shape[-1]))
+        values, index, total = best(x)
+        axis = None if split is None else split[-1]
         if axis is None:
-            return values, index
+            return normalised(values, total), index
         index += jax.lax.axis_index(axis) * x.shape[-1]
-        # One exchange of both, in the shards' order: among equal values the first one comes first, as without a mesh.
-        bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
-        both = jnp.stack([bits, index], axis=-2)  # [B, ..., 2, k]
-        both = jax.lax.all_gather(both, axis, axis=x.ndim, tiled=True)  # [B, ..., 2, shards * k]
-        bits, index = both[..., 0, :], both[..., 1, :]
-        values = jax.lax.bitcast_convert_type(bits, jnp.float32).astype(x.dtype)
-        values, best = jax.lax.top_k(values, k)
-        return values, jnp.take_along_axis(index, best, axis=-1)
+        # One exchange of all, in the shards' order: among equal values the first one comes first, as without a mesh.
+        floats = jnp.concatenate([values, total], axis=-1).astype(jnp.float32)
+        sent = jnp.concatenate([jax.lax.bitcast_convert_type(floats, jnp.int32), index], axis=-1)  # [..., 2 k + 1]
+        got = jax.lax.all_gather(sent, axis, axis=x.ndim - 1)  # [..., shards, 2 k + 1]
+        floats = jax.lax.bitcast_convert_type(got[..., : values.shape[-1] + 1], jnp.float32)
+        indices = got[..., values.shape[-1] + 1 :]
+        values, totals = floats[..., :-1], floats[..., -1]
+        totals = (totals * jnp.exp(values[..., 0] - values[..., 0].max(axis=-1, keepdims=True))).sum(-1, keepdims=True)
+        flat = (*x.shape[:-1], -1)
+        values, chosen = jax.lax.top_k(values.reshape(flat), k)
+        return normalised(values, totals).astype(x.dtype), jnp.take_along_axis(indices.reshape(flat), chosen, axis=-1)
 
-    return jax.shard_map(of_shard, in_specs=split, out_specs=PartitionSpec(*leading, None), check_vma=False)(x)
+    if split is None:
+        return of_shard(x)
+    whole = PartitionSpec(*split[:-1], None)
+    return jax.shard_map(of_shard, in_specs=split, out_specs=whole, check_vma=False)(x)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------

@@ -314,9 +314,9 @@ LEAST_BIAS = -1e9  # a banned token's: with -inf, a level of banned tokens alone
 
 
 def rank(logits: jax.Array, positions: jax.Array, ids: jax.Array, ranking: Ranking) -> jax.Array:
-    """Log-probabilities float32 [B, N, V] by which a draft tree ranks its guesses.
+    """Logits float32 [B, N, V] by whose log-softmax a draft tree ranks its guesses.
 
-    At temperature 0 the drafter's own; above, of logits / temperature. Shared noise is added to these: the noise that
+    At temperature 0 the drafter's own; above, logits / temperature. Shared noise is added to these: the noise that
     the target will add at `positions` int32 [B, N], or [B, 1] for all levels, so that guesses agree with its draw far
     more often. `logits` are float32 [B, N, V], `ids` int32 [V] the target's ids. A request's bias is added to them, so
     that what it bans is guessed last. Ranking never influences the target's choice.
@@ -333,4 +333,4 @@ def rank(logits: jax.Array, positions: jax.Array, ids: jax.Array, ranking: Ranki
         noise = gumbel_noise(ranking.sampling.seed[:, None], positions, ids)
         return jnp.where(sampled[:, None, None], scaled + noise, scaled)
 
-    return jax.nn.log_softmax(jax.lax.cond(sampled.any(), perturbed, lambda: logits), axis=-1)
+    return jax.lax.cond(sampled.any(), perturbed, lambda: logits)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
-from fasteagle_jax.decoding.tree import Draft, Guesses, TreeSpec, grow
+from fasteagle_jax.decoding.tree import Draft, TreeSpec, grow
 from fasteagle_jax.devices.sharding import constrain
 from fasteagle_jax.drafters.base import (
     DrafterConfig,
@@ -279,13 +279,13 @@ class Eagle3(DrafterModule):
         ids = draft_ids(vocab)
         past = self._past(cache, jnp.maximum(cache.length - 1, 0)[:, None])  # every node sees what its root sees
 
-        def guess(nodes: _Nodes, depth: int) -> Guesses:
+        def guess(nodes: _Nodes, depth: int) -> jax.Array:
             logits = vocab.logits(self._head_input(nodes.hidden))  # [B, f, V]
-            return Guesses(rank(logits, cache.length[:, None] + depth, ids, ranking), ids)
+            return rank(logits, cache.length[:, None] + depth, ids, ranking)
 
-        def follow(nodes: _Nodes, parent: jax.Array, tokens: jax.Array, index: jax.Array, depth: int) -> _Nodes:
+        def follow(nodes: _Nodes, parent: jax.Array, index: jax.Array, depth: int) -> _Nodes:
             h = jnp.take_along_axis(nodes.hidden, parent[..., None], axis=1)
-            e = embed(vocab.embedding, tokens, h.dtype)
+            e = embed(vocab.embedding, ids[index], h.dtype)
             position = jnp.broadcast_to((cache.length - 1 + depth)[:, None], parent.shape)
             q, k, v = self._qkv_by_head(e, h, position)
             keys, values = [*nodes.keys, k], [*nodes.values, v]
@@ -296,7 +296,7 @@ class Eagle3(DrafterModule):
             return _Nodes(self._after_attention(h, by_token(attended, parent.shape[1])), keys, values, own_path)
 
         at_root = _Nodes(h[:, None], [], [], jnp.zeros((batch, 1, 0), bool))
-        return grow(tree, pending(new), num_levels, at_root, guess, follow), cache
+        return grow(tree, pending(new), ids, num_levels, at_root, guess, follow), cache
 
     def _past(self, cache: Ring, queries: jax.Array) -> Past:
         """The Past of the one layer for `queries` at stream positions int32 [B, Q]."""
@@ -310,7 +310,7 @@ class Eagle3(DrafterModule):
         index = jnp.arange(num_tokens)
         positions = cache.length[:, None] + index
         visible = jnp.broadcast_to(causal(index[:, None], index, self.config.window), (batch, num_tokens, num_tokens))
-        h = self.fused(new.features)
+        h = constrain(self.fused(new.features), "rows", None, None)
         q, k, v = self._qkv_by_head(embed(vocab.embedding, new.tokens, h.dtype), h, positions)
         h = self._after_attention(h, by_token(attention(q, k, v, visible, self._past(cache, positions)), num_tokens))
         last = jnp.maximum(new.count - 1, 0)[:, None, None]

@@ -64,15 +64,16 @@ class EdgeScores(nnx.Module):
         parts = self.of_token.matrix.reshape(self.reach, e.shape[-1], -1)  # [J, H, R]
         return matmul(self.normed(e), jnp.concatenate(list(parts), axis=1)).reshape(*e.shape[:-1], self.reach, -1)
 
-    def below(self, paths: jax.Array, parent: jax.Array, e: jax.Array) -> jax.Array:
-        """The paths [B, f', J, R] to nodes with tokens of embeddings e [B, f', H], below `parent` int32 [B, f'].
-
-        `paths` [B, f, J, R] are the sums of shares on the way to each of f nodes, in queries of the level below them
-        and of the J - 1 after that.
-        """
-        above = jnp.take_along_axis(paths, parent[..., None, None], axis=1)
-        return jnp.pad(above[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0))) + self.shares(e)
-
     def of_all(self, h: jax.Array, of_path: jax.Array) -> jax.Array:
         """Scores float32 [..., V] of all tokens, of states h [..., H] after paths of shares [..., R]."""
         return head_logits(self.combined(of_path, h), self.table[...])
+
+
+def below(paths: jax.Array, parent: jax.Array, shares: jax.Array) -> jax.Array:
+    """The paths [B, f', J, R] to nodes whose tokens have `shares` [B, f', J, R], below `parent` int32 [B, f'].
+
+    `paths` [B, f, J, R] are the sums of shares on the way to each of f nodes, in queries of the level below them and of
+    the J - 1 after that.
+    """
+    above = jnp.take_along_axis(paths, parent[..., None, None], axis=1)
+    return jnp.pad(above[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0))) + shares

@@ -27,7 +27,7 @@ from flax import nnx
 
 from fasteagle_jax.decoding.interfaces import Accepted, Ranking, VocabWeights
 from fasteagle_jax.decoding.state import NO_TOKEN
-from fasteagle_jax.decoding.tree import Draft, Guesses, TreeSpec, build, grow
+from fasteagle_jax.decoding.tree import Draft, TreeSpec, build, grow
 from fasteagle_jax.devices.sharding import constrain, training_rows
 from fasteagle_jax.drafters.base import (
     DrafterConfig,
@@ -41,7 +41,7 @@ from fasteagle_jax.drafters.base import (
     rank,
     say_left,
 )
-from fasteagle_jax.drafters.edges import EdgeScores
+from fasteagle_jax.drafters.edges import EdgeScores, below
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.attention import Attend, Attention, Cached, Past
 from fasteagle_jax.nn.embedding import embed
@@ -274,10 +274,15 @@ class FastEagle(DrafterModule):
         return None if self.edges is None else self.edges.table[...]
 
     def vocab_weights(self, target: Any) -> VocabWeights:
-        """The target's embedding, and its head's rows for the draft vocabulary."""
-        head = target.head_rows()
+        """The target's embedding, its head's rows for the draft vocabulary, and with edges that vocabulary's shares."""
+        head, embedding = target.head_rows(), target.embedding[...]
         ids = None if self.token_ids is None else self.token_ids[...]
-        return VocabWeights(target.embedding[...], head if ids is None else head[ids], ids, target.logit_map)
+        vocab = VocabWeights(embedding, head if ids is None else head[ids], ids, target.logit_map)
+        if self.edges is None:
+            return vocab
+        # A row on every device: a draft that looked tokens up in the embedding would exchange them level by level.
+        shares = self.edges.shares(embed(embedding, draft_ids(vocab), target.activation_dtype))
+        return vocab._replace(shares=constrain(shares.reshape(len(shares), -1), None, None))
 
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Ring | Cache:
         """The empty Ring of the N levels, as a stack or list like them; with the target's context a length alone."""
@@ -344,13 +349,18 @@ class FastEagle(DrafterModule):
 
             features, next_tokens, positions = (at_places(x) for x in (features, next_tokens, positions))
             tokens_before = [None if x is None else at_places(x) for x in tokens_before]
-        g = self.fused(features)
+        trains = callable(visible)
+        rows = "batch" if trains else "rows"  # logical axis in training and in decoding
+        # Gathered over the mesh at once: a stream split by its width exchanges a sum in every norm.
+        g = constrain(self.fused(features), rows, None, None)
         e = embed(embedding, next_tokens, dtype)
-        fused = self.fuse(jnp.concatenate([g, e], axis=-1))  # h_1 = L_1(FC([g_t, e_t+1]))
-        fused = training_rows(fused, visible)
+        fused = constrain(self.fuse(jnp.concatenate([g, e], axis=-1)), rows, None, None)  # h_1 = L_1(FC([g_t, e_t+1]))
         ones = jnp.ones((c.hidden_size,), jnp.float32)
-        rows = "batch" if callable(visible) else "rows"  # logical axis in training and in decoding
         reinjected = rms_norm(fused, ones, c.rms_norm_eps) if c.reinject else None
+        inputs: Any = [None] * c.num_levels
+        if reinjected is not None and not trains and not self.scans:
+            every = [level.reinject(reinjected) for level in self.levels]
+            inputs = list(constrain(jnp.stack(every), None, rows, None, None))  # one exchange for all levels
         # The target's keys end at position t: a level stands at the next one, that of x[t+1].
         table = rotation(positions + len(context), c.rope, c.head_dim)
         past = cache.layers if cache is not None else (None if self.scans else [None] * c.num_levels)
@@ -358,14 +368,17 @@ class FastEagle(DrafterModule):
 
         if self.scans:
             tokens_before = None if tokens_before[0] is None else jnp.stack(tokens_before)
+            inputs = None
 
         def level_step(h: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-            level, cached, before = xs
+            level, cached, before, given = xs
             level_past = None
             if cached is not None:
                 k, v, slot_positions = cached
                 level_past = Past(k, v, seen_in_ring(slot_positions, positions, c.window), filled)
-            if reinjected is not None:
+            if given is not None:
+                h = h + given
+            elif reinjected is not None:
                 # All-reduced before the sum: XLA's partitioner (jax 0.10.2) gave wrong numbers on data 2 x fsdp 2 x
                 # tensor 2 if the stream was added to partial sums over fsdp.
                 h = h + constrain(level.reinject(reinjected), rows, None, None)
@@ -384,7 +397,7 @@ class FastEagle(DrafterModule):
         if remat is not None:
             level_step = jax.checkpoint(level_step, policy=remat)
         span = None if num_levels in (None, c.num_levels) else (0, num_levels)
-        _, results = run_layers(level_step, fused, (self.levels, past, tokens_before), span)
+        _, results = run_layers(level_step, fused, (self.levels, past, tokens_before, inputs), span)
         if self.scans:
             return results
         states = [hidden for hidden, _ in results]
@@ -460,33 +473,35 @@ class FastEagle(DrafterModule):
             h = jnp.broadcast_to(states[:, depth - 1, None], e.shape)
             return self.head_input(levels[depth - 1], h, e[..., None, :])
 
-        def guess(below: jax.Array, depth: int) -> Guesses:
-            return Guesses(rank(vocab.logits(below), length[:, None] + depth, ids, ranking), ids)  # [B, f, V]
+        def guess(below: jax.Array, depth: int) -> jax.Array:
+            return rank(vocab.logits(below), length[:, None] + depth, ids, ranking)  # [B, f, V]
 
-        def follow(below: jax.Array, parent: jax.Array, tokens: jax.Array, index: jax.Array, depth: int) -> jax.Array:
-            return states_below(depth + 1, tokens)
+        def follow(below: jax.Array, parent: jax.Array, index: jax.Array, depth: int) -> jax.Array:
+            return states_below(depth + 1, ids[index])
 
-        return grow(tree, root, states.shape[1], states_below(1, root[:, None]), guess, follow)
+        return grow(tree, root, ids, states.shape[1], states_below(1, root[:, None]), guess, follow)
 
     def _tree_of_edges(
         self, vocab: VocabWeights, new: Accepted, cache: Any, states: jax.Array, tree: TreeSpec, ranking: Ranking
     ) -> Draft:
         """The tree of states [B, N, H] of levels, with edge scores."""
-        assert self.edges is not None
+        assert self.edges is not None and vocab.shares is not None
+        table = vocab.shares
         ids, num_levels, root = draft_ids(vocab), states.shape[1], pending(new)
         hidden = [self.head_input(level, states[:, i], None) for i, level in enumerate(self._level_list()[:num_levels])]
         logits = vocab.logits(jnp.stack(hidden, axis=1))  # [B, N, V]
         edges, length = self.edges, cache.length
         start = edges.shares(embed(vocab.embedding, root, states.dtype))[:, None]  # [B, 1, J, R]
 
-        def guess(paths: jax.Array, depth: int) -> Guesses:
+        def guess(paths: jax.Array, depth: int) -> jax.Array:
             scored = logits[:, depth - 1, None] + edges.of_all(states[:, depth - 1, None], paths[:, :, 0])  # [B, f, V]
-            return Guesses(rank(scored, length[:, None] + depth, ids, ranking), ids)
+            return rank(scored, length[:, None] + depth, ids, ranking)
 
-        def follow(paths: jax.Array, parent: jax.Array, tokens: jax.Array, index: jax.Array, depth: int) -> jax.Array:
-            return edges.below(paths, parent, embed(vocab.embedding, tokens, states.dtype))
+        def follow(paths: jax.Array, parent: jax.Array, index: jax.Array, depth: int) -> jax.Array:
+            shares = embed(table, index, states.dtype)
+            return below(paths, parent, shares.reshape(*index.shape, *paths.shape[2:]))
 
-        return grow(tree, root, num_levels, start, guess, follow)
+        return grow(tree, root, ids, num_levels, start, guess, follow)
 
     @property
     def has_split_draft(self) -> bool:

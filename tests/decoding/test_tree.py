@@ -11,7 +11,7 @@ import pytest
 
 from fasteagle_jax.decoding import tree as library
 from fasteagle_jax.decoding.tree import NO_PARENT, Draft, TreeSpec
-from fasteagle_jax.devices.sharding import MeshShape, make_mesh
+from fasteagle_jax.devices.sharding import MeshShape, make_mesh, top_log_softmax
 from fasteagle_jax.errors import UserError
 
 # One program each instead of one an operation.
@@ -78,11 +78,25 @@ def test_the_walk_goes_down_while_a_child_holds_the_chosen_token(seed):
     assert len(set(np.asarray(path.accepted).tolist())) > 1
 
 
-def random_scores(seed: int, batch: int, levels: int, vocab: int, step: float = 0.0) -> np.ndarray:
-    """Log-probabilities; with a step, rounded to multiples of it: ties everywhere, within and between levels."""
-    logits = 2 * np.random.default_rng(seed).standard_normal((batch, levels, vocab))
-    scores = (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))).astype(np.float32)
-    return scores if not step else -np.round(-scores / step).astype(np.float32) * np.float32(step)
+def random_logits(seed: int, batch: int, levels: int, vocab: int, step: float = 0.0) -> np.ndarray:
+    """Logits; with a step, rounded to multiples of it: ties everywhere, and between nodes and their only child."""
+    rng = np.random.default_rng(seed)
+    logits = (2 * rng.standard_normal((batch, levels, vocab))).astype(np.float32)
+    if not step:
+        return logits
+    logits = np.round(logits / step).astype(np.float32) * np.float32(step)
+    logits[..., 0] += 500 * (rng.random((batch, levels)) < 0.3)  # its probability is 1
+    return logits
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """The log-probabilities [..., V] as a tree scores its nodes by them."""
+    values, index = jax.jit(top_log_softmax, static_argnums=1)(jnp.asarray(logits), logits.shape[-1])
+    np.testing.assert_allclose(values, np.sort(jax.nn.log_softmax(logits))[..., ::-1], rtol=1e-5, atol=1e-6)
+    scores = np.empty_like(logits)
+    np.put_along_axis(scores, np.asarray(index), np.asarray(values), axis=-1)
+    assert (scores <= 0).all()
+    return scores
 
 
 def all_nodes(scores: np.ndarray) -> dict[tuple[int, ...], float]:
@@ -108,8 +122,9 @@ SIZES = [(2, 1, 5), (8, 3, 5), (12, 4, 4), (16, 2, 6), (30, 3, 3)]  # nodes, lev
 
 @pytest.mark.parametrize(("nodes", "levels", "vocab"), SIZES)
 def test_best_first_takes_the_most_probable_of_all_nodes_there_are(nodes, levels, vocab):
-    scores = random_scores(0, 4, levels, vocab)
-    draft = build(TreeSpec("best_first", nodes), jnp.arange(4), jnp.asarray(scores))
+    logits = random_logits(0, 4, levels, vocab)
+    draft = build(TreeSpec("best_first", nodes), jnp.arange(4), jnp.asarray(logits))
+    scores = log_softmax(logits)
     for b in range(4):
         ranked = sorted((score, path) for path, score in all_nodes(scores[b]).items())[::-1]
         assert sorted(paths(draft, b)) == sorted(path for _, path in ranked[: nodes - 1])
@@ -118,8 +133,9 @@ def test_best_first_takes_the_most_probable_of_all_nodes_there_are(nodes, levels
 @pytest.mark.parametrize(("nodes", "levels", "vocab"), SIZES)
 @pytest.mark.parametrize("step", [0.5, 2.0])
 def test_best_first_takes_a_best_set_closed_under_parents_also_where_scores_tie(nodes, levels, vocab, step):
-    scores = random_scores(1, 4, levels, vocab, step)
-    draft = build(TreeSpec("best_first", nodes), jnp.arange(4), jnp.asarray(scores))
+    logits = random_logits(1, 4, levels, vocab, step)
+    draft = build(TreeSpec("best_first", nodes), jnp.arange(4), jnp.asarray(logits))
+    scores = log_softmax(logits)
     parents, depths = np.asarray(draft.parents), np.asarray(draft.depths)
     for b in range(4):
         every = all_nodes(scores[b])
@@ -136,7 +152,8 @@ def test_best_first_takes_a_best_set_closed_under_parents_also_where_scores_tie(
 def test_a_tree_grown_from_guesses_of_each_path_is_the_best_there_is(nodes, levels, vocab):
     """A path is known by a number: that of its parent times the vocabulary, plus its token and one."""
     num_paths = sum(vocab**depth for depth in range(levels))
-    scores = np.concatenate([random_scores(3, 2, num_paths, vocab, step) for step in (0, 0.5)])  # [B, paths, V]
+    logits = np.concatenate([random_logits(3, 2, num_paths, vocab, step) for step in (0, 0.5)])  # [B, paths, V]
+    scores = log_softmax(logits)
     rows = np.arange(4)[:, None]
 
     @jax.jit
@@ -144,10 +161,11 @@ def test_a_tree_grown_from_guesses_of_each_path_is_the_best_there_is(nodes, leve
         return library.grow(
             TreeSpec("best_first", nodes),
             jnp.arange(4),
+            jnp.arange(vocab),
             levels,
             jnp.zeros((4, 1), jnp.int32),
-            lambda path, depth: library.Guesses(jnp.asarray(scores)[rows, path], jnp.arange(vocab)),
-            lambda path, parent, tokens, index, depth: jnp.take_along_axis(path, parent, axis=1) * vocab + tokens + 1,
+            lambda path, depth: jnp.asarray(logits)[rows, path],
+            lambda path, parent, index, depth: jnp.take_along_axis(path, parent, axis=1) * vocab + index + 1,
         )
 
     draft = grown()
@@ -168,19 +186,19 @@ def test_a_tree_grown_from_guesses_of_each_path_is_the_best_there_is(nodes, leve
 
 
 def test_best_first_is_the_whole_tree_where_more_nodes_are_asked_for_than_there_are():
-    scores = random_scores(2, 2, 2, 3)
-    draft = build(TreeSpec("best_first", 50), jnp.arange(2), jnp.asarray(scores))
+    logits = random_logits(2, 2, 2, 3)
+    draft = build(TreeSpec("best_first", 50), jnp.arange(2), jnp.asarray(logits))
     for b in range(2):
-        assert sorted(paths(draft, b)) == sorted(all_nodes(scores[b]))
+        assert sorted(paths(draft, b)) == sorted(all_nodes(logits[b]))
 
 
 @pytest.mark.parametrize("width", [1, 3, 9])
 def test_backbone_gives_the_best_tokens_of_a_level_to_the_best_node_of_the_level_above(width):
-    scores = random_scores(3, 4, 3, 6)
+    logits = random_logits(3, 4, 3, 6)
     k = min(width, 6)  # no wider than the vocabulary
-    draft = build(TreeSpec("backbone", width=width), jnp.arange(4), jnp.asarray(scores))
+    draft = build(TreeSpec("backbone", width=width), jnp.arange(4), jnp.asarray(logits))
     for b in range(4):
-        ranked = np.argsort(-scores[b], axis=-1)[:, :k]
+        ranked = np.argsort(-logits[b], axis=-1)[:, :k]
         backbone: tuple[int, ...] = ()
         expected = []
         for level in range(3):
@@ -191,18 +209,18 @@ def test_backbone_gives_the_best_tokens_of_a_level_to_the_best_node_of_the_level
 
 
 def test_a_chain_is_the_best_token_of_each_level_below_the_other():
-    scores = random_scores(4, 3, 5, 7)
-    draft = build(TreeSpec("chain"), jnp.array([6, 5, 4]), jnp.asarray(scores))
-    np.testing.assert_array_equal(draft.tokens, np.c_[[6, 5, 4], scores.argmax(axis=-1)])
+    logits = random_logits(4, 3, 5, 7)
+    draft = build(TreeSpec("chain"), jnp.array([6, 5, 4]), jnp.asarray(logits))
+    np.testing.assert_array_equal(draft.tokens, np.c_[[6, 5, 4], logits.argmax(axis=-1)])
     np.testing.assert_array_equal(draft.parents, np.tile(np.arange(-1, 5), (3, 1)))
     np.testing.assert_array_equal(draft.depths, np.tile(np.arange(6), (3, 1)))
 
 
 @pytest.mark.parametrize("tree", ["chain", "backbone:2", "best_first:6"])
 def test_guesses_of_a_reduced_draft_vocabulary_are_the_targets_ids(tree):
-    scores, ids = jnp.asarray(random_scores(5, 2, 3, 4)), jnp.array([3, 11, 12, 40])
-    plain = build(TreeSpec.parse(tree), jnp.array([7, 8]), scores)
-    mapped = build(TreeSpec.parse(tree), jnp.array([7, 8]), scores, ids)
+    logits, ids = jnp.asarray(random_logits(5, 2, 3, 4)), jnp.array([3, 11, 12, 40])
+    plain = build(TreeSpec.parse(tree), jnp.array([7, 8]), logits)
+    mapped = build(TreeSpec.parse(tree), jnp.array([7, 8]), logits, ids)
     np.testing.assert_array_equal(mapped.tokens[:, 1:], ids[plain.tokens[:, 1:]])
     np.testing.assert_array_equal(mapped.tokens[:, 0], [7, 8])
     np.testing.assert_array_equal(mapped.parents, plain.parents)
@@ -210,9 +228,9 @@ def test_guesses_of_a_reduced_draft_vocabulary_are_the_targets_ids(tree):
 
 @pytest.mark.parametrize("kind", ["chain", "backbone", "best_first"])
 def test_levels_cut_the_tree_to_the_first_levels(kind):
-    scores = jnp.asarray(random_scores(6, 2, 4, 5))
-    cut = build(TreeSpec(kind, nodes=7, levels=2), jnp.arange(2), scores)
-    jax.tree.map(np.testing.assert_array_equal, cut, build(TreeSpec(kind, nodes=7), jnp.arange(2), scores[:, :2]))
+    logits = jnp.asarray(random_logits(6, 2, 4, 5))
+    cut = build(TreeSpec(kind, nodes=7, levels=2), jnp.arange(2), logits)
+    jax.tree.map(np.testing.assert_array_equal, cut, build(TreeSpec(kind, nodes=7), jnp.arange(2), logits[:, :2]))
 
 
 @pytest.mark.parametrize("text", ["chain", "backbone:3", "best_first:12", "chain:2", "best_first:12:5"])
@@ -237,13 +255,13 @@ def test_a_tree_that_cannot_be_says_what_to_write(text, remedy):
 
 @pytest.mark.parametrize("kind", ["backbone:4", "best_first:12"])
 def test_a_vocabulary_split_over_devices_gives_the_same_tree_ties_included(kind: str) -> None:
-    scores = jnp.asarray(np.random.default_rng(0).integers(-9, 0, (3, 4, 240)), jnp.float32)
+    logits = jnp.asarray(np.random.default_rng(0).integers(-9, 0, (3, 4, 240)), jnp.float32)
     root, tree = jnp.arange(3), TreeSpec.parse(kind)
-    whole = build(tree, root, scores)
+    whole = build(tree, root, logits)
     mesh = make_mesh(MeshShape(1, 2, 4))
     with jax.set_mesh(mesh):
-        split = jax.device_put(scores, jax.NamedSharding(mesh, jax.P(None, None, "tensor")))
+        split = jax.device_put(logits, jax.NamedSharding(mesh, jax.P(None, None, "tensor")))
         compiled = build.lower(tree, root, split).compile()
         for a, b in zip(whole, compiled(root, split), strict=True):
             assert (a == b).all()
-    assert "f32[3,4,240]" not in compiled.as_text()  # no device holds all scores
+    assert "f32[3,4,240]" not in compiled.as_text()  # no device holds all logits
