@@ -25,6 +25,9 @@ os.environ.setdefault("XLA_FLAGS", FLAGS)
 import jax  # noqa: E402  # reads the flags
 
 LARGEST_PROGRAMS = 2 * 2**30  # bytes of all folders of compiled programs; one whole session writes about a tenth
+# Linux gives a process 65,530 maps of memory. A compiled program takes dozens of them, the longest test a third of all,
+# and LLVM ends the process when there are none left.
+MOST_MAPS = 25_000
 
 # A configuration counts only before the backend starts, which importing fasteagle_jax does not do.
 if "JAX_PLATFORMS" not in os.environ:
@@ -83,6 +86,13 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_runtest_setup() -> None:
+    """Forgets the programs of earlier tests before they have taken all maps of memory."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture
