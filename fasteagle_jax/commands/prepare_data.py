@@ -81,6 +81,7 @@ from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, load_tokeniz
 SELF = "self"  # the source in which the target writes the user's messages
 LONG_DIALOGUES = "long_dialogues"  # the manifest's key of what becomes of dialogues above --max-length
 WINDOW = 16  # samples per slot that may be settled before the first one that is not
+AT_ONCE = 2  # prompts per slot that the engine has: those in its rows, and others to prefill together
 
 
 @program
@@ -245,9 +246,9 @@ def prepare(args: argparse.Namespace) -> None:
             manifest.save(len(writer))
 
         with progress_bar(total_here, "sample", initial=done) as bar:
-            ahead = AHEAD if engine is None else WINDOW * args.slots
+            ahead, at_once = (AHEAD, None) if engine is None else (WINDOW * args.slots, AT_ONCE * args.slots)
             try:
-                for settled, completion in answer_all(samples, rules, engine, partial(params_of, args), ahead):
+                for settled, completion in answer_all(samples, rules, engine, partial(params_of, args), ahead, at_once):
                     unwritten += settled
                     if completion is not None:
                         took.add(completion.depths)

@@ -5,9 +5,9 @@ Ready dialogues have their answers already; a long one becomes several conversat
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any, Self
@@ -264,8 +264,9 @@ def loop_start(tokens: Sequence[int]) -> int | None:
 class RequestSource:
     """An iterator over prompts and params of samples for `Engine.serve`, and the samples' outcomes.
 
-    It gives the prompts that there are now: next turns of dialogues, else a new dialogue. At its end it may have more
-    after further answers.
+    It gives the prompts that there are now, of the first samples first; at its end it may have more after further
+    answers. What is asked at a time is limited: a dialogue's next turn would wait behind all that the engine has read,
+    and the samples after the dialogue wait for it, since outcomes come in order.
     """
 
     def __init__(
@@ -274,12 +275,14 @@ class RequestSource:
         rules: Rules,
         params: Callable[[Dialogue], SamplingParams],
         ahead: int,
+        at_once: int | None = None,
     ) -> None:
+        """A source that reads `ahead` samples at most past one that is not settled, and asks `at_once` prompts."""
         self._started = rules.start_all(samples)
-        self._rules, self._params, self._ahead = rules, params, ahead
+        self._rules, self._params, self._ahead, self._at_once = rules, params, ahead, at_once
         self._asked: dict[int, Dialogue] = {}  # by `prompt_index`, in the engine
         self._num_asked = 0
-        self._to_ask: collections.deque[Dialogue] = collections.deque()
+        self._to_ask: list[tuple[int, Dialogue]] = []  # a heap, by the sample's index
         self._outcomes: dict[int, Outcome] = {}  # by index, of samples after one that is not settled
         self._first = self._read = 0  # the first sample that is not settled, the number of samples read
         self._more = True  # whether there are samples to read
@@ -299,9 +302,9 @@ class RequestSource:
             else:
                 self._settle(self._read, started)
                 self._read += 1
-        if not self._to_ask:
+        if not self._to_ask or len(self._asked) == self._at_once:
             raise StopIteration
-        dialogue = self._to_ask.popleft()
+        _, dialogue = heapq.heappop(self._to_ask)
         self._asked[self._num_asked] = dialogue
         self._num_asked += 1
         return dialogue.tokens, self._params(dialogue)
@@ -329,7 +332,7 @@ class RequestSource:
 
     def _settle(self, index: int, state: Dialogue | Outcome) -> None:
         if isinstance(state, Dialogue):
-            self._to_ask.append(state)
+            heapq.heappush(self._to_ask, (index, state))
         else:
             self._outcomes[index] = state
 
@@ -340,13 +343,14 @@ def answer_all(
     engine: Engine | Endpoint | None,
     params: Callable[[Dialogue], SamplingParams],
     ahead: int = AHEAD,
+    at_once: int | None = None,
 ) -> Iterator[tuple[list[Outcome], Completion | None]]:
     """Outcomes of samples, in order and as soon as they are known, each time with the answer that came before.
 
     They do not depend on the engine's slots or drafter: an answer is that of its prompt and params alone. Samples of
     complete messages need no engine.
     """
-    source = RequestSource(samples, rules, params, ahead)
+    source = RequestSource(samples, rules, params, ahead, at_once)
     while not source.over:
         source.start_again()
         for completion in () if engine is None else engine.serve(source):
