@@ -318,9 +318,11 @@ class Engine:
 
         while True:
             try:
-                for finished in self._serve(source, rounds=ROUNDS):
+                for finished in self._serve(source, rounds=ROUNDS, refuse=source.refuse):
                     yield from source.take_refused()
                     for completion in finished:
+                        if completion.prompt_index in source.failed:
+                            continue  # another of the prompt's samples was refused
                         completions, new_tokens = completions + 1, new_tokens + len(completion.tokens)
                         yield completion
                     report()
@@ -443,17 +445,25 @@ class Engine:
         check_ids(tokens, vocab_size, name)
         return tuple(tokens)
 
-    def _serve(self, requests: Iterator[Request], *, rounds: int) -> Iterator[list[Completion]]:
+    def _serve(
+        self, requests: Iterator[Request], *, rounds: int, refuse: Callable[[int, str], None] | None = None
+    ) -> Iterator[list[Completion]]:
         """The answers that each device call, of up to `rounds` rounds, finishes.
 
-        Requests are read as slots become free. Of those that wait, the one of the lowest prompt index is next.
+        Requests are read as slots become free. Of those that wait, the one of the lowest prompt index is next. What
+        cannot be answered to the end is given to `refuse`, with the reason, or raised as UserError.
         """
         parts = (requests, self.runner, self.prefix_cache, self._tree_selector, self.row_counts)
         context = (self.detokenizer, self.eos_token_ids, self.runner.num_levels)
         scheduler = Scheduler(*parts, rounds=rounds, prefill_budget=self.prefill_budget, measure=self._measure)
         for step in scheduler.steps():
             started = time.perf_counter()
-            completions = [request.completion(*context) for request in step.finished]
+            for request in step.finished:
+                if request.failed and refuse is None:
+                    raise UserError(request.failed)
+                if request.failed and refuse is not None:
+                    refuse(request.prompt_index, request.failed)
+            completions = [request.completion(*context) for request in step.finished if not request.failed]
             self.seconds += step.seconds + time.perf_counter() - started
             self.device_seconds += step.device_seconds
             yield completions
@@ -496,8 +506,10 @@ class Engine:
         for rows, tree, slots in itertools.product(self.row_counts, self.trees, forms):
             runner.advance(slots(rows), [True] * rows, tree, rounds=0, until_one_is_done=False)
         for rows, tree in itertools.product(self.row_counts if rules else (), self.trees):
-            ended, draft, tokens, _ = runner.draft(runner.with_rules(runner.empty_slots(rows)), [True] * rows, tree)
-            runner.verify(ended, draft, everything_allowed(tokens.shape, self.target.config.vocab_size), tree)
+            some, ended = runner.with_rules(runner.empty_slots(rows)), [True] * rows
+            drafted = runner.draft(some, ended, tree)
+            masks = everything_allowed(drafted.draft.tokens.shape, self.target.config.vocab_size)
+            runner.verify(some, drafted, ended, masks, tree)
         for (old, new), slots in itertools.product(itertools.permutations(self.row_counts, 2), forms):
             runner.take_rows(slots(old), [], new)
 
@@ -527,6 +539,7 @@ class ItemReader:
         self._engine, self._items = engine, iter(items)
         self._samples: collections.deque[Request] = collections.deque()  # of the prompt read last
         self._refused: list[Refused] = []
+        self.failed: set[int] = set()  # prompts that were refused after an answer had begun
         self.num_read = self.num_refused = 0
 
     def __iter__(self) -> Self:
@@ -543,11 +556,20 @@ class ItemReader:
             try:
                 requests = self._engine.requests(index, prompt, params, chat, name="the prompt")
             except UserError as error:
-                self._refused.append(Refused(index, str(error)))
-                self.num_refused += 1
+                self._refuse(index, str(error))
             else:
                 self._samples.extend(requests)
         return self._samples.popleft()
+
+    def refuse(self, index: int, reason: str) -> None:
+        """Refuses a prompt of which an answer had begun, once for all its samples."""
+        if index not in self.failed:
+            self.failed.add(index)
+            self._refuse(index, reason)
+
+    def _refuse(self, index: int, reason: str) -> None:
+        self._refused.append(Refused(index, reason))
+        self.num_refused += 1
 
     def take_refused(self) -> list[Refused]:
         """Those refused since the last call."""

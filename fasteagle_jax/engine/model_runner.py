@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from fasteagle_jax.decoding.interfaces import VocabWeights
 from fasteagle_jax.decoding.prefill import Prefilled, Scores, pad_prompts
-from fasteagle_jax.decoding.tree import Draft, TreeSpec
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import shardings
 from fasteagle_jax.engine import slots as device
 from fasteagle_jax.engine.requests import MAX_STOP_TOKENS
@@ -159,20 +159,24 @@ class ModelRunner:
             )
         return slots, int(num_rounds), compiles
 
-    def draft(
-        self, slots: device.Slots, ended: list[bool], tree: TreeSpec | None
-    ) -> tuple[device.Slots, Draft, np.ndarray, np.ndarray]:
-        """The slots and the Draft of the next round, on the device; and its tokens and parents on the host."""
+    def draft(self, slots: device.Slots, ended: list[bool], tree: TreeSpec | None) -> device.Drafted:
+        """The draft of the next round, for `verify`; the slots stay."""
         args = (self.drafter, self.vocab, slots, np.asarray(ended))
         with self._on_mesh():
-            slots, draft = device.draft_round(*args, tree=tree, shared_noise=self.shared_noise)
-        return slots, draft, *jax.device_get((draft.tokens, draft.parents))
+            return device.draft_round(*args, tree=tree, shared_noise=self.shared_noise)
 
-    def verify(self, slots: device.Slots, draft: Draft, masks: np.ndarray, tree: TreeSpec | None) -> device.Slots:
-        """The slots after the round of a draft, of which each node has a mask; waits for the device."""
+    def verify(
+        self,
+        slots: device.Slots,
+        drafted: device.Drafted,
+        ended: list[bool],
+        masks: np.ndarray,
+        tree: TreeSpec | None,
+    ) -> tuple[device.Slots, device.Drafted]:
+        """The slots after the round of a draft, whose nodes have masks, and the next draft; waits for the device."""
+        args = (self.target, self.drafter, self.vocab, slots, drafted, np.asarray(ended), masks)
         with self._on_mesh():
-            slots = device.verify_round(self.target, self.drafter, slots, draft, masks, tree=tree)
-        return jax.block_until_ready(slots)
+            return jax.block_until_ready(device.verify_round(*args, tree=tree, shared_noise=self.shared_noise))
 
     def take_rows(self, slots: device.Slots, rows: list[int], num_rows: int) -> device.Slots:
         """New slots of `num_rows` rows, the first ones copied from `rows`, the others free."""

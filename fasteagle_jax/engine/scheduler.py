@@ -31,7 +31,8 @@ from fasteagle_jax.engine.requests import (
     SamplingParams,
     sample_seed,
 )
-from fasteagle_jax.engine.slots import DeviceRequest, Slots
+from fasteagle_jax.engine.slots import DeviceRequest, Drafted, Slots
+from fasteagle_jax.errors import UserError
 
 ROUNDS_BETWEEN_TEXT = 4  # of a device call at most while the host checks stop strings or streams text
 
@@ -74,6 +75,7 @@ class Request:
     rounds: int = 0
     started: float = 0.0
     finished: float = 0.0
+    failed: str = ""  # why there is no answer, in one line
 
     @property
     def needs_rules(self) -> bool:
@@ -188,6 +190,7 @@ class Batch:
         self.slots = slots
         self.requests = requests  # by row
         self.ended = [request is None for request in requests]  # by row: the host counts it as done
+        self.drafted: tuple[TreeSpec | None, Drafted] | None = None  # of these slots and rows, if that is made already
 
     @property
     def active(self) -> list[int]:
@@ -285,6 +288,7 @@ class Scheduler:
         if self.batch is not None and not any(r is not None and r.needs_rules for r in self.batch.requests):
             slots = self.batch.slots
             self.batch.slots = slots._replace(rules=None, state=slots.state._replace(top=None))
+            self.batch.drafted = None
 
     def _choose_tree(self, batch: Batch) -> TreeSpec | None:
         if self.measure is None:
@@ -300,22 +304,27 @@ class Scheduler:
     def _admit(self, batch: Batch, tree: TreeSpec | None) -> tuple[list[Request], float]:
         """Prefills waiting requests into free rows, up to the budget.
 
-        Returns those that end with their first token, and the seconds spent waiting for the device.
+        Returns those that end with their first token or before it, and the seconds spent waiting for the device.
         """
-        called, admitted = time.perf_counter(), False
+        called, admitted, failed = time.perf_counter(), False, list[Request]()
         for request, prefilled in self.admission.advance(len(batch.free), drafts=tree is not None):
-            row, admitted = batch.free[0], True
             bucket = self.runner.bucket(len(request.prompt))
             if request.prompt_scores is not None and request.prompt_scores.scores is None:
                 request.prompt_scores.scores = self.runner.score(request.prompt, bucket)
             if request.needs_rules and batch.slots.rules is None:
                 batch.slots = self.runner.with_rules(batch.slots)
             vocab_size = None if batch.slots.rules is None else self.runner.target.config.vocab_size
-            device_request = to_device_request(request, bucket, vocab_size)
+            try:
+                device_request = to_device_request(request, bucket, vocab_size)
+            except UserError as error:  # of its grammar
+                request.failed = str(error)
+                failed.append(request)
+                continue
+            row, admitted = batch.free[0], True
             batch.slots = self.runner.admit(batch.slots, row, prefilled, device_request)
-            batch.requests[row], batch.ended[row] = request, False
+            batch.requests[row], batch.ended[row], batch.drafted = request, False, None
         now = time.perf_counter()  # prefill is neither the host's time nor a tree's
-        return self._read_results(batch, 0, now)[2] if admitted else [], now - called
+        return failed + (self._read_results(batch, 0, now)[2] if admitted else []), now - called
 
     # --- rounds -------------------------------------------------------------------------------------------------
 
@@ -323,6 +332,7 @@ class Scheduler:
         """Runs rounds; returns the requests that are finished and the seconds spent waiting for the device."""
         if any(request is not None and request.matcher is not None for request in batch.requests):
             return self._advance_by_masks(batch, tree)
+        batch.drafted = None
         rounds, num_active = self.rounds, len(batch.active)
         if any(request is not None and request.text is not None for request in batch.requests):
             rounds = min(rounds, ROUNDS_BETWEEN_TEXT)
@@ -350,21 +360,34 @@ class Scheduler:
         return finished, now - called
 
     def _advance_by_masks(self, batch: Batch, tree: TreeSpec | None) -> tuple[list[Request], float]:
-        """Runs a round of which the host makes the masks of requests with grammars; returns as `_advance`."""
+        """Runs a round of which the host makes the masks of requests with grammars; returns as `_advance`.
+
+        The device's call verifies a draft and makes the next one, of which the masks are made before the next call.
+        """
         called = time.perf_counter()
-        batch.slots, draft, tokens, parents = self.runner.draft(batch.slots, batch.ended, tree)
-        drafted = time.perf_counter()
+        if batch.drafted is None or batch.drafted[0] != tree:
+            batch.drafted = tree, self.runner.draft(batch.slots, batch.ended, tree)
+        _, drafted = batch.drafted
+        tokens, parents = jax.device_get((drafted.draft.tokens, drafted.draft.parents))
+        drafted_at, failed = time.perf_counter(), list[Request]()
         masks = everything_allowed(tokens.shape, self.runner.target.config.vocab_size)
         for row, request in enumerate(batch.requests):
-            if request is not None and request.matcher is not None:
+            if request is None or request.matcher is None:
+                continue
+            try:
                 masks[row] = request.matcher.masks(tokens[row], parents[row])
+            except UserError as error:
+                request.failed = str(error)
+                failed.append(request)
+                batch.requests[row], batch.ended[row] = None, True
         masked = time.perf_counter()
-        batch.slots = self.runner.verify(batch.slots, draft, masks, tree)
+        batch.slots, drafted = self.runner.verify(batch.slots, drafted, batch.ended, masks, tree)
+        batch.drafted = tree, drafted
         now = time.perf_counter()
         new_tokens, row_rounds, finished = self._read_results(batch, 1, now)
         rounds = {"rounds": 1, "row_rounds": row_rounds, "tokens": new_tokens}
         self.tree_selector.record(len(batch.requests), tree, **rounds, seconds=None)  # the masks' time is no tree's
-        return finished, time.perf_counter() - called - (masked - drafted)
+        return failed + finished, time.perf_counter() - called - (masked - drafted_at)
 
     def _read_results(self, batch: Batch, num_rounds: int, now: float) -> tuple[int, int, list[Request]]:
         """Frees the rows that are done after `num_rounds` rounds.
@@ -384,7 +407,10 @@ class Scheduler:
             ended = False
             if request.text is not None or request.matcher is not None or done[row]:
                 results = results or jax.device_get((state.text, state.depths, state.logprobs))
-                ended = request.append(*(array[row, len(request.prompt) :] for array in results))
+                try:
+                    ended = request.append(*(array[row, len(request.prompt) :] for array in results))
+                except UserError as error:  # of its grammar
+                    request.failed, ended = str(error), True
             if done[row]:
                 request.rounds = request.depths.count(0) - 1  # it may have ended before the last round
             new_tokens += request.num_emitted - before[0]

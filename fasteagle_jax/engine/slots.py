@@ -199,7 +199,14 @@ def advance(
     return constrain_all((slots._replace(state=state), ran), AXES)
 
 
-@functools.partial(jax.jit, static_argnames=("tree", "shared_noise"), donate_argnames=("slots",))
+class Drafted(NamedTuple):
+    """The draft of the next round, and the drafter's cache after it; the slots are as before it."""
+
+    draft: Draft
+    drafter_cache: Any
+
+
+@functools.partial(jax.jit, static_argnames=("tree", "shared_noise"))
 def draft_round(
     drafter: Any | None,
     vocab: VocabWeights | None,
@@ -208,24 +215,46 @@ def draft_round(
     *,
     tree: TreeSpec | None,
     shared_noise: bool,
-) -> tuple[Slots, Draft]:
-    """The slots and the Draft of the next round, for the host to make its masks; rows `ended` bool [B] are done."""
-    state = slots.state._replace(done=slots.state.done | ended)
-    options: dict[str, Any] = {"tree": tree, "shared_noise": shared_noise}
-    draft, drafter_cache = draft_tree(drafter, vocab, state, slots.sampling, slots.rules, **options)
-    slots = constrain_all(slots._replace(state=state._replace(drafter_cache=drafter_cache)), AXES)
-    return slots, constrain_all(draft, {})
+) -> Drafted:
+    """The Drafted of slots of which the rows `ended` bool [B] are done, for the host to make its nodes' masks."""
+    return _drafted(drafter, vocab, _with_ended(slots, ended), tree=tree, shared_noise=shared_noise)
 
 
-@functools.partial(jax.jit, static_argnames=("tree",), donate_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("tree", "shared_noise"), donate_argnames=("slots", "drafted"))
 def verify_round(
-    target: Any, drafter: Any | None, slots: Slots, draft: Draft, masks: jax.Array, *, tree: TreeSpec | None
-) -> Slots:
-    """The slots after the round of a draft, whose nodes have masks uint32 [B, M, V / 32] (see speculative.verify)."""
+    target: Any,
+    drafter: Any | None,
+    vocab: VocabWeights | None,
+    slots: Slots,
+    drafted: Drafted,
+    ended: jax.Array,
+    masks: jax.Array,
+    *,
+    tree: TreeSpec | None,
+    shared_noise: bool,
+) -> tuple[Slots, Drafted]:
+    """The slots after the round of a draft, and the Drafted of the next one.
+
+    The draft's nodes have masks uint32 [B, M, V / 32] (see speculative.verify); the rows `ended` bool [B] are done.
+    """
+    slots = _with_ended(slots, ended)
     state, stop = slots.state, slots.stop
-    verified = verify(target, drafter, state, draft, slots.sampling, stop, slots.rules, masks, tree=tree)
-    state = commit_path(drafter, state, state.drafter_cache, verified, stop, tree=tree)
-    return constrain_all(slots._replace(state=state), AXES)
+    verified = verify(target, drafter, state, drafted.draft, slots.sampling, stop, slots.rules, masks, tree=tree)
+    state = commit_path(drafter, state, drafted.drafter_cache, verified, stop, tree=tree)
+    slots = constrain_all(slots._replace(state=state), AXES)
+    return slots, _drafted(drafter, vocab, slots, tree=tree, shared_noise=shared_noise)
+
+
+def _with_ended(slots: Slots, ended: jax.Array) -> Slots:
+    return slots._replace(state=slots.state._replace(done=slots.state.done | ended))
+
+
+def _drafted(
+    drafter: Any | None, vocab: VocabWeights | None, slots: Slots, *, tree: TreeSpec | None, shared_noise: bool
+) -> Drafted:
+    options: dict[str, Any] = {"tree": tree, "shared_noise": shared_noise}
+    draft, drafter_cache = draft_tree(drafter, vocab, slots.state, slots.sampling, slots.rules, **options)
+    return Drafted(constrain_all(draft, {}), constrain_all({"drafter_cache": drafter_cache}, AXES)["drafter_cache"])
 
 
 @jax.jit

@@ -140,6 +140,32 @@ def test_on_eight_devices_answers_are_those_of_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fasteagle", "cheap"])
+def test_rules_and_grammars_on_eight_devices_are_those_on_one(target, drafters, kind, compilations):
+    pytest.importorskip("llguidance", reason="of the extra `grammar`")
+    rules: list[dict[str, Any]] = [
+        dict(logit_bias={65: 4.0, 66: -2.0}, logprobs=2),
+        dict(frequency_penalty=0.7, repetition_penalty=1.2, prompt_logprobs=1),
+        dict(structured_outputs={"regex": "(ab|c){2,9}d"}),
+        dict(allowed_token_ids=list(range(40, 90)), min_tokens=4),
+        dict(structured_outputs={"json": {"type": "array", "items": {"type": "boolean"}, "maxItems": 6}}),
+        {},
+    ]
+    prompts, params = [], []
+    for i in range(12):
+        prompts.append([1 + i, 50, 66, 7, 50, 66] * (1 + i % 3))
+        params.append(SamplingParams(seed=i, temperature=[0.0, 1.0][i % 2], max_new_tokens=20, **rules[i // 2 % 6]))
+    alone, split = load(target, drafters[kind]), load(target, drafters[kind], SPLIT)
+    expected = alone.generate(prompts, params)
+    compilations.clear()
+    compare(split.generate(prompts, params), expected)
+    assert len(compilations) <= split.most_programs_with_rules
+    compilations.clear()
+    compare(split.generate(prompts, params), expected)
+    assert compilations == []
+
+
+@pytest.mark.slow
 def test_two_processes_of_four_devices_answer_as_one_device(target, drafters, expected, tmp_path):
     """Also where their clocks disagree about the faster tree."""
     script = "import sys; from tests.engine.test_engine_mesh import one_of_two; one_of_two(sys.argv[1:])"

@@ -5,6 +5,7 @@ The reference chooses token by token on the host, from logits of one pass over t
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fasteagle_jax import Engine, SamplingParams, UserError
+from fasteagle_jax import Engine, Refused, SamplingParams, UserError
 from fasteagle_jax.commands.answers import sampling_params
 from fasteagle_jax.commands.generate import _parser as generate_parser
 from fasteagle_jax.decoding.sampling import choose, make_sampling
@@ -201,6 +202,47 @@ def test_masks_of_a_tree_are_those_of_its_paths(make_engine, llguidance):
     allowed = [set(np.flatnonzero(unpacked(mask, 259)).tolist()) for mask in masks]
     assert allowed == [{b, d}, {c}, set(), {EOS}, {EOS}, set(), set()]
     assert isinstance(matcher, Matcher) and np.flatnonzero(unpacked(matcher.mask(), 259)).tolist() == [b, d]
+
+
+@pytest.mark.parametrize("place", ["first", "masks", "consume"])
+def test_a_grammar_that_cannot_be_followed_further_refuses_its_prompt_alone(make_engine, monkeypatch, place):
+    """Of an answer's first mask, of a tree's, and of a token that was chosen."""
+    engine = make_engine()
+    like_it = list(engine.tokens(LIKE_IT, "p"))
+    good, bad = {"json": SCHEMA}, {"regex": "(true|false)(,(true|false)){9};"}
+    items = [
+        (like_it, asks(0, structured_outputs=good)),
+        (like_it, asks(1, structured_outputs=bad, n=2)),
+        ([1, 2, 3], asks(2)),
+        (like_it, asks(3, structured_outputs=good)),
+    ]
+    expected = engine.generate(*zip(*(items[:1] + items[2:]), strict=True))
+    of_bad, make = set(), engine.grammars.matcher
+    too_complex = engine.grammars.compiled(bad, "p")
+
+    def matcher(grammar):
+        made = make(grammar)
+        if grammar == too_complex:
+            of_bad.add(made)
+        return made
+
+    def failing(real, calls):
+        def call(self, *args):
+            if self in of_bad and next(calls) >= (0 if place == "first" else 3):
+                raise UserError("structured_outputs cannot be followed further (too complex): simplify them")
+            return real(self, *args)
+
+        return call
+
+    name = "mask" if place == "first" else place
+    monkeypatch.setattr(engine.grammars, "matcher", matcher)
+    monkeypatch.setattr(Matcher, name, failing(getattr(Matcher, name), itertools.count()))
+    answers = sorted(engine.serve(items), key=lambda answer: answer.prompt_index)
+    assert [answer.prompt_index for answer in answers] == [0, 1, 2, 3]
+    assert answers.pop(1) == Refused(1, "structured_outputs cannot be followed further (too complex): simplify them")
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+    with pytest.raises(UserError, match="simplify them"):
+        engine.generate(*zip(*items, strict=True))
 
 
 @pytest.mark.parametrize(
