@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
 
-FORMAT = 1
+FORMAT = 2
 
 
 class FastEagle:
@@ -30,10 +30,8 @@ class FastEagle:
         if self.config["architectures"] != ["FastEagleDrafter"] or self.config.get("format", 1) > FORMAT:
             raise ValueError(f"{folder} is no FastEagle drafter of format {FORMAT} or older")
         stored = load_file(Path(folder) / "model.safetensors")
-        scales = {name.removesuffix(".scale"): x for name, x in stored.items() if name.endswith(".scale")}
-        self.weights = {
-            name: x.float() * scales.get(name, 1.0) for name, x in stored.items() if not name.endswith(".scale")
-        }  # int8 matrices have a scale a row
+        scales = {name[: -len("_scale")]: x for name, x in stored.items() if name.endswith(("_scale", ".scale"))}
+        self.weights = {name: x.float() * scales.get(name, 1.0) for name, x in stored.items()}  # int8: a scale a row
         ids = stored.get("token_ids")
         self.token_ids = torch.arange(self.config["vocab_size"]) if ids is None else ids.long()
 

@@ -7,8 +7,9 @@ has a fingerprint of the target's weights, so that use with another target is no
 model.safetensors, so that a damaged file is.
 
 Matrices may be stored in bfloat16, or in int8 with a float32 scale for each row (an output) under the matrix's name and
-`.scale`. Those whose relative error in int8 would exceed MAX_INT8_RELATIVE_ERROR are stored in bfloat16, such as fc,
-whose columns differ much in size. Storage changes guesses alone: what is decoded stays the target's own.
+`_scale`, as compressed-tensors names them; config.json then has its entry. Those whose relative error in int8 would
+exceed MAX_INT8_RELATIVE_ERROR are stored in bfloat16, such as fc, whose columns differ much in size. Storage changes
+guesses alone: what is decoded stays the target's own.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from fasteagle_jax.nn.linear import to_int8, to_rows
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.nn.transformer import stacks_are_faster
 
-FORMAT = 1  # of folders; a folder without a number is of the first. docs/format.md says what it means
+FORMAT = 2  # of folders, the newest; one without a number is of the first. docs/format.md says what they mean
 TENSORS = "model.safetensors"
 TOKENIZER = "target_tokenizer"  # entry of config.json: tokenizer.vocabulary_fingerprint of the target's
 STORAGE = ("float32", "bfloat16", "int8")
 MAX_INT8_RELATIVE_ERROR = 0.01  # root mean square of the rounding error over that of the matrix
-_SCALE = ".scale"
+_SCALES = ("_scale", ".scale")  # behind a matrix's name; the latter in format 1
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +62,18 @@ def save_drafter(
     if folder.exists():
         raise UserError(f"{folder} exists: name another output folder, or remove it")
     with new_folder(folder) as aside:
-        save_file(to_storage(tensors_of(drafter), storage), aside / TENSORS)
+        stored = to_storage(tensors_of(drafter), storage)
+        save_file(stored, aside / TENSORS)
+        rounded = quantization_config(stored)
         text = json.dumps(
             {
                 "architectures": [drafter.architecture],
-                "format": FORMAT,
+                "format": FORMAT if rounded else 1,
                 **drafter.published(),
                 **dataclasses.asdict(drafter.config),
                 "target_fingerprint": fingerprint,
                 "sha256": sha256(aside / TENSORS),
+                **({"quantization_config": rounded} if rounded else {}),
                 **info,
             },
             indent=2,
@@ -224,7 +228,7 @@ def to_storage(tensors: Mapping[str, np.ndarray], storage: str) -> dict[str, np.
         rounded, scale = np.ascontiguousarray(columns.T), column_scale[:, None]  # int8 [out, in], float32 [out, 1]
         error = np.linalg.norm(rounded * scale - value)
         if storage == "int8" and error <= MAX_INT8_RELATIVE_ERROR * np.linalg.norm(value):
-            stored[name], stored[name + _SCALE] = rounded, scale
+            stored[name], stored[name + _SCALES[0]] = rounded, scale
         else:
             stored[name] = value.astype(jnp.bfloat16)
     return stored
@@ -232,11 +236,37 @@ def to_storage(tensors: Mapping[str, np.ndarray], storage: str) -> dict[str, np.
 
 def from_storage(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors that were `to_storage`, int8 matrices as float32."""
-    scales = {name.removesuffix(_SCALE): value for name, value in stored.items() if name.endswith(_SCALE)}
+    scale_of = {name: _scale_of(name, stored) for name in stored}
     return {
-        name: value * scales[name] if name in scales else value
+        name: value if scale_of[name] is None else value * stored[str(scale_of[name])]
         for name, value in stored.items()
-        if not name.endswith(_SCALE)
+        if name not in scale_of.values()
+    }
+
+
+def _scale_of(name: str, stored: Mapping[str, np.ndarray]) -> str | None:
+    """The name of a tensor's scale; None if it has none."""
+    return next((name + suffix for suffix in _SCALES if name + suffix in stored), None)
+
+
+def quantization_config(stored: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+    """What compressed-tensors says of tensors of which some are int8; None if none is."""
+    matrices = [name for name, value in stored.items() if value.ndim == 2 and _scale_of(name, stored)]
+    if not matrices:
+        return None
+    others = [
+        name.removesuffix(".weight")
+        for name, value in stored.items()
+        if value.ndim == 2 and name not in matrices and not name.endswith(_SCALES)
+    ]
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": others,
     }
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.commands.export import main
 from fasteagle_jax.commands.train_drafter import main as train
 from fasteagle_jax.data.conversations import Conversation, ConversationWriter
-from fasteagle_jax.drafters.files import load_drafter, tensors_of
+from fasteagle_jax.drafters.files import TENSORS, load_drafter, tensors_of
+from fasteagle_jax.io.files import sha256
 from fasteagle_jax.targets.checkpoint import fingerprint
+from fasteagle_jax.targets.compressed import is_rounded
 from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.training.checkpoints import Checkpoints
 from tests.tiny_folder import make_drafter
@@ -129,6 +132,23 @@ def test_a_drafter_is_stored_smaller(run, target_folder, tmp_path, storage):
         assert not np.array_equal(small[name], value)
         assert np.linalg.norm(small[name] - value) <= 0.01 * np.linalg.norm(value)
     assert ("int8" in kinds.values()) == (storage == "int8")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert is_rounded(config, tmp_path) == (storage == "int8") and config["format"] == (2 if storage == "int8" else 1)
+    if storage == "int8":  # as compressed-tensors says it
+        rounded = {name.removesuffix(".weight") for name, kind in kinds.items() if kind == "int8"}
+        floats = {name.removesuffix(".weight") for name, value in full.items() if value.ndim == 2} - rounded
+        assert set(config["quantization_config"]["ignore"]) == floats
+        assert {name for name in kinds if name.endswith("_scale")} == {
+            f"{name}_scale" for name, kind in kinds.items() if kind == "int8"
+        }
+        older = tmp_path / "older"  # format 1
+        shutil.copytree(tmp_path / "small", older)
+        tensors = load_file(older / "model.safetensors")
+        save_file({name.replace("_scale", ".scale"): value for name, value in tensors.items()}, older / TENSORS)
+        config = {key: value for key, value in config.items() if key not in ("format", "quantization_config")}
+        (older / "config.json").write_text(json.dumps(config | {"sha256": sha256(older / TENSORS)}))
+        same = tensors_of(load_drafter(older, target.config, fingerprint(target), stacked=False))
+        assert all(np.array_equal(small[name], value) for name, value in same.items())
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (run / "drafter", tmp_path / "small")]
     assert sizes[1] < sizes[0] * (0.6 if storage == "bfloat16" else 0.5)
 
