@@ -256,7 +256,7 @@ def prepare(args: argparse.Namespace) -> None:
                         write()
                     bar.set_postfix_str(f"{took.rate()}, {manifest.dropped.total()} dropped", refresh=False)
                     bar.update(len(settled))
-            except UserError:  # of a server that fails half way
+            except (UserError, KeyboardInterrupt):  # of a server that fails half way, or Ctrl-C
                 write()
                 raise
             write()
