@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from tiny_folder import make_target
 
 from fasteagle_jax.cli import VERBS, main
 
@@ -47,6 +48,19 @@ def test_python_in_documents_compiles_and_what_it_imports_is_there(path: Path) -
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fasteagle_jax"):
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if blocks(path, "python")], ids=lambda path: path.name)
+def test_python_in_documents_runs_from_top_to_bottom(path: Path, tmp_path, monkeypatch, capsys) -> None:
+    """On a tiny target in place of the real one."""
+    monkeypatch.chdir(tmp_path)
+    target = make_target(tmp_path / "target")
+    Path("prompts.txt").write_text("The sky is\n\nA poem about the sea\n")  # one line is empty but for its end
+    namespace: dict = {"__name__": "__main__"}
+    for code in blocks(path, "python"):
+        exec(compile(code.replace("smollm2-135m", str(target)), path.name, "exec"), namespace)
+    assert capsys.readouterr().out and namespace["answer"].tokens
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
