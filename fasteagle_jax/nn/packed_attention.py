@@ -80,7 +80,7 @@ def packed_attention(
         if missing := _no_cudnn(q, k, v, packed, sinks):
             raise UserError(f"cuDNN's attention cannot be had ({missing}): use attention auto or xla")
         return _cudnn(q, k, v, packed.visible())
-    return _in_blocks(q, k, v, packed, sinks)
+    return _in_blocks(q, k, v, packed, sinks=sinks)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
@@ -104,7 +104,7 @@ def _no_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, sinks: j
 
 
 def _in_blocks(
-    q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, sinks: jax.Array | None = None, block: int = BLOCK
+    q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: int = BLOCK, sinks: jax.Array | None = None
 ) -> jax.Array:
     """Block-wise XLA fallback of `packed_attention`."""
     kv_heads = k.shape[2]
