@@ -138,9 +138,7 @@ class SparseMlp(nnx.Module):
         weighted = jnp.where(mine[..., None] < num_experts, weighted, 0)
         return sum((weighted[:, i] for i in range(1, k)), weighted[:, 0]).reshape(x.shape)
 
-    def _of_expert(
-        self, gate: Product, up: Product, down: Product, x: jax.Array, *, shard: ExpertShard
-    ) -> jax.Array:
+    def _of_expert(self, gate: Product, up: Product, down: Product, x: jax.Array, *, shard: ExpertShard) -> jax.Array:
         """[n, H] of x [n, H] by an expert's products; each device may have a part of H."""
         gated, raised = (product.add_bias(shard.sum_width(product.times(x))) for product in (gate, up))
         return down.add_bias(down.times(GATES[self.activation](gated, raised)))
@@ -221,6 +219,11 @@ def block_rows(num_tokens: int, k: int, num_experts: int, platform: str) -> int:
     share = -(-num_tokens * k // num_experts)
     least, most = (LEAST_BLOCK, FEW_TOKENS) if platform == "cpu" else (FEW_TOKENS, MOST_BLOCK)
     return min(num_tokens, most, max(least, 1 << share.bit_length()))
+
+
+def expected_experts(num_tokens: int, k: int, num_experts: int) -> float:
+    """The expected number of experts that n tokens choose, if the router chooses all alike and independently."""
+    return num_experts * (1 - (1 - k / num_experts) ** num_tokens)
 
 
 def expected_turns(num_tokens: int, k: int, num_experts: int, block: int) -> float:

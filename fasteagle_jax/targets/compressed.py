@@ -23,7 +23,7 @@ _READ = "compressed-tensors with 8-bit weights, symmetric, a scale a channel or 
 
 
 def is_rounded(hf: Mapping[str, Any], path: Path, packed: Sequence[str] = ()) -> bool:
-    """Whether a config.json says that matrices are rounded as here; UserError, naming it, for a scheme that is not read.
+    """Whether a config.json says that matrices are rounded as here; UserError, naming the scheme, if it is not read.
 
     `packed` are methods that the family unpacks.
     """

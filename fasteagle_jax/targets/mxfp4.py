@@ -19,7 +19,7 @@ _PAIRS = np.stack([_VALUES[np.arange(256) & 15], _VALUES[np.arange(256) >> 4]], 
 
 
 def unpacked(name: str, blocks: StoredTensor, scales: StoredTensor) -> StoredTensor:
-    """The matrices bfloat16 [E, out, in], exact, of `blocks` uint8 [E, out, in/32, 16] and `scales` uint8 [E, out, in/32].
+    """Matrices bfloat16 [E, out, in], exact, of `blocks` uint8 [E, out, in/32, 16] and `scales` uint8 [E, out, in/32].
 
     Raises UserError if the shapes do not go together.
     """

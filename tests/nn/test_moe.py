@@ -26,7 +26,6 @@ rng = np.random.default_rng(0)
 def sparse(**changes) -> SparseMlp:
     config = dataclasses.replace(ExpertsConfig(E, K, WIDE, renormalised=True), **changes)
 
-
     def make() -> SparseMlp:
         mlp = SparseMlp(H, config, iter(jax.random.split(jax.random.key(0), 2)))
         for i, (path, node) in enumerate(nnx.iter_graph(mlp)):

@@ -189,7 +189,9 @@ def test_a_gguf_of_it_is_that_of_its_folder(folders, tmp_path):
         for name, place in (("gate_proj", "ffn_gate_exps"), ("up_proj", "ffn_up_exps"), ("down_proj", "ffn_down_exps")):
             experts = f"model.layers.{i}.mlp.experts"
             writer.add_tensor(f"blk.{i}.{place}.bias", checkpoint.read(f"{experts}.{name}.bias").astype(np.float32))
-            source, rows = ("down_proj", slice(None)) if name == "down_proj" else ("gate_up_proj", slice(name[0] == "u", None, 2))
+            source, rows = (
+                ("down_proj", slice(None)) if name == "down_proj" else ("gate_up_proj", slice(name[0] == "u", None, 2))
+            )
             blocks, scales = (file[f"{experts}.{source}_{part}"][:, rows] for part in ("blocks", "scales"))
             pairs = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], 32)
             halves = pairs[..., :16] | pairs[..., 16:] << 4  # values j and j + 16 in byte j

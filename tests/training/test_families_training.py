@@ -31,8 +31,15 @@ def packed_batch() -> Batch:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("gemma3", {}), ("qwen3", CONTEXT), ("qwen3_moe", {}), ("qwen2_moe", CONTEXT), ("mixtral", {})],
-    ids=["gemma3", "qwen3, context", "qwen3_moe", "qwen2_moe, context", "mixtral"],
+    [
+        ("gemma3", {}),
+        ("qwen3", CONTEXT),
+        ("qwen3_moe", {}),
+        ("qwen2_moe", CONTEXT),
+        ("mixtral", {}),
+        ("gpt_oss", CONTEXT),
+    ],
+    ids=["gemma3", "qwen3, context", "qwen3_moe", "qwen2_moe, context", "mixtral", "gpt_oss, context"],
 )
 def test_the_loss_falls_and_steps_on_a_mesh_are_those_on_one_device(name, changes):
     target = tiny_family(hf_config(name) | SIZES)
