@@ -81,6 +81,13 @@ class GptOssConfig(SparseConfig):
 # --- tensors of its files ---------------------------------------------------------------------------------------
 
 
+# The rows (outputs) of the parts of a tensor of experts.
+_PARTS = {
+    "gate_up_proj": {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)},
+    "down_proj": {"down_proj": slice(None)},
+}
+
+
 def _tensors(tensors: Mapping[str, StoredTensor], config: GptOssConfig) -> dict[str, StoredTensor]:
     """The tensors of a Hugging Face folder by the names of the table below: unpacked, gate and up apart, [E, out, in].
 
@@ -91,30 +98,33 @@ def _tensors(tensors: Mapping[str, StoredTensor], config: GptOssConfig) -> dict[
         layer = f"model.layers.{i}."
         if (sinks := found.pop(f"{layer}self_attn.sinks", None)) is not None:
             found[f"{layer}self_attn.sinks.weight"] = sinks
-        experts = f"{layer}{_EXPERTS}."
-        for part in ("gate_up_proj", "down_proj"):
-            name = experts + part
-            bias, whole = found.pop(f"{name}_bias", None), found.pop(name, None)
-            blocks, scales = found.pop(f"{name}_blocks", None), found.pop(f"{name}_scales", None)
-            if blocks is not None and scales is not None:
-                matrix: StoredTensor | None = unpacked(name, blocks, scales)  # [E, out, in]
-            elif blocks is not None or scales is not None:
-                raise UserError(f"{name} has only one of blocks and scales: take the complete checkpoint")
-            else:
-                matrix = None if whole is None else _changed(whole, lambda x: x.swapaxes(1, 2))
-            for tensor, kind in ((matrix, "weight"), (bias, "bias")):
-                if tensor is None:
-                    continue
-                if part == "down_proj":
-                    found[f"{name}.{kind}"] = tensor
-                else:
-                    found[f"{experts}gate_proj.{kind}"] = _changed(tensor, lambda x: x[:, 0::2])
-                    found[f"{experts}up_proj.{kind}"] = _changed(tensor, lambda x: x[:, 1::2])
+        for name, parts in _PARTS.items():
+            experts = f"{layer}{_EXPERTS}."
+            bias, matrix = found.pop(f"{experts}{name}_bias", None), found.pop(f"{experts}{name}", None)
+            blocks, scales = (found.pop(f"{experts}{name}_{kind}", None) for kind in ("blocks", "scales"))
+            if (blocks is None) != (scales is None):
+                raise UserError(f"{experts}{name} has only one of blocks and scales: take the complete checkpoint")
+            for part, rows in parts.items():
+                if bias is not None:
+                    found[f"{experts}{part}.bias"] = _changed(bias, 2, lambda x, rows=rows: x[:, rows])
+                if matrix is not None:  # [E, in, out]
+                    found[f"{experts}{part}.weight"] = _changed(matrix, 3, lambda x, rows=rows: x.mT[:, rows])
+                if blocks is not None and scales is not None:
+                    own = (
+                        _changed(packed, dims, lambda x, rows=rows: x[:, rows])
+                        for packed, dims in ((blocks, 4), (scales, 3))
+                    )
+                    found[f"{experts}{part}.weight"] = unpacked(f"{experts}{part}", *own)
     return found
 
 
-def _changed(tensor: StoredTensor, change: Callable[[np.ndarray], np.ndarray]) -> StoredTensor:
-    """A tensor [E, ...] with its other dimensions changed by a view of arrays."""
+def _changed(tensor: StoredTensor, dims: int, change: Callable[[np.ndarray], np.ndarray]) -> StoredTensor:
+    """A tensor [E, ...] of so many dimensions with all but the first changed by a view; of others, itself.
+
+    The shape of the latter is found wrong when the target is loaded.
+    """
+    if len(tensor.shape) != dims:
+        return tensor
     shape = change(np.broadcast_to(np.zeros((), np.bool_), tensor.shape)).shape
     return StoredTensor(shape, lambda num: change(tensor.load(num)))
 

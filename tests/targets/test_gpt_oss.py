@@ -152,6 +152,8 @@ def test_blocks_and_scales_that_do_not_go_together_and_schemes_that_are_not_read
     assert f"{name}.bias is (3, 64) instead of (4, 64)" in message(tensors | fewer)
     flat = {f"{name}_bias": tensors[f"{name}_bias"].reshape(-1)}
     assert f"{name}.bias is (256,) instead of (4, 64)" in message(tensors | flat)
+    flat = {f"{name}_blocks": tensors[f"{name}_blocks"].reshape(4, -1)}
+    assert f"{name} has blocks (4, 1024) and scales (4, 64, 1), which are no" in message(tensors | flat)
     assert "quant_method mxfp8" in message(tensors, "mxfp8")
 
 
