@@ -83,8 +83,9 @@ def test_auto_chooses_smaller_trees_where_more_nodes_read_more_experts(name):
             nodes, levels = (1, 0) if tree is None else (tree.nodes, tree.levels)
             tokens = sum(0.7**i for i in range(levels + 1))
             seconds = reads(rows * nodes) / reads(rows)
-            counts = dict(rounds=100, row_rounds=100 * rows, tokens=round(100 * rows * tokens))
-            selector.record(rows, tree, **counts, seconds=100 * seconds)
+            rounds = 10  # too few for a tree to be measured again
+            counts = dict(rounds=rounds, row_rounds=rounds * rows, tokens=round(rounds * rows * tokens))
+            selector.record(rows, tree, **counts, seconds=rounds * seconds)
         tree = selector.choose(rows)
         return 1 if tree is None else tree.nodes
 
