@@ -85,7 +85,8 @@ def test_a_drafter_that_learned_a_sparse_targets_answers_drafts_them_also_from_i
     data = PackedData([Conversation.of(f"{i}", text, [[6, 40]]) for i, text in enumerate(texts)], 40, 4, 0)
 
     config = default_config(target.config, num_levels=2, feature_layers=(1, 2))
-    drafter = jax.jit(lambda target: init_drafter(config, target, jax.random.key(0)))(target)
+    # Random: the target's own layer guesses many of a random target's answers as it is.
+    drafter = init_drafter(config, target, jax.random.key(0), from_target=False)
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup_steps=10), 300)
     train = make_train_step(graph, optimizer, LossConfig(chunk=32), jnp.float32, 0)
@@ -93,7 +94,8 @@ def test_a_drafter_that_learned_a_sparse_targets_answers_drafts_them_also_from_i
     for step in range(300):
         state, result = train(state, constants, target, jax.tree.map(jnp.asarray, data.batch(step)))
         losses.append(float(result.loss))
-    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    # It ends near the target's entropy, which is high where the head is not the embedding.
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
     def accepted(drafter) -> int:
         drafted = generate(target, drafter, prompts, sampling, tree=TreeSpec("chain"), **sizes)
