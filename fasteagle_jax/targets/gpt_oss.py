@@ -6,7 +6,7 @@ Files have gate and up of all experts in one tensor, interleaved, and most have 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -106,25 +106,26 @@ def _tensors(tensors: Mapping[str, StoredTensor], config: GptOssConfig) -> dict[
                 raise UserError(f"{experts}{name} has only one of blocks and scales: take the complete checkpoint")
             for part, rows in parts.items():
                 if bias is not None:
-                    found[f"{experts}{part}.bias"] = _changed(bias, 2, lambda x, rows=rows: x[:, rows])
+                    found[f"{experts}{part}.bias"] = _rows(bias, 2, rows)
                 if matrix is not None:  # [E, in, out]
-                    found[f"{experts}{part}.weight"] = _changed(matrix, 3, lambda x, rows=rows: x.mT[:, rows])
+                    found[f"{experts}{part}.weight"] = _rows(matrix, 3, rows, transposed=True)
                 if blocks is not None and scales is not None:
-                    own = (
-                        _changed(packed, dims, lambda x, rows=rows: x[:, rows])
-                        for packed, dims in ((blocks, 4), (scales, 3))
-                    )
+                    own = _rows(blocks, 4, rows), _rows(scales, 3, rows)
                     found[f"{experts}{part}.weight"] = unpacked(f"{experts}{part}", *own)
     return found
 
 
-def _changed(tensor: StoredTensor, dims: int, change: Callable[[np.ndarray], np.ndarray]) -> StoredTensor:
-    """A tensor [E, ...] of so many dimensions with all but the first changed by a view; of others, itself.
+def _rows(tensor: StoredTensor, dims: int, rows: slice, *, transposed: bool = False) -> StoredTensor:
+    """Some rows of a tensor [E, out, ...], or `transposed` [E, in, out], of so many dimensions; of others, itself.
 
     The shape of the latter is found wrong when the target is loaded.
     """
     if len(tensor.shape) != dims:
         return tensor
+
+    def change(x: np.ndarray) -> np.ndarray:
+        return (x.mT if transposed else x)[:, rows]
+
     shape = change(np.broadcast_to(np.zeros((), np.bool_), tensor.shape)).shape
     return StoredTensor(shape, lambda num: change(tensor.load(num)))
 
