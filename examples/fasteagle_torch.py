@@ -131,10 +131,14 @@ class FastEagle:
         scores = scores * scale
         if cap := c.get("soft_cap"):
             scores = cap * torch.tanh(scores / cap)
-        weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)  # [K, G, T, T or T + 1]
+        scores = scores.masked_fill(~seen, -math.inf)  # [K, G, T, T or T + 1]
+        if c.get("sinks"):  # a score of each query head that takes part and has no value
+            sinks = self.weights[f"{layer}.self_attn.sinks.weight"].view(K, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = scores.softmax(dim=-1)
         attended = weights[..., :T] @ values[:, None]
         if context is not None:
-            attended = attended + weights[..., T:] * v[:, None]
+            attended = attended + weights[..., T : T + 1] * v[:, None]
         return self._matmul(f"{layer}.self_attn.o_proj", attended.reshape(-1, T, D).transpose(0, 1).reshape(T, -1))
 
     def _rotate(self, x: Tensor, next_position: bool) -> Tensor:

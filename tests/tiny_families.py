@@ -112,7 +112,17 @@ def hf_config(name: str, seed: int = 0) -> dict[str, Any]:
             "attention_bias": rng.random() < 0.5,
             "rope_scaling": YARN if seed < 3 else None,
         },
+        "gpt_oss": head_dim
+        | {
+            "sliding_window": window,
+            "layer_types": ["sliding_attention", *["full_attention"] * 3, "sliding_attention"] if seed == 5 else None,
+            "num_local_experts": rng.choice([4, 5, 8]) if seed else 4,
+            "num_experts_per_tok": rng.choice([1, 2, 4]) if seed else 2,
+            "rope_scaling": YARN | {"truncate": seed == 3, "beta_fast": 4.0},
+        },
     }
+    if name == "gpt_oss" and seed == 5:
+        hf["num_hidden_layers"] = 5
     if name in ("qwen2_moe", "qwen3_moe"):  # dense layers between for some
         own[name] |= {
             "num_experts": rng.choice([4, 8, 12]) if seed else 8,
@@ -136,8 +146,8 @@ def tiny_family(hf: dict[str, Any], seed: int = 0) -> Any:
 
     def make() -> Any:
         target = family_of(config).model(config, jax.random.key(seed))
-        for i, (_, node) in enumerate(nnx.iter_graph(target)):
-            if isinstance(node, nnx.Param) and len(node.axes) == 1:  # a norm or a bias
+        for i, (path, node) in enumerate(nnx.iter_graph(target)):
+            if isinstance(node, nnx.Param) and (len(node.axes) == 1 or path[-1] == "bias"):  # a norm, a bias or sinks
                 node[...] += 0.3 * jax.random.normal(jax.random.key(i), node.shape)
         return target
 
@@ -156,8 +166,8 @@ def torch_family(hf: dict[str, Any], folder: Path, seed: int = 0) -> PreTrainedM
     model = getattr(transformers, hf["architectures"][0])._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if name.endswith("bias"):
-                value.normal_()
+            if name.endswith(("bias", "sinks")):
+                value.normal_(std=4.0 if "gate_up" in name else 1.0)  # beyond the limits of the clamped SwiGLU
             elif "norm" in name:
                 value += torch.empty_like(value).uniform_(-0.5, 0.5)
     model.save_pretrained(folder)

@@ -31,6 +31,7 @@ from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import tree_choices
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import Cache
+from fasteagle_jax.targets.experts import relative_reads
 
 ROWS = (1, 2, 4, 8, 16, 32)
 ROUNDS = 4  # timed together
@@ -79,7 +80,7 @@ def rows(
         )
     decoders_of_auto = {
         f"round, {tree or 'plain'}": (None if tree is None else trained, tree)
-        for tree in tree_choices(trained.num_levels)
+        for tree in tree_choices(trained.num_levels, functools.partial(relative_reads, models.target.config))
     }
     rounds = round_timers(models.target, decoders_of_auto, first_turns[0], sampling, max_new)
     sizes: dict[str, Any] = {"max_new": max_new, "num_levels": num_levels_of(None, None), "chunk": CHUNK}

@@ -24,7 +24,6 @@ from fasteagle_jax.commands.terminal import add_rule_options, add_sampling_optio
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import MAX_LOOKUP, TreeSpec
-from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh
 from fasteagle_jax.engine.detokenizer import Detokenizer, TextStream
 from fasteagle_jax.engine.engine import Engine
@@ -35,7 +34,9 @@ from fasteagle_jax.io.text import json_value
 from fasteagle_jax.targets.loading import open_checkpoint
 from fasteagle_jax.targets.templates import ChatOptions
 
-ONE_AT_A_TIME = "best_first:4 on a CPU, best_first:16 elsewhere"  # what `tree_named(None)` is, in words
+ONE_AT_A_TIME = (
+    "best_first:4 on a CPU, best_first:16 elsewhere"  # for a dense target what `tree_named(None)` is, in words
+)
 COLOURS = ("green", "cyan", "blue", "magenta", "yellow", "red", "bright_black")  # of depths 1, 2, ...; the last: deeper
 MARKS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -153,10 +154,10 @@ def chat_options(args: argparse.Namespace) -> ChatOptions:
 def tree_named(text: str | None) -> TreeSpec | str | None:
     """The `tree` of `Engine` for the value of --tree: a TreeSpec, "auto", or None for `plain`.
 
-    Without a value, the tree of a single conversation, which is over before "auto" would have measured.
+    Without a value "single", for a conversation that is over before "auto" would have measured.
     """
     if text is None:
-        return default_tree(jax.default_backend())
+        return "single"
     if text in ("auto", "plain"):
         return "auto" if text == "auto" else None
     return TreeSpec.parse(text)

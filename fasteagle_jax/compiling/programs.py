@@ -41,7 +41,7 @@ from fasteagle_jax.devices.sharding import (
 )
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.moe import LOOP, SparseMlp, block_rows, expected_turns
+from fasteagle_jax.nn.moe import LOOP, SparseMlp, block_rows, expected_experts, expected_turns
 from fasteagle_jax.nn.transformer import stacks_are_faster
 from fasteagle_jax.targets.loading import target_shapes
 from fasteagle_jax.training.config import RunConfig, drafter_config
@@ -429,9 +429,9 @@ def _experts(config: RunConfig, mesh: Mesh, target: Any, num_tokens: int, num_ro
     data, tensor = mesh.shape["data"], mesh.shape["tensor"]
     tokens = num_tokens // data if num_rows % data == 0 else num_tokens
     routing = tokens, sizes.experts_per_token, sizes.num_experts
-    share = 1 - (1 - sizes.experts_per_token / sizes.num_experts) ** tokens
+    number = expected_experts(*routing)
     turns = expected_turns(*routing, block_rows(*routing, mesh.devices.flat[0].platform))
-    return Experts(share * sizes.num_experts / tensor, turns / tensor, (1 - share) * bytes_of(own))
+    return Experts(number / tensor, turns / tensor, (1 - number / sizes.num_experts) * bytes_of(own))
 
 
 def _read(target: Any) -> Any:

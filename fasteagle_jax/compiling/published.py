@@ -12,6 +12,7 @@ from fasteagle_jax.devices.sharding import MeshShape
 from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.config import DecoderConfig
 from fasteagle_jax.targets.gemma import Gemma3Config
+from fasteagle_jax.targets.gpt_oss import GptOssConfig
 from fasteagle_jax.targets.llama import LlamaConfig
 from fasteagle_jax.targets.mistral import MistralConfig
 from fasteagle_jax.targets.qwen import Qwen3Config
@@ -86,6 +87,17 @@ _QWEN3_30B_A3B = Qwen3MoeConfig.from_hf(
         norm_topk_prob=True,
     )
 )
+_GPT_OSS_20B = GptOssConfig.from_hf(
+    dict(
+        vocab_size=201_088,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_hidden_layers=24,
+        num_attention_heads=64,
+        num_local_experts=32,
+        swiglu_limit=7.0,
+    )
+)
 _MISTRAL_7B = MistralConfig.from_hf(
     dict(
         vocab_size=32_768,
@@ -127,6 +139,7 @@ PUBLISHED = {
     ),
     "qwen3_8b": _run("qwen3_8b", "Qwen/Qwen3-8B", _QWEN3_8B),
     "qwen3_30b_a3b": _run("qwen3_30b_a3b", "Qwen/Qwen3-30B-A3B", _QWEN3_30B_A3B, mesh=MeshShape(fsdp=2, tensor=4)),
+    "gpt_oss_20b": _run("gpt_oss_20b", "openai/gpt-oss-20b", _GPT_OSS_20B, mesh=MeshShape(fsdp=2, tensor=4)),
     "mistral_7b": _run(
         "mistral_7b",
         "mistralai/Mistral-7B-Instruct-v0.3",

@@ -40,6 +40,7 @@ from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.devices.sharding import by_shard, constrain_all
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.kv_cache import commit
+from fasteagle_jax.targets.experts import relative_reads
 
 # --- a round ----------------------------------------------------------------------------------------------------
 
@@ -346,7 +347,7 @@ def generate(
     if not prompts or chunk < 1:
         raise UserError(f"{len(prompts)} prompts in chunks of {chunk}: give at least one prompt, and 1")
     stop = make_stop(len(prompts), max_new, stop_tokens)
-    tree = tree or default_tree(jax.default_backend())
+    tree = tree or default_tree(jax.default_backend(), functools.partial(relative_reads, config))
     if lookup is not None:
         tree = dataclasses.replace(tree, lookup=lookup)
     for i, prompt in enumerate(prompts):

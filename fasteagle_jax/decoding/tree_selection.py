@@ -8,7 +8,7 @@ change a token of any answer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fasteagle_jax.decoding.tree import TreeSpec
 
@@ -25,20 +25,40 @@ def affordable_nodes(costs: Mapping[int, float]) -> int:
     return max((rows for rows, cost in costs.items() if cost <= MAX_RELATIVE_COST), default=min(costs))
 
 
-def default_tree(platform: str) -> TreeSpec:
+# What a target's pass over so many tokens reads, relative to a pass over one: more experts if it is sparse.
+Reads = Callable[[int], float]
+
+
+def dense(num_tokens: int) -> float:
+    """The Reads of a dense target."""
+    return 1.0
+
+
+def default_tree(platform: str, reads: Reads = dense) -> TreeSpec:
     """The TreeSpec for a single request, too short for "auto" to measure, on a JAX platform.
 
-    On a platform without listed costs reading the weights bounds a pass, and the nodes of TreeSpec() cost little.
+    On a platform without listed costs reading the weights bounds a pass: of a dense target the nodes of TreeSpec()
+    cost little, of a sparse one they cost the experts that they add.
     """
-    costs = PASS_COSTS.get(platform)
-    return TreeSpec() if costs is None else TreeSpec("best_first", nodes=affordable_nodes(costs))
+    costs = PASS_COSTS.get(platform) or dict.fromkeys((2, 4, 8, TreeSpec().nodes), 1.0)
+    return TreeSpec("best_first", affordable_nodes({rows: cost * reads(rows) for rows, cost in costs.items()}))
 
 
-def tree_choices(num_levels: int) -> tuple[TreeSpec | None, ...]:
-    """The trees to choose from for a drafter of N levels, from None (plain decoding) to a large one."""
+def tree_choices(num_levels: int, reads: Reads = dense, slots: int = 1) -> tuple[TreeSpec | None, ...]:
+    """The trees to choose from for a drafter of N levels, from None (plain decoding) to a large one.
+
+    A target whose pass over few tokens costs more than one token's has a smaller one, too. Left out is a tree that
+    cannot pay with up to `slots` rows: whose pass reads as much as plain passes for all the tokens it could give.
+    """
+    sizes = [(4, 3), (8, 4), (16, num_levels)]
+    if reads(4) > MAX_RELATIVE_COST:
+        sizes.insert(0, (2, 1))
     trees: list[TreeSpec | None] = [None]
-    for nodes, levels in ((4, 3), (8, 4), (16, num_levels)):
-        trees.append(TreeSpec("best_first", nodes=nodes, levels=min(levels, num_levels)))
+    for nodes, levels in sizes:
+        levels = min(levels, num_levels)
+        # With more rows the others' experts are read anyway, so that `slots` rows are the best case.
+        if reads(slots * nodes) < (levels + 1) * reads(slots):
+            trees.append(TreeSpec("best_first", nodes=nodes, levels=levels))
     return tuple(dict.fromkeys(trees))
 
 

@@ -231,6 +231,7 @@ def attention_of(target_config: Any, layer: int) -> dict[str, Any]:
         "soft_cap": kind.soft_cap,
         "qkv_bias": shared.attention_bias or shared.qkv_bias,
         "qk_norm": shared.qk_norm,
+        "sinks": shared.sinks,
         "attention_scale": shared.attention_scale,
     }
 
@@ -254,7 +255,12 @@ def copy_layer(into: Any, source: Any) -> list[str]:
         part, own = (getattr(m, attribute) if attribute else m for m in (of_source, of_drafter))
         if part is None:
             continue
-        if isinstance(part, RMSNorm):
+        if isinstance(part, nnx.Variable):
+            if own is None:
+                left.append(name)
+            else:
+                own[...] = jnp.broadcast_to(part[...].astype(jnp.float32), own.shape)
+        elif isinstance(part, RMSNorm):
             if own is None or own.weight.shape[-1:] != part.weight.shape:
                 left.append(name)
             else:

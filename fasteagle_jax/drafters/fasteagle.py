@@ -79,6 +79,7 @@ class FastEagleConfig(DrafterConfig):
     qk_norm: bool = False
     attention_scale: float | None = None
     soft_cap: float | None = None
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,6 +184,7 @@ class Layer(nnx.Module):
             output_bias=False,
             scale=c.attention_scale,
             norm=head_norm if c.qk_norm else None,
+            sinks=c.sinks,
         )
         self.mlp = Mlp(c.hidden_size, c.intermediate_size, keys, dtype)
 

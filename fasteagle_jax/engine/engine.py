@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
 import time
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fasteagle_jax.decoding.tree import TreeSpec, check_lookup
-from fasteagle_jax.decoding.tree_selection import TreeSelector, tree_choices
+from fasteagle_jax.decoding.tree_selection import Reads, TreeSelector, default_tree, tree_choices
 from fasteagle_jax.devices.memory import Memory, bytes_of
 from fasteagle_jax.devices.sharding import place_weights
 from fasteagle_jax.drafters import table
@@ -59,6 +60,7 @@ from fasteagle_jax.engine.slots import AXES
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.text import check_text
 from fasteagle_jax.nn.linear import product_dtype
+from fasteagle_jax.targets.experts import relative_reads
 from fasteagle_jax.targets.loading import load_target, open_checkpoint, target_shapes
 from fasteagle_jax.targets.messages import plain_messages, short
 from fasteagle_jax.targets.templates import PLAIN, ChatOptions
@@ -111,8 +113,8 @@ class Engine:
           slots: B, requests under way at once.
           max_len: the most tokens of a request, prompt and answer together; None for what the target has positions
             for, but at most DEFAULT_MAX_LEN.
-          tree: what to draft: a TreeSpec, its name ("best_first:16"), "auto" for the fastest by measurement, or None
-            for plain decoding.
+          tree: what to draft: a TreeSpec, its name ("best_first:16"), "auto" for the fastest by measurement, "single"
+            for that of a single request (see `tree_selection.default_tree`), or None for plain decoding.
           lookup: K, for trees that also hold what is copied from a request's own text after suffixes of up to K
             tokens (see decoding.lookup); None for trees of the drafter alone.
           chunk: C, prompt tokens a forward pass of the prefill takes; None for 64 on a CPU and 256 elsewhere.
@@ -147,7 +149,8 @@ class Engine:
         self.fingerprint = fingerprint
         self.num_slots = slots
         self.row_counts = row_counts(slots, 1 if mesh is None else mesh.shape["data"])
-        self.trees = _trees(tree, drafter, lookup)
+        reads = functools.partial(relative_reads, target.config)
+        self.trees = _trees(tree, drafter, lookup, reads, slots)
         self._tree_selector = TreeSelector(self.trees)
         self.prefill_budget = check_prefill(prefill_budget, chunk)
         buckets = prompts_together(prompt_buckets(self.max_len, chunk), chunk, self.prefill_budget, slots)
@@ -589,13 +592,17 @@ def _parts(item: Any, index: int) -> tuple[Prompt, SamplingParams, ChatOptions]:
     )
 
 
-def _trees(tree: TreeSpec | str | None, drafter: Any | None, lookup: int | None) -> tuple[TreeSpec | None, ...]:
+def _trees(
+    tree: TreeSpec | str | None, drafter: Any | None, lookup: int | None, reads: Reads, slots: int
+) -> tuple[TreeSpec | None, ...]:
     """The trees to choose from, None for plain decoding (see Engine)."""
     if drafter is None or tree is None:
         return (None,)
     trees: tuple[TreeSpec | None, ...]
     if tree == "auto":
-        trees = tree_choices(drafter.num_levels)
+        trees = tree_choices(drafter.num_levels, reads, slots)
+    elif tree == "single":
+        trees = (default_tree(jax.default_backend(), reads),)
     else:
         trees = (TreeSpec.parse(tree) if isinstance(tree, str) else tree,)
     if lookup is None:

@@ -78,6 +78,7 @@ def attention(
     visible: jax.Array,
     past: Past | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of fresh queries over the committed past and the fresh keys, under one softmax.
 
@@ -87,6 +88,7 @@ def attention(
       visible: bool [B, Q, T], True where query i may see fresh key j; every query must see one, usually its own.
       past: committed slots; None for none.
       soft_cap: see `capped`.
+      sinks: [K*G], a score of each query head that counts in the softmax's sum and has no value; None for none.
 
     Returns:
       [B, K, G*Q, D] in v's dtype. Scores and softmax are float32.
@@ -100,11 +102,16 @@ def attention(
     fresh = jnp.einsum("bkmd,bktd->bkmt", q, k, preferred_element_type=jnp.float32)
     fresh = jnp.where(mask, capped(fresh, soft_cap), MASKED)
     largest = jax.lax.stop_gradient(fresh.max(axis=-1, keepdims=True))  # [B, K, G*Q, 1]
+    of_sinks = None if sinks is None else sink_scores(sinks, k.shape[1], visible.shape[1])
+    if of_sinks is not None:
+        largest = jnp.maximum(largest, jax.lax.stop_gradient(of_sinks))
     past_scores = _past_scores(q, past, groups, soft_cap) if past is not None and not blockwise else None
     if past_scores is not None:
         largest = jnp.maximum(largest, past_scores.max(axis=-1, keepdims=True))
     p = jnp.exp(fresh - largest)
     total = p.sum(axis=-1, keepdims=True)
+    if of_sinks is not None:
+        total += jnp.exp(of_sinks - largest)
     out = jnp.einsum("bkmt,bktd->bkmd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
     if past is None:
         return (out / total).astype(v.dtype)
@@ -185,6 +192,11 @@ def capped(scores: jax.Array, soft_cap: float | None) -> jax.Array:
     return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
 
 
+def sink_scores(sinks: jax.Array, num_kv_heads: int, num_tokens: int) -> jax.Array:
+    """The sinks [K*G] of query heads as scores float32 [K, G*Q, 1] of `attention`'s rows for Q query tokens."""
+    return jnp.repeat(sinks.astype(jnp.float32).reshape(num_kv_heads, -1), num_tokens, axis=1)[..., None]
+
+
 def _past_scores(q: jax.Array, past: Past, groups: int, soft_cap: float | None) -> jax.Array:
     """Scores float32 [B, K, G*Q, S] of scaled queries over committed slots, MASKED where a slot is not seen."""
     seen = jnp.tile(past.seen, (1, groups if past.seen.shape[1] > 1 else 1, 1))  # [B, G*Q or 1, S]
@@ -210,9 +222,10 @@ def _block(past: Past, i: jax.Array, row: jax.Array | None = None) -> Past:
 
 # --- a layer's attention ----------------------------------------------------------------------------------------
 
-# The attention function that a layer is given: from q [B, Q, heads, D] and the layer's fresh k and v [B, Q, K, D] to
-# the attended values, in q's shape. It may add other keys and values, or replace the fresh ones.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# The attention function that a layer is given: from q [B, Q, heads, D], the layer's fresh k and v [B, Q, K, D] and its
+# sinks [heads], or None, to the attended values, in q's shape. It may add other keys and values, or replace the fresh
+# ones.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,11 +236,11 @@ class Cached:
     past: Past | None = None
     soft_cap: float | None = None
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
         """`attention` in the layout of an Attend."""
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, Q, D]
         q_by_head = by_kv_head(q, k.shape[1])
-        return by_token(attention(q_by_head, k, v, self.visible, self.past, self.soft_cap), q.shape[1])
+        return by_token(attention(q_by_head, k, v, self.visible, self.past, self.soft_cap, sinks), q.shape[1])
 
 
 class Attention(nnx.Module):
@@ -247,6 +260,7 @@ class Attention(nnx.Module):
         num_in: int | None = None,
         scale: float | None = None,
         norm: Callable[[], RMSNorm] | None = None,
+        sinks: bool = False,
     ):
         """Random weights.
 
@@ -257,6 +271,7 @@ class Attention(nnx.Module):
           num_in: the input's width; None for `hidden_size`.
           scale: of scores; None for head_dim^-1/2.
           norm: makes the norms of a query's and of a key's heads; None for none.
+          sinks: whether each query head has a learned score that takes part in its softmax and has no value.
         """
         num_in = num_in or hidden_size
         output_bias = bias if output_bias is None else output_bias
@@ -270,13 +285,15 @@ class Attention(nnx.Module):
         self.query_gain = 1.0 if scale is None else scale * head_dim**0.5
         self.q_norm = None if norm is None else norm()
         self.k_norm = None if norm is None else norm()
+        self.sinks = nnx.Param(jnp.zeros((num_heads,), dtype), axes=("heads",)) if sinks else None
 
     def __call__(
         self, x: jax.Array, rotation: Rotation, attend: Attend
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """What attention adds to the stream [B, Q, H], and the fresh keys and values, each [B, K, Q, D]."""
         q, k, v = self.project(x, rotation)
-        out = self.output(attend(q, k, v).astype(x.dtype))
+        sinks = None if self.sinks is None else self.sinks[...]
+        out = self.output(attend(q, k, v, sinks).astype(x.dtype))
         return out, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
 
     def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:

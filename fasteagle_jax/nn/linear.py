@@ -170,6 +170,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] times the weight, plus the bias: [..., out] in x's dtype."""
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """x [..., in] times the weight alone: [..., out] in x's dtype."""
         weight = self.weight[...].astype(self.dtype)
         if self.by_rows:
             rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
@@ -178,7 +183,7 @@ class Linear(nnx.Module):
             y = matmul(x, weight)
         if self.scale is not None:
             y = (y * self.scale[...]).astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y
 
     @property
     def by_rows(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,14 +11,24 @@ from flax import nnx
 
 from fasteagle_jax.nn.linear import Linear
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+GATE_GAIN, GATE_LIMIT = 1.702, 7.0  # of the clamped SwiGLU
+
+
+def _clamped(gate: jax.Array, up: jax.Array) -> jax.Array:
+    gate, up = jnp.minimum(gate, GATE_LIMIT), jnp.clip(up, -GATE_LIMIT, GATE_LIMIT)
+    return gate * jax.nn.sigmoid(GATE_GAIN * gate) * (up + 1)
+
+
+# What an MLP's two products become together, by the activation's name.
+GATES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
+    "clamped_swiglu": _clamped,
 }
 
 
 class Mlp(nnx.Module):
-    """SwiGLU or GeGLU: down(act(gate(x)) * up(x)), from the normed stream to what is added to it."""
+    """A gated MLP: down(act(gate(x), up(x))), act one of GATES, from the normed stream to what is added to it."""
 
     def __init__(
         self,
@@ -32,7 +41,7 @@ class Mlp(nnx.Module):
         activation: str = "silu",
         width_axis: str | None = "mlp",
     ):
-        """Random weights; `activation` is one of ACTIVATIONS, `width_axis` the logical axis of the width within."""
+        """Random weights; `activation` is one of GATES, `width_axis` the logical axis of the width within."""
         inner, outer = ("embed", width_axis), (width_axis, "embed")
         self.activation = activation
         self.gate = Linear(hidden_size, intermediate_size, inner, next(keys), dtype, bias=bias)
@@ -41,4 +50,4 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., H] of x [..., H]."""
-        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+        return self.down(GATES[self.activation](self.gate(x), self.up(x)))

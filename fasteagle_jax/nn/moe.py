@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from flax import nnx
 
 from fasteagle_jax.devices.sharding import ExpertShard, by_experts, platform
 from fasteagle_jax.nn.linear import Linear
-from fasteagle_jax.nn.mlp import ACTIVATIONS, Mlp
+from fasteagle_jax.nn.mlp import GATES, Mlp
 
 LEAST_BLOCK, MOST_BLOCK = 8, 512  # rows that an expert multiplies at a time, on a CPU and on an accelerator
 LOOP = "experts"  # name in a program of the loop over experts
@@ -39,6 +39,7 @@ class ExpertsConfig:
     intermediate_size: int  # of an expert
     renormalised: bool  # the chosen experts' probabilities add up to 1
     shared_size: int | None = None  # of the expert that every token has, behind a gate; None for none
+    bias: bool = False  # of the experts and of the router
 
     def matrix_size(self, hidden_size: int) -> int:
         """Elements of the matrices that a token is multiplied with."""
@@ -54,7 +55,8 @@ class Router(Linear):
     def __call__(self, x: jax.Array) -> jax.Array:
         """float32 [..., out] of x [..., H], multiplied in float32."""
         x, matrix = x.astype(jnp.float32), self.matrix.astype(jnp.float32)
-        return jnp.einsum("...h,he->...e", x, matrix, precision=jax.lax.Precision.HIGHEST)
+        scores = jnp.einsum("...h,he->...e", x, matrix, precision=jax.lax.Precision.HIGHEST)
+        return scores if self.bias is None else scores + self.bias[...].astype(jnp.float32)
 
 
 class SparseMlp(nnx.Module):
@@ -72,22 +74,25 @@ class SparseMlp(nnx.Module):
         *,
         activation: str = "silu",
     ):
-        """Random weights; `activation` is one of ACTIVATIONS."""
+        """Random weights; `activation` is one of GATES."""
         c = config
         self.num_experts, self.num_chosen, self.renormalised = c.num_experts, c.num_chosen, c.renormalised
         self.activation = activation
-        self.router = Router(hidden_size, c.num_experts, ("embed", None), next(keys), dtype)
+        self.router = Router(hidden_size, c.num_experts, ("embed", None), next(keys), dtype, bias=c.bias)
         key_experts, key_shared, key_gate = jax.random.split(next(keys), 3)
 
         def expert(key: jax.Array) -> Mlp:
             # Experts are split over devices, and so their insides are not.
             of_expert = iter(jax.random.split(key, 3))
-            return Mlp(hidden_size, c.intermediate_size, of_expert, dtype, activation=activation, width_axis=None)
+            sizes = hidden_size, c.intermediate_size
+            return Mlp(*sizes, of_expert, dtype, bias=c.bias, activation=activation, width_axis=None)
 
         self.experts = jax.vmap(expert)(jax.random.split(key_experts, c.num_experts))
         for _, node in nnx.iter_graph(self.experts):
             if isinstance(node, nnx.Param):
                 node.set_metadata(axes=("expert", *node.axes), whole=True)
+        if (bias := self.experts.down.bias) is not None:  # split as the outputs are
+            bias.set_metadata(axes=("expert", "embed"))
         of_shared, size = iter(jax.random.split(key_shared, 3)), c.shared_size
         self.shared = Mlp(hidden_size, size, of_shared, dtype, activation=activation) if size else None
         self.shared_gate = Router(hidden_size, 1, ("embed", None), key_gate, dtype) if size else None
@@ -133,10 +138,21 @@ class SparseMlp(nnx.Module):
         weighted = jnp.where(mine[..., None] < num_experts, weighted, 0)
         return sum((weighted[:, i] for i in range(1, k)), weighted[:, 0]).reshape(x.shape)
 
-    def _of_expert(self, gate: Any, up: Any, down: Any, x: jax.Array, *, shard: ExpertShard) -> jax.Array:
-        """[n, H] of x [n, H] by the products `gate`, `up` and `down`; each device may have a part of H."""
-        hidden = ACTIVATIONS[self.activation](shard.sum_width(gate(x))) * shard.sum_width(up(x))
-        return down(hidden)
+    def _of_expert(self, gate: Product, up: Product, down: Product, x: jax.Array, *, shard: ExpertShard) -> jax.Array:
+        """[n, H] of x [n, H] by an expert's products; each device may have a part of H."""
+        gated, raised = (product.add_bias(shard.sum_width(product.times(x))) for product in (gate, up))
+        return down.add_bias(down.times(GATES[self.activation](gated, raised)))
+
+
+class Product(NamedTuple):
+    """A matrix product of some rows and, apart, since it may be a sum over devices, its bias."""
+
+    times: Callable[[jax.Array], jax.Array]  # [n, out] of [n, in]
+    bias: jax.Array | None  # [out], or [n, out]; None for none
+
+    def add_bias(self, y: jax.Array) -> jax.Array:
+        """y [n, out] and the bias."""
+        return y if self.bias is None else y + self.bias.astype(y.dtype)
 
 
 # --- weights of a stack of layers -------------------------------------------------------------------------------
@@ -166,7 +182,7 @@ def of_pairs(experts: Mlp, index: Any, x: jax.Array, chosen: jax.Array, block: i
     """The outputs [n, k, H] of the chosen experts int32 [n, k] for tokens x [n, H]; any value where chosen is E.
 
     `experts` are a layer's, or with `index` those of a stack; `block` is the number of rows that an expert multiplies
-    at a time; `mlp(gate, up, down, x)` is an expert's output, given its three products.
+    at a time; `mlp(gate, up, down, x)` is an expert's output, given its three Products.
     """
     (num_tokens, k), num_experts = chosen.shape, num_experts_of(experts)
     num_pairs = num_tokens * k
@@ -203,6 +219,11 @@ def block_rows(num_tokens: int, k: int, num_experts: int, platform: str) -> int:
     share = -(-num_tokens * k // num_experts)
     least, most = (LEAST_BLOCK, FEW_TOKENS) if platform == "cpu" else (FEW_TOKENS, MOST_BLOCK)
     return min(num_tokens, most, max(least, 1 << share.bit_length()))
+
+
+def expected_experts(num_tokens: int, k: int, num_experts: int) -> float:
+    """The expected number of experts that n tokens choose, if the router chooses all alike and independently."""
+    return num_experts * (1 - (1 - k / num_experts) ** num_tokens)
 
 
 def expected_turns(num_tokens: int, k: int, num_experts: int, block: int) -> float:
@@ -243,9 +264,8 @@ def _in_blocks(
         start = starts[e] + (i - (ends[e] - num_blocks[e])) * block
         of_block, expert = x[jax.lax.dynamic_slice_in_dim(tokens, start, block)], expert_at(e)
         # A last block's rows past its expert's are overwritten by the next expert's.
-        return jax.lax.dynamic_update_slice_in_dim(
-            outputs, mlp(expert.gate, expert.up, expert.down, of_block), start, axis=0
-        )
+        products = (_product(linear, linear.product, None) for linear in (expert.gate, expert.up, expert.down))
+        return jax.lax.dynamic_update_slice_in_dim(outputs, mlp(*products, of_block), start, axis=0)
 
     empty = jnp.zeros((len(tokens), x.shape[1]), x.dtype)
     with jax.named_scope(LOOP):
@@ -255,12 +275,21 @@ def _in_blocks(
 def _at_once(experts: Mlp, x: jax.Array, counts: jax.Array, mlp: Any) -> jax.Array:
     """Outputs [P, H] of pairs sorted by expert, x [P, H] their tokens, `counts` int32 [E] of each expert's."""
 
-    def product(linear: Linear) -> Any:
+    of_expert = jnp.repeat(jnp.arange(len(counts)), counts, total_repeat_length=len(x))  # int32 [P]
+
+    def product(linear: Linear) -> Product:
         def apply(x: jax.Array) -> jax.Array:
             weight = linear.weight[...]
             y = jax.lax.ragged_dot(x.astype(weight.dtype), weight, counts, preferred_element_type=jnp.float32)
             return y.astype(x.dtype)
 
-        return apply
+        return _product(linear, apply, of_expert)
 
     return mlp(product(experts.gate), product(experts.up), product(experts.down), x)
+
+
+def _product(linear: Linear, times: Callable[[jax.Array], jax.Array], rows: jax.Array | None) -> Product:
+    """The Product of a Linear, `times` without its bias; `rows` int32 [n] pick a row's bias [out] of several."""
+    if linear.bias is None:
+        return Product(times, None)
+    return Product(times, linear.bias[...] if rows is None else linear.bias[...][rows])

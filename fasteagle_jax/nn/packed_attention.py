@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from fasteagle_jax.devices.sharding import platform, spec
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line
-from fasteagle_jax.nn.attention import MASKED, attention, by_kv_head, by_token, capped
+from fasteagle_jax.nn.attention import MASKED, attention, by_kv_head, by_token, capped, sink_scores
 
 BLOCK = 512  # queries whose scores are alive at once
 TILE = 128  # queries of a single block that read the keys up to their last one
@@ -36,9 +36,9 @@ class Packed(NamedTuple):
     kind: str = "auto"  # of KINDS
     soft_cap: float | None = None  # see nn.attention.capped
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
         """`packed_attention`, as an Attend (see nn.attention)."""
-        return packed_attention(q, k, v, self)
+        return packed_attention(q, k, v, self, sinks)
 
     def within(self, window: int | None, soft_cap: float | None = None) -> Packed:
         """This Packed with another window, None for all, and another soft cap of scores."""
@@ -59,9 +59,12 @@ class Packed(NamedTuple):
         return seen & (jnp.take_along_axis(self.segments, at, axis=1)[..., None] == self.segments[:, None])
 
 
-def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Array:
+def packed_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, sinks: jax.Array | None = None
+) -> jax.Array:
     """Softmax attention of q [B, T, K*G, D] over k and v [B, T, K, D]: [B, T, K*G, D] in v's dtype.
 
+    `sinks` [K*G] are those of `nn.attention.attention`, None for none.
     Raises UserError for an unknown kind, or one that does not support the shapes.
     """
     kind = packed.kind
@@ -69,25 +72,27 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -
         raise UserError(f"attention {kind!r} is not known: use one of {', '.join(KINDS)}")
     if kind == "auto":
         kind = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "xla")
-        if (kind == "splash" and _tile(q.shape[1]) is None) or (kind == "cudnn" and _no_cudnn(q, k, v, packed)):
+        if (kind == "splash" and _tile(q.shape[1]) is None) or (kind == "cudnn" and _no_cudnn(q, k, v, packed, sinks)):
             kind = "xla"
     if kind == "splash":
-        return _splash(q, k, v, packed)
+        return _splash(q, k, v, packed, sinks)
     if kind == "cudnn":
-        if missing := _no_cudnn(q, k, v, packed):
+        if missing := _no_cudnn(q, k, v, packed, sinks):
             raise UserError(f"cuDNN's attention cannot be had ({missing}): use attention auto or xla")
         return _cudnn(q, k, v, packed.visible())
-    return _in_blocks(q, k, v, packed)
+    return _in_blocks(q, k, v, packed, sinks=sinks)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation="cudnn")
 
 
-def _no_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> str:
+def _no_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, sinks: jax.Array | None) -> str:
     """The reason in a few words why cuDNN does not support the arrays; empty if it does."""
     if packed.soft_cap is not None:
         return "it takes no soft cap of scores"
+    if sinks is not None:
+        return "it takes no sinks"
     if q.dtype == jnp.float32:
         return "it takes no float32"
     try:
@@ -98,7 +103,9 @@ def _no_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> str:
     return ""
 
 
-def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: int = BLOCK) -> jax.Array:
+def _in_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: int = BLOCK, sinks: jax.Array | None = None
+) -> jax.Array:
     """Block-wise XLA fallback of `packed_attention`."""
     kv_heads = k.shape[2]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, D]
@@ -108,7 +115,7 @@ def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, block: 
         size = rows.shape[1]
         visible = packed.visible(start, size)[:, :, :num_keys]
         seen = k[:, :, :num_keys], v[:, :, :num_keys], visible
-        return by_token(attention(by_kv_head(rows, kv_heads), *seen, soft_cap=packed.soft_cap), size)
+        return by_token(attention(by_kv_head(rows, kv_heads), *seen, soft_cap=packed.soft_cap, sinks=sinks), size)
 
     return in_blocks(attend, (q,), block)
 
@@ -168,9 +175,9 @@ class GivenPast:
     at: jax.Array | None = None  # int32 [B, A], the places of queries along T; None for T of them, at their own
     soft_cap: float | None = None
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
         """`own_path_attention`, as an Attend (see nn.attention)."""
-        return own_path_attention(q, [self.k, k], [self.v, v], self.visible, self.soft_cap, self.at)
+        return own_path_attention(q, [self.k, k], [self.v, v], self.visible, self.soft_cap, self.at, sinks)
 
 
 def own_path_attention(
@@ -180,11 +187,12 @@ def own_path_attention(
     visible: jax.Array | Packed,
     soft_cap: float | None = None,
     at: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of q [B, T, K*G, D] over keys[0] that `visible` allows and, of each later keys[i], the query's own one.
 
-    All keys and values are [B, T, K, D]; one softmax is over all that a query sees. With `at`, int32 [B, A], queries
-    and later keys are of these places along T alone, [B, A, ...].
+    All keys and values are [B, T, K, D]; one softmax is over all that a query sees, and its head's one of `sinks`
+    [K*G]. With `at`, int32 [B, A], queries and later keys are of these places along T alone, [B, A, ...].
     """
     batch, _, kv_heads, width = keys[0].shape
     q = (q * width**-0.5).reshape(batch, q.shape[1], kv_heads, -1, width)  # [B, T, K, G, D]
@@ -210,7 +218,11 @@ def own_path_attention(
         mask = jnp.tile(seen[:, :, :num_keys], (1, q.shape[3], 1))[:, None]
         scores = jnp.einsum("bkmd,bktd->bkmt", rows, first_k[:, :, :num_keys], preferred_element_type=jnp.float32)
         scores = jnp.where(mask, capped(scores, soft_cap), MASKED)
-        p = jax.nn.softmax(jnp.concatenate([scores, capped(later_rows, soft_cap)], axis=-1), axis=-1)
+        parts = [scores, capped(later_rows, soft_cap)]
+        if sinks is not None:  # last, and without a value
+            of_sinks = sink_scores(sinks, kv_heads, size)
+            parts.append(jnp.broadcast_to(of_sinks, (*scores.shape[:-1], 1)))
+        p = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1)[..., : num_keys + later_rows.shape[-1]]
         first_p = p[..., :num_keys].astype(rows.dtype)
         out = jnp.einsum("bkmt,bktd->bkmd", first_p, first_v[:, :, :num_keys], preferred_element_type=jnp.float32)
         return by_token(jnp.concatenate([out, p[..., num_keys:]], axis=-1), size)
@@ -230,7 +242,7 @@ def _tile(num_tokens: int) -> int | None:
     return next((tile for tile in TILES if num_tokens % tile == 0), None)
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Array:
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed, sinks: jax.Array | None) -> jax.Array:
     tile = _tile(q.shape[1])
     if tile is None:
         raise UserError(f"splash attention over {q.shape[1]} tokens: use a length that is a multiple of {TILES[-1]}")
@@ -240,13 +252,13 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, packed: Packed) -> jax.Arr
     )
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
-        return run(q, k, v, packed.segments)
+        return run(q, k, v, packed.segments, sinks)
     # GSPMD does not split a kernel: each device computes its own rows and heads.
     heads = spec(mesh, ("batch", None, "heads", None), k.shape)  # split by whole heads of K/V, and q with them
     rows = PartitionSpec(*spec(mesh, ("batch", None), packed.segments.shape))
-    return jax.shard_map(run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
-        q, k, v, packed.segments
-    )
+    of_sinks = PartitionSpec(heads[2])
+    specs = (heads, heads, heads, rows, None if sinks is None else of_sinks)
+    return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, packed.segments, sinks)
 
 
 def _splash_shard(
@@ -254,6 +266,7 @@ def _splash_shard(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array,
+    sinks: jax.Array | None,
     *,
     window: int | None,
     soft_cap: float | None,
@@ -280,7 +293,7 @@ def _splash_shard(
     )
 
     def row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        return kernel(q, k, v, segment_ids=SegmentIds(segments, segments))
+        return kernel(q, k, v, segment_ids=SegmentIds(segments, segments), sinks=sinks)
 
     q = (q * width**-0.5).astype(q.dtype)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))

@@ -40,7 +40,8 @@ class LayerConfig:
     qkv_bias: bool = False  # of q, k and v, and not of the output
     qk_norm: bool = False  # norms of queries' and keys' heads
     attention_scale: float | None = None  # of scores; None for head_dim^-1/2
-    activation: str = "silu"  # of mlp.ACTIVATIONS
+    sinks: bool = False  # see attention.Attention
+    activation: str = "silu"  # of mlp.GATES
     norm_offset: float = 0.0  # see norm.RMSNorm
     output_norms: bool = False  # norms of what attention and MLP add to the stream
     residual_scale: float = 1.0  # of what they add
@@ -68,6 +69,7 @@ DECODER_LAYER_NAMES = {  # Hugging Face's name of a part of a decoder layer: its
     "mlp.down_proj": "mlp.down",
     "self_attn.q_norm": "attention.q_norm",
     "self_attn.k_norm": "attention.k_norm",
+    "self_attn.sinks": "attention.sinks",
 }
 
 
@@ -98,6 +100,7 @@ class DecoderLayer(nnx.Module):
             output_bias=c.attention_bias,
             scale=c.attention_scale,
             norm=functools.partial(norm, c.head_dim) if c.qk_norm else None,
+            sinks=c.sinks,
         )
         self.mlp_norm = norm()
         self.mlp: Mlp | SparseMlp
@@ -198,7 +201,7 @@ class LayerContext(NamedTuple):
             number, windows = self.choice
             # lax.switch keeps weak references to its branches, which tuples such as Packed do not support.
             branches = [functools.partial(visible.within(window, self.soft_cap).__call__) for window in windows]
-            return lambda q, k, v: jax.lax.switch(number, branches, q, k, v)
+            return lambda q, k, v, sinks: jax.lax.switch(number, branches, q, k, v, sinks)
         if self.choice is None and self.window is None:
             return Cached(visible, past, self.soft_cap)
         window: Any = self.window

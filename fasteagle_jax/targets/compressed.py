@@ -7,7 +7,7 @@ float32.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,18 @@ _FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 _READ = "compressed-tensors with 8-bit weights, symmetric, a scale a channel or a tensor (int8, fp8)"
 
 
-def is_rounded(hf: Mapping[str, Any], path: Path) -> bool:
-    """Whether a config.json says that matrices are rounded; UserError, naming the scheme, for one that is not read."""
+def is_rounded(hf: Mapping[str, Any], path: Path, packed: Sequence[str] = ()) -> bool:
+    """Whether a config.json says that matrices are rounded as here; UserError, naming the scheme, if it is not read.
+
+    `packed` are methods that the family unpacks.
+    """
     scheme = hf.get("quantization_config") or hf.get("compression_config")
     if not scheme:
         return False
     method, form = scheme.get("quant_method"), scheme.get("format")
     wrong = []
+    if method in packed:
+        return False
     if method != "compressed-tensors":
         wrong.append(f"quant_method {method}")
     elif form not in _FORMATS:

@@ -38,6 +38,8 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "full_attn_mod": (1,),
     "num_experts": (0,),
     "num_local_experts": (0,),
+    "swiglu_alpha": (),
+    "swiglu_limit": (),
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.moe import ExpertsConfig
+from fasteagle_jax.nn.moe import ExpertsConfig, expected_experts
 from fasteagle_jax.nn.transformer import LayerConfig
 from fasteagle_jax.targets.config import DecoderConfig
 
@@ -42,6 +42,27 @@ class SparseConfig(DecoderConfig):
     def layer_at(self, index: int) -> LayerConfig:
         """Those of `layer`, of a dense one without experts."""
         return dataclasses.replace(self.layer, experts=None) if index in self.dense_layers else self.layer
+
+
+def relative_reads(config: Any, num_tokens: int) -> float:
+    """What a pass over n tokens is expected to read of a target's matrices, relative to a pass over one token.
+
+    It is 1 for a dense target; see moe.expected_experts for what is assumed of a router.
+    """
+    if not isinstance(config, SparseConfig):
+        return 1.0
+
+    def of_pass(num_tokens: int) -> float:
+        total = float(config.vocab_size * config.hidden_size)  # the head
+        for index in range(config.num_layers):
+            layer = config.layer_at(index)
+            total += layer.matrix_size
+            if (experts := layer.experts) is not None:
+                more = expected_experts(num_tokens, experts.num_chosen, experts.num_experts) - experts.num_chosen
+                total += more * 3 * config.hidden_size * experts.intermediate_size
+        return total
+
+    return of_pass(num_tokens) / of_pass(1)
 
 
 def expert_names(prefix: str, gate: str, up: str, down: str) -> dict[str, str]:

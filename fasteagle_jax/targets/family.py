@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES
+from fasteagle_jax.targets.checkpoint import StoredTensor
 from fasteagle_jax.targets.decoder import DecoderTarget
 
 TOP_NAMES = {"model.embed_tokens": "embedding", "model.norm": "norm", "lm_head": "head"}
@@ -37,6 +38,7 @@ class GgufNames:
     top: Mapping[str, str] = dataclasses.field(default_factory=lambda: GGUF_TOP_NAMES)  # to HF's, both without .weight
     block: Mapping[str, str] = dataclasses.field(default_factory=lambda: GGUF_BLOCK_NAMES)  # likewise within a layer
     permuted: tuple[str, ...] = ()  # keys of `block` whose rows GGUF orders by rotated pairs
+    rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # rope parameters that the files leave out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,3 +61,7 @@ class Family:
     fused: Callable[[Any], Mapping[str, Mapping[str, int]]] | None = None
     # Name in the file, within a layer, of the list of experts, each with tensors of its own; empty for none.
     experts: str = ""
+    # The tensors of a Hugging Face folder under the names of the tables, given those that it holds and the
+    # configuration, for what the fields above do not say.
+    tensors: Callable[[Mapping[str, StoredTensor], Any], dict[str, StoredTensor]] | None = None
+    packed: tuple[str, ...] = ()  # quant_method's of a config.json that `tensors` unpacks

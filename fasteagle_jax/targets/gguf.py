@@ -215,12 +215,18 @@ def _hf_config(
         raise UserError(f"{path}: partly rotated heads are not supported: use a plain Llama target")
     theta, max_positions = field("rope.freq_base", 10_000.0), field("context_length")
     scaling: dict[str, Any] = {"rope_type": field("rope.scaling.type", "none").replace("none", "default")}
+    scaling |= family.gguf.rope if family.gguf is not None else {}
     scaling["factor"] = field("rope.scaling.factor", 1.0)
     scaling["original_max_position_embeddings"] = field("rope.scaling.original_context_length", max_positions)
     if "rope_freqs.weight" in tensors:
         original = field("rope.scaling.original_context_length", 8192)
         scaling = _llama3_scaling(path, tensors["rope_freqs.weight"].read(), theta, head_dim, original)
-    return {
+    experts = {
+        name: value
+        for name, key in (("num_local_experts", "expert_count"), ("num_experts_per_tok", "expert_used_count"))
+        if (value := field(key, 0))
+    }
+    return experts | {
         "architectures": list(family.architectures),
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": field("embedding_length"),

@@ -35,13 +35,15 @@ def open_folder(folder: Path) -> Checkpoint:
         raise UserError(f"{path} has a value of a wrong type ({error}): take the model's own file") from error
     tensors: dict[str, StoredTensor] = {}
     for shard in _shards(folder):
-        tensors.update(read_safetensors(shard, rounded=is_rounded(hf, path)))
+        tensors.update(read_safetensors(shard, rounded=is_rounded(hf, path, family.packed)))
     tensors = _of_prefixes(tensors, family.prefixes)
     try:
         if family.fused is not None:
             tensors = split_fused(tensors, family.fused(config), config.num_layers)
         if family.experts:
             tensors = join_experts(tensors, family.experts, config.num_experts, config.num_layers)
+        if family.tensors is not None:
+            tensors = family.tensors(tensors, config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     return Checkpoint(folder, config, tensors)

@@ -8,6 +8,7 @@ from typing import Any
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets.family import Family
 from fasteagle_jax.targets.gemma import GEMMA2, GEMMA3
+from fasteagle_jax.targets.gpt_oss import GPT_OSS
 from fasteagle_jax.targets.granite import GRANITE
 from fasteagle_jax.targets.llama import LLAMA
 from fasteagle_jax.targets.mistral import MISTRAL
@@ -30,6 +31,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": MIXTRAL,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
+    "gpt_oss": GPT_OSS,
 }
 
 

@@ -41,6 +41,11 @@ _LLAMA3_PIECES = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_PIECES = _LLAMA3_PIECES.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
+_O200K_PIECES = (  # words end before a capital that follows a small letter, and keep their apostrophes
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -382,8 +387,8 @@ def _pre_tokenizer(path: Path, name: str) -> PreTokenizer:
         return byte_level
     if name == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    if name in (*_LLAMA3_NAMES, "qwen2"):
-        pieces = _QWEN2_PIECES if name == "qwen2" else _LLAMA3_PIECES
+    if name in (*_LLAMA3_NAMES, "qwen2", "gpt-4o"):
+        pieces = {"qwen2": _QWEN2_PIECES, "gpt-4o": _O200K_PIECES}.get(name, _LLAMA3_PIECES)
         return pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
@@ -391,6 +396,6 @@ def _pre_tokenizer(path: Path, name: str) -> PreTokenizer:
             ]
         )
     raise UserError(
-        f"{path} cuts text by the unknown rule {name!r} (known: gpt2, smollm, llama-bpe, qwen2): "
+        f"{path} cuts text by the unknown rule {name!r} (known: gpt2, smollm, llama-bpe, qwen2, gpt-4o): "
         "use the model's Hugging Face folder"
     )

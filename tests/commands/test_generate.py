@@ -51,7 +51,7 @@ def test_a_mesh_changes_no_answer(generate, talkative):
 
 def test_for_several_prompts_the_tree_is_measured_and_for_one_it_is_not(generate, talkative, monkeypatch):
     few = (None, TreeSpec("best_first", nodes=4))  # the engine's test of auto has them all
-    monkeypatch.setattr("fasteagle_jax.engine.engine.tree_choices", lambda num_levels: few)
+    monkeypatch.setattr("fasteagle_jax.engine.engine.tree_choices", lambda *sizes: few)
     target, drafter = talkative
     asked = ["--prompt", "Why?", "--target", target, "--max-new", 40]
     models = ["--drafter", drafter]

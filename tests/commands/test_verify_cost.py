@@ -14,7 +14,9 @@ def test_a_sweep_over_rows_holds_every_pass_and_round_against_the_plain_one(
     talkative, prompts_file, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(verify_cost, "ROWS", (1, 2))
-    monkeypatch.setattr(verify_cost, "tree_choices", lambda num_levels: (None, TreeSpec(nodes=4, levels=num_levels)))
+    monkeypatch.setattr(
+        verify_cost, "tree_choices", lambda num_levels, reads: (None, TreeSpec(nodes=4, levels=num_levels))
+    )
     argv = ["--target", talkative[0], "--drafters", f"f={talkative[1]}", "--tasks", prompts_file, "--limit", 1]
     argv += ["--sweep", "rows", "--max-len", 128, "--repeats", 2, "--results", tmp_path / "rows"]
     assert main([str(word) for word in argv]) == 0

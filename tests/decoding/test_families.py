@@ -93,23 +93,29 @@ def test_drafting_from_the_targets_cache_in_stacks_of_layers_is_lossless(name, i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)], ids=str)
-def test_experts_split_over_a_mesh_say_what_they_say_on_one_device(shape):
+@pytest.mark.parametrize(
+    ("name", "shape"), [("qwen3_moe", (2, 2, 2)), ("qwen3_moe", (1, 4, 2)), ("gpt_oss", (2, 2, 2))], ids=str
+)
+def test_experts_split_over_a_mesh_say_what_they_say_on_one_device(name, shape):
     sizes = dict(vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
-    target = tiny_family(hf_config("qwen3_moe") | sizes)
-    drafter, sampling = random_drafter(target), make_sampling(4, temperature=[0.0, 0.7, 40.0, 0.0], seed=[0, 1, 2, 3])
+    target = tiny_family(hf_config(name) | sizes)
+    changes = CONTEXT if name == "gpt_oss" else {}  # its sinks are split by heads, in both
+    drafter, sampling = (
+        random_drafter(target, **changes),
+        make_sampling(4, temperature=[0.0, 0.7, 40.0, 0.0], seed=[0, 1, 2, 3]),
+    )
     prompts = [*PROMPTS, PROMPTS[1][:5]]
     plain = generate(target, None, prompts, sampling, max_new=MAX_NEW, chunk=CHUNK)
     mesh = make_mesh(MeshShape(*shape))
     with jax.set_mesh(mesh):
         split = [place_weights(mesh, model) for model in (target, drafter)]
-        tree = TreeSpec("best_first", 12)
+        tree = TreeSpec("backbone", 4) if changes else TreeSpec("best_first", 12)
         drafted = generate(*split, prompts, sampling, tree=tree, max_new=MAX_NEW, chunk=CHUNK)
     np.testing.assert_array_equal(drafted.tokens, plain.tokens)
 
 
 # Of the families whose attention differs from Llama's, a layer of each kind: local and capped, local and normed, not
-# rotated, of a scale of its own, with biases.
+# rotated, of a scale of its own, with biases, with sinks.
 LAYERS = [
     ("gemma2", 0),
     ("gemma3", None),
@@ -118,6 +124,8 @@ LAYERS = [
     ("granite", None),
     ("qwen2", None),
     ("phi3", None),
+    ("gpt_oss", None),
+    ("gpt_oss", 0),
 ]
 
 
@@ -132,6 +140,7 @@ def test_a_drafter_that_reads_the_targets_cache_guesses_after_every_prefix_what_
     c = drafter.config
     kind = kinds[c.context_layer]
     assert (c.rope, c.window, c.soft_cap, c.qk_norm) == (kind.rope, kind.window, kind.soft_cap, shared.qk_norm)
+    assert c.sinks == shared.sinks == (drafter.shared.attention.sinks is not None)
     if layer is None:
         assert kind.window is None and all(later.window for later in kinds[c.context_layer + 1 :])
     text = rng.integers(V, size=24)
@@ -195,6 +204,17 @@ def test_a_drafter_starts_from_what_a_targets_layer_has_in_common_with_a_plain_o
     ]
     copied, own = sparse.layer(3).attention.o.matrix, jax.tree.map(lambda w: w[1], drafter.levels)
     np.testing.assert_array_equal(own.attention.o.matrix, copied)
+    caplog.clear()
+    sinks = tiny_family(hf_config("gpt_oss", 0) | {"tie_word_embeddings": False})
+    config = default_config(sinks.config, num_levels=N, feature_layers=(1, 2), **CONTEXT)
+    assert config.context_layer == 3 and config.sinks and config.qkv_bias
+    drafter = jax.jit(lambda target: init_drafter(config, target, jax.random.key(0)))(sinks)
+    assert caplog.messages == [
+        "the drafter starts from the target's layer 3, without self_attn.o_proj.bias, its experts, "
+        "its activation clamped_swiglu"
+    ]
+    copied = sinks.layer(3).attention.sinks[...]
+    np.testing.assert_array_equal(drafter.shared.attention.sinks[...], copied)
     caplog.clear()
     with_context = default_config(
         tiny_family(hf_config("qwen3", 0)).config, num_levels=N, feature_layers=(1, 2), **CONTEXT

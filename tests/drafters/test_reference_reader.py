@@ -35,6 +35,7 @@ VARIANTS = {
         "edges_reach": 2,
         "edges_gated": True,
         "draft_vocab_size": len(IDS),
+        "sinks": True,
     },
 }
 

@@ -123,7 +123,7 @@ def choices(tree, monkeypatch):
     """The engine's `tree` of a test's word for it: "auto: few" chooses from FEW."""
     if tree != "auto: few":
         return tree
-    monkeypatch.setattr("fasteagle_jax.engine.engine.tree_choices", lambda num_levels: FEW)
+    monkeypatch.setattr("fasteagle_jax.engine.engine.tree_choices", lambda *sizes: FEW)
     return "auto"
 
 

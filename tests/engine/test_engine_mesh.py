@@ -189,7 +189,7 @@ def one_of_two(words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TreeSelector, "unmeasured", lambda self, rows: [])
         patch.setattr(TreeSelector, "choose", lambda self, rows: trees[next(calls) % 2 if first else 0])
-        patch.setattr(fasteagle_jax.engine.engine, "tree_choices", lambda num_levels: trees)
+        patch.setattr(fasteagle_jax.engine.engine, "tree_choices", lambda *sizes: trees)
         patch.setattr(slots, "advance", lambda *a, **kw: used.append(str(kw["tree"])) or advance(*a, **kw))
         made = answer(load(target, drafter, SPLIT, slots=4, tree="auto"), 6)
     record = {"tokens": [completion.tokens for completion in made], "trees": used}

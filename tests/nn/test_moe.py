@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from fasteagle_jax.devices.sharding import MeshShape, check_experts, make_mesh, place_weights, shardings
 from fasteagle_jax.errors import UserError
@@ -24,22 +25,32 @@ rng = np.random.default_rng(0)
 
 def sparse(**changes) -> SparseMlp:
     config = dataclasses.replace(ExpertsConfig(E, K, WIDE, renormalised=True), **changes)
-    return jax.jit(lambda: SparseMlp(H, config, iter(jax.random.split(jax.random.key(0), 2))))()
+
+    def make() -> SparseMlp:
+        mlp = SparseMlp(H, config, iter(jax.random.split(jax.random.key(0), 2)))
+        for i, (path, node) in enumerate(nnx.iter_graph(mlp)):
+            if isinstance(node, nnx.Param) and path[-1] == "bias":
+                node[...] = jax.random.normal(jax.random.key(i), node.shape)
+        return mlp
+
+    return jax.jit(make)()
 
 
 def slow(mlp: SparseMlp, x: np.ndarray) -> np.ndarray:
     """Token by token and expert by expert."""
     silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
-    gate, up, down = (
-        np.asarray(part.matrix, np.float64) for part in (mlp.experts.gate, mlp.experts.up, mlp.experts.down)
-    )
+    parts = mlp.experts.gate, mlp.experts.up, mlp.experts.down
+    gate, up, down = (np.asarray(part.matrix, np.float64) for part in parts)
+    of_gate, of_up, of_down = (np.zeros(E) if part.bias is None else np.asarray(part.bias[...]) for part in parts)
+    of_router = 0 if mlp.router.bias is None else np.asarray(mlp.router.bias[...])
     out = np.zeros(x.shape)
     for token, y in zip(x.reshape(-1, H).astype(np.float64), out.reshape(-1, H), strict=True):
-        scores = np.exp(token @ np.asarray(mlp.router.matrix, np.float64))
+        scores = np.exp(token @ np.asarray(mlp.router.matrix, np.float64) + of_router)
         chosen = np.argsort(-scores, kind="stable")[: mlp.num_chosen]
         total = scores[chosen].sum() if mlp.renormalised else scores.sum()
         for e in chosen:
-            y += scores[e] / total * ((silu(token @ gate[e]) * (token @ up[e])) @ down[e])
+            hidden = silu(token @ gate[e] + of_gate[e]) * (token @ up[e] + of_up[e])
+            y += scores[e] / total * (hidden @ down[e] + of_down[e])
         if mlp.shared is not None:
             shared = [np.asarray(part.matrix, np.float64) for part in (mlp.shared.gate, mlp.shared.up, mlp.shared.down)]
             own = (silu(token @ shared[0]) * (token @ shared[1])) @ shared[2]
@@ -47,7 +58,9 @@ def slow(mlp: SparseMlp, x: np.ndarray) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("changes", [{}, {"renormalised": False, "shared_size": 20}, {"num_chosen": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"renormalised": False, "shared_size": 20}, {"num_chosen": 1}, {"bias": True}], ids=str
+)
 def test_a_token_has_its_own_experts_and_no_others(changes):
     mlp = sparse(**changes)
     x = rng.normal(size=(2, 5, H)).astype(np.float32)
@@ -79,11 +92,12 @@ def test_equal_scores_choose_the_first_experts():
     np.testing.assert_array_equal(mlp.route(jnp.ones((H,)))[0], [0, 1, 5])
 
 
-def test_rows_and_columns_and_products_all_at_once_are_the_same(monkeypatch):
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_rows_and_columns_and_products_all_at_once_are_the_same(bias, monkeypatch):
     """The last is what a TPU does with many tokens."""
-    mlp, x = sparse(), rng.normal(size=(2, 50, H)).astype(np.float32)
+    mlp, x = sparse(bias=bias), rng.normal(size=(2, 50, H)).astype(np.float32)
     expected = jax.jit(SparseMlp.__call__)(mlp, x)
-    by_rows = sparse()
+    by_rows = sparse(bias=bias)
     to_rows(by_rows)
     assert isinstance(by_rows.experts.down.weight, RowWeight) and by_rows.experts.down.weight.shape == (E, H, WIDE)
     np.testing.assert_allclose(jax.jit(SparseMlp.__call__)(by_rows, x), expected, **CLOSE)
@@ -120,7 +134,7 @@ def test_the_expected_turns_are_the_mean_of_random_choices():
     ],
 )
 def test_experts_on_a_mesh_are_those_on_one_device(shape, rows):
-    mlp, x = sparse(shared_size=16), rng.normal(size=(4, 6, H)).astype(np.float32)
+    mlp, x = sparse(shared_size=16, bias=True), rng.normal(size=(4, 6, H)).astype(np.float32)
     expected = jax.jit(SparseMlp.__call__)(mlp, x)
     mesh = make_mesh(MeshShape(*shape))
     assert shardings(mesh, mlp).experts.down.weight.get_value().spec[0] == "tensor"

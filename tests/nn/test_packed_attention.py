@@ -27,7 +27,7 @@ def qkv():
     return tuple(jnp.asarray(rng.standard_normal((B, T, h, D), dtype=np.float32)) for h in (HEADS, KV, KV))
 
 
-def slow(q, k, v, window, soft_cap):
+def slow(q, k, v, window, soft_cap, sinks=None):
     """Segment by segment, head by head."""
     out = np.zeros(q.shape, np.float32)
     for b in range(B):
@@ -39,8 +39,10 @@ def slow(q, k, v, window, soft_cap):
                 scores = np.asarray(q[b, at, h] @ k[b, at, h // (HEADS // KV)].T) / D**0.5
                 if soft_cap is not None:
                     scores = soft_cap * np.tanh(scores / soft_cap)
-                p = np.exp(np.where(seen, scores, -np.inf) - np.where(seen, scores, -np.inf).max(axis=1, keepdims=True))
-                out[b, at, h] = p / p.sum(axis=1, keepdims=True) @ np.asarray(v[b, at, h // (HEADS // KV)])
+                largest = np.where(seen, scores, -np.inf).max(axis=1, keepdims=True)
+                p = np.exp(np.where(seen, scores, -np.inf) - largest)
+                of_sink = 0 if sinks is None else np.exp(sinks[h] - largest)
+                out[b, at, h] = p / (p.sum(axis=1, keepdims=True) + of_sink) @ np.asarray(v[b, at, h // (HEADS // KV)])
     return out
 
 
@@ -49,6 +51,14 @@ def slow(q, k, v, window, soft_cap):
 def test_every_kind_is_attention_segment_by_segment(qkv, kind, window, soft_cap):
     out = jax.jit(lambda *x: packed_attention(*x, Packed(jnp.asarray(SEGMENTS), window, kind, soft_cap)))(*qkv)
     np.testing.assert_allclose(out, slow(*qkv, window, soft_cap), **CLOSE)
+
+
+@pytest.mark.parametrize(("window", "kind"), [(None, "xla"), (None, "splash"), (40, "splash")])
+def test_every_kind_has_sinks(qkv, window, kind):
+    sinks = np.asarray([0.5, -1.0, 3.0, 1.0], np.float32)
+    out = jax.jit(lambda *x: packed_attention(*x, Packed(jnp.asarray(SEGMENTS), window, kind), sinks))(*qkv)
+    np.testing.assert_allclose(out, slow(*qkv, window, None, sinks), **CLOSE)
+    assert "it takes no sinks" in packed._no_cudnn(*qkv, Packed(jnp.asarray(SEGMENTS)), sinks)
 
 
 @pytest.mark.parametrize(("window", "size"), [(None, 64), (40, 64), (None, 100)])  # 100: two blocks and 56 queries

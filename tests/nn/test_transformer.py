@@ -136,6 +136,25 @@ def test_reading_the_past_block_by_block_is_reading_it_in_one_go(filled):
         np.testing.assert_allclose(out, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("filled", [None, 200], ids=["at once", "in blocks"])
+def test_a_sink_takes_part_in_its_heads_softmax_and_has_no_value(filled):
+    """As one more key would whose value is 0, also if it is far above all scores, where it leaves nothing."""
+    B, K, G, Q, S, D = 2, 2, 3, 4, 300, 8
+    q, k, v = normal(0, B, K, G * Q, D), normal(1, B, K, Q, D), normal(2, B, K, Q, D)
+    past_k, past_v, sinks = normal(3, B, K, S, D), normal(4, B, K, S, D), normal(5, K * G)
+    sinks[2] = 120.0  # whose exponential no float32 holds
+    lengths = np.array([130, 200])
+    seen = (np.arange(S) < lengths[:, None])[:, None]
+    past = Past(past_k, past_v, seen, None if filled is None else np.int32(filled))
+    actual = attend(q, k, v, causal(B, Q), past, None, sinks)
+    for b, head, row in np.ndindex(B, K, G * Q):
+        keys = np.concatenate([past_k[b, head, : lengths[b]], k[b, head, : row % Q + 1]])
+        values = np.concatenate([past_v[b, head, : lengths[b]], v[b, head, : row % Q + 1]])
+        p = np.exp((keys @ q[b, head, row] / math.sqrt(D)).astype(np.float64))
+        expected = p @ values / (p.sum() + np.exp(np.float64(sinks[head * G + row // Q])))
+        np.testing.assert_allclose(actual[b, head, row], expected, **CLOSE)
+
+
 @pytest.mark.parametrize("filled", [None, 200])
 def test_a_past_held_as_bits_is_read_as_the_values_it_holds(filled):
     """In float32, in which nothing is rounded between scores and values."""

@@ -120,7 +120,7 @@ def test_a_newcomers_family_is_loaded_decoded_and_drafted_for(tmp_path):
         expected = [c.tokens for c in plain.generate(prompts, params)]
         drafted = Engine.load(str(folder), drafter, slots=2, max_len=128, tree="best_first:6")
         assert [c.tokens for c in drafted.generate(prompts, params)] == expected
-        with pytest.raises(UserError, match="int is of no family of targets: there are llama, .*qwen3_moe, toy"):
+        with pytest.raises(UserError, match="int is of no family of targets: there are llama, .*gpt_oss, toy"):
             table.family_of(3)
 
 

@@ -51,13 +51,16 @@ REFUSED = [
     ("qwen2_moe", {"attention_bias": True}, "Qwen2MoeForCausalLM targets do not support attention_bias True"),
     ("qwen3_moe", {"mlp_bias": True}, "Qwen3MoeForCausalLM targets do not support mlp_bias True"),
     ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+    ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0 is not supported: GptOssForCausalLM targets use 7.0"),
+    ("gpt_oss", {"mlp_bias": True}, "GptOssForCausalLM targets do not support mlp_bias True"),
+    ("llama", {"swiglu_limit": 7.0}, "LlamaForCausalLM targets do not support swiglu_limit 7.0"),
     ("qwen3_moe", {"num_experts": 0}, "num_experts is 0: give a whole number"),
     ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported: it rotates"),
     ("llama", {"rope_scaling": {"rope_type": "proportional"}}, "rope type 'proportional' is not supported: use one of"),
     ("llama", {"rope_scaling": {"type": "default", "mrope_section": [1]}}, "not supported: mrope_section"),
     ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [2.0]}}, "has 1 values"),
     ("llama", {"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not supported: use a target of Llama"),
-    ("llama", {"architectures": ["FalconForCausalLM"]}, "Qwen3MoeForCausalLM; CONTRIBUTING.md says how to add"),
+    ("llama", {"architectures": ["FalconForCausalLM"]}, "GptOssForCausalLM; CONTRIBUTING.md says how to add"),
 ]  # fmt: skip
 
 

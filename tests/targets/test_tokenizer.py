@@ -35,6 +35,7 @@ TEXTS = [
     "\tdef f(x):\n\treturn x  # naïve 中文 🙂½",
     " leading, trailing \r\n ",
     "a , b . c ! it 's",
+    "helloWorld/\n/IT'S inIN 12345",
     "",
 ]
 # The rules for cutting text, as llama.cpp and the models' own files have them.
@@ -44,6 +45,11 @@ LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace("{1,3}", "")
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def byte_letters() -> list[str]:
@@ -107,7 +113,7 @@ def slow_encode(text: str, pre: str) -> list[int]:
     if pre == "smollm":
         pieces = [piece for part in regex.split(r"(\p{N})", text) for piece in regex.findall(GPT2, part)]
     else:
-        pieces = regex.findall({"llama-bpe": LLAMA3, "qwen2": QWEN2}.get(pre, GPT2), text)
+        pieces = regex.findall({"llama-bpe": LLAMA3, "qwen2": QWEN2, "gpt-4o": O200K}.get(pre, GPT2), text)
     ids = []
     for piece in pieces:
         symbols = [BYTES[byte] for byte in piece.encode()]
@@ -122,7 +128,7 @@ def slow_encode(text: str, pre: str) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("pre", ["smollm", "gpt2", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["smollm", "gpt2", "llama-bpe", "qwen2", "gpt-4o"])
 def test_a_gguf_tokenizer_encodes_as_slow_bpe_does_and_decodes_back(tmp_path, pre):
     tokenizer = tok.load_tokenizer(write_gguf(tmp_path / "model.gguf", pre=pre))
     rng = np.random.default_rng(0)
