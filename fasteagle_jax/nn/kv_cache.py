@@ -3,6 +3,7 @@
 L layers · B rows · K heads of K/V · S slots · D head width · Q query tokens · M fresh tokens · A written tokens.
 A cache holds verified tokens only: a forward pass reads it, a commit writes it once afterwards, nothing is rolled back.
 `Cache` keeps every position in its own slot, `Ring` the last positions in a fixed number of slots.
+A layer's keys, or values, are an array or, of an int8 cache, Int8Vectors.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import jax.numpy as jnp
 
 from fasteagle_jax.devices.sharding import by_shard
 from fasteagle_jax.nn.attention import Past, cache_storage_dtype, to_cache_storage
+from fasteagle_jax.nn.int8_vectors import empty_int8_vectors
 
 EMPTY_SLOT = -1  # the position of an empty slot
 # The logical axes of a cache's arrays by name (see sharding.RULES), without the layers of a stack.
 AXES = {
     "k": ("rows", "kv_heads", None, None),
     "v": ("rows", "kv_heads", None, None),
+    "scales": ("rows", "kv_heads", None),
     "positions": ("rows", None),
     "cursor": ("rows",),
     "length": ("rows",),
 }
-_AXES_BY_DIMS = {5: (None, *AXES["k"]), 4: AXES["k"], 3: (None, *AXES["positions"]), 2: AXES["positions"], 1: ("rows",)}
+# Those of a list's arrays by their number of dimensions.
+_AXES_BY_DIMS = {4: AXES["k"], 3: AXES["scales"], 2: AXES["positions"], 1: ("rows",)}
 
 
 class Cache(NamedTuple):
@@ -72,15 +76,16 @@ def empty_cache(
     *,
     stacked: bool = True,
 ) -> Cache:
-    """An empty Cache, as a stack or a list of layers."""
+    """An empty Cache, as a stack or a list of layers; of a `dtype` int8 in Int8Vectors."""
     shape = (batch, num_kv_heads, num_slots, head_dim)
     if not stacked:
         dtype = cache_storage_dtype(dtype)
 
+    def empty(*shape: int) -> Any:
+        return empty_int8_vectors(shape) if dtype == jnp.int8 else jnp.zeros(shape, dtype)
+
     def zeros() -> Any:
-        if stacked:
-            return jnp.zeros((num_layers, *shape), dtype)
-        return [jnp.zeros(shape, dtype) for _ in range(num_layers)]
+        return empty(num_layers, *shape) if stacked else [empty(*shape) for _ in range(num_layers)]
 
     return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
@@ -90,7 +95,7 @@ def commit(cache: Cache, fresh: Any, counts: jax.Array, token_indices: jax.Array
 
     Args:
       cache: donate it for a write in place.
-      fresh: pair (k, v) of stacks of [B, K, M, D], as a forward pass returns them.
+      fresh: pair (k, v) of stacks or lists of [B, K, M, D], as a forward pass over this cache returns them.
       counts: int32 [B], how many tokens each row gains.
       token_indices: int32 [B, A], the fresh tokens to append, in this order; None for all in theirs.
 
@@ -98,7 +103,8 @@ def commit(cache: Cache, fresh: Any, counts: jax.Array, token_indices: jax.Array
     start is clamped to the end of the cache, so a row needs A slots of slack beyond its last token.
     """
     if token_indices is not None:
-        fresh = jax.tree.map(lambda x: _take_tokens(x, token_indices), fresh)
+        batch_dim = 0 if isinstance(cache.k, list) else 1
+        fresh = jax.tree.map(lambda x: _take_tokens(x, token_indices, batch_dim), fresh)
     k, v = _write((cache.k, cache.v), fresh, cache.length)
     return Cache(k, v, cache.length + counts)
 
@@ -207,12 +213,17 @@ def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:
         return jax.lax.fori_loop(0, starts.shape[0], write_row, slots)
 
     # Without shard_map GSPMD would all-gather the slots: the loop index may address any row.
-    return by_shard(write_rows, _AXES_BY_DIMS, tuple(slots), tuple(tokens), starts)
+    axes = _AXES_BY_DIMS
+    if stacked:
+        axes = {1: axes[1]} | {dims + 1: (None, *names) for dims, names in axes.items() if dims > 1}
+    return by_shard(write_rows, axes, tuple(slots), tuple(tokens), starts)
 
 
 def _batch_dims(cache: Any, *stacks: str) -> Any:
     dims = jax.tree.map(lambda _: 0, cache)
-    return dims if isinstance(cache.k, list) else dims._replace(**dict.fromkeys(stacks, 1))
+    if isinstance(cache.k, list):
+        return dims
+    return dims._replace(**{name: jax.tree.map(lambda _: 1, getattr(cache, name)) for name in stacks})
 
 
 def insert_row(batch: Any, row: Any, slot: jax.Array) -> Any:
@@ -282,12 +293,12 @@ def _is_cache(part: Any) -> bool:
 
 def _num_slots(cache: Any) -> int:
     """S; 0 of a cache without layers."""
-    return cache.num_slots if len(cache.k) else 0
+    return cache.num_slots if jax.tree.leaves(cache.k) else 0
 
 
 def _slot_dim(x: jax.Array, batch_dim: int) -> int:
     """The dimension of a cache's array in which its slots are; x.ndim if it has one value a row."""
-    return batch_dim + (2 if x.ndim - batch_dim == 4 else 1)
+    return batch_dim + (2 if x.ndim - batch_dim >= 3 else 1)
 
 
 def _start_of_last(cache: Any, row: Any, num_tokens: int) -> jax.Array:
@@ -313,8 +324,8 @@ def batch_dims(batch: Any) -> Any:
     return jax.tree.map(of, batch, is_leaf=_is_cache)
 
 
-def _take_tokens(x: jax.Array, token_indices: jax.Array) -> jax.Array:
-    """Tokens `token_indices` [B, A] of x [..., B, K, M, D]: [..., B, K, A, D]."""
-    index = token_indices[:, None, :, None]  # [B, 1, A, 1]
-    index = index.reshape((1,) * (x.ndim - 4) + index.shape)
-    return jnp.take_along_axis(x, index, axis=-2)
+def _take_tokens(x: jax.Array, token_indices: jax.Array, batch_dim: int) -> jax.Array:
+    """Tokens `token_indices` [B, A] of x [(L,) B, K, M, (D)]: [(L,) B, K, A, (D)]."""
+    dim = batch_dim + 2
+    index = jnp.expand_dims(token_indices, (*range(batch_dim), batch_dim + 1, *range(dim + 1, x.ndim)))
+    return jnp.take_along_axis(x, index, axis=dim)

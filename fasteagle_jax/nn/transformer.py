@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fasteagle_jax.nn.attention import Attend, Attention, Cached, Past
+from fasteagle_jax.nn.int8_vectors import Int8Vectors
 from fasteagle_jax.nn.mlp import Mlp
 from fasteagle_jax.nn.moe import ExpertsConfig, SparseMlp, is_whole, layer_of
 from fasteagle_jax.nn.norm import RMSNorm
@@ -199,8 +200,9 @@ class LayerContext(NamedTuple):
             # lax.switch keeps weak references to its branches, which tuples such as Packed do not support.
             branches = [functools.partial(visible.within(window, self.soft_cap).__call__) for window in windows]
             return lambda q, k, v: jax.lax.switch(number, branches, q, k, v)
+        rounds = past is not None and isinstance(past.k, Int8Vectors)
         if self.choice is None and self.window is None:
-            return Cached(visible, past, self.soft_cap)
+            return Cached(visible, past, self.soft_cap, rounds)
         window: Any = self.window
         if self.choice is not None:
             number, windows = self.choice
@@ -210,7 +212,7 @@ class LayerContext(NamedTuple):
         if past is not None:
             slots = jnp.arange(past.k.shape[-2])  # slot p holds position p
             past = past._replace(seen=past.seen & (queries - slots < window))
-        return Cached(visible, past, self.soft_cap)
+        return Cached(visible, past, self.soft_cap, rounds)
 
 
 class Windowed(Protocol):

@@ -40,7 +40,9 @@ class DecoderTarget(nnx.Module):
     """A frozen target: embedding, decoder layers, final norm, head. A family overrides what differs.
 
     `layers` is one stacked layer (leading axis L) or, unstacked, a list of L of them; always a list if some have parts
-    that others lack. Activations between matrix products are in `activation_dtype`, by default the weights' dtype.
+    that others lack. Activations between matrix products are in `activation_dtype`, by default the weights' dtype. Set
+    `cache_dtype` to int8 for a cache of rounded keys and values, with a scale a head and token: all of its decoding,
+    with and without drafts, then reads these.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class DecoderTarget(nnx.Module):
     ):
         c = config
         self.activation_dtype = jnp.dtype(activation_dtype or dtype)
+        self.cache_dtype: Any = None  # None for the weights'
         key_embed, key_layers, key_head = jax.random.split(key, 3)
         self.config = c
         axes = ("vocab", "embed")
@@ -162,13 +165,14 @@ class DecoderTarget(nnx.Module):
 
     @property
     def dtype(self) -> Any:
-        """The dtype of weights and cache."""
+        """The dtype of weights and, but for `cache_dtype`, of the cache."""
         return self.embedding[...].dtype
 
     def empty_cache(self, batch: int, num_slots: int) -> Cache:
         """An empty cache for `batch` rows of `num_slots` tokens, as a stack or a list like the layers."""
         c = self.config
-        return empty_cache(c.num_layers, batch, c.num_kv_heads, num_slots, c.head_dim, self.dtype, stacked=self.stacked)
+        dtype = self.cache_dtype or self.dtype
+        return empty_cache(c.num_layers, batch, c.num_kv_heads, num_slots, c.head_dim, dtype, stacked=self.stacked)
 
     def unstacked(self, *, by_rows: bool = True) -> Self:
         """The same target with its layers as a list, which XLA's CPU compiler runs faster.
