@@ -63,6 +63,7 @@ class Decoding:
     tree: TreeSpec | None = TreeSpec("best_first", 60)  # None: plain decoding, without the drafter
     slots: int = 2048  # S
     chunk: int = 256  # C
+    cache_dtype: str = ""  # of the target's cache: int8, empty for the weights'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,7 +356,7 @@ def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
 def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tuple[Any, ...]:
     """Shapes on the mesh: target, drafter, what `vocab` holds of its own, state, sampling, stop."""
     stacked = _stacked(mesh)
-    target = _target(config, mesh, stacked=stacked)
+    target = _target(config, mesh, stacked=stacked, cache_dtype=decoding.cache_dtype)
     assert config.target_config is not None
     drafter = None
     if decoding.tree is not None:
@@ -406,10 +407,11 @@ def _whole(vocab: Any, target: Any) -> Any:
     return vocab._replace(embedding=target.embedding[...], head=head)
 
 
-def _target(config: RunConfig, mesh: Mesh, *, stacked: bool) -> Any:
+def _target(config: RunConfig, mesh: Mesh, *, stacked: bool, cache_dtype: str = "") -> Any:
     assert config.target_config is not None
-    int8 = config.target_dtype == "int8"
-    return weights_on_mesh(mesh, target_shapes(config.target_config, config.dtype, int8=int8, stacked=stacked))
+    form: dict[str, Any] = {"int8": config.target_dtype == "int8", "stacked": stacked}
+    sizes = target_shapes(config.target_config, config.dtype, **form, cache_dtype=cache_dtype or None)
+    return weights_on_mesh(mesh, sizes)
 
 
 def _stacked(mesh: Mesh, *, training: bool = False) -> bool:
