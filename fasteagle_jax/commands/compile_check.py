@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     group.add_argument("--batch", type=whole(1), default=1, metavar="B", help="rows (default 1)")
     group.add_argument("--tree", default="best_first:60", metavar="T", help="or plain (default best_first:60)")
     group.add_argument("--cache", type=whole(2), default=2048, metavar="S", help="slots a row (default 2048)")
-    group.add_argument("--cache-dtype", choices=("int8",), default="", help="of the target's cache; default the weights'")
+    group.add_argument(
+        "--cache-dtype", choices=("int8",), default="", help="of the target's cache; default the weights'"
+    )
     parser.add_argument("changes", nargs="*", metavar="key=value", help="as of fasteagle train")
     args = parser.parse_args(argv)
     if args.table:

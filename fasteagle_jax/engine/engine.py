@@ -159,7 +159,8 @@ class Engine:
         self.memory = memory_needed(self.runner, self.row_counts, capacity)
         loaded = self.memory.target + self.memory.drafter  # weights that are there already
         free = available_everywhere(mesh)
-        self.memory.check(None if free is None else free + loaded, "lower slots or max_len, or use bfloat16 or an int8 cache")
+        remedy = "lower slots or max_len, or use bfloat16 or an int8 cache"
+        self.memory.check(None if free is None else free + loaded, remedy)
         self.runner.gather_vocab()
         self.seconds = self.device_seconds = 0.0  # spent on requests so far, and of these waiting for the device
 
@@ -186,8 +187,9 @@ class Engine:
           drafter: the folder of a drafter trained for it; "shipped" is the one that comes with this package for the
             target, if one does; None decodes plainly. With tree=None none is loaded.
           slots, max_len, tree, lookup, mesh: as of `Engine`; the weights go straight into their shards.
-          dtype: of weights and, but for `cache_dtype`, caches; None for float32 on a CPU and bfloat16 elsewhere. With int8 the target's layers
-            are rounded (see `targets.loading.load_target`), and answers are exactly those of that target.
+          dtype: of weights and, but for `cache_dtype`, caches; None for float32 on a CPU and bfloat16 elsewhere. With
+            int8 the target's layers are rounded (see `targets.loading.load_target`), and answers are exactly those of
+            that target.
           strict: a drafter trained for other weights of the same sizes is an error, not a warning.
           adapter: folder of a LoRA adapter of PEFT's that is merged into the target; empty for none.
           cache_dtype: int8 for a cache of the target's keys and values that are rounded, each head's of a token with a

@@ -104,6 +104,30 @@ class Past(NamedTuple):
     seen: jax.Array  # bool [B, Q, S], or [B, 1, S] if all queries see the same slots
     # int32 [], no slot from here on is seen: those before are read block by block. None: all are read at once.
     filled: jax.Array | None = None
+    positions: jax.Array | None = None  # int32 [B, S] of the slots; None if slot p holds position p
+
+    def within(self, window: Any, queries: jax.Array) -> Past:
+        """What queries at positions int32 [B, Q] see of it: the last `window` positions, their own included."""
+        slots = jnp.arange(self.k.shape[-2]) if self.positions is None else self.positions[:, None]
+        return self._replace(seen=self.seen & (queries[:, :, None] - slots < window))
+
+    @property
+    def rounded(self) -> bool:
+        """Whether it is of an int8 cache."""
+        return isinstance(self.k, Int8Vectors)
+
+
+class EitherPast(NamedTuple):
+    """The Past of a layer in a scan over layers of two caches, of which only the layer's own is read."""
+
+    is_local: jax.Array  # bool []
+    local: Callable[[], Past]
+    full: Callable[[], Past]
+    rounded: bool
+
+    def within(self, window: Any, queries: jax.Array) -> EitherPast:
+        """As of Past; layers of the full cache have no window."""
+        return self._replace(local=lambda: self.local().within(window, queries))
 
 
 def attention(
@@ -261,12 +285,18 @@ class Cached:
     """An Attend over a layer's committed slots and its fresh keys."""
 
     visible: jax.Array  # bool [B, Q, Q], see `attention`
-    past: Past | None = None
+    past: Past | EitherPast | None = None
     soft_cap: float | None = None
     rounds: bool = False  # fresh keys and values are rounded as an int8 `past` stores them, see Attention
 
     def __call__(self, q: jax.Array, k: Any, v: Any) -> jax.Array:
         """`attention` in the layout of an Attend."""
+        if isinstance(self.past, EitherPast):
+
+            def over(read: Callable[[], Past]) -> Attend:
+                return lambda q, k, v: dataclasses.replace(self, past=read())(q, k, v)
+
+            return jax.lax.cond(self.past.is_local, over(self.past.local), over(self.past.full), q, k, v)
         k, v = by_head(k), by_head(v)
         q_by_head = by_kv_head(q, k.shape[1])
         return by_token(attention(q_by_head, k, v, self.visible, self.past, self.soft_cap), q.shape[1])
@@ -318,9 +348,7 @@ class Attention(nnx.Module):
         self.q_norm = None if norm is None else norm()
         self.k_norm = None if norm is None else norm()
 
-    def __call__(
-        self, x: jax.Array, rotation: Rotation, attend: Attend
-    ) -> tuple[jax.Array, tuple[Any, Any]]:
+    def __call__(self, x: jax.Array, rotation: Rotation, attend: Attend) -> tuple[jax.Array, tuple[Any, Any]]:
         """What attention adds to the stream [B, Q, H], and the fresh keys and values, each [B, K, Q, D].
 
         With an int8 cache these are rounded here, once: a token reads itself and the fresh ones before it (of its
