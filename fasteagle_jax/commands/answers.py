@@ -193,6 +193,7 @@ def load_engine(args: argparse.Namespace, tree: TreeSpec | str | None, slots: in
         dtype=args.dtype,
         strict=args.strict,
         adapter=args.adapter,
+        cache_dtype=args.cache_dtype,
     )
     if len(engine.trees) > 1:
         print("measuring which tree is the fastest", file=sys.stderr)

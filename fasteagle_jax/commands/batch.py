@@ -122,7 +122,7 @@ def answer_file(args: argparse.Namespace) -> int:
     dtype = dtype_named(args.dtype)
     mesh = mesh_named(args.mesh)
     options = {"slots": args.slots, "max_len": args.max_len, "strict": args.strict, "adapter": args.adapter}
-    options["lookup"] = args.lookup
+    options |= {"lookup": args.lookup, "cache_dtype": args.cache_dtype}
     engine = Engine.load(args.target, args.drafter, **options, tree=tree, mesh=mesh, dtype=dtype)
     date = first_date(saved_settings(output))
     with args.input.open("rb") as requests:
@@ -131,6 +131,7 @@ def answer_file(args: argparse.Namespace) -> int:
             "target": engine.fingerprint,
             **prompt_settings(engine.tokenizer, engine.eos_token_ids, chat, date),
             "dtype": jnp.dtype(dtype).name,
+            **({"cache_dtype": args.cache_dtype} if args.cache_dtype else {}),
             "max_len": engine.max_len,
             "input": {"sha256": digest},
             "defaults": {

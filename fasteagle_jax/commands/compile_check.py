@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     group.add_argument("--batch", type=whole(1), default=1, metavar="B", help="rows (default 1)")
     group.add_argument("--tree", default="best_first:60", metavar="T", help="or plain (default best_first:60)")
     group.add_argument("--cache", type=whole(2), default=2048, metavar="S", help="slots a row (default 2048)")
+    group.add_argument(
+        "--cache-dtype", choices=("int8",), default="", help="of the target's cache; default the weights'"
+    )
     parser.add_argument("changes", nargs="*", metavar="key=value", help="as of fasteagle train")
     args = parser.parse_args(argv)
     if args.table:
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_new(args.json)
     config = apply_changes(PUBLISHED.get(args.config) or load_config(args.config), args.changes)
     tree = None if args.tree == "plain" else TreeSpec.parse(args.tree)
-    decoding = Decoding(args.batch, tree, args.cache, min(256, args.cache // 4))
+    decoding = Decoding(args.batch, tree, args.cache, min(256, args.cache // 4), args.cache_dtype)
     mesh = None if args.mesh is None else MeshShape.parse(args.mesh)
     if args.topology:
         jax.config.update("jax_platforms", "cpu")  # nothing runs: no plugin is to look for an accelerator or take it

@@ -17,7 +17,7 @@ from fasteagle_jax.targets.tokenizer import load_tokenizer, stop_token_ids
 
 
 def add_target_options(parser: Any) -> None:
-    """Adds --target, --adapter and --dtype."""
+    """Adds --target, --adapter, --dtype and --cache-dtype."""
     parser.add_argument("--target", default=DEFAULT_TARGET, help="folder, .gguf file or hub name (default %(default)s)")
     parser.add_argument(
         "--adapter",
@@ -26,12 +26,16 @@ def add_target_options(parser: Any) -> None:
         help="a LoRA adapter of PEFT's, merged into the target as it is loaded",
     )
     add_dtype_option(parser, "default float32 on a CPU, else bfloat16")
+    parser.add_argument(
+        "--cache-dtype", choices=("int8",), help="of the target's keys and values; default that of the weights"
+    )
 
 
 def load_models(args: argparse.Namespace, drafter_folder: Path | None) -> Models:
     """The models that the options name; UserError for those that cannot be had or do not fit each other."""
     dtype = dtype_named(args.dtype)
-    target = load_target(args.target, dtype, max_len=getattr(args, "max_len", None), adapter=args.adapter)
+    options: dict[str, Any] = {name: getattr(args, name, None) for name in ("max_len", "cache_dtype")}
+    target = load_target(args.target, dtype, **options, adapter=args.adapter)
     tokenizer = load_tokenizer(target.checkpoint.path)
     stop_tokens = stop_token_ids(tokenizer, target.checkpoint.path)
     drafter = None

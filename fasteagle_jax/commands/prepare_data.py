@@ -191,6 +191,7 @@ def prepare(args: argparse.Namespace) -> None:
         "sources": [source.named for source in sources],
         "sampling": recorded(from_options(args), always=("temperature", "top_k", "top_p", "seed")),
         "dtype": jnp.dtype(dtype).name,
+        **({"cache_dtype": args.cache_dtype} if args.cache_dtype else {}),
         "max_length": args.max_length,
         "max_new": args.max_new,
         "keep_truncated": args.keep_truncated,
@@ -220,7 +221,7 @@ def prepare(args: argparse.Namespace) -> None:
         engine = Endpoint(args.endpoint, args.model, tokenizer, ends, key=key, **sizes)
     elif args.prompts:  # dialogues need no weights
         options = {"slots": args.slots, "max_len": args.max_length, "strict": args.strict, "adapter": args.adapter}
-        options["lookup"] = args.lookup
+        options |= {"lookup": args.lookup, "cache_dtype": args.cache_dtype}
         engine = Engine.load(args.target, args.drafter, **options, tree=tree, dtype=dtype)
 
     # --- sample by sample -------------------------------------------------------------------------------------

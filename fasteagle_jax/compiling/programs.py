@@ -41,6 +41,7 @@ from fasteagle_jax.devices.sharding import (
 )
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.attention import EITHER
 from fasteagle_jax.nn.moe import LOOP, SparseMlp, block_rows, expected_experts, expected_turns
 from fasteagle_jax.nn.transformer import stacks_are_faster
 from fasteagle_jax.targets.loading import target_shapes
@@ -63,6 +64,7 @@ class Decoding:
     tree: TreeSpec | None = TreeSpec("best_first", 60)  # None: plain decoding, without the drafter
     slots: int = 2048  # S
     chunk: int = 256  # C
+    cache_dtype: str = ""  # of the target's cache: int8, empty for the weights'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +212,7 @@ def compile_program(
         temporaries=int(memory.temp_size_in_bytes),
         peak=peak,
         hbm=None if known is None else known.hbm,
-        cost=cost(compiled.as_text(), "most" if program == "train" else "least", expected),
+        cost=cost(compiled.as_text(), "most" if program == "train" else "least", expected, _local_share(config)),
         state_layout_stable=_state_layout_stable(shapes, compiled),
         ideal_bytes=bytes_of(shapes.read) - (shapes.experts.unread if shapes.experts else 0),
         necessary_flops=shapes.necessary_flops / len(devices),
@@ -356,7 +358,7 @@ def _prefill(config: RunConfig, mesh: Mesh, decoding: Decoding) -> Shapes:
 def _decoding_arguments(config: RunConfig, mesh: Mesh, decoding: Decoding) -> tuple[Any, ...]:
     """Shapes on the mesh: target, drafter, what `vocab` holds of its own, state, sampling, stop."""
     stacked = _stacked(mesh)
-    target = _target(config, mesh, stacked=stacked)
+    target = _target(config, mesh, stacked=stacked, cache_dtype=decoding.cache_dtype)
     assert config.target_config is not None
     drafter = None
     if decoding.tree is not None:
@@ -407,10 +409,18 @@ def _whole(vocab: Any, target: Any) -> Any:
     return vocab._replace(embedding=target.embedding[...], head=head)
 
 
-def _target(config: RunConfig, mesh: Mesh, *, stacked: bool) -> Any:
+def _target(config: RunConfig, mesh: Mesh, *, stacked: bool, cache_dtype: str = "") -> Any:
     assert config.target_config is not None
-    int8 = config.target_dtype == "int8"
-    return weights_on_mesh(mesh, target_shapes(config.target_config, config.dtype, int8=int8, stacked=stacked))
+    form: dict[str, Any] = {"int8": config.target_dtype == "int8", "stacked": stacked}
+    sizes = target_shapes(config.target_config, config.dtype, **form, cache_dtype=cache_dtype or None)
+    return weights_on_mesh(mesh, sizes)
+
+
+def _local_share(config: RunConfig) -> dict[str, float]:
+    """How often the layers' conditional on the cache that they read is true."""
+    assert config.target_config is not None
+    local = [kind.window is not None for kind in config.target_config.layer_kinds]
+    return {EITHER: sum(local) / len(local)}
 
 
 def _stacked(mesh: Mesh, *, training: bool = False) -> bool:

@@ -70,8 +70,10 @@ class Target(Protocol):
         """The head [V, H]."""
         ...
 
-    def empty_cache(self, batch: int, num_slots: int) -> Any:
-        """An empty nn.kv_cache.Cache of all layers, for rows of `num_slots` tokens."""
+    def empty_cache(
+        self, batch: int, num_slots: int, most_written: int | None = None, longest: int | None = None
+    ) -> Any:
+        """An empty nn.kv_cache.Cache or MixedCache of all layers (see targets.decoder.DecoderTarget)."""
         ...
 
     def layer(self, index: int) -> Any:

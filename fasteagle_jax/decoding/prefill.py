@@ -32,7 +32,7 @@ from fasteagle_jax.decoding.state import (
 from fasteagle_jax.decoding.tree import NO_PARENT, Draft
 from fasteagle_jax.devices.sharding import constrain_all
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.kv_cache import Cache, commit
+from fasteagle_jax.nn.kv_cache import Cache, MixedCache, commit
 
 LOGITS_AT_ONCE = 16  # positions whose logits are there together when prompts are scored
 
@@ -40,7 +40,7 @@ LOGITS_AT_ONCE = 16  # positions whose logits are there together when prompts ar
 class Prefilled(NamedTuple):
     """Prompts, or prefixes of them that end with a chunk, in the caches."""
 
-    target_cache: Cache
+    target_cache: Cache | MixedCache
     drafter_cache: Any | None
     hidden: jax.Array  # [B, H], the target's final hidden state at the last token
     features: jax.Array  # [B, F*H], the target's features at the last token
@@ -56,13 +56,13 @@ def init_prefill(
 ) -> Prefilled:
     """Empty caches, from which prefill starts.
 
-    `num_slots` is the target's, `drafter_slots` the drafter's (None: equally many), and `most_written` the most tokens
-    that are written to a row at a time.
+    `num_slots` is the target's, `drafter_slots` the drafter's and of whose rows windows keep the end (None: equally
+    many), and `most_written` the most tokens that are written to a row at a time.
     """
     width, dtype = target.config.hidden_size, target.activation_dtype
     num_features = 0 if drafter is None else len(drafter.feature_layers)
     return Prefilled(
-        target.empty_cache(batch, num_slots),
+        target.empty_cache(batch, num_slots, most_written, drafter_slots),
         None if drafter is None else drafter.empty_cache(batch, drafter_slots or num_slots, most_written),
         jnp.zeros((batch, width), dtype),
         jnp.zeros((batch, num_features * width), dtype),
@@ -159,7 +159,7 @@ def score_prompts(target: Any, prompts: jax.Array, lengths: jax.Array, *, chunk:
         logits = target.logits(hidden)  # [B, G, V]
         return token_logprobs(logits, tokens, everybody), *best_logprobs(logits, everybody)
 
-    def take_chunk(i: jax.Array, carry: tuple[Cache, Scores]) -> tuple[Cache, Scores]:
+    def take_chunk(i: jax.Array, carry: tuple[Any, Scores]) -> tuple[Any, Scores]:
         cache, scores = carry
         start = i * chunk
         tokens, after = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (prompts, following))
@@ -174,7 +174,7 @@ def score_prompts(target: Any, prompts: jax.Array, lengths: jax.Array, *, chunk:
 
     shape = (batch, num_slots, min(MAX_LOGPROBS, target.config.vocab_size))
     scores = Scores(jnp.zeros(shape[:2]), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
-    carry = jax.lax.optimization_barrier((target.empty_cache(batch, num_slots), scores))  # see `prefill`
+    carry = jax.lax.optimization_barrier((target.empty_cache(batch, num_slots, chunk), scores))  # see `prefill`
     return jax.lax.fori_loop(0, (lengths.max() + chunk - 1) // chunk, take_chunk, carry)[1]
 
 

@@ -15,7 +15,7 @@ from fasteagle_jax.devices.sharding import top_k
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.attention import Past
 from fasteagle_jax.nn.kv_cache import AXES as CACHE_AXES
-from fasteagle_jax.nn.kv_cache import Cache
+from fasteagle_jax.nn.kv_cache import Cache, MixedCache
 
 NO_TOKEN = -1
 MAX_LOGPROBS = 20  # alternatives of a token, OpenAI's most
@@ -59,7 +59,7 @@ class TopLogprobs(NamedTuple):
 class State(NamedTuple):
     """Everything that changes while decoding."""
 
-    target_cache: Cache
+    target_cache: Cache | MixedCache
     drafter_cache: Any | None
     new: Accepted  # newly accepted tokens, the pending one last
     text: jax.Array  # int32 [B, slots], prompt and answer by position, the pending token last; then NO_TOKEN
@@ -107,7 +107,7 @@ def slots_needed(prompt_slots: int, chunk: int, max_new: int, num_levels: int) -
     return prompt_slots + max(chunk, max_new + num_levels + 1)
 
 
-def context_of(target_cache: Cache, drafter: Any) -> tuple[Past, ...]:
+def context_of(target_cache: Cache | MixedCache, drafter: Any) -> tuple[Past, ...]:
     """What a drafter sees of the target's cache: a Past for each of its `context_layers`."""
     return tuple(target_cache.layer(layer) for layer in drafter.context_layers)
 

@@ -619,8 +619,7 @@ def _attend(
     if isinstance(context[0], Past):
         (given,) = context
         if window is not None:
-            gap = positions[:, :, None] - jnp.arange(given.k.shape[-2])  # slot p holds position p
-            given = given._replace(seen=given.seen & (gap < window))
+            given = given.within(window, positions)
         return Cached(visible, given, config.soft_cap)
     k, v = (part.transpose(0, 2, 1, 3) for part in context[0])  # [B, T, K, D]
     if window is not None and callable(visible):

@@ -61,7 +61,7 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.text import check_text
 from fasteagle_jax.nn.linear import product_dtype
 from fasteagle_jax.targets.experts import relative_reads
-from fasteagle_jax.targets.loading import load_target, open_checkpoint, target_shapes
+from fasteagle_jax.targets.loading import checked_cache_dtype, load_target, open_checkpoint, target_shapes
 from fasteagle_jax.targets.messages import plain_messages, short
 from fasteagle_jax.targets.templates import PLAIN, ChatOptions
 from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, encode_text, load_tokenizer, stop_token_ids
@@ -162,7 +162,8 @@ class Engine:
         self.memory = memory_needed(self.runner, self.row_counts, capacity)
         loaded = self.memory.target + self.memory.drafter  # weights that are there already
         free = available_everywhere(mesh)
-        self.memory.check(None if free is None else free + loaded, "lower slots or max_len, or use bfloat16")
+        remedy = "lower slots or max_len, or use bfloat16 or an int8 cache"
+        self.memory.check(None if free is None else free + loaded, remedy)
         self.runner.gather_vocab()
         self.seconds = self.device_seconds = 0.0  # spent on requests so far, and of these waiting for the device
 
@@ -180,6 +181,7 @@ class Engine:
         dtype: Any = None,
         strict: bool = False,
         adapter: str = "",
+        cache_dtype: Any = None,
     ) -> Self:
         """An engine of a target by its name and a drafter by its folder.
 
@@ -188,10 +190,13 @@ class Engine:
           drafter: the folder of a drafter trained for it; "shipped" is the one that comes with this package for the
             target, if one does; None decodes plainly. With tree=None none is loaded.
           slots, max_len, tree, lookup, mesh: as of `Engine`; the weights go straight into their shards.
-          dtype: of weights and caches; None for float32 on a CPU and bfloat16 elsewhere. With int8 the target's layers
-            are rounded (see `targets.loading.load_target`), and answers are exactly those of that target.
+          dtype: of weights and, but for `cache_dtype`, caches; None for float32 on a CPU and bfloat16 elsewhere. With
+            int8 the target's layers are rounded (see `targets.loading.load_target`), and answers are exactly those of
+            that target.
           strict: a drafter trained for other weights of the same sizes is an error, not a warning.
           adapter: folder of a LoRA adapter of PEFT's that is merged into the target; empty for none.
+          cache_dtype: int8 for a cache of the target's keys and values that are rounded, each head's of a token with a
+            scale of its own; answers are those of the target with that cache. None for the dtype of the weights.
 
         Raises:
           UserError: models that cannot be had or do not fit each other; sizes that do not fit into memory, found out
@@ -199,7 +204,7 @@ class Engine:
         """
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        dtype = jnp.dtype(dtype)
+        dtype, cache_dtype = jnp.dtype(dtype), checked_cache_dtype(cache_dtype)
         check_lookup(lookup)
         checkpoint = open_checkpoint(target, adapter)
         folder = None if tree is None else drafter_folder(drafter, checkpoint)
@@ -217,7 +222,7 @@ class Engine:
         weights = bytes_of(sizes, mesh), bytes_of(drafter_sizes, mesh)
         Memory(*weights, 0, 0, 0, 0).check(available_everywhere(mesh), "use bfloat16 or a larger device")
         length = max_len or min(config.max_positions, DEFAULT_MAX_LEN)
-        loaded = load_target(target, dtype, mesh=mesh, max_len=length, adapter=adapter)
+        loaded = load_target(target, dtype, mesh=mesh, max_len=length, adapter=adapter, cache_dtype=cache_dtype)
         tokenizer = load_tokenizer(loaded.checkpoint.path)
         model = (
             None

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fasteagle_jax.devices.sharding import by_shard, platform
+from fasteagle_jax.nn.int8_vectors import Int8Vectors, to_int8_vectors
 from fasteagle_jax.nn.linear import Linear
 from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.rope import Rotation, rotate
 
 BLOCK = 128  # cache slots that attention reads at a time if it can stop early
+EITHER = "either_cache"  # name in a program of what reads an EitherPast
 MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that max() stays finite too
 
 
@@ -39,11 +41,45 @@ def to_cache_storage(values: jax.Array, dtype: Any) -> jax.Array:
     return values.astype(dtype)
 
 
-def from_cache_storage(cached: jax.Array) -> jax.Array:
-    """The values that a cache's array stores, in float32 if it holds bits: a CPU is slow at small bfloat16 products."""
+def from_cache_storage(cached: Any) -> Any:
+    """The values that a cache's array stores, in float32 if it holds bits: a CPU is slow at small bfloat16 products.
+
+    Int8Vectors stay as they are: `key_products` and `value_sums` read them.
+    """
     if cached.dtype != jnp.uint16:
         return cached
     return jax.lax.bitcast_convert_type(cached.astype(jnp.uint32) << 16, jnp.float32)
+
+
+def key_products(q: jax.Array, k: jax.Array | Int8Vectors) -> jax.Array:
+    """Products float32 [B, K, M, S] of queries [B, K, M, D] and keys [B, K, S, D]."""
+    if isinstance(k, Int8Vectors):
+        dtype = _int8_product_dtype(q.dtype)
+        return _key_products(q.astype(dtype), k.values.astype(dtype)) * k.scales[:, :, None]
+    return _key_products(q, k)
+
+
+def _key_products(q: jax.Array, k: jax.Array) -> jax.Array:
+    return jnp.einsum("bkmd,bksd->bkms", q, k, preferred_element_type=jnp.float32)
+
+
+def value_sums(p: jax.Array, v: jax.Array | Int8Vectors, dtype: Any) -> jax.Array:
+    """Sums float32 [B, K, M, D] of values [B, K, S, D] with weights p [B, K, M, S].
+
+    The products are in the values' dtype, of Int8Vectors in that of the queries, `dtype`.
+    """
+    if isinstance(v, Int8Vectors):
+        dtype = _int8_product_dtype(dtype)
+        p, v = p * v.scales[:, :, None], v.values.astype(dtype)
+    return jnp.einsum("bkms,bksd->bkmd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+
+def _int8_product_dtype(dtype: Any) -> Any:
+    """The dtype in which int8 keys and values are multiplied with those of `dtype`, which has all their integers.
+
+    On a CPU float32, which is faster there.
+    """
+    return jnp.float32 if platform() == "cpu" else dtype
 
 
 def by_kv_head(q: jax.Array, num_kv_heads: int) -> jax.Array:
@@ -64,17 +100,41 @@ def by_token(attended: jax.Array, num_tokens: int) -> jax.Array:
 class Past(NamedTuple):
     """One layer's committed keys and values, and who may see them."""
 
-    k: jax.Array  # [B, K, S, D] in a cache's storage format, as is v
-    v: jax.Array
+    k: Any  # [B, K, S, D] in a cache's storage format, as is v
+    v: Any
     seen: jax.Array  # bool [B, Q, S], or [B, 1, S] if all queries see the same slots
     # int32 [], no slot from here on is seen: those before are read block by block. None: all are read at once.
     filled: jax.Array | None = None
+    positions: jax.Array | None = None  # int32 [B, S] of the slots; None if slot p holds position p
+
+    def within(self, window: Any, queries: jax.Array) -> Past:
+        """What queries at positions int32 [B, Q] see of it: the last `window` positions, their own included."""
+        slots = jnp.arange(self.k.shape[-2]) if self.positions is None else self.positions[:, None]
+        return self._replace(seen=self.seen & (queries[:, :, None] - slots < window))
+
+    @property
+    def rounded(self) -> bool:
+        """Whether it is of an int8 cache."""
+        return isinstance(self.k, Int8Vectors)
+
+
+class EitherPast(NamedTuple):
+    """The Past of a layer in a scan over layers of two caches, of which only the layer's own is read."""
+
+    is_local: jax.Array  # bool []
+    local: Callable[[], Past]
+    full: Callable[[], Past]
+    rounded: bool
+
+    def within(self, window: Any, queries: jax.Array) -> EitherPast:
+        """As of Past; layers of the full cache have no window."""
+        return self._replace(local=lambda: self.local().within(window, queries))
 
 
 def attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | Int8Vectors,
+    v: jax.Array | Int8Vectors,
     visible: jax.Array,
     past: Past | None = None,
     soft_cap: float | None = None,
@@ -91,16 +151,16 @@ def attention(
       sinks: [K*G], a score of each query head that counts in the softmax's sum and has no value; None for none.
 
     Returns:
-      [B, K, G*Q, D] in v's dtype. Scores and softmax are float32.
+      [B, K, G*Q, D] in v's dtype, q's if v is rounded. Scores and softmax are float32.
     """
+    dtype = q.dtype if isinstance(v, Int8Vectors) else v.dtype
     groups = q.shape[2] // visible.shape[1]
     blockwise = past is not None and past.filled is not None and past.k.shape[2] > BLOCK
     if past is not None and not blockwise:
         past = past._replace(k=from_cache_storage(past.k), v=from_cache_storage(past.v))
     q = q * q.shape[-1] ** -0.5
     mask = jnp.tile(visible, (1, groups, 1))[:, None]  # [B, 1, G*Q, T]
-    fresh = jnp.einsum("bkmd,bktd->bkmt", q, k, preferred_element_type=jnp.float32)
-    fresh = jnp.where(mask, capped(fresh, soft_cap), MASKED)
+    fresh = jnp.where(mask, capped(key_products(q, k), soft_cap), MASKED)
     largest = jax.lax.stop_gradient(fresh.max(axis=-1, keepdims=True))  # [B, K, G*Q, 1]
     of_sinks = None if sinks is None else sink_scores(sinks, k.shape[1], visible.shape[1])
     if of_sinks is not None:
@@ -112,23 +172,23 @@ def attention(
     total = p.sum(axis=-1, keepdims=True)
     if of_sinks is not None:
         total += jnp.exp(of_sinks - largest)
-    out = jnp.einsum("bkmt,bktd->bkmd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = value_sums(p, v, dtype)
     if past is None:
-        return (out / total).astype(v.dtype)
+        return (out / total).astype(dtype)
     if past_scores is not None:
         p = jnp.exp(past_scores - largest)
         total += p.sum(axis=-1, keepdims=True)
-        out += jnp.einsum("bkms,bksd->bkmd", p.astype(past.v.dtype), past.v, preferred_element_type=jnp.float32)
-        return (out / total).astype(v.dtype)
+        out += value_sums(p, past.v, dtype)
+        return (out / total).astype(dtype)
 
     if platform() == "cpu":
-        axes = {4: ("rows", "kv_heads", None, None), 3: ("rows", None, None)}
+        axes = {4: ("rows", "kv_heads", None, None), 3: ("rows", "kv_heads", None)}
         by_row = functools.partial(_add_blocks_by_row, groups=groups, soft_cap=soft_cap)
-        out = by_shard(by_row, axes, q, past.k, past.v, past.seen, largest, total, out)
+        out = by_shard(by_row, axes, q, past.k, past.v, past.seen[:, None], largest, total, out)
     else:
         total, out = _add_blocks(q, lambda i: _block(past, i), past.filled, (largest, total, out), groups, soft_cap)
         out /= total
-    return out.astype(v.dtype)
+    return out.astype(dtype)
 
 
 def _add_blocks(
@@ -150,7 +210,7 @@ def _add_blocks(
         past_scores = _past_scores(q, block, groups, soft_cap)
         new_largest = jnp.maximum(largest, past_scores.max(axis=-1, keepdims=True))
         p, rescale = jnp.exp(past_scores - new_largest), jnp.exp(largest - new_largest)
-        own = jnp.einsum("bkms,bksd->bkmd", p.astype(block.v.dtype), block.v, preferred_element_type=jnp.float32)
+        own = value_sums(p, block.v, q.dtype)
         return new_largest, total * rescale + p.sum(axis=-1, keepdims=True), out * rescale + own
 
     _, total, out = jax.lax.fori_loop(0, (filled + BLOCK - 1) // BLOCK, add_block, sums)
@@ -159,8 +219,8 @@ def _add_blocks(
 
 def _add_blocks_by_row(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Any,
+    v: Any,
     seen: jax.Array,
     largest: jax.Array,
     total: jax.Array,
@@ -172,7 +232,9 @@ def _add_blocks_by_row(
     """The attended values [B, K, G*Q, D] float32: `_add_blocks` row by row, each up to the last slot it sees.
 
     On a CPU a block of one row and what is computed from it stay in a core's cache, those of a batch do not.
+    `seen` is bool [B, 1, Q, S], or [B, 1, 1, S].
     """
+    seen = seen[:, 0]
     ends = jnp.where(seen.any(axis=1), jnp.arange(1, seen.shape[2] + 1), 0).max(axis=1)  # [B]
 
     def add_row(b: jax.Array, out: jax.Array) -> jax.Array:
@@ -200,7 +262,9 @@ def sink_scores(sinks: jax.Array, num_kv_heads: int, num_tokens: int) -> jax.Arr
 def _past_scores(q: jax.Array, past: Past, groups: int, soft_cap: float | None) -> jax.Array:
     """Scores float32 [B, K, G*Q, S] of scaled queries over committed slots, MASKED where a slot is not seen."""
     seen = jnp.tile(past.seen, (1, groups if past.seen.shape[1] > 1 else 1, 1))  # [B, G*Q or 1, S]
-    scores = jnp.einsum("bkmd,bksd->bkms", q.astype(past.k.dtype), past.k, preferred_element_type=jnp.float32)
+    if not isinstance(past.k, Int8Vectors):
+        q = q.astype(past.k.dtype)
+    scores = key_products(q, past.k)
     return jnp.where(seen[:, None], capped(scores, soft_cap), MASKED)
 
 
@@ -212,10 +276,12 @@ def _block(past: Past, i: jax.Array, row: jax.Array | None = None) -> Past:
     rows, kv_heads, num_slots, width = past.k.shape
     start = jnp.minimum(i * BLOCK, num_slots - BLOCK)
     first, num_rows = (0, rows) if row is None else (row, 1)
-    k, v = (
-        from_cache_storage(jax.lax.dynamic_slice(part, (first, 0, start, 0), (num_rows, kv_heads, BLOCK, width)))
-        for part in (past.k, past.v)
-    )
+
+    def read(part: jax.Array) -> jax.Array:  # [B, K, S, D], or of scales [B, K, S]
+        starts, sizes = (first, 0, start, 0), (num_rows, kv_heads, BLOCK, width)
+        return from_cache_storage(jax.lax.dynamic_slice(part, starts[: part.ndim], sizes[: part.ndim]))
+
+    k, v = jax.tree.map(read, (past.k, past.v))
     seen = jax.lax.dynamic_slice_in_dim(past.seen, start, BLOCK, axis=2)
     return Past(k, v, seen & (start + jnp.arange(BLOCK) >= i * BLOCK))
 
@@ -225,7 +291,7 @@ def _block(past: Past, i: jax.Array, row: jax.Array | None = None) -> Past:
 # The attention function that a layer is given: from q [B, Q, heads, D], the layer's fresh k and v [B, Q, K, D] and its
 # sinks [heads], or None, to the attended values, in q's shape. It may add other keys and values, or replace the fresh
 # ones.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+Attend = Callable[[jax.Array, Any, Any, jax.Array | None], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,14 +299,27 @@ class Cached:
     """An Attend over a layer's committed slots and its fresh keys."""
 
     visible: jax.Array  # bool [B, Q, Q], see `attention`
-    past: Past | None = None
+    past: Past | EitherPast | None = None
     soft_cap: float | None = None
+    rounds: bool = False  # fresh keys and values are rounded as an int8 `past` stores them, see Attention
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
+    def __call__(self, q: jax.Array, k: Any, v: Any, sinks: jax.Array | None = None) -> jax.Array:
         """`attention` in the layout of an Attend."""
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, Q, D]
+        if isinstance(self.past, EitherPast):
+
+            def over(read: Callable[[], Past]) -> Attend:
+                return lambda q, k, v, sinks: dataclasses.replace(self, past=read())(q, k, v, sinks)
+
+            with jax.named_scope(EITHER):
+                return jax.lax.cond(self.past.is_local, over(self.past.local), over(self.past.full), q, k, v, sinks)
+        k, v = by_head(k), by_head(v)
         q_by_head = by_kv_head(q, k.shape[1])
         return by_token(attention(q_by_head, k, v, self.visible, self.past, self.soft_cap, sinks), q.shape[1])
+
+
+def by_head(fresh: Any) -> Any:
+    """Fresh keys or values [B, Q, K, D] in the layout of caches, [B, K, Q, D]."""
+    return jax.tree.map(lambda x: x.swapaxes(1, 2), fresh)
 
 
 class Attention(nnx.Module):
@@ -287,14 +366,17 @@ class Attention(nnx.Module):
         self.k_norm = None if norm is None else norm()
         self.sinks = nnx.Param(jnp.zeros((num_heads,), dtype), axes=("heads",)) if sinks else None
 
-    def __call__(
-        self, x: jax.Array, rotation: Rotation, attend: Attend
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """What attention adds to the stream [B, Q, H], and the fresh keys and values, each [B, K, Q, D]."""
-        q, k, v = self.project(x, rotation)
+    def __call__(self, x: jax.Array, rotation: Rotation, attend: Attend) -> tuple[jax.Array, tuple[Any, Any]]:
+        """What attention adds to the stream [B, Q, H], and the fresh keys and values, each [B, K, Q, D].
+
+        With an int8 cache these are rounded here, once: a token reads itself and the fresh ones before it (of its
+        chunk, or its ancestors in a tree) as all later tokens will read them from the cache.
+        """
+        q, *fresh = self.project(x, rotation)
+        k, v = map(to_int8_vectors, fresh) if isinstance(attend, Cached) and attend.rounds else fresh
         sinks = None if self.sinks is None else self.sinks[...]
         out = self.output(attend(q, k, v, sinks).astype(x.dtype))
-        return out, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+        return out, (by_head(k), by_head(v))
 
     def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, Q, heads, D], k and v [B, Q, K, D] of x [B, Q, in], q and k normed and rotated.

@@ -3,28 +3,36 @@
 L layers · B rows · K heads of K/V · S slots · D head width · Q query tokens · M fresh tokens · A written tokens.
 A cache holds verified tokens only: a forward pass reads it, a commit writes it once afterwards, nothing is rolled back.
 `Cache` keeps every position in its own slot, `Ring` the last positions in a fixed number of slots.
+`MixedCache` has a Cache of some layers and a Ring of the others.
+A layer's keys, or values, are an array or, of an int8 cache, Int8Vectors.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fasteagle_jax.devices.sharding import by_shard
-from fasteagle_jax.nn.attention import Past, cache_storage_dtype, to_cache_storage
+from fasteagle_jax.nn.attention import EitherPast, Past, cache_storage_dtype, to_cache_storage
+from fasteagle_jax.nn.int8_vectors import Int8Vectors, empty_int8_vectors
 
 EMPTY_SLOT = -1  # the position of an empty slot
 # The logical axes of a cache's arrays by name (see sharding.RULES), without the layers of a stack.
 AXES = {
     "k": ("rows", "kv_heads", None, None),
     "v": ("rows", "kv_heads", None, None),
+    "scales": ("rows", "kv_heads", None),
     "positions": ("rows", None),
     "cursor": ("rows",),
     "length": ("rows",),
 }
-_AXES_BY_DIMS = {5: (None, *AXES["k"]), 4: AXES["k"], 3: (None, *AXES["positions"]), 2: AXES["positions"], 1: ("rows",)}
+# Those of a list's arrays by their number of dimensions.
+_AXES_BY_DIMS = {4: AXES["k"], 3: AXES["scales"], 2: AXES["positions"], 1: ("rows",)}
 
 
 class Cache(NamedTuple):
@@ -37,7 +45,7 @@ class Cache(NamedTuple):
     @property
     def num_slots(self) -> int:
         """S."""
-        return self.k[0].shape[-2]
+        return (self.k[0] if isinstance(self.k, list) else self.k).shape[-2]
 
     @property
     def layers(self) -> Any:
@@ -49,9 +57,14 @@ class Cache(NamedTuple):
         """The batch dimension of each array, as a Cache: 1 in stacks of layers, else 0."""
         return _batch_dims(self, "k", "v")
 
-    def layer(self, index: int) -> Past:
+    def layer(self, index: Any) -> Past:
         """The Past of one layer for queries after all committed tokens."""
-        return Past(self.k[index], self.v[index], self.seen(), self.filled())
+        return self.past((self.k[index], self.v[index]))
+
+    def past(self, layer: Any) -> Past:
+        """The Past of one of `layers`."""
+        k, v = layer
+        return Past(k, v, self.seen(), self.filled())
 
     def seen(self) -> jax.Array:
         """bool [B, 1, S], True for the filled slots, which every query sees."""
@@ -72,25 +85,26 @@ def empty_cache(
     *,
     stacked: bool = True,
 ) -> Cache:
-    """An empty Cache, as a stack or a list of layers."""
+    """An empty Cache, as a stack or a list of layers; of a `dtype` int8 in Int8Vectors."""
     shape = (batch, num_kv_heads, num_slots, head_dim)
     if not stacked:
         dtype = cache_storage_dtype(dtype)
 
+    def empty(*shape: int) -> Any:
+        return empty_int8_vectors(shape) if dtype == jnp.int8 else jnp.zeros(shape, dtype)
+
     def zeros() -> Any:
-        if stacked:
-            return jnp.zeros((num_layers, *shape), dtype)
-        return [jnp.zeros(shape, dtype) for _ in range(num_layers)]
+        return empty(num_layers, *shape) if stacked else [empty(*shape) for _ in range(num_layers)]
 
     return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
 
-def commit(cache: Cache, fresh: Any, counts: jax.Array, token_indices: jax.Array | None = None) -> Cache:
+def commit(cache: Any, fresh: Any, counts: jax.Array, token_indices: jax.Array | None = None) -> Any:
     """The cache with `counts` of the fresh tokens appended to every row.
 
     Args:
-      cache: donate it for a write in place.
-      fresh: pair (k, v) of stacks of [B, K, M, D], as a forward pass returns them.
+      cache: a Cache or MixedCache; donate it for a write in place.
+      fresh: pair (k, v) of stacks or lists of [B, K, M, D], as a forward pass over this cache returns them.
       counts: int32 [B], how many tokens each row gains.
       token_indices: int32 [B, A], the fresh tokens to append, in this order; None for all in theirs.
 
@@ -98,7 +112,10 @@ def commit(cache: Cache, fresh: Any, counts: jax.Array, token_indices: jax.Array
     start is clamped to the end of the cache, so a row needs A slots of slack beyond its last token.
     """
     if token_indices is not None:
-        fresh = jax.tree.map(lambda x: _take_tokens(x, token_indices), fresh)
+        batch_dim = 0 if isinstance(fresh[0], list) else 1
+        fresh = jax.tree.map(lambda x: _take_tokens(x, token_indices, batch_dim), fresh)
+    if isinstance(cache, MixedCache):
+        return cache.commit(fresh, counts)
     k, v = _write((cache.k, cache.v), fresh, cache.length)
     return Cache(k, v, cache.length + counts)
 
@@ -119,7 +136,7 @@ class Ring(NamedTuple):
     @property
     def num_slots(self) -> int:
         """S."""
-        return self.k[0].shape[-2]
+        return (self.k[0] if isinstance(self.k, list) else self.k).shape[-2]
 
     @property
     def layers(self) -> Any:
@@ -131,6 +148,15 @@ class Ring(NamedTuple):
     def batch_dims(self) -> Ring:
         """The batch dimension of each array, as a Ring: 1 in stacks of layers, else 0."""
         return _batch_dims(self, "k", "v", "positions")
+
+    def layer(self, index: Any) -> Past:
+        """The Past of one layer for queries after all committed tokens, of whatever window (see `Past.within`)."""
+        return self.past((self.k[index], self.v[index], self.positions[index]))
+
+    def past(self, layer: Any) -> Past:
+        """The Past of one of `layers`."""
+        k, v, positions = layer
+        return Past(k, v, (positions != EMPTY_SLOT)[:, None], self.filled(), positions)
 
     def filled(self) -> jax.Array | None:
         """int32 [], for `Past.filled`; None for a stack, which a scan reads at once."""
@@ -148,7 +174,11 @@ def ring_slots(num_slots: int, window: int | None, most_written: int) -> int:
 
 def as_ring(cache: Cache) -> Ring:
     """An empty Ring of an empty Cache's slots."""
-    positions = jax.tree.map(lambda k: jnp.full((*k.shape[:-3], k.shape[-2]), EMPTY_SLOT, jnp.int32), cache.k)
+
+    def empty(k: Any) -> jax.Array:
+        return jnp.full((*k.shape[:-3], k.shape[-2]), EMPTY_SLOT, jnp.int32)
+
+    positions = [empty(k) for k in cache.k] if isinstance(cache.k, list) else empty(cache.k)
     return Ring(cache.k, cache.v, positions, cache.length, cache.length)
 
 
@@ -185,6 +215,114 @@ def commit_ring(ring: Ring, fresh: Any, counts: jax.Array) -> Ring:
     return Ring(new[0], new[1], new[2], starts + counts, ring.length + counts)
 
 
+# --- both -------------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MixedCache:
+    """The caches of a target's layers, of which the local ones keep the last positions alone."""
+
+    full: Cache | None  # of the other layers; None if there are none
+    local: Ring
+    is_local: tuple[bool, ...] = dataclasses.field(metadata={"static": True})  # of each layer
+
+    @property
+    def length(self) -> jax.Array:
+        """int32 [B], positions so far."""
+        return self.local.length
+
+    @property
+    def num_slots(self) -> int:
+        """S of the layers that keep all positions, else of the local ones."""
+        return self.local.num_slots if self.full is None else self.full.num_slots
+
+    @property
+    def stacked(self) -> bool:
+        """Whether layers are stacks."""
+        return not isinstance(self.local.k, list)
+
+    def place(self, index: int) -> int:
+        """A layer's index among those of its kind."""
+        return self.is_local[:index].count(self.is_local[index])
+
+    @property
+    def layers(self) -> Any:
+        """What `past` reads, a list or a stack like the layers: of a stack of both kinds, a layer's kind and place."""
+        if self.full is None:
+            return self.local.layers
+        places = [self.place(i) for i in range(len(self.is_local))]
+        if self.stacked:
+            return jnp.asarray(self.is_local), jnp.asarray(places, jnp.int32)
+        of_each = {False: self.full.layers, True: self.local.layers}
+        return [of_each[local][place] for local, place in zip(self.is_local, places, strict=True)]
+
+    def past(self, layer: Any) -> Past | EitherPast:
+        """The Past of one of `layers`."""
+        full, local = self.full, self.local
+        if full is None:
+            return local.past(layer)
+        if not self.stacked:
+            return local.past(layer) if len(layer) == 3 else full.past(layer)
+        is_local, place = layer
+        return EitherPast(is_local, _reader(local, place), _reader(full, place), isinstance(full.k, Int8Vectors))
+
+    def layer(self, index: int) -> Past:
+        """The Past of one layer for queries after all committed tokens."""
+        cache = self.local if self.is_local[index] else self.full
+        assert cache is not None
+        return cache.layer(self.place(index))
+
+    def commit(self, fresh: Any, counts: jax.Array) -> MixedCache:
+        """The cache with the first `counts` int32 [B] of fresh tokens in it, as by `commit`."""
+
+        def of(local: bool) -> Any:
+            indices = [i for i, own in enumerate(self.is_local) if own == local]
+            return tuple(x[np.asarray(indices)] if self.stacked else [x[i] for i in indices] for x in fresh)
+
+        full = None if self.full is None else commit(self.full, of(False), counts)
+        return MixedCache(full, commit_ring(self.local, of(True), counts), self.is_local)
+
+
+def _reader(cache: Cache | Ring, place: jax.Array) -> Callable[[], Past]:
+    """A function that reads the Past of a layer of a stack, at `place` int32 [], inside of a conditional.
+
+    The scales of an int8 cache are read before it: XLA's TPU compiler would copy those of all layers to the chip's own
+    memory for each conditional.
+    """
+    if not isinstance(cache.k, Int8Vectors):
+        return lambda: cache.layer(place)
+    scales = jax.lax.optimization_barrier([x.scales[place] for x in (cache.k, cache.v)])
+
+    def read() -> Past:
+        past = cache.layer(place)
+        k, v = (Int8Vectors(x.values, own) for x, own in zip((past.k, past.v), scales, strict=True))
+        return past._replace(k=k, v=v)
+
+    return read
+
+
+def empty_mixed_cache(
+    is_local: Sequence[bool],
+    batch: int,
+    num_kv_heads: int,
+    num_slots: int,
+    local_slots: int,
+    head_dim: int,
+    dtype: Any,
+    *,
+    stacked: bool,
+) -> MixedCache:
+    """An empty MixedCache, with `local_slots` slots in each of the layers that `is_local` names, else `num_slots`."""
+
+    def empty(num_layers: int, num_slots: int) -> Cache:
+        return empty_cache(num_layers, batch, num_kv_heads, num_slots, head_dim, dtype, stacked=stacked)
+
+    num_local = sum(is_local)
+    full = None if num_local == len(is_local) else empty(len(is_local) - num_local, num_slots)
+    return MixedCache(full, as_ring(empty(num_local, local_slots)), tuple(is_local))
+
+
 def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:
     """Slots [(L,) B, (K,) S, (D)] with each row's tokens [(L,) B, (K,) A, (D)] written at its start int32 [B]."""
     stacked = not isinstance(slots[0], list)
@@ -207,12 +345,17 @@ def _write(slots: Any, tokens: Any, starts: jax.Array) -> Any:
         return jax.lax.fori_loop(0, starts.shape[0], write_row, slots)
 
     # Without shard_map GSPMD would all-gather the slots: the loop index may address any row.
-    return by_shard(write_rows, _AXES_BY_DIMS, tuple(slots), tuple(tokens), starts)
+    axes = _AXES_BY_DIMS
+    if stacked:
+        axes = {1: axes[1]} | {dims + 1: (None, *names) for dims, names in axes.items() if dims > 1}
+    return by_shard(write_rows, axes, tuple(slots), tuple(tokens), starts)
 
 
 def _batch_dims(cache: Any, *stacks: str) -> Any:
     dims = jax.tree.map(lambda _: 0, cache)
-    return dims if isinstance(cache.k, list) else dims._replace(**dict.fromkeys(stacks, 1))
+    if isinstance(cache.k, list):
+        return dims
+    return dims._replace(**{name: jax.tree.map(lambda _: 1, getattr(cache, name)) for name in stacks})
 
 
 def insert_row(batch: Any, row: Any, slot: jax.Array) -> Any:
@@ -282,12 +425,12 @@ def _is_cache(part: Any) -> bool:
 
 def _num_slots(cache: Any) -> int:
     """S; 0 of a cache without layers."""
-    return cache.num_slots if len(cache.k) else 0
+    return cache.num_slots if jax.tree.leaves(cache.k) else 0
 
 
 def _slot_dim(x: jax.Array, batch_dim: int) -> int:
     """The dimension of a cache's array in which its slots are; x.ndim if it has one value a row."""
-    return batch_dim + (2 if x.ndim - batch_dim == 4 else 1)
+    return batch_dim + (2 if x.ndim - batch_dim >= 3 else 1)
 
 
 def _start_of_last(cache: Any, row: Any, num_tokens: int) -> jax.Array:
@@ -313,8 +456,8 @@ def batch_dims(batch: Any) -> Any:
     return jax.tree.map(of, batch, is_leaf=_is_cache)
 
 
-def _take_tokens(x: jax.Array, token_indices: jax.Array) -> jax.Array:
-    """Tokens `token_indices` [B, A] of x [..., B, K, M, D]: [..., B, K, A, D]."""
-    index = token_indices[:, None, :, None]  # [B, 1, A, 1]
-    index = index.reshape((1,) * (x.ndim - 4) + index.shape)
-    return jnp.take_along_axis(x, index, axis=-2)
+def _take_tokens(x: jax.Array, token_indices: jax.Array, batch_dim: int) -> jax.Array:
+    """Tokens `token_indices` [B, A] of x [(L,) B, K, M, (D)]: [(L,) B, K, A, (D)]."""
+    dim = batch_dim + 2
+    index = jnp.expand_dims(token_indices, (*range(batch_dim), batch_dim + 1, *range(dim + 1, x.ndim)))
+    return jnp.take_along_axis(x, index, axis=dim)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fasteagle_jax.nn.attention import Attend, Attention, Cached, Past
+from fasteagle_jax.nn.attention import Attend, Attention, Cached, EitherPast, Past
 from fasteagle_jax.nn.mlp import Mlp
 from fasteagle_jax.nn.moe import ExpertsConfig, SparseMlp, is_whole, layer_of
 from fasteagle_jax.nn.norm import RMSNorm
@@ -190,7 +190,7 @@ class LayerContext(NamedTuple):
     soft_cap: float | None
     choice: tuple[jax.Array, tuple[int | None, ...]] | None  # inside a scan: the kind's number, the kinds' windows
 
-    def attend(self, visible: Any, past: Past | None) -> Attend:
+    def attend(self, visible: Any, past: Past | EitherPast | None) -> Attend:
         """The layer's Attend: over `past` and fresh keys under a mask bool [B, Q, Q], or that of a Windowed `visible`.
 
         Inside a scan the latter has one branch for each kind, since a kernel's mask is static.
@@ -202,18 +202,16 @@ class LayerContext(NamedTuple):
             # lax.switch keeps weak references to its branches, which tuples such as Packed do not support.
             branches = [functools.partial(visible.within(window, self.soft_cap).__call__) for window in windows]
             return lambda q, k, v, sinks: jax.lax.switch(number, branches, q, k, v, sinks)
+        rounds = past is not None and past.rounded
         if self.choice is None and self.window is None:
-            return Cached(visible, past, self.soft_cap)
+            return Cached(visible, past, self.soft_cap, rounds)
         window: Any = self.window
         if self.choice is not None:
             number, windows = self.choice
             window = jnp.asarray([NO_WINDOW if w is None else w for w in windows], jnp.int32)[number]
-        queries = self.positions[:, :, None]
-        visible = jnp.logical_and(visible, queries - self.positions[:, None] < window)
-        if past is not None:
-            slots = jnp.arange(past.k.shape[-2])  # slot p holds position p
-            past = past._replace(seen=past.seen & (queries - slots < window))
-        return Cached(visible, past, self.soft_cap)
+        visible = jnp.logical_and(visible, self.positions[:, :, None] - self.positions[:, None] < window)
+        past = None if past is None else past.within(window, self.positions)
+        return Cached(visible, past, self.soft_cap, rounds)
 
 
 class Windowed(Protocol):

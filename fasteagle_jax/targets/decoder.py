@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fasteagle_jax.devices.sharding import training_rows
-from fasteagle_jax.nn.attention import Past
 from fasteagle_jax.nn.embedding import embed
-from fasteagle_jax.nn.kv_cache import Cache, empty_cache
+from fasteagle_jax.nn.kv_cache import Cache, MixedCache, empty_cache, empty_mixed_cache, ring_slots
 from fasteagle_jax.nn.linear import LogitMap, head_logits, to_rows
 from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.transformer import (
@@ -40,7 +39,9 @@ class DecoderTarget(nnx.Module):
     """A frozen target: embedding, decoder layers, final norm, head. A family overrides what differs.
 
     `layers` is one stacked layer (leading axis L) or, unstacked, a list of L of them; always a list if some have parts
-    that others lack. Activations between matrix products are in `activation_dtype`, by default the weights' dtype.
+    that others lack. Activations between matrix products are in `activation_dtype`, by default the weights' dtype. Set
+    `cache_dtype` to int8 for a cache of rounded keys and values, with a scale a head and token: all of its decoding,
+    with and without drafts, then reads these.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class DecoderTarget(nnx.Module):
     ):
         c = config
         self.activation_dtype = jnp.dtype(activation_dtype or dtype)
+        self.cache_dtype: Any = None  # None for the weights'
         key_embed, key_layers, key_head = jax.random.split(key, 3)
         self.config = c
         axes = ("vocab", "embed")
@@ -97,7 +99,7 @@ class DecoderTarget(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array,
         visible: jax.Array | Windowed,
-        cache: Cache | None = None,
+        cache: Cache | MixedCache | None = None,
         feature_layers: Sequence[int] = (),
     ) -> TargetOutput:
         """The final hidden states, features and fresh keys and values of Q tokens.
@@ -112,14 +114,13 @@ class DecoderTarget(nnx.Module):
         c = self.config
         x = training_rows(self.embed(tokens), visible)  # [B, Q, H]
         kinds = LayerKinds(c.layer_kinds, positions, c.head_dim, stacked=self.stacked)
-        past = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_layers)
+        layers = cache.layers if cache is not None else (None if self.stacked else [None] * c.num_layers)
         indices = jnp.arange(c.num_layers) if self.stacked else [None] * c.num_layers
-        seen, filled = (cache.seen(), cache.filled()) if cache is not None else (jnp.zeros(()), None)
 
         def layer_step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             weights, kv, number, index = layer
             context = kinds.of(number)
-            attend = context.attend(visible, None if kv is None else Past(kv[0], kv[1], seen, filled))
+            attend = context.attend(visible, None if cache is None else cache.past(kv))
             x, fresh = weights(x, context.rotation, attend, index)
             return training_rows(x, visible), fresh
 
@@ -128,7 +129,7 @@ class DecoderTarget(nnx.Module):
         inputs: dict[int, jax.Array] = {0: x}  # of layers, by index
         fresh = []
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-            x, kv = run_layers(layer_step, x, (self.layers, past, kinds.numbers, indices), (start, stop))
+            x, kv = run_layers(layer_step, x, (self.layers, layers, kinds.numbers, indices), (start, stop))
             fresh.append(kv)
             inputs[stop] = x
         features = jnp.concatenate([inputs[f] for f in feature_layers], axis=-1) if feature_layers else None
@@ -162,13 +163,26 @@ class DecoderTarget(nnx.Module):
 
     @property
     def dtype(self) -> Any:
-        """The dtype of weights and cache."""
+        """The dtype of weights and, but for `cache_dtype`, of the cache."""
         return self.embedding[...].dtype
 
-    def empty_cache(self, batch: int, num_slots: int) -> Cache:
-        """An empty cache for `batch` rows of `num_slots` tokens, as a stack or a list like the layers."""
-        c = self.config
-        return empty_cache(c.num_layers, batch, c.num_kv_heads, num_slots, c.head_dim, self.dtype, stacked=self.stacked)
+    def empty_cache(
+        self, batch: int, num_slots: int, most_written: int | None = None, longest: int | None = None
+    ) -> Cache | MixedCache:
+        """An empty cache for `batch` rows of `num_slots` tokens, as a stack or a list like the layers.
+
+        Given the most tokens of one write, local layers have a ring of their window's positions, of a size for rows of
+        up to `longest` tokens (None: `num_slots`): rows of other numbers of slots then fit each other's rings.
+        """
+        c, dtype, longest = self.config, self.cache_dtype or self.dtype, longest or num_slots
+        windows = [kind.window for kind in c.layer_kinds]
+        if most_written is not None and any(windows):
+            local_slots = ring_slots(longest, max(window or 0 for window in windows), most_written)
+            if local_slots < longest:
+                is_local = [window is not None for window in windows]
+                sizes = batch, c.num_kv_heads, num_slots, local_slots, c.head_dim, dtype
+                return empty_mixed_cache(is_local, *sizes, stacked=self.stacked)
+        return empty_cache(c.num_layers, batch, c.num_kv_heads, num_slots, c.head_dim, dtype, stacked=self.stacked)
 
     def unstacked(self, *, by_rows: bool = True) -> Self:
         """The same target with its layers as a list, which XLA's CPU compiler runs faster.

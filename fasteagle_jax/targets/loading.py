@@ -69,12 +69,14 @@ def load_target(
     mesh: Mesh | None = None,
     max_len: int | None = None,
     adapter: str = "",
+    cache_dtype: Any = None,
 ) -> LoadedTarget:
     """The target in a Hugging Face folder, hub repository or GGUF file, its weights in `dtype`.
 
     With int8 the layers' matrices are rounded, each output with a scale of its own, and what is left is in
     `linear.product_dtype`.
-    `max_len` is the most tokens of a text, None for all positions (see DecoderConfig.for_length).
+    `max_len` is the most tokens of a text, None for all positions (see DecoderConfig.for_length). `cache_dtype` is
+    int8 for a cache of rounded keys and values, None for the weights'.
 
     `stacked` says whether the layers are one scanned stack or a list; None for the faster form on this backend, in
     decoding or in `training`. On a mesh every weight is placed straight into its shards. The host holds one tensor of
@@ -88,6 +90,7 @@ def load_target(
     if stacked is None:
         stacked = stacks_are_faster(jax.default_backend(), training=training)
     model = load_weights(fitting, dtype, stacked=stacked, mesh=mesh)
+    model.cache_dtype = checked_cache_dtype(cache_dtype)
     return LoadedTarget(model, fingerprint(checkpoint, dtype), checkpoint)
 
 
@@ -151,6 +154,7 @@ def target_shapes(
     stacked: bool = True,
     by_rows: bool = False,
     activation_dtype: Any = None,
+    cache_dtype: Any = None,
 ) -> Any:
     """The shapes of a target of a configuration, its products in `dtype` and with `int8` its matrices rounded.
 
@@ -163,9 +167,17 @@ def target_shapes(
         model = model if stacked else model.unstacked(by_rows=by_rows)
         if int8:
             to_int8_weights(model)
+        model.cache_dtype = checked_cache_dtype(cache_dtype)
         return model
 
     return jax.eval_shape(make)
+
+
+def checked_cache_dtype(cache_dtype: Any) -> Any:
+    """The dtype of a target's cache, None for that of its weights; UserError for others than int8."""
+    if cache_dtype is None or cache_dtype == "int8" or cache_dtype == jnp.int8:
+        return None if cache_dtype is None else jnp.dtype(jnp.int8)
+    raise UserError(f"cache_dtype is {cache_dtype!r}: use int8, or None for the dtype of the weights")
 
 
 def _stacked(layers: Iterator[list[jax.Array]], num_layers: int) -> list[jax.Array]:

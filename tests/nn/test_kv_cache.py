@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fasteagle_jax.nn.attention import from_cache_storage
+from fasteagle_jax.nn.attention import attention, from_cache_storage
+from fasteagle_jax.nn.int8_vectors import to_int8_vectors
 from fasteagle_jax.nn.kv_cache import (
     EMPTY_SLOT,
     Cache,
@@ -15,8 +16,13 @@ from fasteagle_jax.nn.kv_cache import (
     commit,
     commit_ring,
     empty_cache,
+    empty_mixed_cache,
+    insert_row,
+    insert_tokens,
+    last_tokens,
     ring_slots,
     seen_in_ring,
+    take_rows,
 )
 
 L, B, K, S, D = 2, 3, 2, 12, 4
@@ -169,3 +175,66 @@ def test_without_a_window_a_ring_has_a_slot_for_every_position():
     assert ring_slots(100, None, 8) == 100
     assert ring_slots(100, 512, 8) == 100
     assert ring_slots(2000, 512, 8) == ring_slots(90_000, 512, 8) == 528
+
+
+# --- layers of both kinds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("is_local", [(True, False), (True, True)], ids=["mixed", "all local"])
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+def test_within_the_window_a_local_layer_is_seen_as_in_a_cache_of_all_positions(stacked, is_local, int8):
+    window, most, dtype = 4, 3, jnp.int8 if int8 else jnp.float32
+    sizes = B, K, 60, ring_slots(60, window, most), D, dtype
+    mixed = empty_mixed_cache(is_local, *sizes, stacked=stacked)
+    whole = empty_cache(L, B, K, 60, D, dtype, stacked=stacked)
+    write, seen = jax.jit(commit), jax.jit(seen_alike, static_argnums=(2, 3))
+    rng = np.random.default_rng(0)
+    for step in range(12):
+        parts = [jnp.asarray(part) for part in random_parts(step, most)]
+        parts = [to_int8_vectors(part) for part in parts] if int8 else parts
+        fresh = tuple(part if stacked else [part[i] for i in range(L)] for part in parts)
+        counts = jnp.asarray(rng.integers(0, most + 1, B))
+        order = jnp.asarray(np.stack([rng.permutation(most) for _ in range(B)]))
+        mixed, whole = write(mixed, fresh, counts, order), write(whole, fresh, counts, order)
+        np.testing.assert_array_equal(mixed.length, whole.length)
+        for layer in range(L):
+            found, expected = seen(mixed, whole, layer, window if is_local[layer] else None)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert whole.length.min() > window
+
+
+def seen_alike(mixed, whole, layer, window):
+    """What a query after all committed tokens attends to, of both caches."""
+    q, one = jax.random.normal(jax.random.key(0), (B, K, 1, D)), jnp.ones((B, 1, 1), bool)
+    found = []
+    for cache in (mixed, whole):
+        past = cache.layer(layer)
+        if window is not None:
+            past = past.within(window, cache.length[:, None])
+        found.append(attention(q, q, q, one, past))
+    return found
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+def test_chunks_of_a_mixed_cache_are_taken_and_put_where_they_were(stacked):
+    """Those of a prompt, whose rings have turned over, into another row of another batch."""
+    chunk, window = 4, 5
+    slots = ring_slots(40, window, chunk)
+    mixed = empty_mixed_cache((True, False), 1, K, 20, slots, D, jnp.float32, stacked=stacked)
+    into = empty_mixed_cache((True, False), B, K, 40, slots, D, jnp.float32, stacked=stacked)
+    for step in range(5):
+        fresh = in_form([part[:, :1] for part in random_parts(step, chunk)], stacked)
+        mixed = commit(mixed, fresh, jnp.asarray([chunk]))
+        into = insert_tokens(into, last_tokens(mixed, jnp.int32(0), chunk), jnp.int32(2))
+    assert into.length.tolist() == [0, 0, 20]
+    for layer in range(L):
+        one, other = mixed.layer(layer), into.layer(layer)
+        seen = np.asarray(one.seen)[0, 0]
+        np.testing.assert_array_equal(np.asarray(other.seen)[2, 0, : len(seen)], seen)
+        np.testing.assert_array_equal(np.asarray(other.k)[2][:, : len(seen)][:, seen], np.asarray(one.k)[0][:, seen])
+        if one.positions is not None:
+            np.testing.assert_array_equal(other.positions[2], one.positions[0])
+    again = insert_row(into, take_rows(mixed, jnp.asarray([0])), jnp.int32(0))
+    np.testing.assert_array_equal(again.length, [20, 0, 20])
+    np.testing.assert_array_equal(again.local.positions[0][0], again.local.positions[0][2])
