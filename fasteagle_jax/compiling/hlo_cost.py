@@ -103,15 +103,20 @@ def _added(a: Collectives, b: Collectives) -> Collectives:
     return Collectives(*(x + y for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)))
 
 
-def cost(text: str, branch: Branch = "most", expected: Mapping[str, float] | None = None) -> Cost:
+def cost(
+    text: str,
+    branch: Branch = "most",
+    expected: Mapping[str, float] | None = None,
+    shares: Mapping[str, float] | None = None,
+) -> Cost:
     """The Cost of a compiled program, given `jax.stages.Compiled.as_text()`.
 
     `branch` says which branch of a conditional runs: the one that reads and writes least (a decode that is greedy), or
     most (a train step that is applied). `expected` has iterations of loops that only data can tell, by the
-    `jax.named_scope` around them.
+    `jax.named_scope` around them, and `shares`, likewise, how often a conditional of two is true.
     """
     program = parse(text)
-    return _Counter(program, branch, expected).computation(program.entry, {})
+    return _Counter(program, branch, expected, shares).computation(program.entry, {})
 
 
 _FREE = {
@@ -134,10 +139,16 @@ _ON_HOST = re.compile(r"callback|infeed|outfeed|MoveToHost|MoveToDevice", re.IGN
 
 
 class _Counter:
-    def __init__(self, program: Program, branch: Branch, expected: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        program: Program,
+        branch: Branch,
+        expected: Mapping[str, float] | None = None,
+        shares: Mapping[str, float] | None = None,
+    ):
         self.program = program
         self.branch = branch
-        self.expected = expected or {}
+        self.expected, self.shares = expected or {}, shares or {}
 
     def computation(self, name: str, arguments: dict[int, Value]) -> Cost:
         """The cost of running a computation once, outside of fusions; `arguments` are those that are known."""
@@ -184,16 +195,20 @@ class _Counter:
             if listed
             else [i.called("true_computation"), i.called("false_computation")]
         )
+        share = _of_scope(i, self.shares)
         costs = []
         for name, operand in zip(names, i.operands[1:], strict=True):
             costs.append(self.computation(name, {0: self.value(operand, body, arguments)}))
+        if share is not None:
+            untrue, true = costs if listed else costs[::-1]
+            return true.times(share) + untrue.times(1 - share)
         pick = min if self.branch == "least" else max
         return pick(costs, key=lambda c: (c.bytes, c.flops))
 
     def loop(self, i: Instruction, body: dict[str, Instruction], arguments: dict[int, Value]) -> Cost:
         start = self.value(i.operands[0], body, arguments)
         known = self.iterations(i, start)
-        iterations = self.expected_iterations(i) if known is None else known
+        iterations = _of_scope(i, self.expected) if known is None else known
         carried = self.carried(i, start)
         if iterations is None:
             return self.computation(i.called("body"), {0: carried}) + Cost(unknown_loops=1)
@@ -206,12 +221,6 @@ class _Counter:
     def value(self, name: str, body: dict[str, Instruction], arguments: dict[int, Value]) -> Value:
         """An instruction's value if constants decide it: an int, a list of these for a tuple, or None."""
         return Scalars(self.program, body, arguments).value(name)
-
-    def expected_iterations(self, i: Instruction) -> float | None:
-        """Those of the named scope that a loop is in; None if there is no such scope."""
-        named = re.search(r'op_name="([^"]*)"', i.attributes)
-        scopes = named[1].split("/") if named else []
-        return next((self.expected[scope] for scope in scopes if scope in self.expected), None)
 
     def iterations(self, i: Instruction, start: Value) -> int | None:
         """The number of iterations of a loop."""
@@ -428,6 +437,13 @@ def _in_hbm(arrays: tuple[Array, ...]) -> float:
 
 def _size(arrays: tuple[Array, ...]) -> float:
     return sum(array.bytes for array in arrays)
+
+
+def _of_scope(i: Instruction, by_scope: Mapping[str, float]) -> float | None:
+    """The value for the named scope that an instruction is in; None if there is no such scope."""
+    named = re.search(r'op_name="([^"]*)"', i.attributes)
+    scopes = named[1].split("/") if named else []
+    return next((by_scope[scope] for scope in scopes if scope in by_scope), None)
 
 
 def _is_on_host(i: Instruction) -> bool:

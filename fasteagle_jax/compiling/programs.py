@@ -41,6 +41,7 @@ from fasteagle_jax.devices.sharding import (
 )
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.attention import EITHER
 from fasteagle_jax.nn.moe import LOOP, SparseMlp, block_rows, expected_turns
 from fasteagle_jax.nn.transformer import stacks_are_faster
 from fasteagle_jax.targets.loading import target_shapes
@@ -211,7 +212,7 @@ def compile_program(
         temporaries=int(memory.temp_size_in_bytes),
         peak=peak,
         hbm=None if known is None else known.hbm,
-        cost=cost(compiled.as_text(), "most" if program == "train" else "least", expected),
+        cost=cost(compiled.as_text(), "most" if program == "train" else "least", expected, _local_share(config)),
         state_layout_stable=_state_layout_stable(shapes, compiled),
         ideal_bytes=bytes_of(shapes.read) - (shapes.experts.unread if shapes.experts else 0),
         necessary_flops=shapes.necessary_flops / len(devices),
@@ -412,6 +413,13 @@ def _target(config: RunConfig, mesh: Mesh, *, stacked: bool, cache_dtype: str = 
     form: dict[str, Any] = {"int8": config.target_dtype == "int8", "stacked": stacked}
     sizes = target_shapes(config.target_config, config.dtype, **form, cache_dtype=cache_dtype or None)
     return weights_on_mesh(mesh, sizes)
+
+
+def _local_share(config: RunConfig) -> dict[str, float]:
+    """How often the layers' conditional on the cache that they read is true."""
+    assert config.target_config is not None
+    local = [kind.window is not None for kind in config.target_config.layer_kinds]
+    return {EITHER: sum(local) / len(local)}
 
 
 def _stacked(mesh: Mesh, *, training: bool = False) -> bool:

@@ -21,6 +21,7 @@ from fasteagle_jax.nn.norm import RMSNorm
 from fasteagle_jax.nn.rope import Rotation, rotate
 
 BLOCK = 128  # cache slots that attention reads at a time if it can stop early
+EITHER = "either_cache"  # name in a program of what reads an EitherPast
 MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that max() stays finite too
 
 
@@ -296,7 +297,8 @@ class Cached:
             def over(read: Callable[[], Past]) -> Attend:
                 return lambda q, k, v: dataclasses.replace(self, past=read())(q, k, v)
 
-            return jax.lax.cond(self.past.is_local, over(self.past.local), over(self.past.full), q, k, v)
+            with jax.named_scope(EITHER):
+                return jax.lax.cond(self.past.is_local, over(self.past.local), over(self.past.full), q, k, v)
         k, v = by_head(k), by_head(v)
         q_by_head = by_kv_head(q, k.shape[1])
         return by_token(attention(q_by_head, k, v, self.visible, self.past, self.soft_cap), q.shape[1])

@@ -45,7 +45,7 @@ class Cache(NamedTuple):
     @property
     def num_slots(self) -> int:
         """S."""
-        return self.k[0].shape[-2]
+        return (self.k[0] if isinstance(self.k, list) else self.k).shape[-2]
 
     @property
     def layers(self) -> Any:
@@ -135,7 +135,7 @@ class Ring(NamedTuple):
     @property
     def num_slots(self) -> int:
         """S."""
-        return self.k[0].shape[-2]
+        return (self.k[0] if isinstance(self.k, list) else self.k).shape[-2]
 
     @property
     def layers(self) -> Any:

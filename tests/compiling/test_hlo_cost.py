@@ -79,6 +79,16 @@ def test_of_a_conditional_the_branch_asked_for_counts() -> None:
     assert cost(text, "least").product_flops == 0
 
 
+def test_of_a_conditional_in_a_scope_both_branches_count_by_their_shares() -> None:
+    def f(x, w):
+        with jax.named_scope("either"):
+            return jax.lax.cond(x.sum() > 1, lambda: layers(x, w), lambda: x)  # no other test's program
+
+    text = compiled(f, jnp.zeros((4, H)), jnp.zeros((L, H, H)))
+    assert cost(text, "least", shares={"either": 0.25}).product_flops == 0.25 * L * 2 * 4 * H * H
+    assert cost(text, "least", shares={"other": 0.25}).product_flops == 0
+
+
 def test_collectives_say_how_often_and_how_much() -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.NamedSharding(mesh, jax.P(None, None, "x"))

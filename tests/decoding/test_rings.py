@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fasteagle_jax.decoding.sampling import choose
+from fasteagle_jax.decoding.sampling import choose, make_sampling
 from fasteagle_jax.decoding.speculative import generate
 from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.devices.sharding import MeshShape, make_mesh, place_weights
 from fasteagle_jax.nn.kv_cache import Cache, MixedCache
 from tests.decoding.test_families import CONTEXT, PROMPTS, SAMPLINGS, random_drafter
 from tests.tiny_families import hf_config, tiny_family
@@ -102,3 +103,20 @@ def test_without_a_gain_all_positions_are_kept():
         assert isinstance(cache, Cache)
     assert isinstance(target.empty_cache(1, 16, CHUNK, 200), MixedCache)  # a prompt of a longer row
     assert isinstance(tiny_family(hf_config("llama", 0)).empty_cache(1, 200, CHUNK), Cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stacked", [False, True], ids=["list", "stacked"])
+def test_int8_caches_and_rings_split_over_a_mesh_say_what_they_say_on_one_device(stacked):
+    sizes = dict(vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, sliding_window=WINDOW)
+    target = tiny_family(hf_config("gemma3", 1) | sizes)
+    target = target if stacked else target.unstacked(by_rows=False)
+    target.cache_dtype = jnp.int8
+    drafter, sampling = random_drafter(target, **CONTEXT), make_sampling(4, temperature=[0.0, 0.7, 40.0, 0.0])
+    prompts, sizes = [*PROMPTS, PROMPTS[1][:5]], dict(max_new=MAX_NEW, chunk=CHUNK)
+    plain = generate(target, None, prompts, sampling, **sizes)
+    mesh = make_mesh(MeshShape(2, 2, 2))
+    with jax.set_mesh(mesh):
+        split = [place_weights(mesh, model) for model in (target, drafter)]
+        drafted = generate(*split, prompts, sampling, tree=TreeSpec("best_first", 12), **sizes)
+    np.testing.assert_array_equal(drafted.tokens, plain.tokens)

@@ -6,14 +6,16 @@ go: all of it moves caches.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_folder import make_target
+from tiny_folder import make_drafter, make_target
 
-from fasteagle_jax import Engine, SamplingParams
+from fasteagle_jax import Engine, SamplingParams, UserError
 from fasteagle_jax.decoding.prefill import pad_prompts
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate_jit
@@ -98,3 +100,20 @@ def test_answers_are_those_of_each_request_alone(tokenizer, case):
         for answer, expected in zip(answers, plain, strict=True):
             assert list(answer.tokens) == expected
     assert any(depth > 0 for answer in answers for depth in answer.depths)  # something was at stake
+
+
+def test_a_loaded_engine_states_what_an_int8_cache_takes_and_answers_by_it(tmp_path):
+    folder = make_target(tmp_path / "target")
+    drafter = make_drafter(tmp_path / "drafter", folder)
+    load = functools.partial(Engine.load, str(folder), slots=2, max_len=128)
+    exact, rounded = load(None), load(None, cache_dtype="int8")
+    # Heads of 8 entries in float32: 32 bytes, and 8 of integers with 4 of a scale.
+    assert rounded.memory.target_cache / exact.memory.target_cache == pytest.approx(12 / 32, abs=1e-3)
+    assert rounded.fingerprint == exact.fingerprint  # the weights are the same, so is what a drafter is trained for
+    params = SamplingParams(temperature=0.8, seed=3, max_new_tokens=24, ignore_eos=True)
+    prompts = ["Once upon a time", "a b c d e f g h i j k l m"]
+    expected = [c.tokens for c in rounded.generate(prompts, params)]
+    drafted = load(drafter, tree="best_first:6", cache_dtype="int8")
+    assert [c.tokens for c in drafted.generate(prompts, params)] == expected
+    with pytest.raises(UserError, match="cache_dtype is 'int4': use int8, or None for the dtype of the weights"):
+        load(None, cache_dtype="int4")
