@@ -356,9 +356,8 @@ class Attention(nnx.Module):
         With an int8 cache these are rounded here, once: a token reads itself and the fresh ones before it (of its
         chunk, or its ancestors in a tree) as all later tokens will read them from the cache.
         """
-        q, k, v = self.project(x, rotation)
-        if isinstance(attend, Cached) and attend.rounds:
-            k, v = to_int8_vectors(k), to_int8_vectors(v)
+        q, *fresh = self.project(x, rotation)
+        k, v = map(to_int8_vectors, fresh) if isinstance(attend, Cached) and attend.rounds else fresh
         out = self.output(attend(q, k, v).astype(x.dtype))
         return out, (by_head(k), by_head(v))
 

@@ -10,7 +10,7 @@ A layer's keys, or values, are an array or, of an int8 cache, Int8Vectors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,7 +63,8 @@ class Cache(NamedTuple):
 
     def past(self, layer: Any) -> Past:
         """The Past of one of `layers`."""
-        return Past(*layer, self.seen(), self.filled())
+        k, v = layer
+        return Past(k, v, self.seen(), self.filled())
 
     def seen(self) -> jax.Array:
         """bool [B, 1, S], True for the filled slots, which every query sees."""
@@ -264,8 +265,7 @@ class MixedCache:
         if not self.stacked:
             return local.past(layer) if len(layer) == 3 else full.past(layer)
         is_local, place = layer
-        rounded = isinstance(full.k, Int8Vectors)
-        return EitherPast(is_local, lambda: local.layer(place), lambda: full.layer(place), rounded)
+        return EitherPast(is_local, _reader(local, place), _reader(full, place), isinstance(full.k, Int8Vectors))
 
     def layer(self, index: int) -> Past:
         """The Past of one layer for queries after all committed tokens."""
@@ -282,6 +282,24 @@ class MixedCache:
 
         full = None if self.full is None else commit(self.full, of(False), counts)
         return MixedCache(full, commit_ring(self.local, of(True), counts), self.is_local)
+
+
+def _reader(cache: Cache | Ring, place: jax.Array) -> Callable[[], Past]:
+    """A function that reads the Past of a layer of a stack, at `place` int32 [], inside of a conditional.
+
+    The scales of an int8 cache are read before it: XLA's TPU compiler would copy those of all layers to the chip's own
+    memory for each conditional.
+    """
+    if not isinstance(cache.k, Int8Vectors):
+        return lambda: cache.layer(place)
+    scales = jax.lax.optimization_barrier([x.scales[place] for x in (cache.k, cache.v)])
+
+    def read() -> Past:
+        past = cache.layer(place)
+        k, v = (Int8Vectors(x.values, own) for x, own in zip((past.k, past.v), scales, strict=True))
+        return past._replace(k=k, v=v)
+
+    return read
 
 
 def empty_mixed_cache(
