@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import pytest
 
 from fasteagle_jax.compiling.programs import Decoding, Report, compile_program, lower
+from fasteagle_jax.compiling.published import PUBLISHED
 from fasteagle_jax.devices import topology
 from fasteagle_jax.devices.chips import chip, slice_names
 from fasteagle_jax.devices.sharding import MeshShape
+from fasteagle_jax.targets.gemma import Gemma3Config
 from fasteagle_jax.targets.qwen_moe import Qwen3MoeConfig
 from fasteagle_jax.training.config import DrafterChoice, RunConfig, load_config
 
@@ -171,3 +173,25 @@ def test_a_train_step_fits_and_computes_what_is_necessary(slice_name: str) -> No
     weights = 2 * (found.weights["target"] + found.weights["drafter"]) * found.devices
     assert gathered < weights
     assert found.state_layout_stable
+
+
+@pytest.mark.parametrize("name", ["llama31_8b", "gemma3_12b"])
+def test_an_int8_cache_is_read_as_it_is(name: str) -> None:
+    """In half the bytes, of layers that keep all positions and of local ones; a scan of both reads each layer's own."""
+    if name == "llama31_8b":
+        run, decoding = config(), Decoding(32, None)
+    else:
+        run, decoding = PUBLISHED[name], Decoding(8, None, 8192)
+        assert isinstance(run.target_config, Gemma3Config)
+        few = dataclasses.replace(run.target_config, num_layers=12, local_layers=(0, 1, 2, 3, 4, 6, 7, 8, 9, 10))
+        run = dataclasses.replace(run, target_config=few)
+    found = {}
+    with jax.default_matmul_precision("default"):
+        for dtype in ("", "int8"):
+            shapes = dataclasses.replace(decoding, cache_dtype=dtype)
+            found[dtype] = compile_program(run, "decode", topology.devices("v5e:2x4"), shapes)
+            assert found[dtype].bytes_ratio == pytest.approx(1.00, rel=TOLERANCE)
+            assert found[dtype].temporaries < 16 * 2**20  # no cache in bfloat16
+    assert found["int8"].caches < 0.52 * found[""].caches
+    saved = found[""].cost.bytes - found["int8"].cost.bytes
+    assert saved == pytest.approx(found[""].caches - found["int8"].caches, rel=TOLERANCE)
