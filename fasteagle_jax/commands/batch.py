@@ -239,7 +239,7 @@ def _answer_on_ray(args: argparse.Namespace) -> int:
     # --- the cluster, and what it will read -------------------------------------------------------------------
     with cluster.connected(args.ray):
         their = cluster.workers_for(args.workers, args.worker, args.mesh)
-        dtype = args.dtype or ("float32" if their.kind == "CPU" else "bfloat16")
+        dtype = their.dtype(args.dtype)
         found = cluster.survey(files, args.id_column)
         place = epath.Path(output)
         date = first_date(saved_settings(place))
@@ -263,7 +263,7 @@ def _answer_on_ray(args: argparse.Namespace) -> int:
         if is_new:
             write_file(epath.Path(manifest_path(place)), json.dumps({"settings": settings}, indent=2) + "\n")
         total = sum(its.num_rows for its in found)
-        print(f"{total} requests of {len(files)} files, {cluster.described(their)}", file=sys.stderr)
+        print(f"{total} requests of {len(files)} files, {their}", file=sys.stderr)
         arguments = {
             "target": cluster.absolute(args.target),
             "drafter": drafter and str(drafter),
@@ -281,7 +281,8 @@ def _answer_on_ray(args: argparse.Namespace) -> int:
             "name": args.target,
         }
         started = time.perf_counter()
-        done = cluster.answer_files(files, output, their, args.slots, arguments, id_column=args.id_column, owners=owners)
+        ids: dict[str, Any] = {"id_column": args.id_column, "owners": owners}
+        done = cluster.answer_files(files, output, their, args.slots, arguments, **ids)
     seconds = time.perf_counter() - started
     print(
         f"{output}: {total} of {total} requests answered, {done.num_rows} by this run, {done.num_errors} of these errors;"

@@ -4,8 +4,8 @@ A line is OpenAI's, {"custom_id", "method": "POST", "url", "body"}, or simple: {
 if wanted. The sampling fields, in the body or beside the prompt, are OpenAI's and vLLM's; a field that would change an
 answer in a way that is not supported must have its neutral value. A text as the prompt is continued as it is.
 
-The answer to line 17 is one record, an error or not, and nothing but `line` tells whose it is (of a folder of files `line`
-with `file`, which stands behind it):
+The answer to line 17 is one record, an error or not, and nothing but `line` tells whose it is; of a folder of files
+`line` and "file", which stands behind it:
 
     OpenAI's  {"id": "line-17", "custom_id", "line": 17, "response": {"status_code": 200, "request_id", "body"} or null,
                "error": null or {"code", "message"}, "statistics"}

@@ -24,7 +24,7 @@ class _Asked(NamedTuple):
 
 
 class SharedEngine:
-    """An engine in a thread of its own. Nobody else may ask the engine while this lives, which is to the process's end."""
+    """An engine in a thread of its own, to the process's end; nobody else may ask that engine."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

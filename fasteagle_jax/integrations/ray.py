@@ -4,13 +4,15 @@ Ray hands batches of rows to workers that have finished theirs, starts a worker 
 again, whose answers are bitwise the same: the noise is a function of seed and position. Rows are known by an id column
 whose values Ray Data writes down beside the records (its checkpointing), so that a killed job computes what is missing.
 
-    questions.map_batches(Answers, fn_constructor_kwargs={"target": "smollm2-135m", "slots": 64}, **workers(4, 64, TPU=4))
+`Answers` and `workers` are for Datasets of one's own, `answer_files` is `fasteagle batch --ray`, and `Cluster` stands in
+an engine's place for `prepare-data --ray`.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -42,7 +44,7 @@ from fasteagle_jax.devices.sharding import MeshShape, make_mesh
 from fasteagle_jax.engine.batch_records import answer_record, record_text, refusal_record
 from fasteagle_jax.engine.batch_requests import BatchRequest, Refusal, numbered, read_custom_id, read_request
 from fasteagle_jax.engine.engine import Engine
-from fasteagle_jax.engine.requests import Completion, SamplingParams
+from fasteagle_jax.engine.requests import Completion, Refused, SamplingParams
 from fasteagle_jax.engine.shared import SharedEngine
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, in_bucket
@@ -52,6 +54,7 @@ KINDS = ("TPU", "GPU", "CPU")  # of a worker's device: the first one that a clus
 
 ROWS_A_SLOT = 4  # of a batch: as long as one is waiting, the end of another leaves no slot empty
 CALLS = 3  # batches that a worker has at once
+TRIES = 5  # of rows whose workers die: preempted machines are no fault of theirs, rows that kill any worker are
 READERS = 2  # files read at once; they wait for the workers
 FILTER_BYTES = 64 * 2**20  # of memory that Ray reserves for a reader of what is done; its own default is a GiB
 
@@ -92,8 +95,9 @@ def connected(address: str) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        raise_user_error(error)
-        raise
+        if (behind := user_error(error)) is None:
+            raise
+        raise behind from error
     finally:
         ray.shutdown()
 
@@ -126,17 +130,19 @@ class Workers(NamedTuple):
     kind: str  # of KINDS
     devices: float  # of this kind, a worker
 
+    def __str__(self) -> str:
+        return f"{self.number} workers, each with {self.devices:g} {self.kind}"
 
-def described(their: Workers) -> str:
-    """Workers in words."""
-    return f"{their.number} workers, each with {their.devices:g} {their.kind}"
+    def dtype(self, asked: str | None) -> str:
+        """The dtype asked for, else the one that their device has as its default; this machine may have none."""
+        return asked or ("float32" if self.kind == "CPU" else "bfloat16")
 
 
 def workers_for(number: int | None, per_worker: str | None, mesh: str | None) -> Workers:
     """The workers that a cluster has room for, or the number asked for.
 
-    `per_worker` is as "TPU=4"; without it the cluster's own kind of device, as many as the mesh has. XLA computes on all
-    cores of a CPU, so that there is one worker a machine without accelerators.
+    `per_worker` is as "TPU=4"; without it the cluster's own kind of device, as many as the mesh has. XLA computes on
+    all cores of a CPU, so that there is one worker a machine without accelerators.
     """
     total = ray.cluster_resources()
     of_mesh = 1 if mesh is None else int(np.prod([max(1, int(n)) for n in mesh.split(",")]))
@@ -151,7 +157,9 @@ def workers_for(number: int | None, per_worker: str | None, mesh: str | None) ->
             raise UserError(f"--worker is {per_worker!r}: give TPU=N, GPU=N or CPU=N")
     has = total.get(kind, 0)
     if has < devices:
-        raise UserError(f"a worker takes {devices:g} {kind}, but the cluster has {has:g}: give --worker, or add machines")
+        raise UserError(
+            f"a worker takes {devices:g} {kind}, but the cluster has {has:g}: give --worker, or add machines"
+        )
     if number is None:
         machines = sum(bool(node["Alive"]) for node in ray.nodes())
         number = machines if kind == "CPU" else int(has // devices)
@@ -164,11 +172,20 @@ def workers(number: int, slots: int, **devices: float) -> dict[str, Any]:
     `devices` are TPU=4, GPU=1 or CPU=1: what each worker takes. A worker has several batches at once, so that the slots
     which the last rows of one leave empty are filled from the next.
     """
-    (kind, num) = next(iter(devices.items()))
-    needs = {"TPU": {"resources": {"TPU": num}, "num_cpus": 0}, "GPU": {"num_gpus": num}, "CPU": {"num_cpus": num}}[kind]
+    (given,) = devices.items()
     pool = {"max_concurrent_calls_per_actor": CALLS, "max_tasks_in_flight_per_actor": CALLS + 1}
     compute = ray.data.ActorPoolStrategy(size=number, **pool, enable_true_multi_threading=True)
-    return {"compute": compute, "batch_size": ROWS_A_SLOT * slots, "scheduling_strategy": "SPREAD", **needs}
+    return {"compute": compute, "batch_size": ROWS_A_SLOT * slots, "max_task_retries": TRIES, **_needs(*given)}
+
+
+def _needs(kind: str, devices: float) -> dict[str, Any]:
+    """What Ray is told of a worker that takes so many devices."""
+    needs = {
+        "TPU": {"resources": {"TPU": devices}, "num_cpus": 0},
+        "GPU": {"num_gpus": devices, "num_cpus": 0},
+        "CPU": {"num_cpus": devices},
+    }
+    return {"max_restarts": -1, "scheduling_strategy": "SPREAD", **needs[kind]}
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
@@ -177,9 +194,9 @@ def workers(number: int, slots: int, **devices: float) -> dict[str, Any]:
 class Answers:
     """Callable class for `Dataset.map_batches`: one engine a worker, kept; a column "record" for each row.
 
-    Rows have a "request", the text of a line of a batch file (JSON: prompt or messages with sampling fields, or OpenAI's
-    form), and may have a "line" and a "file", which the record repeats. The record is JSON, too, and `fasteagle batch`'s
-    own; "is_error" says whether it is an error. A row that cannot be answered never fails its batch.
+    Rows have a "request", the text of a line of a batch file (JSON: prompt or messages with sampling fields, or
+    OpenAI's form), and may have a "line" and a "file", which the record repeats. The record is JSON, too, and
+    `fasteagle batch`'s own; "is_error" tells of an error. A row that cannot be answered never fails its batch.
     """
 
     def __init__(
@@ -204,8 +221,8 @@ class Answers:
           name: of the model in OpenAI's records; the target's if there is none.
           options: drafter, slots, max_len, tree, lookup, dtype, strict, adapter: as of `Engine.load`.
         """
-        engine = load_engine(target, date=date, mesh=mesh, **options)
-        self._shared, self._name = SharedEngine(engine), name or target
+        self._shared = SharedEngine(load_engine(target, date=date, mesh=mesh, **options))
+        self._name = name or target
         self._params, self._chat = params or SamplingParams(), chat
         self._lock = threading.Lock()  # of the tokenizer: batches are asked by several threads
 
@@ -218,7 +235,10 @@ class Answers:
             asked = [*map(self._ask, requests, lines, files, owners)]
         records = [self._record(*one) for one in asked]
         texts = np.array([record_text(record) for record in records], object)
-        return batch | {"record": texts, "is_error": np.array([record["error"] is not None for record in records], bool)}
+        return batch | {
+            "record": texts,
+            "is_error": np.array([record["error"] is not None for record in records], bool),
+        }
 
     def _ask(self, request: str | bytes, line: int, file: str, owner: str) -> _OnItsWay:
         raw = request.encode(errors="surrogatepass") if isinstance(request, str) else request
@@ -261,6 +281,66 @@ def load_engine(target: str, *, date: str | None = None, mesh: str | None = None
     if date is not None and writes_date(engine.tokenizer):
         fix_date(engine.tokenizer, date)
     return engine
+
+
+@ray.remote
+class _Worker:
+    """An engine on one of the machines."""
+
+    def __init__(self, target: str, options: Mapping[str, Any]) -> None:
+        self._shared = SharedEngine(load_engine(target, **options))
+
+    def ask(self, prompt: Sequence[int], params: SamplingParams) -> list[Completion] | str:
+        """The prompt's answers, or why it has none."""
+        answers = self._shared.ask(prompt, params)
+        try:
+            return answers.result()
+        except UserError as error:
+            return str(error)
+
+
+class Cluster:
+    """Engines of a Ray cluster as a source of answers; it has what `answering.answer_all` needs of an engine."""
+
+    def __init__(self, their: Workers, target: str, options: Mapping[str, Any]) -> None:
+        """Starts workers with an engine each; `options` are those of `load_engine`, slots among them."""
+        self.ahead = 2 * options["slots"]  # prompts that a worker has: those of the slots, and as many that wait
+        how = {"max_concurrency": self.ahead, "max_task_retries": TRIES, **_needs(their.kind, their.devices)}
+        self._workers = [_Worker.options(**how).remote(target, options) for _ in range(their.number)]  # type: ignore[attr-defined]
+
+    def serve(self, pairs: Iterator[tuple[Sequence[int], SamplingParams]]) -> Iterator[Completion | Refused]:
+        """The answers to prompts as they come; `prompt_index` is their number, from 0 on.
+
+        `pairs` of a prompt and its params is asked for more before each wait. Raises UserError if no engine can be had.
+        """
+        numbers = itertools.count()
+        under_way: dict[Any, tuple[int, int]] = {}  # a prompt's number and worker, by the reference to its answers
+        busy = [0] * len(self._workers)
+        while True:
+            while min(busy) < self.ahead and (pair := next(pairs, None)) is not None:
+                worker = busy.index(min(busy))
+                under_way[self._workers[worker].ask.remote(tuple(pair[0]), pair[1])] = next(numbers), worker
+                busy[worker] += 1
+            if not under_way:
+                return
+            ray.wait([*under_way], num_returns=1)
+            ready, _ = ray.wait([*under_way], num_returns=len(under_way), timeout=0)
+            for reference in ready:
+                number, worker = under_way.pop(reference)
+                busy[worker] -= 1
+                yield from self._answers(reference, number)
+
+    def _answers(self, reference: Any, number: int) -> Iterator[Completion | Refused]:
+        try:
+            answers = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            if (behind := user_error(error)) is None:
+                raise
+            raise behind from error
+        if isinstance(answers, str):
+            yield Refused(number, answers)
+        else:
+            yield from (dataclasses.replace(answer, prompt_index=number) for answer in answers)
 
 
 # --- folders of requests ----------------------------------------------------------------------------------------
@@ -351,7 +431,9 @@ def survey(files: Sequence[RequestFile], id_column: str | None) -> list[Survey]:
     try:
         found: list[Survey] = ray.get(waiting)
     except ray.exceptions.RayTaskError as error:
-        raise UserError(f"the requests cannot be read ({first_line(error.cause)[:200]}): mend or remove the file") from error
+        raise UserError(
+            f"the requests cannot be read ({first_line(error.cause)[:200]}): mend or remove the file"
+        ) from error
     if not sum(one.num_rows for one in found):
         raise UserError(f"{_folder(files)} holds no row: give requests, a line or row each")
     return found
@@ -429,7 +511,9 @@ class RequestFiles(Datasource):
         """Not known."""
         return None
 
-    def get_read_tasks(self, parallelism: int, per_task_row_limit: Any = None, data_context: Any = None) -> list[ReadTask]:
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: Any = None, data_context: Any = None
+    ) -> list[ReadTask]:
         """A task a file, whatever the parallelism asked for."""
         about = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
         return [ReadTask(self._reader(file), about, SCHEMA) for file in self._files]
@@ -531,14 +615,13 @@ def answer_files(
     return Answered(sink.num_rows, sink.num_errors)
 
 
-def raise_user_error(error: BaseException | None) -> None:
-    """Raises the UserError that is behind one of Ray's, if there is one."""
-    while error is not None:
-        cause = getattr(error, "cause", None)
-        for behind in (error, cause):
-            if isinstance(behind, UserError):
-                raise UserError(str(behind.args[0]) if behind.args else str(behind)) from error
-        error = cause if isinstance(cause, BaseException) and cause is not error else error.__cause__
+def user_error(error: BaseException) -> UserError | None:
+    """The UserError behind one of Ray's, which hold it or, of a worker's start or a batch, its traceback alone."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):
+        return cause
+    _, name, told = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")
+    return UserError(first_line(Exception(told))) if name else None
 
 
 def absolute(name: str) -> str:
