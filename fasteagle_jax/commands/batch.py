@@ -285,8 +285,8 @@ def _answer_on_ray(args: argparse.Namespace) -> int:
         done = cluster.answer_files(files, output, their, args.slots, arguments, **ids)
     seconds = time.perf_counter() - started
     print(
-        f"{output}: {total} of {total} requests answered, {done.num_rows} by this run, {done.num_errors} of these errors;"
-        f" {seconds:.1f} s"
+        f"{output}: {total} of {total} requests answered, {done.num_rows} by this run, {done.num_errors} of these "
+        f"errors; {seconds:.1f} s"
     )
     return 0
 

@@ -4,8 +4,8 @@ Ray hands batches of rows to workers that have finished theirs, starts a worker 
 again, whose answers are bitwise the same: the noise is a function of seed and position. Rows are known by an id column
 whose values Ray Data writes down beside the records (its checkpointing), so that a killed job computes what is missing.
 
-`Answers` and `workers` are for Datasets of one's own, `answer_files` is `fasteagle batch --ray`, and `Cluster` stands in
-an engine's place for `prepare-data --ray`.
+`Answers` and `workers` are for Datasets of one's own, `answer_files` is `fasteagle batch --ray`, and `Cluster` stands
+in an engine's place for `prepare-data --ray`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def connect(address: str) -> None:
     warnings.filterwarnings("ignore", module="ray[.]")  # advice on fewer rows than workers
     try:
         ray.init(address=address or "local", **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of many kinds, Exception itself among them
         raise _no_cluster(address, error) from error
     ray.data.DataContext.get_current().enable_progress_bars = os.isatty(2)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
