@@ -63,7 +63,7 @@ def test_the_jobs_script_succeeds_if_the_drafter_is_there_alone(outcome, tmp_pat
 @pytest.mark.parametrize("name", ["ray_tpu_cluster.yaml", "train_jobset.yaml"])
 def test_commands_in_the_files_have_the_options_that_they_are_given(name, capsys):
     text = re.sub(r"\\\n#?", " ", (EXAMPLES / name).read_text())
-    commands = [shlex.split(line.replace("'", " ")) for line in re.findall(r"fasteagle (?!-)(.*)", text)]
+    commands = [shlex.split(line.replace("'", " ")) for line in re.findall(r"fasteagle (?!-)([^`\n]*)", text)]
     commands = [words for words in commands if words and words[0] in VERBS]
     assert commands
     for verb, *words in commands:
