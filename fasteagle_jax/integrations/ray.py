@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -54,13 +55,10 @@ KINDS = ("TPU", "GPU", "CPU")  # of a worker's device: the first one that a clus
 
 ROWS_A_SLOT = 4  # of a batch: as long as one is waiting, the end of another leaves no slot empty
 CALLS = 3  # batches that a worker has at once
-TRIES = 5  # of rows whose workers die: preempted machines are no fault of theirs, rows that kill any worker are
 READERS = 2  # files read at once; they wait for the workers
 FILTER_BYTES = 64 * 2**20  # of memory that Ray reserves for a reader of what is done; its own default is a GiB
 
 CONNECT_SECONDS = 5.0
-
-log = logging.getLogger(__name__)
 
 
 # --- the cluster ------------------------------------------------------------------------------------------------
@@ -104,12 +102,11 @@ def connected(address: str) -> Iterator[None]:
 
 def _check_address(address: str) -> None:
     """Raises UserError if nothing listens at host:port; Ray itself would try for a minute and then end the process."""
-    place = address.removeprefix("ray://")
-    if not place or place in ("auto", "local"):
+    if address in ("", "auto", "local"):
         return
-    host, _, port = place.rpartition(":")
+    host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise UserError(f"--ray is {address!r}: give HOST:PORT, ray://HOST:PORT or auto, or leave it empty")
+        raise UserError(f"--ray is {address!r}: give HOST:PORT or auto, or leave it empty")
     try:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
@@ -145,7 +142,7 @@ def workers_for(number: int | None, per_worker: str | None, mesh: str | None) ->
     all cores of a CPU, so that there is one worker a machine without accelerators.
     """
     total = ray.cluster_resources()
-    of_mesh = 1 if mesh is None else int(np.prod([max(1, int(n)) for n in mesh.split(",")]))
+    of_mesh = 1 if mesh is None else math.prod(n for n in dataclasses.astuple(MeshShape.parse(mesh)) if n > 0)
     kind, devices = next(kind for kind in KINDS if total.get(kind)), float(of_mesh)
     if kind == "CPU":
         devices = 1.0
@@ -175,17 +172,14 @@ def workers(number: int, slots: int, **devices: float) -> dict[str, Any]:
     (given,) = devices.items()
     pool = {"max_concurrent_calls_per_actor": CALLS, "max_tasks_in_flight_per_actor": CALLS + 1}
     compute = ray.data.ActorPoolStrategy(size=number, **pool, enable_true_multi_threading=True)
-    return {"compute": compute, "batch_size": ROWS_A_SLOT * slots, "max_task_retries": TRIES, **_needs(*given)}
+    return {"compute": compute, "batch_size": ROWS_A_SLOT * slots, **_needs(*given)}
 
 
 def _needs(kind: str, devices: float) -> dict[str, Any]:
     """What Ray is told of a worker that takes so many devices."""
-    needs = {
-        "TPU": {"resources": {"TPU": devices}, "num_cpus": 0},
-        "GPU": {"num_gpus": devices, "num_cpus": 0},
-        "CPU": {"num_cpus": devices},
-    }
-    return {"max_restarts": -1, "scheduling_strategy": "SPREAD", **needs[kind]}
+    if kind == "TPU":
+        return {"resources": {"TPU": devices}, "num_cpus": 0}
+    return {"num_gpus": devices, "num_cpus": 0} if kind == "GPU" else {"num_cpus": devices}
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
@@ -305,7 +299,13 @@ class Cluster:
     def __init__(self, their: Workers, target: str, options: Mapping[str, Any]) -> None:
         """Starts workers with an engine each; `options` are those of `load_engine`, slots among them."""
         self.ahead = 2 * options["slots"]  # prompts that a worker has: those of the slots, and as many that wait
-        how = {"max_concurrency": self.ahead, "max_task_retries": TRIES, **_needs(their.kind, their.devices)}
+        how = {
+            "max_concurrency": self.ahead,
+            "max_restarts": -1,
+            "max_task_retries": -1,
+            "scheduling_strategy": "SPREAD",
+        }
+        how |= _needs(their.kind, their.devices)
         self._workers = [_Worker.options(**how).remote(target, options) for _ in range(their.number)]  # type: ignore[attr-defined]
 
     def serve(self, pairs: Iterator[tuple[Sequence[int], SamplingParams]]) -> Iterator[Completion | Refused]:

@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 500  # of a job, at the most
+SECONDS = 900  # of a job, at the most
 ROWS, BAD = 2000, 50
 
 
@@ -227,7 +227,7 @@ def test_folders_of_both_kinds_duplicates_and_an_input_that_grows(cluster, targe
     )
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere:6379", "nowhere"])
 def test_an_address_that_does_not_answer_is_one_line(address, target, source, tmp_path, capsys):
     words = batch_words(target, source, tmp_path / "out", "--ray", address)
     assert batch.main([str(word) for word in words]) == 2
@@ -244,6 +244,12 @@ def test_folders_without_requests_or_rows_are_one_line(cluster, target, tmp_path
     _, err = said(job("batch", *words), 2)
     assert err == f"error: {tmp_path}/in holds no row: give requests, a line or row each\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_engine_of_a_worker_refuses_is_one_line(cluster, target, source, tmp_path):
+    words = batch_words(target, source, tmp_path / "out", "--ray", cluster, "--workers", 1)
+    _, err = said(job("batch", *words, "--slots", 600_000, "--max-len", 1024), 2)
+    assert err.splitlines()[-1].startswith("error: memory needed is ")
 
 
 # --- prepare-data -----------------------------------------------------------------------------------------------
