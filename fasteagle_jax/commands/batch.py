@@ -241,7 +241,7 @@ def _answer_on_ray(args: argparse.Namespace) -> int:
         their = cluster.workers_for(args.workers, args.worker, args.mesh)
         dtype = their.dtype(args.dtype)
         found = cluster.survey(files, args.id_column)
-        place = epath.Path(output)
+        place: Any = epath.Path(output) if in_bucket(output) else Path(output)
         date = first_date(saved_settings(place))
         tokenizer = load_tokenizer(checkpoint.path)
         settings = {

@@ -46,7 +46,7 @@ def target(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster():
     """Ray on this machine, with room for two workers and for those who read and write; its address."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}  # on a busy machine
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_agent_register_timeout_ms": "300000"}  # a busy machine is slow
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
@@ -174,7 +174,8 @@ def test_a_job_that_is_killed_and_started_again_computes_what_is_missing(cluster
     wait_for(lambda: len([*(tmp_path / "out.done").glob("*[!g].parquet")]) > 2, run)
     run.kill()
     run.communicate()
-    wait_until_gone("MapWorker(MapBatches(Answers))")
+    wait_until_gone("MapWorker(MapBatches(Answers))")  # its workers end with the job, and those who write
+    wait_until_gone("Write")
     done = {
         path: path.read_bytes()
         for path in output.glob("*.jsonl")
