@@ -46,7 +46,12 @@ def target(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster():
     """Ray on this machine, with room for two workers and for those who read and write; its address."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_agent_register_timeout_ms": "300000"}  # a busy machine is slow
+    # On a busy machine Ray starts slowly, and its workers, which it makes nicer than all others, hardly at all.
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_agent_register_timeout_ms": "300000",
+        "RAY_worker_niceness": "0",
+    }
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
