@@ -1,4 +1,4 @@
-# make venv | demo | demo-train | test | test-light | test-slow | test-tpu | test-gpu | speculators | lint | docs | wheel | clean.
+# make venv | demo | demo-train | test | test-light | test-slow | test-tpu | test-ray | test-gpu | speculators | lint | docs | wheel | clean.
 # Needs python3 (3.11 or newer), pip and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Test processes. Two suit two cores and 8 GB; 0 runs all in one process.
 WORKERS ?= 2
 
-.PHONY: venv demo demo-train test test-light test-slow test-tpu test-gpu speculators lint docs wheel clean
+.PHONY: venv demo demo-train test test-light test-slow test-tpu test-ray test-gpu speculators lint docs wheel clean
 
 venv: $(VENV)/.installed-test
 
@@ -17,11 +17,11 @@ demo-train: $(VENV)/.installed-demo $(VENV)/.installed-train
 	$(BIN)/python -m infer.demo --train
 
 test: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow' -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow and not ray' -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # Without torch, on any Python: PYENV_VERSION=3.13.0 make test-light PYTHON=python3 VENV=.venv313
 test-light: $(VENV)/.installed-test-light
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow and not torch' -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not tpu and not slow and not torch and not ray' -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # Repeats at length what others show in short.
 test-slow: $(VENV)/.installed-test
@@ -30,6 +30,12 @@ test-slow: $(VENV)/.installed-test
 # Compiles for TPUs with libtpu; needs none.
 test-tpu: $(VENV)/.installed-test $(VENV)/.installed-tpu
 	JAX_PLATFORMS=cpu XLA_FLAGS= $(BIN)/python -m pytest -m tpu -n $(WORKERS) $(PYTEST_ARGS)
+
+# Starts Ray on this machine, in an environment of its own: Ray is large, and nothing else needs it.
+RAY := $(VENV)-ray
+test-ray:
+	$(MAKE) VENV=$(RAY) $(RAY)/.installed-test-light $(RAY)/.installed-ray
+	JAX_PLATFORMS=cpu $(RAY)/bin/python -m pytest -m ray tests/integrations $(PYTEST_ARGS)
 
 # Runs on a GPU, in one process, with CUDA's jax (CUDA=cuda13 for newer drivers). Tests that need eight devices are left out.
 CUDA ?= cuda
@@ -64,7 +70,7 @@ wheel: $(VENV)/.installed-build
 	cd dist && ../$(VENV)-wheel/bin/fasteagle demo --max-new 16
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel .venv-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-ray .venv-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is named by the extra of pyproject.toml that it installs: once, and again when pyproject.toml changes.

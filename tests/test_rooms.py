@@ -12,8 +12,8 @@ import fasteagle_jax
 LIBRARY = Path(fasteagle_jax.__file__).parent
 # From the top: a room imports from those below it and from itself.
 ROOMS = (
-    "commands", "bench", "compiling", "training", "data", "engine", "drafters", "decoding", "targets", "nn", "devices",
-    "io", "errors",
+    "commands", "integrations", "bench", "compiling", "training", "data", "engine", "drafters", "decoding", "targets",
+    "nn", "devices", "io", "errors",
 )  # fmt: skip
 ABOVE_ALL = ("__init__", "cli")
 MODULES = sorted(path.relative_to(LIBRARY).with_suffix("").as_posix() for path in LIBRARY.rglob("*.py"))

@@ -27,10 +27,18 @@ Several processes share the lines: process i of n answers those whose number mod
 answers-00000-of-00002.jsonl. They meet once, to learn their numbers, and then do not wait for each other: each has an
 engine of its own, and a --mesh is of its own devices.
 
+With --ray the lines are shared by the workers of a Ray cluster (pip install 'fasteagle-jax[ray]'), each of which takes
+more as it finishes: the input is a file, or a folder or bucket of .jsonl and .parquet files (a row's columns are a
+line's fields), and the output a folder, or one in a bucket, of .jsonl files with the same records; those of several
+input files have the "file" that their "line" is of. A worker that dies is started anew. All machines must see target,
+input and output by the same names. OUTPUT.done holds the ids of the rows that are answered: file and line, or a
+column's values.
+
 examples:
   fasteagle batch --input requests.jsonl --output answers.jsonl --slots 16
   fasteagle batch --drafter runs/smollm2/drafter --input requests.jsonl --output answers.jsonl --temperature 0
   fasteagle batch --input requests.jsonl --output answers.jsonl --coordinator host:1234 --num-processes 2 --process-id 0
+  fasteagle batch --ray auto --worker TPU=4 --mesh 1,1,4 --input gs://bucket/questions --output gs://bucket/answers
 """
 
 from __future__ import annotations
@@ -43,11 +51,13 @@ import json
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import jax.numpy as jnp
+from etils import epath
 from tqdm import tqdm
 
 from fasteagle_jax.commands.answers import (
@@ -63,8 +73,10 @@ from fasteagle_jax.commands.terminal import (
     INTERRUPTED,
     Parser,
     add_filter_options,
+    add_ray_options,
     add_rule_options,
     add_share_options,
+    check_ray_options,
     dtype_named,
     program,
     whole,
@@ -74,10 +86,15 @@ from fasteagle_jax.data.shares import Share, join
 from fasteagle_jax.decoding.sampling_fields import from_options, recorded
 from fasteagle_jax.engine.batch_records import AnswerFile, answer_record, refusal_record
 from fasteagle_jax.engine.batch_requests import BatchRequest, Refusal, numbered, read_requests
-from fasteagle_jax.engine.engine import Engine
+from fasteagle_jax.engine.engine import DEFAULT_MAX_LEN, Engine
 from fasteagle_jax.engine.requests import RULES, Completion, Refused, SamplingParams
+from fasteagle_jax.engine.shipped import drafter_folder
+from fasteagle_jax.engine.sizes import check_sizes
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import write_text, writing
+from fasteagle_jax.io.files import check_writable, in_bucket, write_file, write_text, writing
+from fasteagle_jax.targets.checkpoint import fingerprint
+from fasteagle_jax.targets.loading import open_checkpoint
+from fasteagle_jax.targets.tokenizer import load_tokenizer, stop_token_ids
 
 
 @program
@@ -88,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="fasteagle batch", description=__doc__)
-    parser.add_argument("--input", required=True, type=Path, metavar="FILE", help="requests, a line each")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON lines, resumed if it exists")
+    parser.add_argument("--input", required=True, metavar="FILE", help="requests, a line each")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines, resumed if it exists")
     parser.add_argument(
         "--slots", type=whole(1), default=8, metavar="B", help="requests answered at once (default %(default)s)"
     )
@@ -103,6 +120,13 @@ def _parser() -> Parser:
     add_rule_options(parser)
     add_template_options(parser)
     add_share_options(parser, "the lines")
+    add_ray_options(parser)
+    parser.add_argument(
+        "--id-column",
+        metavar="NAME",
+        help="with --ray, know rows by this field (of OpenAI's form: custom_id) instead of by file and line: the input "
+        "may grow and be ordered anew, and the same command answers what is new",
+    )
     return parser
 
 
@@ -110,12 +134,18 @@ def answer_file(args: argparse.Namespace) -> int:
     """Writes args.output, or what it still lacks; returns the exit code."""
     # --- what was asked for -----------------------------------------------------------------------------------
     tree = tree_named(args.tree or "auto")
-    if not args.input.is_file():
-        raise UserError(f"no file {args.input}: name a file of requests")
+    check_ray_options(args)
+    if args.ray is not None:
+        return _answer_on_ray(args)
+    if args.id_column is not None:
+        raise UserError("--id-column is of --ray: leave it out; lines are known by their numbers")
+    source = Path(args.input)
+    if in_bucket(args.input) or not source.is_file():
+        raise UserError(f"no file {args.input}: name a file of requests, or a folder or bucket with --ray")
     share = join(args)
     defaults, chat = sampling_params(args), chat_options(args)
-    output = share.of_file(args.output)
-    if output.exists() and output.samefile(args.input):
+    output = share.of_file(Path(args.output))
+    if output.exists() and output.samefile(source):
         raise UserError(f"{output} is the input, too: name another --output")
 
     # --- the engine -------------------------------------------------------------------------------------------
@@ -125,20 +155,13 @@ def answer_file(args: argparse.Namespace) -> int:
     options |= {"lookup": args.lookup, "cache_dtype": args.cache_dtype}
     engine = Engine.load(args.target, args.drafter, **options, tree=tree, mesh=mesh, dtype=dtype)
     date = first_date(saved_settings(output))
-    with args.input.open("rb") as requests:
+    with source.open("rb") as requests:
         digest, numbers = _survey(requests, share)
         settings = {
             "target": engine.fingerprint,
             **prompt_settings(engine.tokenizer, engine.eos_token_ids, chat, date),
-            "dtype": jnp.dtype(dtype).name,
-            **({"cache_dtype": args.cache_dtype} if args.cache_dtype else {}),
-            "max_len": engine.max_len,
+            **_answer_settings(args, defaults, dtype, engine.max_len),
             "input": {"sha256": digest},
-            "defaults": {
-                **recorded(from_options(args), always=("temperature", "top_k", "top_p", "min_p", "seed")),
-                "max_new": args.max_new,
-                **_rules(defaults),
-            },
             "share": share._asdict(),
         }
         is_new = read_manifest(output, settings) is None
@@ -169,6 +192,17 @@ def answer_file(args: argparse.Namespace) -> int:
     return 0
 
 
+def _answer_settings(args: argparse.Namespace, defaults: SamplingParams, dtype: Any, max_len: int) -> dict[str, Any]:
+    """What decides answers beside target, prompts and input, for the manifest."""
+    given = recorded(from_options(args), always=("temperature", "top_k", "top_p", "min_p", "seed"))
+    return {
+        "dtype": jnp.dtype(dtype).name,
+        **({"cache_dtype": args.cache_dtype} if args.cache_dtype else {}),
+        "max_len": max_len,
+        "defaults": {**given, "max_new": args.max_new, **_rules(defaults)},
+    }
+
+
 def _rules(params: SamplingParams) -> dict[str, Any]:
     """The rules of params, without those that change nothing, as JSON has them."""
     given = {name: value for name in RULES if (value := getattr(params, name)) != getattr(SamplingParams(), name)}
@@ -188,6 +222,75 @@ def _survey(file: BinaryIO, share: Share) -> tuple[str, set[int]]:
     numbers = {number for number, _ in numbered(hashed()) if share.has(number)}
     file.seek(0)
     return digest.hexdigest(), numbers
+
+
+def _answer_on_ray(args: argparse.Namespace) -> int:
+    """Writes what the folder args.output still lacks, by the workers of a Ray cluster; returns the exit code."""
+    from fasteagle_jax.integrations import ray as cluster  # nobody else needs Ray
+
+    # --- what was asked for -----------------------------------------------------------------------------------
+    defaults, chat = sampling_params(args), chat_options(args)
+    source, output = cluster.absolute(args.input), args.output.rstrip("/")
+    output = output if in_bucket(output) else str(Path(output).absolute())
+    files = cluster.request_files(source)
+    checkpoint = open_checkpoint(args.target, args.adapter)
+    max_len = args.max_len or min(checkpoint.config.max_positions, DEFAULT_MAX_LEN)
+    check_sizes(args.slots, max_len, checkpoint.config.max_positions)
+    drafter = drafter_folder(args.drafter, checkpoint)
+    # --- the cluster, and what it will read -------------------------------------------------------------------
+    with cluster.connected(args.ray):
+        their = cluster.workers_for(args.workers, args.worker, args.mesh)
+        dtype = their.dtype(args.dtype)
+        found = cluster.survey(files, args.id_column)
+        place: Any = epath.Path(output) if in_bucket(output) else Path(output)
+        date = first_date(saved_settings(place))
+        tokenizer = load_tokenizer(checkpoint.path)
+        settings = {
+            "target": fingerprint(checkpoint, dtype),
+            **prompt_settings(tokenizer, stop_token_ids(tokenizer, checkpoint.path), chat, date),
+            **_answer_settings(args, defaults, dtype, max_len),
+        }
+        if args.id_column is None:
+            owners = cluster.first_owners(files, found)
+            settings["input"] = {file.name: its.sha256 for file, its in zip(files, found, strict=True)}
+        else:
+            cluster.check_ids(files, found, args.id_column)
+            owners = {}
+            settings["id_column"] = args.id_column
+        is_new = read_manifest(place, settings) is None
+
+        # --- answers ------------------------------------------------------------------------------------------
+        check_writable(place)
+        if is_new:
+            write_file(epath.Path(manifest_path(place)), json.dumps({"settings": settings}, indent=2) + "\n")
+        total = sum(its.num_rows for its in found)
+        print(f"{total} requests of {len(files)} files, {their}", file=sys.stderr)
+        arguments = {
+            "target": cluster.absolute(args.target),
+            "drafter": drafter and str(drafter),
+            "adapter": args.adapter and cluster.absolute(args.adapter),
+            "slots": args.slots,
+            "max_len": max_len,
+            "tree": tree_named(args.tree or "auto"),
+            "lookup": args.lookup,
+            "cache_dtype": args.cache_dtype,
+            "strict": args.strict,
+            "dtype": dtype,
+            "mesh": args.mesh,
+            "params": defaults,
+            "chat": chat,
+            "date": date,
+            "name": args.target,
+        }
+        started = time.perf_counter()
+        ids: dict[str, Any] = {"id_column": args.id_column, "owners": owners}
+        done = cluster.answer_files(files, output, their, args.slots, arguments, **ids)
+    seconds = time.perf_counter() - started
+    print(
+        f"{output}: {total} of {total} requests answered, {done.num_rows} by this run, {done.num_errors} of these "
+        f"errors; {seconds:.1f} s"
+    )
+    return 0
 
 
 # --- answering --------------------------------------------------------------------------------------------------

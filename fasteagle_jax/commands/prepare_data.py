@@ -22,11 +22,15 @@ the same as an uninterrupted one unless the server gives the same answers again.
 Several processes share the samples: process i of n takes those whose number modulo n is i, into a file of its own,
 answers-00000-of-00002.jsonl. They meet once, to learn their numbers, and then do not wait for each other.
 
+With --ray the answers are those of the workers of a Ray cluster (pip install 'fasteagle-jax[ray]'), --slots at once of
+each; this process reads and writes, and the file is that of one process. A worker that dies is started anew.
+
 examples:
   fasteagle prepare-data --prompts questions.jsonl --output data/answers.jsonl
   fasteagle prepare-data --prompts sharegpt --prompts self --limit 20000 --output data/train.jsonl
   fasteagle prepare-data --prompts sharegpt --drafter runs/smollm2/drafter --slots 64 --output data/answers.jsonl
   fasteagle prepare-data --prompts sharegpt --endpoint http://localhost:8000/v1 --model NAME --output data/answers.jsonl
+  fasteagle prepare-data --prompts sharegpt --ray auto --worker TPU=1 --slots 64 --output data/answers.jsonl
   fasteagle prepare-data --dialogues HuggingFaceH4/ultrachat_200k:train_sft --limit 1000 --output data/ready.jsonl
 """
 
@@ -49,8 +53,27 @@ import jax.numpy as jnp
 
 from fasteagle_jax.commands.answers import Took, add_draft_options, add_template_options, chat_options, tree_named
 from fasteagle_jax.commands.models import add_target_options
-from fasteagle_jax.commands.terminal import Parser, add_sampling_options, add_share_options, dtype_named, program, whole
-from fasteagle_jax.data.answering import AHEAD, MIN_ANSWER, THOUGHTS, Dialogue, Outcome, Rules, Sample, answer_all
+from fasteagle_jax.commands.terminal import (
+    Parser,
+    add_ray_options,
+    add_sampling_options,
+    add_share_options,
+    check_ray_options,
+    dtype_named,
+    program,
+    whole,
+)
+from fasteagle_jax.data.answering import (
+    AHEAD,
+    MIN_ANSWER,
+    THOUGHTS,
+    Answerer,
+    Dialogue,
+    Outcome,
+    Rules,
+    Sample,
+    answer_all,
+)
 from fasteagle_jax.data.conversations import ConversationWriter
 from fasteagle_jax.data.endpoint import Endpoint
 from fasteagle_jax.data.manifest import (
@@ -62,12 +85,13 @@ from fasteagle_jax.data.manifest import (
     saved_settings,
 )
 from fasteagle_jax.data.packed_answers import pack, packed_settings, unpack
-from fasteagle_jax.data.shares import join
+from fasteagle_jax.data.shares import Share, join
 from fasteagle_jax.data.sources import HeldOut, read_dialogues, read_prompts
 from fasteagle_jax.data.windows import later_windows
 from fasteagle_jax.decoding.sampling_fields import from_options, recorded
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import SamplingParams
+from fasteagle_jax.engine.shipped import drafter_folder
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import sha256, write_text, writing
 from fasteagle_jax.io.progress import progress_bar
@@ -139,6 +163,7 @@ def _parser() -> Parser:
     )
     server.add_argument("--model", metavar="NAME", help="the target by its name there")
     add_share_options(parser, "the samples")
+    add_ray_options(parser)
     return parser
 
 
@@ -157,7 +182,10 @@ def prepare(args: argparse.Namespace) -> None:
     tree, chat = tree_named(args.tree or "auto"), chat_options(args)
     if (args.endpoint is None) != (args.model is None):
         raise UserError("--endpoint and --model belong together: give both")
-    share = join(args)
+    check_ray_options(args)
+    if args.ray is not None and (args.endpoint is not None or not args.prompts):
+        raise UserError("--ray is for the target's answers to --prompts: leave out --ray, or --endpoint")
+    share = Share(0, 1) if args.ray is not None else join(args)
     params_of(args, Dialogue(0, "", [""], []))  # checks the values before anything is loaded
     sources = _read_sources(args.prompts, args.dialogues, args.limit)
     held_out = HeldOut(turn for source in args.held_out for prompt in read_prompts(source) for turn in prompt.turns)
@@ -178,7 +206,9 @@ def prepare(args: argparse.Namespace) -> None:
     positions = checkpoint.config.max_positions
     if args.max_length > positions:
         raise UserError(f"--max-length is {args.max_length}, but the target has {positions} positions: lower it")
-    tokenizer, dtype = load_tokenizer(checkpoint.path), dtype_named(args.dtype)
+    their = None if args.ray is None else _workers(args)
+    tokenizer = load_tokenizer(checkpoint.path)
+    dtype = jnp.dtype(their.dtype(args.dtype)) if their is not None else dtype_named(args.dtype)
     begun = saved_settings(output)
     if begun is None and args.packed is not None:
         begun = packed_settings(args.packed)
@@ -214,15 +244,23 @@ def prepare(args: argparse.Namespace) -> None:
             writer.append(conversations)
             restored.save(len(writer))
     manifest = Manifest.of(output, settings)
-    engine: Engine | Endpoint | None = None
+    engine: Answerer | None = None
     if args.prompts and args.endpoint is not None:
         sizes = {"vocab_size": checkpoint.config.vocab_size, "max_len": args.max_length, "concurrent": args.slots}
         key = os.environ.get("OPENAI_API_KEY", "")
         engine = Endpoint(args.endpoint, args.model, tokenizer, ends, key=key, **sizes)
     elif args.prompts:  # dialogues need no weights
-        options = {"slots": args.slots, "max_len": args.max_length, "strict": args.strict, "adapter": args.adapter}
-        options |= {"lookup": args.lookup, "cache_dtype": args.cache_dtype}
-        engine = Engine.load(args.target, args.drafter, **options, tree=tree, dtype=dtype)
+        options: dict[str, Any] = {"max_len": args.max_length, "strict": args.strict, "adapter": args.adapter}
+        options |= {"slots": args.slots, "lookup": args.lookup, "cache_dtype": args.cache_dtype}
+        if their is not None:
+            from fasteagle_jax.integrations import ray as cluster
+
+            drafter = drafter_folder(args.drafter, checkpoint)
+            options |= {"drafter": drafter and str(drafter), "adapter": cluster.absolute(args.adapter)}
+            options |= {"tree": tree, "dtype": dtype.name}
+            engine = cluster.Cluster(their, cluster.absolute(args.target), options)
+        else:
+            engine = Engine.load(args.target, args.drafter, **options, tree=tree, dtype=dtype)
 
     # --- sample by sample -------------------------------------------------------------------------------------
     with writing(output), ConversationWriter(output) as writer:
@@ -247,7 +285,10 @@ def prepare(args: argparse.Namespace) -> None:
             manifest.save(len(writer))
 
         with progress_bar(total_here, "sample", initial=done) as bar:
-            ahead, at_once = (AHEAD, None) if engine is None else (WINDOW * args.slots, AT_ONCE * args.slots)
+            ahead, at_once = AHEAD, None
+            if engine is not None:
+                num_slots = args.slots * (1 if their is None else their.number)
+                ahead, at_once = WINDOW * num_slots, AT_ONCE * num_slots
             try:
                 for settled, completion in answer_all(samples, rules, engine, partial(params_of, args), ahead, at_once):
                     unwritten += settled
@@ -275,6 +316,16 @@ def prepare(args: argparse.Namespace) -> None:
         f"{output}: {len(writer)} conversations of {manifest.tried} samples"
         f" ({f'dropped: {reasons}' if reasons else 'none dropped'}); {took.summary()}"
     )
+
+
+def _workers(args: argparse.Namespace) -> Any:
+    """The workers of the Ray cluster that the options name, which is joined."""
+    from fasteagle_jax.integrations import ray as cluster  # nobody else needs Ray
+
+    cluster.connect(args.ray)
+    their = cluster.workers_for(args.workers, args.worker, None)
+    print(their, file=sys.stderr)
+    return their
 
 
 def _rules(

@@ -6,11 +6,8 @@ Exit codes: 0 done, 2 something the user can mend (one line on stderr says what)
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import hashlib
 import logging
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +15,8 @@ from typing import Any, NoReturn, Protocol
 
 from fasteagle_jax.decoding.sampling_fields import FIELDS, RULE_FIELDS, SamplingField
 from fasteagle_jax.devices.chips import set_libtpu_flags
+from fasteagle_jax.devices.compiled import keep_compiled
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.fetch import cache_folder
 from fasteagle_jax.io.text import parse_json
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
@@ -52,6 +49,8 @@ EXTRAS = {
     "llguidance": "grammar",
     "matplotlib": "plot",
     "orbax": "train",
+    "pyarrow": "ray",
+    "ray": "ray",
     "tensorboardX": "train",
     "wandb": "wandb",
 }
@@ -102,32 +101,6 @@ def program(main: Callable[[Sequence[str] | None], int | None], keeps_compiled: 
             return _fail(_OUT_OF_MEMORY)
 
     return guarded
-
-
-def keep_compiled() -> None:
-    """Turns JAX's persistent compilation cache on, in the cache folder, unless a folder is set.
-
-    JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. XLA compiles for
-    the CPU it runs on, and machines may share a home: each kind of CPU has a folder of its own.
-    """
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
-        return
-    folder = cache_folder() / "compiled" / _cpu_kind()
-    with contextlib.suppress(OSError):  # nothing is kept if nothing can be written there
-        folder.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def _cpu_kind() -> str:
-    """A name for the instructions that this machine's CPU has."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        features = next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):  # not Linux
-        features = platform.processor()
-    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
 _OUT_OF_MEMORY = "out of memory: use a smaller batch, shorter lengths or --dtype bfloat16"
@@ -259,3 +232,32 @@ def add_share_options(parser: Any, what: str) -> None:
     )
     group.add_argument("--num-processes", type=whole(1), metavar="N", help=f"that share {what}")
     group.add_argument("--process-id", type=whole(0), metavar="I", help="this one, from 0")
+
+
+def add_ray_options(parser: Any) -> None:
+    """Adds the options of a Ray cluster, to be checked with `check_ray_options`."""
+    group = parser.add_argument_group("a Ray cluster")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="share the work by a cluster: HOST:PORT, or auto for this machine's; without ADDRESS that of RAY_ADDRESS, "
+        "else Ray is started on this machine",
+    )
+    group.add_argument("--workers", type=whole(1), metavar="N", help="engines (default as many as the cluster holds)")
+    group.add_argument(
+        "--worker",
+        metavar="KIND=N",
+        help="what a worker takes: TPU=4, GPU=1 or CPU=1 (default the cluster's accelerators, as many as --mesh has; "
+        "else one worker a machine)",
+    )
+
+
+def check_ray_options(args: argparse.Namespace) -> None:
+    """Raises UserError for options of a Ray cluster without one, or beside those of `join`."""
+    if args.ray is None and (args.workers is not None or args.worker is not None):
+        raise UserError("--workers and --worker are of a Ray cluster: give --ray, or leave them out")
+    shares = (args.coordinator, args.num_processes, args.process_id)
+    if args.ray is not None and (args.distributed or any(value is not None for value in shares)):
+        raise UserError("--ray shares the work out by itself: leave --distributed, --coordinator and the like out")

@@ -10,16 +10,14 @@ import functools
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from fasteagle_jax.data.conversations import Conversation
-from fasteagle_jax.data.endpoint import Endpoint
 from fasteagle_jax.data.sources import HeldOut, Message
 from fasteagle_jax.data.windows import cut_windows, window_id
 from fasteagle_jax.engine.detokenizer import Detokenizer
-from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, Refused, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets.chats import Chat, encode_rows, turn_opening
@@ -337,10 +335,18 @@ class RequestSource:
             self._outcomes[index] = state
 
 
+class Answerer(Protocol):
+    """An engine, or what stands in its place: a server, a cluster of engines."""
+
+    def serve(self, pairs: Iterator[tuple[Sequence[int], SamplingParams]], /) -> Iterator[Completion | Refused]:
+        """The answers to prompts as they come; `pairs` may end and have more after an answer (see `Engine.serve`)."""
+        ...
+
+
 def answer_all(
     samples: Iterator[Sample],
     rules: Rules,
-    engine: Engine | Endpoint | None,
+    engine: Answerer | None,
     params: Callable[[Dialogue], SamplingParams],
     ahead: int = AHEAD,
     at_once: int | None = None,

@@ -60,13 +60,13 @@ def manifest_path(output: Path) -> Path:
 
 
 def read_manifest(output: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of `output`; None if there is none yet.
+    """The manifest of `output`, a file or a folder; None if there is none yet.
 
     Raises UserError if it has other settings, or if `output` exists without a manifest.
     """
     path = manifest_path(output)
     if not path.exists():
-        if output.exists() and output.stat().st_size:
+        if output.exists() and (any(output.iterdir()) if output.is_dir() else output.stat().st_size):
             raise UserError(f"{output} exists without {path.name}: name another --output")
         return None
     try:

@@ -4,7 +4,8 @@ A line is OpenAI's, {"custom_id", "method": "POST", "url", "body"}, or simple: {
 if wanted. The sampling fields, in the body or beside the prompt, are OpenAI's and vLLM's; a field that would change an
 answer in a way that is not supported must have its neutral value. A text as the prompt is continued as it is.
 
-The answer to line 17 is one record, an error or not, and nothing but `line` tells whose it is:
+The answer to line 17 is one record, an error or not, and nothing but `line` tells whose it is; of a folder of files
+`line` and "file", which stands behind it:
 
     OpenAI's  {"id": "line-17", "custom_id", "line": 17, "response": {"status_code": 200, "request_id", "body"} or null,
                "error": null or {"code", "message"}, "statistics"}
@@ -43,9 +44,10 @@ from fasteagle_jax.io.text import parse_json
 def refusal_record(refusal: Refusal) -> dict[str, Any]:
     """The record of a line that cannot be answered."""
     line = refusal.line
-    error = {"code": refusal.code, "message": f"line {line.number}: {refusal.message}"}
+    place = f"{line.file}, line {line.number}" if line.file else f"line {line.number}"
+    error = {"code": refusal.code, "message": f"{place}: {refusal.message}"}
     if line.is_simple:
-        return {"id": _id(line), "line": line.number, "error": error}
+        return {"id": _id(line), **_place(line), "error": error}
     return _openai_record(line, None, error, None)
 
 
@@ -64,7 +66,7 @@ def answer_record(
         answers = [_simple_answer(completion) for completion in completions]
         return {
             "id": _id(line),
-            "line": line.number,
+            **_place(line),
             **(answers[0] if request.params.n == 1 else {"answers": answers}),
             "prompt_tokens": completions[0].prompt_tokens,
             **_simple_prompt(completions[0]),
@@ -97,11 +99,15 @@ def _id(line: Line) -> str | int:
     return f"line-{line.number}" if line.id is None else line.id
 
 
+def _place(line: Line) -> dict[str, Any]:
+    return {"line": line.number} | ({"file": line.file} if line.file else {})
+
+
 def _openai_record(line: Line, response: Any, error: Any, statistics: Any) -> dict[str, Any]:
     return {
         "id": f"line-{line.number}",
         "custom_id": line.id,
-        "line": line.number,
+        **_place(line),
         "response": response,
         "error": error,
         "statistics": statistics,
@@ -220,6 +226,11 @@ def _rounded(logprobs: Sequence[float]) -> list[float]:
     return [round(logprob, 6) for logprob in logprobs]
 
 
+def record_text(record: Mapping[str, Any]) -> str:
+    """A record as the line of a file, without its end."""
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+
+
 # --- the file of answers ----------------------------------------------------------------------------------------
 
 
@@ -254,7 +265,7 @@ class AnswerFile(LineFile):
         """Writes a record and waits until it is on the disk."""
         written = _Written(record["line"], record["error"] is not None)
         assert written.line not in self.done
-        self.append_lines(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+        self.append_lines(record_text(record).encode() + b"\n")
         self._add(written)
 
     def _add(self, written: _Written) -> None:

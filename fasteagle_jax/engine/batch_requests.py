@@ -38,6 +38,7 @@ class Line:
     number: int  # from 1; blank lines count
     is_simple: bool = False
     id: str | int | None = None  # its `custom_id` or `id`
+    file: str = ""  # the file's name where there are several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,20 +89,46 @@ def read_requests(
     """
     owners: dict[str, int] = {}
     for number, raw in numbered(file):
-        line = Line(number)
-        try:
-            record = _json_object(raw)
-            line = _line(number, record)
-            url, fields = (None, record) if line.is_simple else _envelope(record)
-            if not line.is_simple:
-                assert isinstance(line.id, str)
-                if (owner := owners.setdefault(line.id, number)) != number:
-                    raise _Bad("duplicate_custom_id", f"custom_id {_shown(line.id)} is that of line {owner}: rename it")
-            if is_wanted(number):
-                yield _request(line, fields, url, defaults, chat)
-        except _Bad as bad:
-            if is_wanted(number):
-                yield Refusal(line, bad.code, str(bad))
+        custom_id = read_custom_id(raw)
+        owner = number if custom_id is None else owners.setdefault(custom_id, number)
+        if is_wanted(number):
+            yield read_request(raw, number, defaults, chat, owner=None if owner == number else f"line {owner}")
+
+
+def read_custom_id(raw: bytes) -> str | None:
+    """The custom_id that a line of OpenAI's form owns if it is the first to have it; None for any other line."""
+    try:
+        record = _json_object(raw)
+        line = _line(Line(0), record)
+        if not line.is_simple:
+            _envelope(record)
+            assert isinstance(line.id, str)
+            return line.id
+    except _Bad:
+        pass
+    return None
+
+
+def read_request(
+    raw: bytes,
+    number: int,
+    defaults: SamplingParams,
+    chat: ChatOptions = PLAIN,
+    *,
+    file: str = "",
+    owner: str | None = None,
+) -> BatchRequest | Refusal:
+    """The request of one line; `owner` is the place of an earlier line that has its custom_id, if there is one."""
+    line = Line(number, file=file)
+    try:
+        record = _json_object(raw)
+        line = _line(line, record)
+        url, fields = (None, record) if line.is_simple else _envelope(record)
+        if owner is not None:
+            raise _Bad("duplicate_custom_id", f"custom_id {_shown(line.id)} is that of {owner}: rename it")
+        return _request(line, fields, url, defaults, chat)
+    except _Bad as bad:
+        return Refusal(line, bad.code, str(bad))
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:
@@ -128,12 +155,12 @@ def _json_object(raw: bytes) -> dict[str, Any]:
 _ENVELOPE = ("custom_id", "method", "url", "body")
 
 
-def _line(number: int, record: Mapping[str, Any]) -> Line:
-    """The form and the id of a line, whatever else may be wrong with it."""
+def _line(line: Line, record: Mapping[str, Any]) -> Line:
+    """The line with its form and its id, whatever else may be wrong with it."""
     is_simple = not any(name in record for name in _ENVELOPE)
     id = record.get("id" if is_simple else "custom_id")
     given = isinstance(id, str) or (is_simple and isinstance(id, int) and not isinstance(id, bool))
-    return Line(number, is_simple, id if given else None)
+    return dataclasses.replace(line, is_simple=is_simple, id=id if given else None)
 
 
 def _envelope(record: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:

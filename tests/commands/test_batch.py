@@ -697,6 +697,7 @@ def test_what_cannot_be_is_one_line(refused, tmp_path):
     source, output = write(tmp_path / "in.jsonl", {"prompt": "Why"}), tmp_path / "folder" / "out.jsonl"
     assert "no file" in refused(tmp_path / "nowhere.jsonl", output)
     assert "no file" in refused(tmp_path, output)
+    assert "with --ray" in refused("gs://bucket/in", output)
     assert "memory needed is" in refused(source, output, "--slots", 600_000, "--max-len", 1024)
     assert "max_len is 4000" in refused(source, output, "--max-len", 4000)
     assert "temperature is -1" in refused(source, output, "--temperature", "-1")
@@ -704,6 +705,9 @@ def test_what_cannot_be_is_one_line(refused, tmp_path):
     assert "no folder" in refused(source, output, "--drafter", tmp_path / "nowhere")
     assert "slots is 4, which data 8 of the mesh does not" in refused(source, output, "--mesh", "8,1,1")
     assert "cannot join the other processes" in refused(source, output, "--coordinator", "localhost:1")
+    assert "--ray shares the work out by itself" in refused(source, output, "--ray", "--num-processes", 2)
+    assert "--worker are of a Ray cluster" in refused(source, output, "--worker", "TPU=4")
+    assert "--id-column is of --ray" in refused(source, output, "--id-column", "key")
     assert not output.parent.exists()
 
 

@@ -1,0 +1,1 @@
+"""Other programs' frameworks; each module needs an extra of its own."""
