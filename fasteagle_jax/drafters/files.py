@@ -121,7 +121,7 @@ def load_drafter(
         found = sha256(path)
         if digest not in (None, found):
             raise UserError(
-                f"{path} has the SHA-256 {found[:16]}..., its config.json says {digest[:16]}...: copy it again"
+                f"{path} has the SHA-256 {found[:16]}..., its config.json says {str(digest)[:16]}...: copy it again"
             )
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -428,6 +428,8 @@ def test_tensors_that_do_not_fit_the_configuration_are_named(saved):
     save_file(tensors, file)
     refused(saved, "model.safetensors has the SHA-256 [0-9a-f]{16}..., its config.json says")
     config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"sha256": 0}))
+    refused(saved, "its config.json says 0...: copy it again")
     del config["sha256"]  # as in folders of older versions
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as caught:
