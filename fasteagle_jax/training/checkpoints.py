@@ -143,14 +143,13 @@ class Checkpoints:
 
     def _leaves(self, step: int) -> dict[str, Any]:
         """Shape and dtype of each leaf of the state of `step`; UserError if there is no such step."""
-        metadata = None
         if step in self._manager.all_steps():
             with self._failing_to_read(step):
                 metadata = self._manager.item_metadata(step)[STATE]
-        if metadata is None:
-            kept = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"there is no checkpoint {step} in {self._manager.directory} (there are: {kept})")
-        return metadata.tree
+                if metadata is not None:
+                    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in metadata.tree.items()}
+        kept = ", ".join(map(str, self.steps())) or "none"
+        raise UserError(f"there is no checkpoint {step} in {self._manager.directory} (there are: {kept})")
 
     def wait(self) -> None:
         """Waits until all is written; UserError if it could not be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -137,6 +138,17 @@ def test_damaged_metadata_is_one_line(tmp_path: Path) -> None:
         Checkpoints(tmp_path)
     assert "\n" not in str(error.value)
     assert (logging.getLogger("absl").level, sys.excepthook) == before
+
+
+def test_an_array_that_its_metadata_leaves_out_is_one_line(tmp_path: Path) -> None:
+    written(tmp_path, {1: None})
+    file = tmp_path / "1" / "default" / "_METADATA"
+    metadata = json.loads(file.read_text())
+    next(iter(metadata["tree_metadata"].values()))["value_metadata"]["skip_deserialize"] = "a"
+    file.write_text(json.dumps(metadata))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="checkpoint 1 in .* is damaged") as error:
+        checkpoints.restore(1, state_of(1))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("damage", [b"", b"[1]", b'{"tau": null}', b"\xff"])
