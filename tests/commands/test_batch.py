@@ -929,7 +929,7 @@ def test_shares_are_all_lines_once():
 def test_the_examples_of_the_help_are_understood():
     _, _, examples = (batch.__doc__ or "").partition("examples:")
     lines = [line for line in examples.splitlines() if line.strip()]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         assert shlex.split(line)[:2] == ["fasteagle", "batch"]
         batch._parser().parse_args(shlex.split(line)[2:])

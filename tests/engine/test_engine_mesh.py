@@ -249,7 +249,8 @@ def test_no_collective_moves_a_cache_or_a_weight(target, drafters, kind):
     for c in found:
         if "/while/" in c.place:
             assert not lengths & {n for shape in c.shapes for n in shape}, c
-            assert c.kind != "all-gather" or {shape[0] for shape in c.shapes} == {8}, c
+            # Of three tokens a row, or three levels' reinjected inputs, as one dimension: 24.
+            assert c.kind != "all-gather" or {shape[0] for shape in c.shapes} <= {8, 24}, c
         else:  # once a call: what the host reads, and the features of the device's own rows
             assert c.kind == "all-gather" and set(c.shapes) <= {(16,), (16, 1064), (8, 3, 48)}, c
     caches = engine.memory.target_cache + engine.memory.drafter_cache
