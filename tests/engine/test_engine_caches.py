@@ -77,9 +77,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [name if name == "gemma3, int8" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_answers_are_those_of_each_request_alone(tokenizer, case):
     name, stacked, cache_dtype, changes = CASES[case]
     target = target_of(tokenizer, name, stacked=stacked, cache_dtype=cache_dtype)

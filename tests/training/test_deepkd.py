@@ -446,7 +446,7 @@ def test_equal_momenta_without_a_mask_and_task_are_plain_training() -> None:
     assert results[-1].metrics.left_out.tolist() == [0] * LEVELS
 
 
-@pytest.mark.parametrize(("num_parts", "kind"), [(2, "fasteagle"), (4, "eagle3")])
+@pytest.mark.parametrize(("num_parts", "kind"), [(2, "fasteagle"), pytest.param(4, "eagle3", marks=pytest.mark.slow)])
 def test_microbatches_give_the_step_of_the_whole_batch(num_parts: int, kind: str) -> None:
     target = tiny_target(num_layers=2)
     found = []
