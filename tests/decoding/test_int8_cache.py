@@ -52,8 +52,9 @@ def test_drafting_is_lossless(int8_weights):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("int8_weights", [False, True], ids=["", "int8 weights"])
-@pytest.mark.parametrize("stacked", [False, True], ids=["list", "stacked"])
+@pytest.mark.parametrize(
+    ("stacked", "int8_weights"), [(False, True), (True, False)], ids=["list-int8 weights", "stacked"]
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_drafting_is_lossless_for_every_family(name, stacked, int8_weights):
     target = rounded(name, stacked=stacked, int8_weights=int8_weights)
