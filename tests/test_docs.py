@@ -67,6 +67,8 @@ def test_python_in_documents_runs_from_top_to_bottom(path: Path, tmp_path, monke
     Path("prompts.txt").write_text("The sky is\n\nA poem about the sea\n")  # one line is empty but for its end
     namespace: dict = {"__name__": "__main__"}
     for code in blocks(path, "python"):
+        if "fasteagle_jax.integrations" in code:
+            continue  # of an extra: tests/integrations
         exec(compile(code.replace("smollm2-135m", str(target)), path.name, "exec"), namespace)
     assert capsys.readouterr().out and namespace["answer"].tokens
 
