@@ -256,7 +256,7 @@ def prepare(args: argparse.Namespace) -> None:
             from fasteagle_jax.integrations import ray as cluster
 
             drafter = drafter_folder(args.drafter, checkpoint)
-            options |= {"drafter": drafter and str(drafter), "adapter": cluster.absolute(args.adapter)}
+            options |= {"drafter": drafter and str(drafter), "adapter": args.adapter and cluster.absolute(args.adapter)}
             options |= {"tree": tree, "dtype": dtype.name}
             engine = cluster.Cluster(their, cluster.absolute(args.target), options)
         else:
