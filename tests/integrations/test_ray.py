@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.ray,
     # Ray leaves pipes and processes of its own to the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:`use_push_based_shuffle` is deprecated:DeprecationWarning"),  # Ray's own
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.].*"),  # Ray's own
 ]
 
 ROOT = Path(__file__).parents[2]
