@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fasteagle_jax.decoding.interfaces import Accepted
-from fasteagle_jax.devices.sharding import top_k
+from fasteagle_jax.devices.sharding import top_log_softmax
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.attention import Past
 from fasteagle_jax.nn.kv_cache import AXES as CACHE_AXES
@@ -151,8 +151,9 @@ def best_logprobs(
 
     def compute() -> tuple[jax.Array, jax.Array]:
         before = logits if nodes is None else jnp.take_along_axis(logits, nodes[..., None], axis=1)
-        values, index = jax.lax.optimization_barrier(top_k(before, shape[-1], "vocab"))  # see tree._top_tokens
-        return index.astype(jnp.int32), values - jax.nn.logsumexp(before, axis=-1, keepdims=True)
+        # See tree._top_tokens for the barrier.
+        values, index = jax.lax.optimization_barrier(top_log_softmax(before, shape[-1], "vocab"))
+        return index.astype(jnp.int32), values
 
     return jax.lax.cond(wants_top.any(), compute, lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape)))
 

@@ -331,52 +331,48 @@ def by_experts(
     return split(experts, x, chosen, weights, index)
 
 
-def top_k(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax.Array]:
-    """`lax.top_k` of x [B, ..., V], V of the logical axis `last`: only the k best of each shard are all-gathered."""
-    return _top_k(x, k, last, log_softmax=False)
+def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k` of x [B, ..., V], each device of its own rows."""
+    return _of_rows(lambda x, axis: jax.lax.top_k(x, k), x, None)
 
 
 def top_log_softmax(x: jax.Array, k: int, last: str | None = None) -> tuple[jax.Array, jax.Array]:
-    """The k best of log_softmax(x), at most 0, and their index; like `top_k`, with the sums in the same exchange."""
-    return _top_k(x, k, last, log_softmax=True)
+    """The k best of log_softmax(x) of x [B, ..., V], at most 0, and their index; V is of the logical axis `last`.
 
+    Only the k best of each shard, and its sum, are all-gathered.
+    """
 
-def _top_k(x: jax.Array, k: int, last: str | None, log_softmax: bool) -> tuple[jax.Array, jax.Array]:
-    def best(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Values and index [..., k] of the k best of a shard, and the sum [..., 1] of exp(x - the best value)."""
+    def of_shard(x: jax.Array, axis: Any) -> tuple[jax.Array, jax.Array]:
         values, index = jax.lax.top_k(x, min(k, x.shape[-1]))
-        over = jnp.exp(x - values[..., :1]).sum(axis=-1, keepdims=True) if log_softmax else values[..., :1]
-        return values, index, over
-
-    def normalised(values: jax.Array, total: jax.Array) -> jax.Array:
+        total = jnp.exp(x - values[..., :1]).sum(axis=-1, keepdims=True)
+        if axis is not None:
+            index += jax.lax.axis_index(axis) * x.shape[-1]
+            # One exchange of all, in the shards' order: among equal values the first comes first, as without a mesh.
+            floats = jnp.concatenate([values, total], axis=-1).astype(jnp.float32)
+            sent = jnp.concatenate([jax.lax.bitcast_convert_type(floats, jnp.int32), index], axis=-1)  # [..., 2 k + 1]
+            got = jax.lax.all_gather(sent, axis, axis=x.ndim - 1)  # [..., shards, 2 k + 1]
+            floats = jax.lax.bitcast_convert_type(got[..., : values.shape[-1] + 1], jnp.float32)
+            indices, best, totals = got[..., values.shape[-1] + 1 :], floats[..., 0], floats[..., -1]
+            total = (totals * jnp.exp(best - best.max(axis=-1, keepdims=True))).sum(axis=-1, keepdims=True)
+            flat = (*x.shape[:-1], -1)
+            values, chosen = jax.lax.top_k(floats[..., :-1].reshape(flat), k)
+            index = jnp.take_along_axis(indices.reshape(flat), chosen, axis=-1)
         # In two steps, of which neither gives more than 0: a node must not score more than its parent.
-        return values - values[..., :1] - jnp.log(total) if log_softmax else values
+        return (values - values[..., :1] - jnp.log(total)).astype(x.dtype), index
 
+    return _of_rows(of_shard, x, last)
+
+
+def _of_rows(
+    function: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]], x: jax.Array, last: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """`function(x, axis)` of x [B, ..., V], on a mesh of each shard; `axis` is what V is split over, or None."""
     mesh: Any = jax.sharding.get_abstract_mesh()
-    split = None if mesh.empty else spec(mesh, ("rows", *[None] * (x.ndim - 2), last), x.shape)
-
-    def of_shard(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, index, total = best(x)
-        axis = None if split is None else split[-1]
-        if axis is None:
-            return normalised(values, total), index
-        index += jax.lax.axis_index(axis) * x.shape[-1]
-        # One exchange of all, in the shards' order: among equal values the first one comes first, as without a mesh.
-        floats = jnp.concatenate([values, total], axis=-1).astype(jnp.float32)
-        sent = jnp.concatenate([jax.lax.bitcast_convert_type(floats, jnp.int32), index], axis=-1)  # [..., 2 k + 1]
-        got = jax.lax.all_gather(sent, axis, axis=x.ndim - 1)  # [..., shards, 2 k + 1]
-        floats = jax.lax.bitcast_convert_type(got[..., : values.shape[-1] + 1], jnp.float32)
-        indices = got[..., values.shape[-1] + 1 :]
-        values, totals = floats[..., :-1], floats[..., -1]
-        totals = (totals * jnp.exp(values[..., 0] - values[..., 0].max(axis=-1, keepdims=True))).sum(-1, keepdims=True)
-        flat = (*x.shape[:-1], -1)
-        values, chosen = jax.lax.top_k(values.reshape(flat), k)
-        return normalised(values, totals).astype(x.dtype), jnp.take_along_axis(indices.reshape(flat), chosen, axis=-1)
-
-    if split is None:
-        return of_shard(x)
-    whole = PartitionSpec(*split[:-1], None)
-    return jax.shard_map(of_shard, in_specs=split, out_specs=whole, check_vma=False)(x)
+    if mesh.empty:
+        return function(x, None)
+    *leading, axis = split = spec(mesh, ("rows", *[None] * (x.ndim - 2), last), x.shape)
+    whole = PartitionSpec(*leading, None)
+    return jax.shard_map(lambda x: function(x, axis), in_specs=split, out_specs=whole, check_vma=False)(x)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------
