@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from tiny_folder import make_drafter, make_target
 
 from fasteagle_jax import Engine, SamplingParams, UserError
@@ -21,10 +19,9 @@ from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate_jit
 from fasteagle_jax.decoding.state import make_stop
 from fasteagle_jax.decoding.tree import TreeSpec
-from fasteagle_jax.drafters.fasteagle import FastEagle
-from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.engine.requests import sample_seed
 from fasteagle_jax.targets.tokenizer import load_tokenizer
+from tests.decoding.test_families import random_drafter
 from tests.tiny_families import hf_config, tiny_family
 
 MAX_LEN, MAX_NEW, CHUNK = 160, 24, 16
@@ -43,19 +40,6 @@ def target_of(tokenizer, name: str, *, stacked: bool, cache_dtype):
     target = target if stacked else target.unstacked()
     target.cache_dtype = cache_dtype
     return target
-
-
-def random_drafter(target, **changes):
-    config = default_config(target.config, num_levels=3, feature_layers=(1, 2), **changes)
-
-    def make():
-        drafter = FastEagle(config, jax.random.key(1), stacked=target.stacked)
-        for i, (_, node) in enumerate(nnx.iter_graph(drafter)):
-            if isinstance(node, nnx.Param):
-                node[...] += 0.2 * jax.random.normal(jax.random.key(i), node.shape)
-        return drafter
-
-    return jax.jit(make)()
 
 
 def alone(target, prompt, params) -> list[int]:
