@@ -44,17 +44,14 @@ examples:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import itertools
 import json
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 from etils import epath
@@ -69,6 +66,7 @@ from fasteagle_jax.commands.answers import (
     sampling_params,
     tree_named,
 )
+from fasteagle_jax.commands.interrupts import Interrupts
 from fasteagle_jax.commands.terminal import (
     INTERRUPTED,
     Parser,
@@ -86,10 +84,10 @@ from fasteagle_jax.data.shares import Share, join
 from fasteagle_jax.decoding.sampling_fields import from_options, recorded
 from fasteagle_jax.engine.batch_records import AnswerFile, answer_record, refusal_record
 from fasteagle_jax.engine.batch_requests import BatchRequest, Refusal, numbered, read_requests
-from fasteagle_jax.engine.engine import DEFAULT_MAX_LEN, Engine
+from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import RULES, Completion, Refused, SamplingParams
 from fasteagle_jax.engine.shipped import drafter_folder
-from fasteagle_jax.engine.sizes import check_sizes
+from fasteagle_jax.engine.sizes import checked_max_len
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, in_bucket, write_file, write_text, writing
 from fasteagle_jax.targets.checkpoint import fingerprint
@@ -234,8 +232,7 @@ def _answer_on_ray(args: argparse.Namespace) -> int:
     output = output if in_bucket(output) else str(Path(output).absolute())
     files = cluster.request_files(source)
     checkpoint = open_checkpoint(args.target, args.adapter)
-    max_len = args.max_len or min(checkpoint.config.max_positions, DEFAULT_MAX_LEN)
-    check_sizes(args.slots, max_len, checkpoint.config.max_positions)
+    max_len = checked_max_len(args.max_len, args.slots, checkpoint.config.max_positions)
     drafter = drafter_folder(args.drafter, checkpoint)
     # --- the cluster, and what it will read -------------------------------------------------------------------
     with cluster.connected(args.ray):
@@ -360,37 +357,3 @@ class Work:
             self._answers.append(record)
         self._bar.set_postfix_str(self._took.rate(), refresh=False)
         self._bar.update()
-
-
-class Interrupts:
-    """Ctrl-C inside `with` is a KeyboardInterrupt, but never in the middle of what is `held`."""
-
-    def __init__(self) -> None:
-        self._asked = self._is_held = False
-        self._before: Any = None
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Lets what is inside come to its end first."""
-        self._is_held = True
-        try:
-            yield
-        finally:
-            self._is_held = False
-        if self._asked:  # meanwhile, or earlier where a destructor swallowed the exception
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> Self:
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored under a shell's `&`
-            self._before = signal.signal(signal.SIGINT, self._hear)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _hear(self, *_: object) -> None:
-        self._asked = True
-        if not self._is_held:
-            raise KeyboardInterrupt

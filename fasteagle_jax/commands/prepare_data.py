@@ -52,6 +52,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fasteagle_jax.commands.answers import Took, add_draft_options, add_template_options, chat_options, tree_named
+from fasteagle_jax.commands.interrupts import Interrupts
 from fasteagle_jax.commands.models import add_target_options
 from fasteagle_jax.commands.terminal import (
     Parser,
@@ -263,7 +264,7 @@ def prepare(args: argparse.Namespace) -> None:
             engine = Engine.load(args.target, args.drafter, **options, tree=tree, dtype=dtype)
 
     # --- sample by sample -------------------------------------------------------------------------------------
-    with writing(output), ConversationWriter(output) as writer:
+    with writing(output), ConversationWriter(output) as writer, Interrupts() as interrupts:
         done = manifest.settled(in_order(), writer)
         samples = islice(in_order(), done, None)
         if done:
@@ -276,13 +277,14 @@ def prepare(args: argparse.Namespace) -> None:
         took, unwritten = Took(), list[Outcome]()
 
         def write() -> None:
-            kept = [c for outcome in unwritten if not isinstance(outcome, str) for c in outcome]
-            if new := [c for c in kept if c.id not in writer]:  # a dialogue's first windows may be there already
-                writer.append(new)
-            manifest.tried += len(unwritten)
-            manifest.dropped.update(outcome for outcome in unwritten if isinstance(outcome, str))
-            unwritten.clear()
-            manifest.save(len(writer))
+            with interrupts.held():
+                kept = [c for outcome in unwritten if not isinstance(outcome, str) for c in outcome]
+                if new := [c for c in kept if c.id not in writer]:  # a dialogue's first windows may be there already
+                    writer.append(new)
+                manifest.tried += len(unwritten)
+                manifest.dropped.update(outcome for outcome in unwritten if isinstance(outcome, str))
+                unwritten.clear()
+                manifest.save(len(writer))
 
         with progress_bar(total_here, "sample", initial=done) as bar:
             ahead, at_once = AHEAD, None
@@ -298,7 +300,7 @@ def prepare(args: argparse.Namespace) -> None:
                         write()
                     bar.set_postfix_str(f"{took.rate()}, {manifest.dropped.total()} dropped", refresh=False)
                     bar.update(len(settled))
-            except (UserError, KeyboardInterrupt):  # of a server that fails half way, or Ctrl-C
+            except (UserError, KeyboardInterrupt):  # of a server that fails half way; or Ctrl-C, SIGTERM
                 write()
                 raise
             write()

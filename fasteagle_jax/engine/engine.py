@@ -49,7 +49,7 @@ from fasteagle_jax.engine.sizes import (
     available_everywhere,
     check_mesh,
     check_prefill,
-    check_sizes,
+    checked_max_len,
     memory_needed,
     prefix_capacity,
     prompt_buckets,
@@ -66,7 +66,6 @@ from fasteagle_jax.targets.messages import plain_messages, short
 from fasteagle_jax.targets.templates import PLAIN, ChatOptions
 from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, encode_text, load_tokenizer, stop_token_ids
 
-DEFAULT_MAX_LEN = 2048  # tokens of a request, if the target has positions for so many
 ROUNDS = 16  # of a device call at most, before the host reads results
 
 MAX_REFUSED = 64  # prompts refused before the reading of others waits for these to be handed out
@@ -112,7 +111,7 @@ class Engine:
           eos_token_ids: end an answer.
           slots: B, requests under way at once.
           max_len: the most tokens of a request, prompt and answer together; None for what the target has positions
-            for, but at most DEFAULT_MAX_LEN.
+            for, but at most 2048.
           tree: what to draft: a TreeSpec, its name ("best_first:16"), "auto" for the fastest by measurement, "single"
             for that of a single request (see `tree_selection.default_tree`), or None for plain decoding.
           lookup: K, for trees that also hold what is copied from a request's own text after suffixes of up to K
@@ -130,10 +129,8 @@ class Engine:
         Raises:
           UserError: sizes that are out of range, do not fit into memory, or that the mesh does not divide.
         """
-        positions = target.config.max_positions
-        self.max_len = min(positions, DEFAULT_MAX_LEN) if max_len is None else max_len
+        self.max_len = checked_max_len(max_len, slots, target.config.max_positions)
         chunk = (64 if jax.default_backend() == "cpu" else 256) if chunk is None else chunk
-        check_sizes(slots, self.max_len, positions)
         check_lookup(lookup)
         if drafter is None and lookup is not None:
             drafter = TextOnly()
@@ -209,7 +206,7 @@ class Engine:
         checkpoint = open_checkpoint(target, adapter)
         folder = None if tree is None else drafter_folder(drafter, checkpoint)
         config = checkpoint.config
-        check_sizes(slots, max_len or 1, config.max_positions)
+        length = checked_max_len(max_len, slots, config.max_positions)
         products = product_dtype(dtype)
         sizes = target_shapes(config, products, int8=dtype == jnp.int8)
         drafter_config = drafter_sizes = None
@@ -221,7 +218,6 @@ class Engine:
             check_mesh(mesh, slots, config, drafter_config)
         weights = bytes_of(sizes, mesh), bytes_of(drafter_sizes, mesh)
         Memory(*weights, 0, 0, 0, 0).check(available_everywhere(mesh), "use bfloat16 or a larger device")
-        length = max_len or min(config.max_positions, DEFAULT_MAX_LEN)
         loaded = load_target(target, dtype, mesh=mesh, max_len=length, adapter=adapter, cache_dtype=cache_dtype)
         tokenizer = load_tokenizer(loaded.checkpoint.path)
         model = (

@@ -17,6 +17,7 @@ from fasteagle_jax.engine.model_runner import ModelRunner
 from fasteagle_jax.engine.slots import AXES
 from fasteagle_jax.errors import UserError
 
+DEFAULT_MAX_LEN = 2048  # tokens of a request, if the target has positions for so many
 LEAST_ROWS = 4  # fewer rows are hardly faster to compute
 PREFILL_CHUNKS = 4  # a device call's chunks of prompts by default, and so the most prompts prefilled together
 PREFIX_PROMPTS = 4  # prompts of max_len that the prefix cache holds by default
@@ -24,12 +25,18 @@ PREFIX_PROMPTS = 4  # prompts of max_len that the prefix cache holds by default
 LOGITS_BUFFERS_PER_ROUND = 8  # float32 arrays of the logits' size that a round takes, by the compiler's account
 
 
-def check_sizes(slots: int, max_len: int, positions: int) -> None:
-    """Raises UserError for numbers of slots and tokens that no engine has."""
+def checked_max_len(max_len: int | None, slots: int, positions: int) -> int:
+    """The most tokens of a request: `max_len`, or for None what the target has positions for, at most DEFAULT_MAX_LEN.
+
+    UserError for numbers of tokens and slots that no engine has.
+    """
     if not isinstance(slots, int) or slots < 1:
         raise UserError(f"slots is {slots!r}: give a whole number of at least 1")
+    if max_len is None:
+        return min(positions, DEFAULT_MAX_LEN)
     if not isinstance(max_len, int) or not 1 <= max_len <= positions:
         raise UserError(f"max_len is {max_len!r}: give a whole number up to the target's {positions} positions")
+    return max_len
 
 
 def check_mesh(mesh: Mesh, slots: int, target: Any, drafter: Any | None) -> None:

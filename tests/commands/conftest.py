@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
+from fasteagle_jax.commands.interrupts import SIGNALS
 from tests.tiny_folder import make_drafter, make_target
 
 
@@ -63,3 +66,13 @@ def complaint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..
         return said[0]
 
     return run
+
+
+@pytest.fixture
+def listening() -> Iterator[list[Any]]:
+    """Python's own handlers of the signals that end a program, also where a shell's `&` has the tests ignore one."""
+    own = [signal.default_int_handler, signal.SIG_DFL]
+    before = [signal.signal(each, handler) for each, handler in zip(SIGNALS, own, strict=True)]
+    yield own
+    for each, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(each, handler)

@@ -23,7 +23,7 @@ import jax
 import pytest
 
 from fasteagle_jax import ChatOptions, Engine, SamplingParams
-from fasteagle_jax.commands import batch
+from fasteagle_jax.commands import batch, interrupts
 from fasteagle_jax.commands.batch import main
 from fasteagle_jax.data.shares import Share
 from fasteagle_jax.engine.batch_records import AnswerFile, answer_record
@@ -639,15 +639,8 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(run, tmp_path, monkeypatc
     assert all_tokens(path) == expected
 
 
-@pytest.fixture
-def listening():
-    """Python's own handler of Ctrl-C, also where a shell's `&` has the tests ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_during_a_write_waits_for_its_end(run, tmp_path, monkeypatch, listening):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_during_a_write_waits_for_its_end(name, run, tmp_path, monkeypatch, listening):
     source = write(tmp_path / "in.jsonl", *mixed())
     expected = all_tokens(run(source, output="whole.jsonl"))
     write_lines = AnswerFile.append_lines
@@ -655,13 +648,13 @@ def test_ctrl_c_during_a_write_waits_for_its_end(run, tmp_path, monkeypatch, lis
     def write_slowly(self, line):
         if len(self.done) == 5:
             os.write(self._file.fileno(), line[:20])
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.Signals[name])
             line = line[20:]
         write_lines(self, line)
 
     monkeypatch.setattr(AnswerFile, "append_lines", write_slowly)
     path = run(source, code=130)
-    assert signal.getsignal(signal.SIGINT) is listening
+    assert [signal.getsignal(each) for each in interrupts.SIGNALS] == listening
     last = run.said.err.strip().splitlines()[-1]
     assert last == "interrupted: 6 of 24 requests are answered; the same command resumes with the others"
     assert len(read(path)) == 6

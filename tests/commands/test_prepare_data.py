@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 import lzma
 import re
+import signal
 
 import numpy as np
 import pytest
 
-from fasteagle_jax.commands import prepare_data
+from fasteagle_jax.commands import interrupts, prepare_data
 from fasteagle_jax.commands.prepare_data import answer_seed, main
 from fasteagle_jax.data.answering import LOOP_COPIES, LOOP_TOKENS, Rules, Sample, loop_start
 from fasteagle_jax.data.conversations import read_conversations
@@ -204,6 +205,28 @@ def test_a_run_killed_between_two_writes_gives_the_same_file(prepare, monkeypatc
     path = prepare("a.jsonl")
     assert path.read_bytes() == whole
     assert counts(path)["conversations"] + sum(counts(path)["dropped"].values()) == counts(path)["samples"] == 14
+
+
+def test_a_signal_during_a_write_keeps_what_is_answered(prepare, monkeypatch, listening, capsys):
+    whole = prepare("whole.jsonl").read_bytes()
+    append = prepare_data.ConversationWriter.append
+    calls = []
+
+    def append_and_hear(self, conversations):
+        append(self, conversations)
+        calls.append(len(self))
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(prepare_data.ConversationWriter, "append", append_and_hear)
+    with pytest.raises(AssertionError):
+        prepare("a.jsonl")
+    assert "interrupted" in capsys.readouterr().err
+    assert [signal.getsignal(each) for each in interrupts.SIGNALS] == listening
+    monkeypatch.undo()
+    path = prepare("a.jsonl")
+    assert f"{calls[-1]} conversations of" in capsys.readouterr().out  # counted, not only written
+    assert path.read_bytes() == whole
 
 
 def test_a_finished_run_has_nothing_left_to_do(prepare, monkeypatch):
