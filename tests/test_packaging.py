@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fasteagle_jax
 from fasteagle_jax.commands.terminal import EXTRAS
@@ -79,3 +81,17 @@ def test_the_repositorys_address_stands_in_one_place():
     assert clones and all("git clone REPOSITORY fasteagle-jax" in line for line in clones)
     address = PROJECT["urls"]["Repository"]
     assert not [path for path in documents if address in path.read_text()]
+
+
+def test_the_conda_recipe_asks_for_what_pip_does():
+    recipe = yaml.safe_load((ROOT / "conda" / "recipe.yaml").read_text())
+    assert recipe["package"] == {"name": PROJECT["name"], "version": PROJECT["version"]}
+    assert recipe["build"]["python"]["entry_points"] == [f"{k} = {v}" for k, v in PROJECT["scripts"].items()]
+    about = {"homepage": PROJECT["urls"]["Repository"], "license": PROJECT["license"], "license_file": "LICENSE"}
+    assert recipe["about"] == {**about, "summary": PROJECT["description"]}
+    epath = {each for each in requires("etils") or () if re.search(r"extra == .epath.$", each)}
+    of_epath = names(sorted(epath)) - {"etils"}  # conda has no extras
+    asked = {re.sub(r"\[.*\]", "", each).replace(">=", " >=") for each in PROJECT["dependencies"]}
+    python = f"python {PROJECT['requires-python']}".replace("3.11", "${{ python_min }}")
+    assert set(recipe["requirements"]["run"]) == {python, *asked, *of_epath}
+    assert recipe["context"]["python_min"] == PROJECT["requires-python"].removeprefix(">=")
