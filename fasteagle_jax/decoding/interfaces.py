@@ -134,10 +134,13 @@ class TrainableDrafter(Drafter, Protocol):
     token_ids: Any  # a variable int32 [V], the draft vocabulary; None if it is the target's
     feature_scale: Any  # a variable float32 [F*H] that features are multiplied by
 
-    def start_from(self, target: Any, feature_rms: jax.Array, *, layers: bool) -> None:
+    def start_from(
+        self, target: Any, feature_rms: jax.Array, *, layers: bool, neurons: jax.Array | None = None
+    ) -> None:
         """Initialises its weights from the target's, with `layers` those of its layers, too.
 
-        `feature_rms` float32 [F] is the root mean square of each feature.
+        `feature_rms` float32 [F] is the root mean square of each feature. `neurons` int32 [W] are those of the target's
+        MLP that a narrower one starts from (see training.init.strongest_neurons).
         """
         ...
 

@@ -85,6 +85,10 @@ class DrafterConfig:
         of."""
         return self.feature_layers + self.context_layers
 
+    def copied_layer(self, num_layers: int) -> int:
+        """The layer of a target of so many that its own start from: whose keys and values it reads, or the last."""
+        return self.context_layers[0] if self.context_layers else num_layers - 1
+
     def check_target(self, target_config: Any) -> None:
         """Raises UserError if the drafter does not fit a target's layers.
 
@@ -236,12 +240,12 @@ def attention_of(target_config: Any, layer: int) -> dict[str, Any]:
     }
 
 
-def copy_layer(into: Any, source: Any) -> list[str]:
+def copy_layer(into: Any, source: Any, neurons: jax.Array | None = None) -> list[str]:
     """Copies a target's layer into a drafter's wherever their shapes agree, as float32.
 
     `into` has some of the places of DECODER_LAYER_NAMES, of one layer or of a stack whose layers all get the same. What
-    the target multiplies queries and outputs by goes into the matrices. Returns what was not copied, by the target's
-    names.
+    the target multiplies queries and outputs by goes into the matrices. `neurons` int32 [W] are those of the target's
+    MLP that a narrower one starts from; None for all. Returns what was not copied, by the target's names.
     """
     left = []
     for name, place in DECODER_LAYER_NAMES.items():
@@ -260,22 +264,28 @@ def copy_layer(into: Any, source: Any) -> list[str]:
                 left.append(name)
             else:
                 own[...] = jnp.broadcast_to(part[...].astype(jnp.float32), own.shape)
-        elif isinstance(part, RMSNorm):
+            continue
+        if isinstance(part, RMSNorm):
             if own is None or own.weight.shape[-1:] != part.weight.shape:
                 left.append(name)
             else:
                 own.weight[...] = jnp.broadcast_to(part.gain - own.offset, own.weight.shape)
-        elif own.matrix.shape[-2:] != part.matrix.shape:
+            continue
+        matrix, bias = part.matrix, None if part.bias is None else part.bias[...]
+        if neurons is not None and module == "mlp":
+            matrix = matrix[neurons] if attribute == "down" else matrix[:, neurons]
+            bias = bias if bias is None or attribute == "down" else bias[neurons]
+        if own.matrix.shape[-2:] != matrix.shape:
             left.append(name)
         else:
             scale = source.residual_scale if place in ("attention.o", "mlp.down") else 1.0
             if place == "attention.q":
                 scale = of_source.query_gain / of_drafter.query_gain
-            own.set_matrix(jnp.broadcast_to(part.matrix.astype(jnp.float32) * scale, own.matrix.shape))
-            if part.bias is not None and own.bias is None:
+            own.set_matrix(jnp.broadcast_to(matrix.astype(jnp.float32) * scale, own.matrix.shape))
+            if bias is not None and own.bias is None:
                 left.append(f"{name}.bias")
-            elif part.bias is not None:
-                own.bias[...] = jnp.broadcast_to(part.bias[...].astype(jnp.float32) * scale, own.bias.shape)
+            elif bias is not None:
+                own.bias[...] = jnp.broadcast_to(bias.astype(jnp.float32) * scale, own.bias.shape)
     return left
 
 

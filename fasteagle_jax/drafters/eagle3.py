@@ -110,11 +110,14 @@ class Eagle3(DrafterModule):
         head = jax.random.normal(next(keys), (c.draft_vocab_size, hidden), dtype) * hidden**-0.5
         self.head = nnx.Param(head, axes=("vocab", "embed"))
 
-    def start_from(self, target: Any, feature_rms: jax.Array, *, layers: bool) -> None:
+    def start_from(
+        self, target: Any, feature_rms: jax.Array, *, layers: bool, neurons: jax.Array | None = None
+    ) -> None:
         """Initialises its norm and head from the target's and, with `layers`, its layer from the target's last one.
 
         The layer then reads the highest feature, of root mean square `feature_rms` float32 [F], or its own output as
-        the target's layer reads its input, and the embedding with weight 0. Warns of parts that are not copied.
+        the target's layer reads its input, and the embedding with weight 0; a narrower MLP has the `neurons` int32 [W]
+        of the target's. Warns of parts that are not copied.
         """
         hidden = self.config.hidden_size
         rows = target.head_rows()
@@ -123,9 +126,9 @@ class Eagle3(DrafterModule):
         if not layers:
             return
         like_target = DecoderLayer(layer_config(self.config), jax.random.key(0), jnp.float32)
-        last = target.config.num_layers - 1
+        last = self.config.copied_layer(target.config.num_layers)
         source = target.layer(last)
-        left = copy_layer(like_target, source)
+        left = copy_layer(like_target, source, neurons)
         say_left(left, last, source, self)
         nnx.update(self.mlp, nnx.state(like_target.mlp))
         self.mlp_norm.weight[...] = like_target.mlp_norm.weight[...]

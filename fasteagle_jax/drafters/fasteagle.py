@@ -243,16 +243,19 @@ class FastEagle(DrafterModule):
         """Whether the levels are one scanned stack rather than a list."""
         return self.stacked and self.shared is None
 
-    def start_from(self, target: Any, feature_rms: jax.Array, *, layers: bool) -> None:
+    def start_from(
+        self, target: Any, feature_rms: jax.Array, *, layers: bool, neurons: jax.Array | None = None
+    ) -> None:
         """Initialises its norms from the target's final one and, with `layers`, each layer from one of the target's.
 
         That is the last one, or the one whose keys and values it reads. The head reads every level's output, as it
         reads that of the target's last layer. With `layers` the input is the highest feature, of root mean square
-        `feature_rms` float32 [F], plus the embedding. Warns of parts of the layer that are not copied.
+        `feature_rms` float32 [F], plus the embedding; a narrower MLP has the `neurons` int32 [W] of the target's. Warns
+        of parts of the layer that are not copied.
         """
         c = self.config
         hidden = c.hidden_size
-        copied = target.config.num_layers - 1 if c.context_layer is None else c.context_layer
+        copied = c.copied_layer(target.config.num_layers)
         levels = [self.levels] if self.scans else list(self.levels)
         for level in levels:
             level.norm.weight[...] = jnp.broadcast_to(target.norm.gain, level.norm.weight.shape)
@@ -260,7 +263,7 @@ class FastEagle(DrafterModule):
             return
         source = target.layer(copied)
         parts = levels if self.shared is None else [self.shared, *levels]
-        left = [name for part in parts for name in copy_layer(part, source)]
+        left = [name for part in parts for name in copy_layer(part, source, neurons)]
         say_left(left, copied, source, parts[0])
         # The copied layers expect a stream of the highest feature's size.
         self.fc.set_matrix(jnp.zeros(self.fc.matrix.shape).at[-hidden:].set(jnp.eye(hidden) * feature_rms[-1]))

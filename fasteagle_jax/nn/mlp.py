@@ -48,6 +48,15 @@ class Mlp(nnx.Module):
         self.up = Linear(hidden_size, intermediate_size, inner, next(keys), dtype, bias=bias)
         self.down = Linear(intermediate_size, hidden_size, outer, next(keys), dtype, bias=bias)
 
+    @property
+    def width(self) -> int:
+        """The number of neurons."""
+        return int(self.down.matrix.shape[-2])
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., H] of x [..., H]."""
-        return self.down(GATES[self.activation](self.gate(x), self.up(x)))
+        return self.down(self.neurons(x))
+
+    def neurons(self, x: jax.Array) -> jax.Array:
+        """The values within, [..., intermediate_size] of x [..., H]."""
+        return GATES[self.activation](self.gate(x), self.up(x))

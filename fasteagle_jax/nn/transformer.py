@@ -119,8 +119,7 @@ class DecoderLayer(nnx.Module):
 
         `index` is its place in the stack that its Whole weights are, if it is of one.
         """
-        attended, fresh = self.attention(self.input_norm(x), rotation, attend)
-        x = x + self._added(attended, self.attention_output_norm)
+        x, fresh = self.attended(x, rotation, attend)
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, SparseMlp):
             # Training's attention is a kernel's, over rows that are split as batches are.
@@ -128,6 +127,13 @@ class DecoderLayer(nnx.Module):
         else:
             output = self.mlp(normed)
         return x + self._added(output, self.mlp_output_norm), fresh
+
+    def attended(
+        self, x: jax.Array, rotation: Rotation, attend: Attend
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The stream [B, Q, H] between attention and MLP, and the fresh keys and values."""
+        attended, fresh = self.attention(self.input_norm(x), rotation, attend)
+        return x + self._added(attended, self.attention_output_norm), fresh
 
     def _added(self, output: jax.Array, norm: RMSNorm | None) -> jax.Array:
         """What an output of attention or MLP adds to the stream."""

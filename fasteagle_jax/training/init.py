@@ -16,6 +16,8 @@ from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.drafters.base import DrafterConfig
 from fasteagle_jax.drafters.table import class_of
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.nn.packed_attention import Packed
+from fasteagle_jax.nn.transformer import LayerKinds
 from fasteagle_jax.training.step import target_outputs
 
 
@@ -26,6 +28,7 @@ def init_drafter(
     *,
     token_ids: Any | None = None,
     feature_rms: jax.Array | None = None,
+    neurons: jax.Array | None = None,
     from_target: bool = True,
 ) -> Any:
     """A drafter of the configured kind to train, float32, in the form (stacked or list) that the target is in.
@@ -36,6 +39,7 @@ def init_drafter(
       key: for the random weights.
       token_ids: int32 [V], the draft vocabulary, if it is reduced.
       feature_rms: float32 [F], root mean square of each feature; inputs are divided by it.
+      neurons: int32 [W], those of the target's MLP that a narrower one starts from (see `strongest_neurons`).
       from_target: start layers from the target's last one, by the drafter's `start_from`, where shapes agree.
         Otherwise all but norms and heads is random.
     """
@@ -44,7 +48,7 @@ def init_drafter(
         drafter.token_ids[...] = jnp.asarray(token_ids, jnp.int32)
     rms = jnp.ones((len(config.feature_layers),)) if feature_rms is None else feature_rms
     drafter.feature_scale[...] = jnp.repeat(1 / rms, config.hidden_size)
-    drafter.start_from(target, rms, layers=from_target)
+    drafter.start_from(target, rms, layers=from_target, neurons=neurons)
     return jax.tree.map(jnp.copy, drafter)  # the train step donates: no buffer may be shared
 
 
@@ -85,6 +89,23 @@ def drafter_from(
         drafter.feature_scale[...] = scale
         drafter.fc.set_matrix(drafter.fc.matrix / scale[:, None])
     return drafter.stacked_form() if stacked else drafter
+
+
+def strongest_neurons(target: Any, batch: Batch, layer: int, width: int) -> jax.Array:
+    """The neurons of a layer's MLP that give most of its output on a batch, int32 [width], ascending.
+
+    That is the mean over tokens of the square of what a neuron adds to the output, over the square of that output.
+    """
+    inputs = target_outputs(target, batch, (layer,)).features
+    source, kind = target.layer(layer), target.config.layer_kinds[layer]
+    context = LayerKinds((kind,), batch.positions, target.config.head_dim, stacked=False).of(0)
+    attended = source.attended(inputs, context.rotation, context.attend(Packed(batch.segments), None))[0]
+    values = source.mlp.neurons(source.mlp_norm(attended)).astype(jnp.float32)  # [B, T, I]
+    down = source.mlp.down.matrix.astype(jnp.float32)  # [I, H]
+    added = values**2 * (down**2).sum(axis=-1)
+    share = added / ((values @ down) ** 2).sum(axis=-1, keepdims=True)
+    strength = jnp.where((batch.segments > 0)[..., None], share, 0).sum(axis=(0, 1))  # [I]
+    return jnp.sort(jax.lax.top_k(strength, width)[1])
 
 
 def feature_rms(

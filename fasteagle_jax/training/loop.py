@@ -46,6 +46,7 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, first_line, in_bucket, write_file
 from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.io.text import parse_json
+from fasteagle_jax.nn.mlp import Mlp
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
 from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
@@ -61,7 +62,7 @@ from fasteagle_jax.training.config import (
 from fasteagle_jax.training.deepkd import Parts, mask_sizes
 from fasteagle_jax.training.flops import flops_per_token, peak_flops
 from fasteagle_jax.training.held_out import LENGTH, HeldOut, stalled
-from fasteagle_jax.training.init import drafter_from, feature_rms, init_drafter
+from fasteagle_jax.training.init import drafter_from, feature_rms, init_drafter, strongest_neurons
 from fasteagle_jax.training.metrics_log import Log, Record, check_wandb, expected_length, finite, plot, rounded
 from fasteagle_jax.training.optimizer import make_optimizer
 from fasteagle_jax.training.step import StepResult, first_state, in_dtype, train_step
@@ -536,18 +537,23 @@ def _new_drafter(
             counted = token_counts(corpus, target.config.vocab_size, assistant_only=True)
         token_ids = draft_vocabulary(counted, sizes.draft_vocab_size)
         _say(quiet, f"vocabulary {len(token_ids)} rows cover {coverage(token_ids, counts):.1%} of the answers")
-    rms = None
+    rms = neurons = None
+    first, values = _place(mesh, data, store, 0)
     if choice.scale_features:
-        first, values = _place(mesh, data, store, 0)
         rms = jax.jit(feature_rms, static_argnums=2)(target, first, sizes.feature_layers, values)
+    copied = sizes.copied_layer(target.config.num_layers)
+    mlp = target.layer(copied).mlp
+    if parent is None and choice.from_target and isinstance(mlp, Mlp) and sizes.intermediate_size < mlp.width:
+        neurons = jax.jit(strongest_neurons, static_argnums=(2, 3))(target, first, copied, sizes.intermediate_size)
 
-    def make(target: Any, rms: Any, parent: Any) -> Any:
+    def make(target: Any, rms: Any, neurons: Any, parent: Any) -> Any:
         if parent is not None:
             return drafter_from(sizes, parent, feature_rms=rms, stacked=target.stacked)
         key, from_target = jax.random.key(config.seed), choice.from_target
-        return init_drafter(sizes, target, key, token_ids=token_ids, feature_rms=rms, from_target=from_target)
+        first_weights: dict[str, Any] = {"feature_rms": rms, "neurons": neurons, "from_target": from_target}
+        return init_drafter(sizes, target, key, token_ids=token_ids, **first_weights)
 
-    return make_on(mesh, make, target, rms, parent)
+    return make_on(mesh, make, target, rms, neurons, parent)
 
 
 class _Evaluation:
