@@ -91,10 +91,11 @@ def drafter_from(
     return drafter.stacked_form() if stacked else drafter
 
 
-def strongest_neurons(target: Any, batch: Batch, layer: int, width: int) -> jax.Array:
+def strongest_neurons(target: Any, batch: Batch, layer: int, width: int) -> tuple[jax.Array, jax.Array]:
     """The neurons of a layer's MLP that give most of its output on a batch, int32 [width], ascending.
 
-    That is the mean over tokens of the square of what a neuron adds to the output, over the square of that output.
+    These have the highest means over tokens of |what a neuron adds to the output|^2 / |that output|^2. Beside them the
+    mean of |what all others add|^2 / |that output|^2, float32 [].
     """
     inputs = target_outputs(target, batch, (layer,)).features
     source, kind = target.layer(layer), target.config.layer_kinds[layer]
@@ -102,10 +103,13 @@ def strongest_neurons(target: Any, batch: Batch, layer: int, width: int) -> jax.
     attended = source.attended(inputs, context.rotation, context.attend(Packed(batch.segments), None))[0]
     values = source.mlp.neurons(source.mlp_norm(attended)).astype(jnp.float32)  # [B, T, I]
     down = source.mlp.down.matrix.astype(jnp.float32)  # [I, H]
-    added = values**2 * (down**2).sum(axis=-1)
-    share = added / ((values @ down) ** 2).sum(axis=-1, keepdims=True)
-    strength = jnp.where((batch.segments > 0)[..., None], share, 0).sum(axis=(0, 1))  # [I]
-    return jnp.sort(jax.lax.top_k(strength, width)[1])
+    real = batch.segments > 0
+    size = jnp.where(real, ((values @ down) ** 2).sum(axis=-1), 1)  # [B, T]
+    added = values**2 * (down**2).sum(axis=-1) / size[..., None]
+    chosen = jnp.sort(jax.lax.top_k(jnp.where(real[..., None], added, 0).sum(axis=(0, 1)), width)[1])
+    others = jnp.ones(values.shape[-1]).at[chosen].set(0)
+    left_out = (((values * others) @ down) ** 2).sum(axis=-1) / size
+    return chosen, jnp.where(real, left_out, 0).sum() / real.sum()
 
 
 def feature_rms(

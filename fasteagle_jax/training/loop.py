@@ -544,7 +544,13 @@ def _new_drafter(
     copied = sizes.copied_layer(target.config.num_layers)
     mlp = target.layer(copied).mlp
     if parent is None and choice.from_target and isinstance(mlp, Mlp) and sizes.intermediate_size < mlp.width:
-        neurons = jax.jit(strongest_neurons, static_argnums=(2, 3))(target, first, copied, sizes.intermediate_size)
+        strongest = jax.jit(strongest_neurons, static_argnums=(2, 3))
+        neurons, left_out = strongest(target, first, copied, sizes.intermediate_size)
+        _say(
+            quiet,
+            f"mlp       starts from {len(neurons)} of {mlp.width} neurons of the target's layer {copied}; the others "
+            f"add {float(left_out):.1%} of its squared output",
+        )
 
     def make(target: Any, rms: Any, neurons: Any, parent: Any) -> Any:
         if parent is not None:

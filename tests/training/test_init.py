@@ -28,8 +28,10 @@ def target(request):
 
 
 def test_the_strongest_neurons_are_found(target):
-    assert strongest_neurons(target, packed_batch(), 3, 8).tolist() == KEPT
-    assert set(KEPT) < set(strongest_neurons(target, packed_batch(), 3, 12).tolist())
+    chosen, left_out = strongest_neurons(target, packed_batch(), 3, 8)
+    assert chosen.tolist() == KEPT and 0 < left_out < 1e-5
+    chosen, left_out = strongest_neurons(target, packed_batch(), 3, 4)
+    assert set(chosen.tolist()) < set(KEPT) and 0.01 < left_out < 1
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def test_a_narrower_mlp_starts_as_the_targets(target, kind, changes):
     config = default_config(target.config, kind, intermediate_size=8, **changes)
     copied = config.copied_layer(target.config.num_layers)
     assert copied == (3 if changes else 4)
-    neurons = strongest_neurons(target, packed_batch(), copied, 8)
+    neurons, _ = strongest_neurons(target, packed_batch(), copied, 8)
     drafter = init_drafter(config, target, jax.random.key(0), neurons=neurons)
     mlp = drafter.mlp if kind == "eagle3" else (drafter.shared or drafter.unstacked().levels[0]).mlp
     x = jax.random.normal(jax.random.key(1), (5, 16))
