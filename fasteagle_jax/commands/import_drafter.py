@@ -156,10 +156,10 @@ def _check_scheme(scheme: Any) -> None:
     known = int8_scheme("", [])["config_groups"]["group_0"]["weights"]
     others = [said for own in weights if (said := {name: own.get(name) for name in known}) != known]
     if not weights or others or entries.get("format") not in _FORMATS:
-        said = [entries.get("quant_method"), entries.get("format"), *others[:1]]
+        scheme = ", ".join(map(str, (entries.get("quant_method"), entries.get("format"), *others[:1])))
         raise UserError(
-            f"the drafter has quantization_config of {', '.join(map(str, said))}, which is not supported: take one in "
-            f"floats, or in compressed-tensors' int8 with a scale a channel ({', '.join(_FORMATS)})"
+            f"the drafter has quantization_config of {scheme}, which is not supported: take one in floats, or in "
+            f"compressed-tensors' int8 with a scale a channel ({', '.join(_FORMATS)})"
         )
 
 

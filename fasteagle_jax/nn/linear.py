@@ -193,6 +193,7 @@ class Linear(nnx.Module):
         In float32 that is exact, 8 bits times 11 of a float16. Block by block the products would be of 32 inputs, which
         XLA multiplies slowly, and their sums written to memory.
         """
+        assert self.scale is not None
         weight, scale = self.weight[...], self.scale[...].astype(jnp.float32)
         *leading, num_first, num_last = weight.shape
         if self.by_rows:
@@ -226,9 +227,9 @@ class Linear(nnx.Module):
         """The weight as [..., in, out], scaled."""
         matrix = self._scaled_blocks() if self.in_blocks else self.weight[...]
         matrix = matrix.mT if self.by_rows else matrix
-        if self.in_blocks:
+        if self.scale is None or self.in_blocks:
             return matrix
-        return matrix if self.scale is None else (matrix * self.scale[...][..., None, :]).astype(self.dtype)
+        return (matrix * self.scale[...][..., None, :]).astype(self.dtype)
 
     def set_matrix(self, value: jax.Array) -> None:
         """Sets the weight from [..., in, out]."""

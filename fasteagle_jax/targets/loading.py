@@ -105,8 +105,8 @@ def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mes
     model = target_shapes(config, products, **form, by_rows=mesh is None, activation_dtype=activations)
     stacked = model.stacked
     linears = _int8_linears(model)
-    for linear in linears.values() if mesh is not None else ():
-        if linear.in_blocks:
+    for linear in linears.values():
+        if mesh is not None and linear.scale is not None and linear.in_blocks:
             check_blocks(mesh, linear.num_in, linear.scale)
     top = stored_tensors(model, family.top)
     layers = [stored_tensors(layer, family.layer) for layer in ([model.layers] if stacked else model.layers)]
