@@ -6,13 +6,15 @@ as int8 a drafter takes a quarter of its size in float32; its guesses differ a l
 own tokens all the same.
 
 With --for an EAGLE-3 drafter is written as another program reads it: its architecture's name there, the target's
-layers counted its way, the target's positions, bfloat16. What that program has no place for is refused.
+layers counted its way, the target's positions, bfloat16, or for vllm and sglang its layer in --storage int8. What that
+program has no place for is refused.
 
 examples:
   fasteagle export --run runs/smollm2_135m --best --output drafters/smollm2_135m
   fasteagle export --run runs/smollm2_135m --storage int8 --output drafters/smollm2_135m-int8
   fasteagle export --run runs/smollm2_135m_eagle3 --for vllm --output eagle3-for-vllm
   fasteagle export --drafter eagle3 --target meta-llama/Llama-3.1-8B-Instruct --for sglang --output eagle3-for-sglang
+  fasteagle export --run runs/smollm2_135m_eagle3 --for vllm --storage int8 --output eagle3-int8-for-vllm
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--step", type=whole(1), metavar="N", help="of a checkpoint that is kept; default the newest")
     which.add_argument("--best", action="store_true", help="the checkpoint of the highest measured acceptance length")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="a new folder")
-    parser.add_argument("--storage", choices=STORAGE, default="float32", help="of matrices (default float32)")
+    parser.add_argument("--storage", choices=STORAGE, help="of matrices (default float32, with --for bfloat16)")
     parser.add_argument("--for", dest="runtime", choices=RUNTIMES, help="the program that is to read EAGLE-3")
     parser.add_argument("--target", help="of --drafter; of a run it is the run's")
     parser.add_argument("--verifier", metavar="NAME", help="the target as that program finds it (default the target)")
@@ -84,8 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export(args: argparse.Namespace) -> None:
     """Writes args.output and prints what it holds."""
     check_new(args.output)
-    if args.runtime is not None and args.storage != "float32":
-        raise UserError(f"--storage with --for: {args.runtime} reads bfloat16, leave --storage out")
+    args.storage = args.storage or ("float32" if args.runtime is None else "bfloat16")
     if args.runtime is None and args.verifier is not None:
         raise UserError("--verifier is for --for: leave it out")
     if args.drafter is not None:
@@ -155,7 +156,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _write_for(args: argparse.Namespace, drafter: Any, target: Checkpoint, name: str) -> None:
     verifier = {"name_or_path": name, "architectures": list(family_of(target.config).architectures[:1])}
-    export_drafter(drafter, args.output, args.runtime, target.config, verifier)
+    export_drafter(drafter, args.output, args.runtime, target.config, verifier, args.storage)
     print(f"{args.output}: for {args.runtime}, {drafter.config.draft_vocab_size} tokens, target {name}")
 
 

@@ -5,7 +5,8 @@ Both families of tensor names are known, midlayer.* and layers.0.*, and a reduce
 needed for its sizes and its fingerprint; the embedding is taken from it, the rotary embedding is the drafter's own. The
 norms of EAGLE-3.1 are read (norm_before_residual, norm_before_fc, fc_norm, norm_output), and a sliding window. The
 target's layers that it reads are counted by their inputs (vLLM, speculators), or in an eagle_config by their outputs
-(SGLang, SpecForge); what a file does not say is told. What is not supported is refused by its name.
+(SGLang, SpecForge); what a file does not say is told. Matrices in compressed-tensors' int8 become float32. What is not
+supported is refused by its name.
 
 example:
   fasteagle import --source EAGLE3-LLaMA3.1-Instruct-8B --target meta-llama/Llama-3.1-8B-Instruct --output eagle3
@@ -28,7 +29,7 @@ from safetensors.numpy import load_file
 
 from fasteagle_jax.commands.terminal import Parser, program, whole
 from fasteagle_jax.drafters.eagle3 import Eagle3, Eagle3Config
-from fasteagle_jax.drafters.files import draft_vocabulary_ids, fill, save_drafter
+from fasteagle_jax.drafters.files import draft_vocabulary_ids, fill, from_storage, int8_scheme, save_drafter, unpack
 from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_new, first_line, read_json
@@ -42,7 +43,8 @@ _LAYERS = "eagle_aux_hidden_state_layer_ids"
 _EMBEDDING, _OWN_EMBEDDING = "model.embed_tokens.weight", "embed_tokens.weight"
 # Changes of the model that some published drafters have: those that are read here are fields of Eagle3Config.
 _READ = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-_UNSUPPORTED = ("attention_bias", "mlp_bias", "bias", "qkv_bias", "quantization_config", "parallel_drafting")
+_UNSUPPORTED = ("attention_bias", "mlp_bias", "bias", "qkv_bias", "parallel_drafting")
+_FORMATS = ("int-quantized", "pack-quantized")  # of compressed-tensors, int8 with a scale a row
 
 
 @program
@@ -109,6 +111,7 @@ def eagle3_config(
         raise UserError(f"the drafter is speculators' {kind}, which is not supported: take an eagle3")
     holders = (raw, sizes, raw.get("eagle_config") or {})
     for holder in holders:
+        _check_scheme(holder.get("quantization_config"))
         if named := [name for name in _UNSUPPORTED if holder.get(name)]:
             raise UserError(f"the drafter has {', '.join(named)}, which is not supported: take one without it")
         if holder.get("hidden_act", "silu") not in ("silu", "swish", None):
@@ -136,6 +139,28 @@ def eagle3_config(
     if layers:
         changes["feature_layers"] = layers
     return default_config(target, **changes)
+
+
+def _check_scheme(scheme: Any) -> None:
+    """Raises UserError for a quantization_config that is not of int8 matrices with a scale a row."""
+    if not scheme:
+        return
+
+    def entries_of(value: Any) -> Mapping[str, Any]:
+        return value if isinstance(value, Mapping) else {}
+
+    entries = entries_of(scheme)
+    weights = [
+        entries_of(entries_of(group).get("weights")) for group in entries_of(entries.get("config_groups")).values()
+    ]
+    known = int8_scheme("", [])["config_groups"]["group_0"]["weights"]
+    others = [said for own in weights if (said := {name: own.get(name) for name in known}) != known]
+    if not weights or others or entries.get("format") not in _FORMATS:
+        scheme = ", ".join(map(str, (entries.get("quant_method"), entries.get("format"), *others[:1])))
+        raise UserError(
+            f"the drafter has quantization_config of {scheme}, which is not supported: take one in floats, or in "
+            f"compressed-tensors' int8 with a scale a channel ({', '.join(_FORMATS)})"
+        )
 
 
 def _window(sizes: Mapping[str, Any]) -> int | None:
@@ -222,6 +247,20 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
         name = name.removeprefix("model.")
         name = f"midlayer.{name.removeprefix('layers.0.')}" if name.startswith("layers.0.") else name
         tensors[name] = value
+    return _in_floats(tensors, path)
+
+
+def _in_floats(tensors: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
+    """The tensors with matrices in int8, packed or not, in float32, times their scales."""
+    for name in [name for name in tensors if name.endswith(".weight_packed")]:
+        name = name.removesuffix("_packed")
+        values, shape = unpack(tensors.pop(f"{name}_packed")), tensors.pop(f"{name}_shape", None)
+        if shape is None or values.shape != tuple(shape):
+            raise UserError(f"{path}: {name}_packed is not of 8 bits in its {name}_shape: take one in int8 or floats")
+        tensors[name] = values
+    tensors = from_storage(tensors)
+    if bad := [name for name, value in tensors.items() if value.dtype == np.int8]:
+        raise UserError(f"{path}: {bad[0]} is int8 without a {bad[0]}_scale: take the complete drafter")
     return tensors
 
 
@@ -243,5 +282,5 @@ def _torch_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _dtype(tensors: Mapping[str, np.ndarray]) -> Any:
-    dtype = tensors["fc.weight"].dtype if "fc.weight" in tensors else np.dtype(np.float32)
-    return jnp.bfloat16 if dtype in (np.dtype(np.float16), jnp.bfloat16) else jnp.float32
+    half = all(v.dtype in (np.dtype(np.float16), jnp.bfloat16) for v in tensors.values() if v.ndim == 2)
+    return jnp.bfloat16 if half else jnp.float32

@@ -97,11 +97,22 @@ def check_experts(mesh: Mesh, target: Any) -> None:
     _check_divides(mesh, f"the target's {number} experts", number, number)
 
 
-def _check_divides(mesh: Mesh, parts: str, number: int, common: int) -> None:
-    tensor = mesh.shape["tensor"]
-    if number % tensor:
+def check_blocks(mesh: Mesh, num_in: int, scale: nnx.Variable[Any]) -> None:
+    """Raises UserError, listing sizes that fit, if the mesh splits a matrix's inputs, and its blocks of them not alike.
+
+    `scale` [..., blocks, out] has one for each block.
+    """
+    axis, num_blocks = scale.axes[-2], scale.shape[-2]
+    if spec(mesh, [axis], [num_in]) != spec(mesh, [axis], [num_blocks]):
+        parts = f"the {num_blocks} blocks of {num_in} inputs that have a scale each in the file"
+        _check_divides(mesh, parts, num_blocks, num_blocks, str(RULES[axis]))
+
+
+def _check_divides(mesh: Mesh, parts: str, number: int, common: int, axis: str = "tensor") -> None:
+    size = mesh.shape[axis]
+    if number % size:
         fitting = [str(n) for n in range(1, common + 1) if common % n == 0 and mesh.size % n == 0]
-        raise UserError(f"tensor {tensor} of the mesh does not divide {parts}: use tensor {', '.join(fitting)}")
+        raise UserError(f"{axis} {size} of the mesh does not divide {parts}: use {axis} {', '.join(fitting)}")
 
 
 def check_batch(mesh: Mesh, batch: int) -> None:

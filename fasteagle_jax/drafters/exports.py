@@ -5,8 +5,13 @@
     tpu-inference  Eagle3LlamaForCausalLM; it reads EAGLE-3's own layers whatever a file says, and needs d2t
     speculators    Eagle3Speculator: sizes in transformer_layer_config, layers.0 for midlayer, layers by their inputs
 
+vLLM and SGLang read the layer's matrices in int8, too: compressed-tensors' pack-quantized with 8 bits and a scale a
+row, its only format of int8 weights and float activations there. Matrices that they multiply as one (q, k and v; gate
+and up) are all in int8 or none. fc, which SGLang multiplies in floats alone, and the head stay in bfloat16.
+
 As in vLLM's llama_eagle3.py and gpu_model_runner.py, SGLang's llama_eagle3.py and set_eagle3_layers_to_capture,
-tpu-inference's llama_eagle3.py and model_loader.py, and speculators 0.9.0. What a program has no place for is refused.
+tpu-inference's llama_eagle3.py and model_loader.py, speculators 0.9.0, and compressed_tensors.py and
+compressed_tensors_wNa16.py of the first two. What a program has no place for is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from fasteagle_jax.drafters.files import TENSORS, tensors_of
+from fasteagle_jax.drafters.files import MAX_INT8_RELATIVE_ERROR, TENSORS, int8_scheme, pack, tensors_of
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import new_folder
 
@@ -33,19 +38,48 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "tpu-inference": CHANGES[:1],
     "speculators": CHANGES,
 }
+STORAGE = ("bfloat16", "int8")
+_NO_INT8 = {
+    "tpu-inference": "the matrices of its EAGLE-3 have no scales",
+    "speculators": "int8 was not tried there (vllm reads it in its own form)",
+}
+# Matrices of the layer that are multiplied as one, by the name of that one.
+_TOGETHER = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "o_proj": ("o_proj",),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}
 
 
-def export_drafter(drafter: Any, folder: Path, runtime: str, target_config: Any, verifier: dict[str, Any]) -> None:
+def export_drafter(
+    drafter: Any,
+    folder: Path,
+    runtime: str,
+    target_config: Any,
+    verifier: dict[str, Any],
+    storage: str = "bfloat16",
+) -> None:
     """Writes a new folder that `runtime`, one of RUNTIMES, reads, whole or not at all.
 
-    `verifier` has the target's "name_or_path", as that program finds it, and its "architectures". UserError for a
-    drafter that is not EAGLE-3, or has what the program does not.
+    `verifier` has the target's "name_or_path", as that program finds it, and its "architectures". `storage`, one of
+    STORAGE, is that of the layer's matrices. UserError for a drafter that is not EAGLE-3, or has what the program does
+    not.
     """
     if drafter.config.kind != "eagle3":
         raise UserError(f"a drafter of kind {drafter.config.kind} cannot be exported for {runtime}: eagle3 alone can")
+    if storage not in STORAGE:
+        raise UserError(f"{runtime} reads no {storage}: use {' or '.join(STORAGE)}")
+    if storage == "int8" and runtime in _NO_INT8:
+        raise UserError(f"storage int8 is not written for {runtime}, {_NO_INT8[runtime]}: leave it out")
     config = runtime_config(drafter.config, runtime, target_config, verifier)
+    tensors = runtime_tensors(drafter, runtime)
+    if storage == "int8":
+        rounded, ignore = _in_int8(tensors_of(drafter))
+        tensors = {name: value for name, value in tensors.items() if f"{name}_packed" not in rounded} | rounded
+        config["quantization_config"] = int8_scheme("pack-quantized", ignore)
     with new_folder(folder) as aside:
-        save_file(runtime_tensors(drafter, runtime), aside / TENSORS)
+        save_file(tensors, aside / TENSORS)
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -117,6 +151,38 @@ def runtime_tensors(drafter: Any, runtime: str) -> dict[str, np.ndarray]:
         new = name.replace("midlayer.", "layers.0.") if runtime == "speculators" else name
         renamed[new] = value if name in ("d2t", "t2d") else value.astype(jnp.bfloat16)
     return renamed
+
+
+def _in_int8(tensors: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The layer's matrices packed, by their names in files, and patterns of the modules that stay in floats."""
+    rounded: dict[str, np.ndarray] = {}
+    ignore = ["re:.*lm_head$", "re:.*fc$"]
+    for whole, parts in _TOGETHER.items():
+        names = [name for name in tensors if name.startswith("midlayer.") and name.split(".")[-2] in parts]
+        packed = [_packed(name, tensors[name]) for name in names]
+        if all(packed):
+            rounded |= {name: value for each in packed for name, value in each.items()}
+        else:
+            ignore.append(f"re:.*({'|'.join(dict.fromkeys((whole, *parts)))})$")
+    if not rounded:
+        raise UserError(
+            f"int8 differs from all of the layer's matrices by more than {MAX_INT8_RELATIVE_ERROR:.0%}: use bfloat16"
+        )
+    return rounded, ignore
+
+
+def _packed(name: str, matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """A matrix [out, in] in int8 with a scale bfloat16 [out, 1], as pack-quantized; {} if that is too far from it."""
+    matrix = matrix.astype(np.float32)
+    largest = np.abs(matrix).max(axis=1, keepdims=True)
+    scale = np.where(largest > 0, largest / 127, np.float32(1)).astype(jnp.bfloat16)  # as programs multiply with it
+    of_rows = scale.astype(np.float32)
+    values = np.clip(np.rint(matrix / of_rows), -127, 127).astype(np.int8)
+    error = np.linalg.norm(values * of_rows - matrix)
+    if matrix.shape[1] % 4 or error > MAX_INT8_RELATIVE_ERROR * np.linalg.norm(matrix):
+        return {}
+    shape = np.asarray(matrix.shape, np.int64)
+    return {f"{name}_packed": pack(values), f"{name}_scale": scale, f"{name}_shape": shape}
 
 
 def _check(c: Any, runtime: str, target_config: Any) -> None:

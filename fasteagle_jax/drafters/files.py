@@ -18,7 +18,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ def from_storage(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors that were `to_storage`, int8 matrices as float32."""
     scale_of = {name: _scale_of(name, stored) for name in stored}
     return {
-        name: value if scale_of[name] is None else value * stored[str(scale_of[name])]
+        name: value if scale_of[name] is None else value * stored[str(scale_of[name])].astype(np.float32)
         for name, value in stored.items()
         if name not in scale_of.values()
     }
@@ -259,15 +259,33 @@ def quantization_config(stored: Mapping[str, np.ndarray]) -> dict[str, Any] | No
         for name, value in stored.items()
         if value.ndim == 2 and name not in matrices and not name.endswith(_SCALES)
     ]
+    return int8_scheme("int-quantized", others)
+
+
+def int8_scheme(form: str, ignore: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of int8 matrices with a scale a row, activations as they are.
+
+    `form` is compressed-tensors' name of the format, `ignore` names or patterns (re:...) of what stays in floats.
+    """
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": form,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": others,
+        "ignore": list(ignore),
     }
+
+
+def pack(values: np.ndarray) -> np.ndarray:
+    """int32 [out, in / 4] of int8 [out, in], as compressed-tensors has it: plus 128, the first in the lowest byte."""
+    return (values.astype(np.int16) + 128).astype(np.uint8).view("<i4")
+
+
+def unpack(packed: np.ndarray) -> np.ndarray:
+    """int8 [out, in] that were `pack`ed."""
+    return (np.ascontiguousarray(packed, "<i4").view(np.uint8).astype(np.int16) - 128).astype(np.int8)
 
 
 def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:

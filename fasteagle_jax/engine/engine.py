@@ -208,7 +208,7 @@ class Engine:
         config = checkpoint.config
         length = checked_max_len(max_len, slots, config.max_positions)
         products = product_dtype(dtype)
-        sizes = target_shapes(config, products, int8=dtype == jnp.int8)
+        sizes = target_shapes(config, products, int8=dtype == jnp.int8, in_blocks=checkpoint.in_blocks)
         drafter_config = drafter_sizes = None
         if folder is not None:
             drafter_config = read_config(folder)[0]

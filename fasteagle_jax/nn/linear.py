@@ -17,6 +17,7 @@ from flax import nnx
 
 FEW_ROWS = 64  # up to so many a CPU multiplies faster from the left (see _product_from_left)
 FEW_HEAD_ROWS = 32  # likewise under a head, whose product is large and transposed once more
+BLOCK = 32  # inputs that share a scale in a matrix rounded by blocks, as GGUF's Q8_0 is
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -136,7 +137,8 @@ class Linear(nnx.Module):
 
     `weight` is [in, out] (with a leading dimension in a stack of layers) or a RowWeight [out, in], `matrix` [in, out]
     for either. The variable's `axes` are the logical axes of its last two dimensions (see sharding.RULES). A frozen
-    weight may be int8 with a `scale` float32 [out], by which the product is multiplied.
+    weight may be int8 with a `scale`: float32 [out], by which the product is multiplied, or [in / BLOCK, out] of any
+    float dtype, by which the weight is multiplied on its way into the product.
     """
 
     quantises: ClassVar[bool] = True  # whether `to_int8_weights` rounds it
@@ -175,20 +177,45 @@ class Linear(nnx.Module):
 
     def product(self, x: jax.Array) -> jax.Array:
         """x [..., in] times the weight alone: [..., out] in x's dtype."""
-        weight = self.weight[...].astype(self.dtype)
+        weight = self._scaled_blocks() if self.in_blocks else self.weight[...].astype(self.dtype)
         if self.by_rows:
             rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
             y = matmul_by_rows(rows, weight, FEW_ROWS).reshape(*x.shape[:-1], -1).astype(x.dtype)
         else:
             y = matmul(x, weight)
-        if self.scale is not None:
+        if self.scale is not None and not self.in_blocks:
             y = (y * self.scale[...]).astype(x.dtype)
         return y
+
+    def _scaled_blocks(self) -> jax.Array:
+        """The weight in its own layout times the scales of its blocks.
+
+        In float32 that is exact, 8 bits times 11 of a float16. Block by block the products would be of 32 inputs, which
+        XLA multiplies slowly, and their sums written to memory.
+        """
+        assert self.scale is not None
+        weight, scale = self.weight[...], self.scale[...].astype(jnp.float32)
+        *leading, num_first, num_last = weight.shape
+        if self.by_rows:
+            scaled = weight.reshape(*leading, num_first, -1, BLOCK) * scale.mT[..., None]
+        else:
+            scaled = weight.reshape(*leading, -1, BLOCK, num_last) * scale[..., None, :]
+        return scaled.reshape(weight.shape).astype(self.dtype)
 
     @property
     def by_rows(self) -> bool:
         """Whether the weight is a RowWeight."""
         return isinstance(self.weight, RowWeight)
+
+    @property
+    def num_in(self) -> int:
+        """The number of inputs."""
+        return self.weight.shape[-1 if self.by_rows else -2]
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the weight is int8 with a scale of each block of inputs."""
+        return self.scale is not None and self.scale.ndim == self.weight.ndim
 
     @property
     def dtype(self) -> Any:
@@ -198,13 +225,17 @@ class Linear(nnx.Module):
     @property
     def matrix(self) -> jax.Array:
         """The weight as [..., in, out], scaled."""
-        matrix = self.weight[...].mT if self.by_rows else self.weight[...]
-        return matrix if self.scale is None else (matrix * self.scale[...][..., None, :]).astype(self.dtype)
+        matrix = self._scaled_blocks() if self.in_blocks else self.weight[...]
+        matrix = matrix.mT if self.by_rows else matrix
+        if self.scale is None or self.in_blocks:
+            return matrix
+        return (matrix * self.scale[...][..., None, :]).astype(self.dtype)
 
     def set_matrix(self, value: jax.Array) -> None:
         """Sets the weight from [..., in, out]."""
         if self.scale is not None:
-            value, self.scale[...] = to_int8(value)
+            value, scale = to_int8(value)
+            self.scale[...] = over_blocks(scale, self.num_in) if self.in_blocks else scale
         self.weight[...] = value.mT if self.by_rows else value
 
     def set_int8(self) -> None:
@@ -218,6 +249,15 @@ class Linear(nnx.Module):
         vector_axes = (*leading, None if out_axis == "embed" and not leading else out_axis)
         self.scale = nnx.data(nnx.Param(scale, axes=vector_axes, **metadata))
         self.weight = type(weight)(rounded.mT if self.by_rows else rounded, axes=weight.axes, **metadata)
+
+    def set_blocks(self, dtype: Any = jnp.float32) -> None:
+        """Spreads an int8 weight's scale [..., out] over its blocks of inputs, to [..., in / BLOCK, out] in `dtype`."""
+        weight, scale = self.weight, self.scale
+        assert scale is not None and not self.in_blocks
+        axes = (*weight.axes[:-2], *weight.axes[:-3:-1]) if self.by_rows else weight.axes
+        spread = over_blocks(scale[...], self.num_in).astype(dtype)
+        metadata = {name: value for name, value in scale.get_metadata().items() if name != "axes"}
+        self.scale = nnx.data(nnx.Param(spread, axes=axes, **metadata))
 
     def set_layout(self, kind: type[nnx.Param]) -> None:
         """Stores an unstacked weight in the layout of `kind`, RowWeight or nnx.Param."""
@@ -235,6 +275,12 @@ def to_int8(matrix: Any) -> tuple[Any, Any]:
     largest = xp.abs(matrix.astype(np.float32)).max(axis=-2)
     scale = xp.where(largest > 0, largest / 127, np.float32(1))
     return xp.rint(matrix / scale[..., None, :]).astype(np.int8), scale
+
+
+def over_blocks(scale: Any, num_in: int) -> Any:
+    """A scale [..., out] for each block of `num_in` inputs: [..., in / BLOCK, out]. Of JAX's arrays, or of NumPy's."""
+    xp: Any = jnp if isinstance(scale, jax.Array) else np
+    return xp.repeat(scale[..., None, :], num_in // BLOCK, axis=-2)
 
 
 def to_int8_weights(model: nnx.Module) -> None:

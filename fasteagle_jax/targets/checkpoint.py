@@ -24,10 +24,15 @@ _FINGERPRINT_ROWS = 64  # of the embedding and of the head
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in its file: its Hugging Face shape, and a function that reads its first rows (None: all)."""
+    """A tensor in its file: its Hugging Face shape, and a function that reads its first rows (None: all).
+
+    `blocks`, of one that the file has in int8 with a scale of each BLOCK (`nn.linear`) inputs, reads these: int8
+    [..., out, in] and float16 [..., out, in / BLOCK].
+    """
 
     shape: tuple[int, ...]
     load: Callable[[int | None], np.ndarray]
+    blocks: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,17 @@ class Checkpoint:
         Quantised GGUF tensors are dequantised to float32. The array may be a read-only view of a file.
         """
         return self._stored(name).load(num_rows)
+
+    @property
+    def in_blocks(self) -> frozenset[str]:
+        """The tensors that `read_blocks` reads."""
+        return frozenset(name for name, tensor in self.tensors.items() if tensor.blocks is not None)
+
+    def read_blocks(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tensor `name` of `in_blocks`, int8 [..., out, in], and its scales float16 [..., out, in / BLOCK]."""
+        blocks = self._stored(name).blocks
+        assert blocks is not None
+        return blocks()
 
     def _stored(self, name: str) -> StoredTensor:
         if name not in self.tensors:
@@ -142,8 +158,8 @@ def fingerprint(checkpoint: Checkpoint, dtype: Any = None) -> str:
     Hashes the configuration, all names and shapes, and, in float32, the norm weights and the first rows of the
     embedding and of an untied head: megabytes, not the whole model. A file that differs in layers' matrices alone has
     the same fingerprint; a checkpoint that an adapter was merged into (its `variant`), and weights rounded to a `dtype`
-    of int8, have another one. A new field of a configuration is left out at its default, so that it does not change
-    fingerprints.
+    of int8, have another one. If the file has all layers' matrices in int8 blocks, none is rounded. A new field of a
+    configuration is left out at its default, so that it does not change fingerprints.
     """
     config = _identity(checkpoint.config)
     for value in config.values():
@@ -153,7 +169,8 @@ def fingerprint(checkpoint: Checkpoint, dtype: Any = None) -> str:
     ignored = ("lm_head.weight",) if checkpoint.config.tie_embeddings else ()
     names = [name for name in checkpoint.names() if name not in ignored and not name.endswith("inv_freq")]
     variant = [checkpoint.variant] if checkpoint.variant else []
-    variant += ["int8"] if dtype is not None and np.dtype(dtype) == np.int8 else []
+    if dtype is not None and np.dtype(dtype) == np.int8 and _is_rounded(checkpoint):
+        variant.append("int8")
     identity = [config, [(name, checkpoint.shape(name)) for name in names], *variant]
     digest = hashlib.sha256(json.dumps(identity).encode())
     for name in names:
@@ -161,3 +178,10 @@ def fingerprint(checkpoint: Checkpoint, dtype: Any = None) -> str:
             num_rows = None if name.endswith("norm.weight") else _FINGERPRINT_ROWS
             digest.update(checkpoint.read(name, num_rows).astype("<f4").tobytes())
     return digest.hexdigest()[:16]
+
+
+def _is_rounded(checkpoint: Checkpoint) -> bool:
+    """Whether a dtype of int8 rounds any matrix of the layers."""
+    kept = checkpoint.in_blocks
+    of_layers = (name for name in checkpoint.names() if name.startswith("model.layers.") and name.endswith(".weight"))
+    return any(name not in kept and len(checkpoint.shape(name)) > 1 for name in of_layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,13 @@ class GgufTensor:
             return self._values(self.data)[:num_rows]
         return self._values(self.data[:num_rows])
 
+    def blocks(self) -> tuple[np.ndarray, np.ndarray]:
+        """The values int8 [..., out, in] of a Q8_0 matrix, and the scales float16 [..., out, in / 32] of its blocks."""
+        _, size = GGML_QUANT_SIZES[self.kind]
+        blocks = self.data.reshape(*self.shape[:-1], -1, size)  # a float16 and 32 int8 each
+        scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+        return np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(self.shape), scales
+
     def _values(self, data: np.ndarray) -> np.ndarray:
         if self.kind == GGMLQuantizationType.F16:
             return data.view(np.float16)
@@ -79,7 +86,9 @@ def open_gguf(path: Path) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     for name, hf_name in _hf_names(path, names, stored):
         tensor = stored[name]
-        load: Callable[[int | None], np.ndarray] = tensor.read
+        entry = StoredTensor(tensor.shape, tensor.read)
+        if tensor.kind == GGMLQuantizationType.Q8_0 and len(tensor.shape) > 1:
+            entry = dataclasses.replace(entry, blocks=tensor.blocks)
         if any(f".{part}." in name for part in names.permuted):
             num_heads = config.num_heads if ".attn_q." in name else config.num_kv_heads
             if tensor.shape[0] != num_heads * config.head_dim:
@@ -87,8 +96,8 @@ def open_gguf(path: Path) -> Checkpoint:
                     f"{path}: {name} has {tensor.shape[0]} rows, not {num_heads} heads of {config.head_dim}: "
                     "take another copy of the model"
                 )
-            load = _unpermuted(tensor, num_heads)
-        tensors[hf_name] = StoredTensor(tensor.shape, load)
+            entry = _unpermuted(entry, num_heads)
+        tensors[hf_name] = entry
     return Checkpoint(path, config, tensors)
 
 
@@ -174,19 +183,25 @@ def _hf_names(path: Path, known: GgufNames, names: Mapping[str, Any]) -> Iterato
             )
 
 
-def _unpermuted(tensor: GgufTensor, num_heads: int) -> Callable[[int | None], np.ndarray]:
-    """A function that loads rows (or biases) of q or k in Hugging Face's order.
+def _unpermuted(tensor: StoredTensor, num_heads: int) -> StoredTensor:
+    """The rows (or biases) of q or k in Hugging Face's order.
 
     In GGUF the rows of a head that are rotated as a pair are neighbours, 0 D/2 1 D/2+1 ...; in Hugging Face's order the
     first members of all pairs come first, then the second ones, 0 1 ... D/2 D/2+1 ...
     """
 
-    def load(num_rows: int | None) -> np.ndarray:
-        values = tensor.read() if len(tensor.shape) > 1 else tensor.read().reshape(-1, 1)
-        pairs = values.reshape(num_heads, -1, 2, values.shape[-1])  # [head, D/2, member, in]
-        return pairs.swapaxes(1, 2).reshape(tensor.shape)[:num_rows]
+    def in_order(rows: np.ndarray) -> np.ndarray:
+        pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])  # [head, D/2, member, ...]
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
 
-    return load
+    def blocks() -> tuple[np.ndarray, np.ndarray]:
+        assert tensor.blocks is not None
+        values, scales = tensor.blocks()
+        return in_order(values), in_order(scales)
+
+    return StoredTensor(
+        tensor.shape, lambda num: in_order(tensor.load(None))[:num], blocks if tensor.blocks is not None else None
+    )
 
 
 def _hf_config(

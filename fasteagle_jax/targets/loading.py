@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fasteagle_jax.devices.sharding import place, row_major, spec
+from fasteagle_jax.devices.sharding import check_blocks, place, row_major, spec
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.fetch import wheel_file
 from fasteagle_jax.io.files import first_line
-from fasteagle_jax.nn.linear import Linear, product_dtype, to_int8, to_int8_weights
+from fasteagle_jax.nn.linear import Linear, over_blocks, product_dtype, to_int8, to_int8_weights
 from fasteagle_jax.nn.stored import NamedVariable, stored_tensors
 from fasteagle_jax.nn.transformer import stacks_are_faster
 from fasteagle_jax.targets.adapter import with_adapter
@@ -73,8 +73,8 @@ def load_target(
 ) -> LoadedTarget:
     """The target in a Hugging Face folder, hub repository or GGUF file, its weights in `dtype`.
 
-    With int8 the layers' matrices are rounded, each output with a scale of its own, and what is left is in
-    `linear.product_dtype`.
+    With int8 the layers' matrices are rounded, each output with a scale of its own, or keep the int8 and the scales
+    that a GGUF file's Q8_0 has; what is left is in `linear.product_dtype`.
     `max_len` is the most tokens of a text, None for all positions (see DecoderConfig.for_length). `cache_dtype` is
     int8 for a cache of rounded keys and values, None for the weights'.
 
@@ -100,11 +100,14 @@ def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mes
     products, int8 = product_dtype(dtype), jnp.dtype(dtype) == jnp.int8
     # On a CPU element-wise operations are faster in float32 than in bfloat16.
     activations = jnp.float32 if jax.default_backend() == "cpu" else products
-    form: dict[str, Any] = {"int8": int8, "stacked": stacked, "by_rows": mesh is None}
+    form: dict[str, Any] = {"int8": int8, "in_blocks": checkpoint.in_blocks, "stacked": stacked}
     # Shapes first, then values: no array is created to be replaced.
-    model = target_shapes(config, products, **form, activation_dtype=activations)
+    model = target_shapes(config, products, **form, by_rows=mesh is None, activation_dtype=activations)
     stacked = model.stacked
-    linears = {id(m.weight): m for _, m in nnx.iter_modules(model) if isinstance(m, Linear) and m.scale is not None}
+    linears = _int8_linears(model)
+    for linear in linears.values():
+        if mesh is not None and linear.scale is not None and linear.in_blocks:
+            check_blocks(mesh, linear.num_in, linear.scale)
     top = stored_tensors(model, family.top)
     layers = [stored_tensors(layer, family.layer) for layer in ([model.layers] if stacked else model.layers)]
     _check(checkpoint, _expected_shapes(config.num_layers, top, layers, stacked=stacked))
@@ -117,10 +120,16 @@ def load_weights(checkpoint: Checkpoint, dtype: Any, *, stacked: bool, mesh: Mes
         return [tensor.variable, linear.scale]
 
     def read(name: str, tensor: NamedVariable) -> list[jax.Array]:
-        value, linear = checkpoint.read(name), linears.get(id(tensor.variable))
-        values = [value.mT if tensor.transposed else value]
-        if linear is not None:
-            columns, scale = to_int8(value.mT)
+        linear = linears.get(id(tensor.variable))
+        if linear is None:
+            value = checkpoint.read(name)
+            values = [value.mT if tensor.transposed else value]
+        elif linear.in_blocks and name in checkpoint.in_blocks:
+            rows, row_scales = checkpoint.read_blocks(name)
+            values = [rows if linear.by_rows else rows.mT, row_scales.mT]
+        else:
+            columns, scale = to_int8(checkpoint.read(name).mT)
+            scale = over_blocks(scale, columns.shape[-2]) if linear.in_blocks else scale
             values = [columns.mT if linear.by_rows else columns, scale]
         return [put(value, variable) for value, variable in zip(values, variables(tensor), strict=True)]
 
@@ -151,6 +160,7 @@ def target_shapes(
     dtype: Any,
     *,
     int8: bool = False,
+    in_blocks: Collection[str] = (),
     stacked: bool = True,
     by_rows: bool = False,
     activation_dtype: Any = None,
@@ -158,7 +168,9 @@ def target_shapes(
 ) -> Any:
     """The shapes of a target of a configuration, its products in `dtype` and with `int8` its matrices rounded.
 
-    For `stacked` see `load_target`; a list's weights are RowWeights if `by_rows` and these are faster.
+    Those of the tensors `in_blocks` then have float16 scales of blocks; in a stack with other layers the scales are
+    float32, since a row's, spread over its blocks, are. For `stacked` see `load_target`; a list's weights are
+    RowWeights if `by_rows` and these are faster.
     """
     family = family_of(config)
 
@@ -167,10 +179,29 @@ def target_shapes(
         model = model if stacked else model.unstacked(by_rows=by_rows)
         if int8:
             to_int8_weights(model)
+            linears = _int8_linears(model)
+            for tensor, names in _layers_tensors(model, family):
+                kept = [name in in_blocks for name in names]
+                if any(kept) and (linear := linears.get(id(tensor.variable))) is not None:
+                    linear.set_blocks(jnp.float16 if all(kept) else jnp.float32)
         model.cache_dtype = checked_cache_dtype(cache_dtype)
         return model
 
     return jax.eval_shape(make)
+
+
+def _int8_linears(model: Any) -> dict[int, Linear]:
+    """A model's Linears of int8, by the id of the variable that holds the weight."""
+    linears = (module for _, module in nnx.iter_modules(model) if isinstance(module, Linear))
+    return {id(linear.weight): linear for linear in linears if linear.scale is not None}
+
+
+def _layers_tensors(model: Any, family: Any) -> Iterator[tuple[NamedVariable, list[str]]]:
+    """The tensors of a target's layers, each with its names in files: one of a list's, all layers' of a stack's."""
+    num_layers = model.config.num_layers
+    for i, layer in enumerate([model.layers] if model.stacked else model.layers):
+        for tensor in stored_tensors(layer, family.layer):
+            yield tensor, [tensor.name.format(n) for n in (range(num_layers) if model.stacked else [i])]
 
 
 def checked_cache_dtype(cache_dtype: Any) -> Any:

@@ -12,9 +12,10 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 
 from fasteagle_jax.commands.export import main
+from fasteagle_jax.commands.import_drafter import main as import_drafter
 from fasteagle_jax.commands.train_drafter import main as train
 from fasteagle_jax.data.conversations import Conversation, ConversationWriter
-from fasteagle_jax.drafters.files import TENSORS, load_drafter, tensors_of
+from fasteagle_jax.drafters.files import TENSORS, load_drafter, read_raw, tensors_of
 from fasteagle_jax.io.files import sha256
 from fasteagle_jax.targets.checkpoint import fingerprint
 from fasteagle_jax.targets.compressed import is_rounded
@@ -182,6 +183,11 @@ def test_a_drafters_folder_is_written_for_another_program(target_folder, tmp_pat
     output = ["--output", tmp_path / "other"]
     assert "sglang reads three outputs" in complaint(main, *given, *output, "--for", "sglang")
     assert "--drafter needs --for and --target" in complaint(main, *given, *output)
-    assert "--storage with --for" in complaint(main, *given, *output, "--for", "vllm", "--storage", "int8")
+    assert "vllm reads no float32" in complaint(main, *given, *output, "--for", "vllm", "--storage", "float32")
+    words = [*given, "--for", "vllm", "--storage", "int8", "--output", tmp_path / "int8"]
+    assert main([str(word) for word in words]) == 0
+    words = ["--source", tmp_path / "int8", "--target", target_folder, "--output", tmp_path / "again"]
+    assert import_drafter([str(word) for word in words]) == 0
+    assert read_raw(tmp_path / "again")["feature_layers"] == [0, 1, 2]
     assert "--verifier is for --for" in complaint(main, *given, *output, "--verifier", "x")
     assert "one of the arguments --run --drafter is required" in complaint(main, *output)

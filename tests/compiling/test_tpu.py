@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from fasteagle_jax.compiling import programs
 from fasteagle_jax.compiling.programs import Decoding, Report, compile_program, lower
 from fasteagle_jax.compiling.published import PUBLISHED
 from fasteagle_jax.devices import topology
@@ -111,6 +112,27 @@ def test_int8_weights_are_read_as_they_are(slice_name: str) -> None:
     assert rounded.cost.bytes < 0.6 * exact.cost.bytes
     assert rounded.bytes_ratio == pytest.approx(1.00, rel=TOLERANCE)
     assert rounded.temporaries < 16 * 2**20  # no matrix in bfloat16
+
+
+class AllNames:
+    """A container of all names."""
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("slice_name", ["v5e:2x4", "v6e:2x4"])
+def test_int8_in_blocks_with_scales_are_too(slice_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GGUF file's Q8_0: scales are applied on the way into the product, not in memory."""
+    run, found = dataclasses.replace(config(), target_dtype="int8"), {}
+    in_blocks = functools.partial(programs.target_shapes, in_blocks=AllNames())
+    with jax.default_matmul_precision("default"):
+        for form, shapes in (("rows", programs.target_shapes), ("blocks", in_blocks)):
+            monkeypatch.setattr(programs, "target_shapes", shapes)
+            found[form] = compile_program(run, "decode", topology.devices(slice_name), Decoding(tree=None))
+    assert 1 < found["blocks"].cost.bytes / found["rows"].cost.bytes < 1 + 2 / 32
+    assert found["blocks"].bytes_ratio == pytest.approx(1.00, rel=TOLERANCE)
+    assert found["blocks"].temporaries < 16 * 2**20
 
 
 QWEN3_MOE = Qwen3MoeConfig(

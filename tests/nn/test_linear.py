@@ -30,6 +30,25 @@ def test_an_int8_weight_multiplies_as_the_matrix_it_stands_for(by_rows, num_rows
     np.testing.assert_allclose(linear(x), x @ linear.matrix, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("by_rows", [False, True], ids=["columns", "rows"])
+@pytest.mark.parametrize("num_rows", [1, 3, 100])
+def test_an_int8_weight_in_blocks_multiplies_as_the_matrix_it_stands_for(by_rows, num_rows):
+    linear = Linear(64, OUT, ("embed", "mlp"), jax.random.key(0), bias=True, int8=True)
+    before = np.asarray(linear.matrix)
+    linear.set_blocks(jnp.float32)
+    assert linear.scale.shape == (2, OUT) and linear.scale.axes == ("embed", "mlp") and linear.in_blocks
+    np.testing.assert_array_equal(linear.matrix, before)
+    linear.scale[...] *= jnp.asarray([[1.0], [3.0]])
+    if by_rows:
+        linear.set_layout(RowWeight)
+    matrix = before * np.repeat([[1.0], [3.0]], 32, axis=0)
+    np.testing.assert_allclose(linear.matrix, matrix, rtol=1e-6)
+    x = jax.random.normal(jax.random.key(1), (num_rows, 64))
+    np.testing.assert_allclose(linear(x), x @ matrix, rtol=1e-5, atol=1e-5)
+    linear.set_matrix(before)  # with its outputs' scales in all blocks
+    np.testing.assert_allclose(linear.matrix, before, rtol=1e-6)
+
+
 def test_it_may_be_set_anew_in_a_stack_and_in_bfloat16():
     stack = jax.vmap(lambda key: Linear(IN, OUT, ("embed", "mlp"), key, jnp.bfloat16, int8=True))(
         jax.random.split(jax.random.key(0), 3)

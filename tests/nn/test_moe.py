@@ -14,7 +14,7 @@ from flax import nnx
 from fasteagle_jax.devices.sharding import MeshShape, check_experts, make_mesh, place_weights, shardings
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn import moe
-from fasteagle_jax.nn.linear import RowWeight, to_rows
+from fasteagle_jax.nn.linear import RowWeight, to_int8_weights, to_rows
 from fasteagle_jax.nn.moe import ExpertsConfig, SparseMlp
 from tests.tiny_families import hf_config, tiny_family
 
@@ -141,6 +141,32 @@ def test_experts_on_a_mesh_are_those_on_one_device(shape, rows):
     with jax.set_mesh(mesh):
         found = jax.jit(lambda mlp, x: mlp(x, rows=rows))(place_weights(mesh, mlp), x)
     np.testing.assert_allclose(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("by_rows", [False, True], ids=["mesh", "rows"])
+def test_experts_of_int8_in_blocks_are_the_matrices_that_they_stand_for(by_rows):
+    """On a mesh each device has whole blocks of the width."""
+
+    def make(in_blocks: bool) -> SparseMlp:
+        mlp = SparseMlp(64, ExpertsConfig(E, K, 32, renormalised=True), iter(jax.random.split(jax.random.key(0), 2)))
+        to_int8_weights(mlp)
+        for linear in (mlp.experts.gate, mlp.experts.up, mlp.experts.down) if in_blocks else ():
+            linear.set_blocks(jnp.float32)
+        return mlp
+
+    expected, x = jax.jit(lambda: make(False))(), rng.normal(size=(4, 6, 64)).astype(np.float32)
+    y, mlp = jax.jit(SparseMlp.__call__)(expected, x), jax.jit(lambda: make(True))()
+    gate = mlp.experts.gate
+    assert gate.scale.shape == (E, 2, 32) and gate.scale.axes == gate.weight.axes == ("expert", "embed", None)
+    if by_rows:
+        to_rows(mlp)
+        np.testing.assert_allclose(jax.jit(SparseMlp.__call__)(mlp, x), y, **CLOSE)
+        return
+    mesh = make_mesh(MeshShape(1, 2, 4))
+    with jax.set_mesh(mesh):
+        placed = place_weights(mesh, mlp)
+        assert placed.experts.gate.scale[...].sharding.spec == jax.P("tensor", "fsdp", None)
+        np.testing.assert_allclose(jax.jit(lambda mlp, x: mlp(x))(placed, x), y, **CLOSE)
 
 
 def test_a_mesh_that_does_not_divide_the_experts_is_named():
