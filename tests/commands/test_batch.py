@@ -128,7 +128,7 @@ def test_tokens_are_those_of_the_engine(run, target_folder, drafter_folder, tmp_
     source = write(tmp_path / "in.jsonl", *lines)
     records = read(run(source, "--drafter", drafter_folder, "--tree", "best_first:4"))
     assert list(records) == list(range(1, 25))
-    engine = Engine.load(str(target_folder), max_len=128, slots=8)
+    engine = Engine.load(str(target_folder), max_len=128, slots=4)  # the programs of the tests below
     made = engine.generate(*zip(*map(asked, lines), strict=True))
     for i, (line, record) in enumerate(zip(lines, records.values(), strict=True)):
         its = [completion for completion in made if completion.prompt_index == i]
@@ -843,7 +843,7 @@ def long_file(tmp_path):
     """Requests of both forms with answers of 30 to 60 tokens, a bad line among every dozen."""
     rng = random.Random(3)
     lines = []
-    for i in range(180):
+    for i in range(80):
         fields = {"seed": i, "temperature": i % 3 / 2, "max_tokens": rng.randrange(30, 60), "n": 2 if i % 7 == 0 else 1}
         content = {"messages": [{"role": "user", "content": "so " * (i % 9)}]}
         lines.append(
