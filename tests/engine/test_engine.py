@@ -917,7 +917,7 @@ def test_a_budget_that_cannot_hold_a_chunk_of_a_prompt_is_a_user_error(target, d
         make_engine(target, drafter, tokenizer, **bad)
 
 
-# --- warming up, which forgets the programs that the tests above share ---------------------------------------------
+# --- warming up, which forgets the programs that the tests above share ------------------------------------------
 
 
 @pytest.mark.parametrize(

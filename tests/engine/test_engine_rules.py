@@ -324,7 +324,7 @@ def test_rules_come_in_every_shape_that_means_the_same():
     assert [SamplingParams(logprobs=x).top_logprobs for x in (0, 1, True, False)] == [0, 1, 0, 0]
 
 
-# --- programs, those of the tests above forgotten ----------------------------------------------------------------------
+# --- programs, those of the tests above forgotten ---------------------------------------------------------------
 
 
 def test_a_batch_without_rules_runs_the_programs_that_it_ran_before_there_were_any(
