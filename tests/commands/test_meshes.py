@@ -118,7 +118,7 @@ def test_twenty_steps_on_a_mesh_are_those_on_one_device(one_device, run_on, mesh
     assert_same_drafter(run, one_device)
 
 
-@pytest.mark.slow  # the test above is of a mesh, tests/training/test_deepkd.py of edges on one
+@pytest.mark.slow  # the test above is of a mesh
 def test_a_cascade_that_shares_its_layer_and_reads_the_targets_cache_trains_on_a_mesh_as_on_one_device(
     target_folder, data_file, tmp_path
 ):
