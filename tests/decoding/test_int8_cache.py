@@ -40,7 +40,8 @@ def check_lossless(target, drafters, trees) -> None:
     assert accepted > 0  # something was at stake
 
 
-@pytest.mark.parametrize("int8_weights", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "int8 weights"])
+@pytest.mark.slow  # test_rings.py has an int8 cache, tests/targets/test_int8.py int8 weights
+@pytest.mark.parametrize("int8_weights", [False, True], ids=["", "int8 weights"])
 def test_drafting_is_lossless(int8_weights):
     """A drafter of its own cache in a list of local and global layers, one of the target's in a stack."""
     if int8_weights:

@@ -235,6 +235,7 @@ def test_where_the_noise_decides_a_random_drafters_best_guesses_are_all_right(ta
     assert statistics.rounds.tolist() == [rounds] * B
 
 
+@pytest.mark.slow  # engines load lists, and test_bfloat16.py has one
 def test_lists_of_layers_and_levels_are_lossless(target, plain, trained_fasteagle):
     tokens, statistics = speculate(
         target.unstacked(), trained_fasteagle.unstacked(), SAMPLINGS["mixed"], "best_first:12"

@@ -225,6 +225,7 @@ def test_the_loss_and_its_gradients_are_those_of_one_mask_over_all_runs(drafter,
         np.testing.assert_allclose(actual, value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow  # in short: tests/nn/test_packed_attention.py
 def test_queries_in_tiles_and_in_blocks_are_queries_at_once(drafter, target, stream, monkeypatch):
     tokens, features = stream
     segments = jnp.asarray([[1] * 5 + [2] * 4])

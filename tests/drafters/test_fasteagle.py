@@ -306,7 +306,11 @@ def test_levels_beyond_the_trees_are_not_guessed(target, stream):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(correction=8), dict(edges=4, levels="shared", side_by_side=True)], ids=["correction", "edges"]
+    "changes",
+    [
+        pytest.param(dict(correction=8), id="correction", marks=pytest.mark.slow),
+        pytest.param(dict(edges=4, levels="shared", side_by_side=True), id="edges"),
+    ],
 )
 def test_guesses_that_know_the_token_before_are_on_a_mesh_those_on_one_device(target, stream, changes):
     """Nothing else would tell: wrong guesses change no token."""

@@ -109,7 +109,7 @@ def compare(made: list[Completion], expected: list[Completion]) -> None:
 @pytest.mark.parametrize(
     ("shape", "kind", "slots", "lookup"),
     [
-        (SPLIT, "fasteagle", 16, None),
+        (SPLIT, "fasteagle", 8, None),
         pytest.param(MeshShape(8, 1, 1), "fasteagle", 8, None, marks=pytest.mark.slow),
         pytest.param(MeshShape(1, 4, 2), "eagle3", 4, None, marks=pytest.mark.slow),
         pytest.param(SPLIT, "cheap", 8, None, marks=pytest.mark.slow),

@@ -486,6 +486,7 @@ def test_the_loss_falls_and_a_restored_run_goes_on_bitwise(tmp_path: object) -> 
     jax.tree.map(np.testing.assert_array_equal, (other, again[-1]), (state, late[-1]))
 
 
+@pytest.mark.slow  # as one of plain training: test_step.py
 def test_a_skipped_update_leaves_the_buffers() -> None:
     target = tiny_target(num_layers=2)
     state, step, constants = new_run(small_drafter(target), DeepKD())

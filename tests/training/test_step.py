@@ -315,6 +315,7 @@ def test_runs_of_equal_settings_compile_one_step_whatever_their_data(compilation
     assert results[0][1] >= 1 and results[1][1] == 0
 
 
+@pytest.mark.slow  # its weights at every step: test_losses.py
 def test_a_schedule_of_the_loss_is_a_function_of_the_step_in_one_program(compilations: list[str]) -> None:
     """Three of four steps are of cross entropy, and the last of total variation; a state between them goes on so."""
     target, batch = tiny_target(num_layers=2, stacked=False), packed_batch()
@@ -405,7 +406,7 @@ def test_a_batch_without_a_finite_loss_changes_nothing_but_the_step(ema: float) 
     assert result.applied and np.isfinite(result.loss)
 
 
-@pytest.mark.slow  # as a loss that is not finite, above, and in test_deepkd.py
+@pytest.mark.slow  # as a loss that is not finite, above
 def test_a_loss_above_the_limit_changes_nothing_either() -> None:
     target = tiny_target(num_layers=2)
     state, step, _, _ = new_run(small_drafter(target))
