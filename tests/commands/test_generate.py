@@ -304,6 +304,7 @@ def test_a_drafter_of_another_target_gives_the_same_answers_and_is_refused_with_
     assert capsys.readouterr().out == plain and "was trained for target" in caplog.text
 
 
+@pytest.mark.slow  # traces: tests/bench/test_trace.py
 def test_a_traced_answer_is_the_same_and_a_page(generate, talkative, tmp_path):
     target, drafter = talkative
     asked = ["--prompt", "Why?", "--target", target, "--drafter", drafter, "--tree", "best_first:4"]

@@ -201,20 +201,19 @@ def test_no_step_waits_for_the_host_and_losses_are_those_of_a_loop_that_waits_fo
 # --- interruptions ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow  # what a kill leaves behind: tests/training/test_checkpoints.py; a run goes on: in a bucket, below
+@pytest.mark.parametrize("kills", [2, 10])
 def test_kills_and_preemptions_leave_the_run_that_nobody_disturbed(
-    target_folder: Path, data_file: Path, finished: Path, tmp_path: Path, kills: int
+    target_folder: Path, data_file: Path, tmp_path: Path, kills: int
 ) -> None:
     """Bitwise: the same parameters, and every step's loss once, so no batch was seen twice or skipped."""
-    whole, killed, changes, last, delay = finished, tmp_path / "killed", ["keep=4"], 7, 0.01
-    if kills > 2:
-        whole, last, delay = tmp_path / "whole", 12 * kills, 0.05
-        changes = [f"steps={16 * kills}", "optimizer.ema=0.9", "evaluation.every=1000"]
-        assert main(command(target_folder, data_file, whole, *changes)) == 0
+    changes = [f"steps={16 * kills}", "optimizer.ema=0.9", "evaluation.every=1000"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(command(target_folder, data_file, whole, *changes)) == 0
     rng = np.random.default_rng(1)
-    steps = sorted(int(step) for step in rng.integers(1, last, kills))
+    steps = sorted(int(step) for step in rng.integers(1, 12 * kills, kills))
     names = ["SIGTERM" if i % 2 else "SIGKILL" for i in range(kills)]
-    lives = [(name, step, float(rng.uniform(0, delay))) for name, step in zip(names, steps, strict=True)]
+    lives = [(name, step, float(rng.uniform(0, 0.05))) for name, step in zip(names, steps, strict=True)]
     ends = lead_lives(lives, command(target_folder, data_file, killed, *changes))
     assert ends == [f"{name} {0 if name == 'SIGTERM' else -signal.SIGKILL}" for name in names]
     assert not (killed / "drafter").exists()
@@ -226,7 +225,7 @@ def test_kills_and_preemptions_leave_the_run_that_nobody_disturbed(
         np.testing.assert_array_equal(value, second[name], err_msg=name)
 
 
-@pytest.mark.slow  # the test above sends one, and one of a bucket goes on after one
+@pytest.mark.slow  # a run in a bucket, below, ends with one and goes on
 def test_sigterm_saves_ends_with_0_and_an_evaluation_cut_short_is_made_up_for(
     talkative: tuple[Path, Path], data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, questions: Path
 ) -> None:
@@ -560,9 +559,16 @@ def test_a_run_in_a_bucket_goes_on_and_leaves_there_what_one_in_a_folder_leaves(
     files = {"gcs": Bucket(), "file": LocalFileSystem()}
     monkeypatch.setattr(loop, "Checkpoints", lambda _, keep=None: Checkpoints(kept, keep))
     monkeypatch.setattr(loop, "newest_record", lambda _: newest_record(kept))
+    ask, before = loop._Sigterm.ask, signal.getsignal(signal.SIGTERM)
+
+    def terminated(self: loop._Sigterm) -> object:
+        signal.raise_signal(signal.SIGTERM)
+        return ask(self)
+
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Sigterm, "ask", lambda self: True)
+        patch.setattr(loop._Sigterm, "ask", terminated)
         assert main(command(target_folder, data_file, there, "keep=4")) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
     assert len(records(there)) == 1 and not (there / "drafter").exists()
     assert main(command(target_folder, data_file, there, "keep=4")) == 0
     assert losses(there) == losses(finished)
@@ -571,6 +577,7 @@ def test_a_run_in_a_bucket_goes_on_and_leaves_there_what_one_in_a_folder_leaves(
         assert (there / name).read_bytes() == (finished / name).read_bytes()
 
 
+@pytest.mark.slow  # its steps and loss: tests/drafters/test_eagle3.py
 def test_eagle3_trains_by_the_same_trainer_and_a_finished_run_is_not_overwritten(
     target_folder: Path, data_file: Path, tmp_path: Path, complaint: Callable[..., str]
 ) -> None:

@@ -178,6 +178,7 @@ def test_a_drafter_that_reads_the_targets_cache_guesses_after_every_prefix_what_
         default_config(target.config, **CONTEXT, **own, window=3)
 
 
+@pytest.mark.slow  # from plain layers: tests/training/test_step.py
 def test_a_drafter_starts_from_what_a_targets_layer_has_in_common_with_a_plain_one(caplog):
     target = tiny_family(hf_config("gemma3", 0))
     config = default_config(target.config, num_levels=N, feature_layers=(1, 2))

@@ -318,7 +318,7 @@ def test_an_answer_that_ends_with_its_first_token_is_handed_out_before_any_round
 SHORT = SamplingParams(temperature=0, max_new_tokens=4, ignore_eos=True)
 
 
-@pytest.mark.parametrize("num", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num", [150, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_prompts_of_a_generator_are_served_in_constant_memory(target, tokenizer, num):
     """Few are read ahead, and nothing stays of those answered."""
     engine, in_memory, reports = make_engine(target, None, tokenizer, slots=8), weakref.WeakSet(), []
@@ -921,12 +921,12 @@ def test_a_budget_that_cannot_hold_a_chunk_of_a_prompt_is_a_user_error(target, d
 
 
 @pytest.mark.parametrize(
-    "tree", ["auto: few", *[pytest.param(x, marks=pytest.mark.slow) for x in ("auto", "best_first:8", None)]], ids=str
+    "tree", [None, *[pytest.param(x, marks=pytest.mark.slow) for x in ("auto: few", "auto", "best_first:8")]], ids=str
 )
 def test_after_warm_up_no_request_compiles_anything(target, drafter, tokenizer, compilations, monkeypatch, tree):
     """Under "auto" the drafting prefill of all buckets but the first was left to the first request of that size."""
     jax.clear_caches()  # of the programs that other tests compiled
-    max_len = 144 if tree == "auto: few" else MAX_LEN  # of two buckets or three
+    max_len = 144 if tree in (None, "auto: few") else MAX_LEN  # of two buckets or three
     engine = make_engine(target, drafter, tokenizer, slots=8, max_len=max_len, tree=choices(tree, monkeypatch))
     engine.warm_up()
     assert 0 < len(compilations) <= engine.most_programs

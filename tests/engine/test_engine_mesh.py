@@ -106,14 +106,15 @@ def compare(made: list[Completion], expected: list[Completion]) -> None:
 # --- equality ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # in short: tests/commands/test_generate.py answers on a mesh
 @pytest.mark.parametrize(
     ("shape", "kind", "slots", "lookup"),
     [
-        (SPLIT, "fasteagle", 8, None),
-        pytest.param(MeshShape(8, 1, 1), "fasteagle", 8, None, marks=pytest.mark.slow),
-        pytest.param(MeshShape(1, 4, 2), "eagle3", 4, None, marks=pytest.mark.slow),
-        pytest.param(SPLIT, "cheap", 8, None, marks=pytest.mark.slow),
-        pytest.param(SPLIT, "eagle3", 8, 4, marks=pytest.mark.slow),
+        (SPLIT, "fasteagle", 16, None),
+        (MeshShape(8, 1, 1), "fasteagle", 8, None),
+        (MeshShape(1, 4, 2), "eagle3", 4, None),
+        (SPLIT, "cheap", 8, None),
+        (SPLIT, "eagle3", 8, 4),
     ],
     ids=[
         "data2-fsdp2-tensor2",

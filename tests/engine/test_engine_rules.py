@@ -327,6 +327,7 @@ def test_rules_come_in_every_shape_that_means_the_same():
 # --- programs, those of the tests above forgotten ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_batch_without_rules_runs_the_programs_that_it_ran_before_there_were_any(
     target, drafter, tokenizer, compilations, monkeypatch
 ):

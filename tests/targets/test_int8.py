@@ -46,6 +46,7 @@ def test_the_fingerprint_says_so(folder):
 
 
 @pytest.mark.torch
+@pytest.mark.slow  # the last test rounds random ones
 def test_experts_are_rounded_one_by_one_and_routers_are_not(tmp_path):
     torch_family(hf_config("qwen2_moe") | {"num_hidden_layers": 2}, tmp_path)
     exact, rounded = (load_target(str(tmp_path), dtype, stacked=True).model for dtype in (jnp.float32, jnp.int8))

@@ -464,6 +464,7 @@ def test_microbatches_give_the_step_of_the_whole_batch(num_parts: int, kind: str
     assert (np.asarray(found[0][0].metrics.left_out) > 0).all()
 
 
+@pytest.mark.slow  # as in plain training: test_step.py
 def test_the_loss_falls_and_a_restored_run_goes_on_bitwise(tmp_path: object) -> None:
     """Three buffers, the second moment, the average and the place in the mask's phases."""
     target = tiny_target(num_layers=2)
