@@ -188,7 +188,10 @@ SWITCHES = {
 }
 
 
-@pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES)
+@pytest.mark.parametrize(  # reinjection is more than plain, gated edges more than edges
+    "changes",
+    [pytest.param(c, id=name, marks=[pytest.mark.slow] * (name in ("plain", "edges"))) for name, c in SWITCHES.items()],
+)
 def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
     """h_1 = L_1(FC([g, e])), h_i = L_i(h_i-1).
 
@@ -338,7 +341,10 @@ def test_guesses_that_know_the_token_before_are_on_a_mesh_those_on_one_device(ta
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("variant", "stacked"), FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize(
+    ("variant", "stacked"),
+    [pytest.param(*form, id=name, marks=[pytest.mark.slow] * (name in REPEATING)) for name, form in FORMS.items()],
+)
 def test_a_drafter_is_the_same_after_its_files_with_the_features_scale_folded_in(
     target, stream, variant, stacked, tmp_path
 ):
