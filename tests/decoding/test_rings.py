@@ -19,7 +19,7 @@ MAX_NEW, CHUNK, WINDOW = 40, 8, 6
 
 
 def local_target(name: str, *, stacked: bool, int8: bool):
-    target = tiny_family(hf_config(name, 1) | {"sliding_window": WINDOW, "num_hidden_layers": 3})
+    target = tiny_family(hf_config(name, 1) | {"sliding_window": WINDOW})
     target = target if stacked else target.unstacked()
     target.cache_dtype = jnp.int8 if int8 else None
     return target

@@ -82,7 +82,7 @@ def ruled(logits: np.ndarray, rules: RowRules, prompt: list[int], answer: list[i
 
 @pytest.fixture(scope="module")
 def target():
-    return tiny_target(3, num_layers=2, vocab_size=V, sharpness=2.0)
+    return tiny_target(3, num_layers=3, vocab_size=V, sharpness=2.0)
 
 
 @pytest.fixture(scope="module")

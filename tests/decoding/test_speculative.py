@@ -39,7 +39,7 @@ from tests.toy_family import tiny_toy
 
 N, MAX_NEW, CHUNK, V = 3, 24, 16, 40
 TREES = ["chain", "backbone:4", "best_first:12"]
-CLOSE = dict(rtol=1e-4, atol=1e-4)  # float32 through two layers, with sums in another order
+CLOSE = dict(rtol=1e-4, atol=1e-4)  # float32 through three layers, with sums in another order
 FEATURES = (1, 2)  # a layer more than needed would be a program longer to compile
 
 rng = np.random.default_rng(0)
@@ -102,7 +102,7 @@ def speculate(
 @pytest.fixture(scope="module", params=["llama", pytest.param("toy", marks=pytest.mark.slow)])
 def target(request):
     """A Llama, and a newcomer's family with windows, rotary tables, an embedding and logits of its own."""
-    return tiny_target(num_layers=2) if request.param == "llama" else tiny_toy(num_layers=2)
+    return tiny_target(num_layers=3) if request.param == "llama" else tiny_toy(num_layers=3)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def oracle(answers: list[list[int]], share_of_mistakes: float = 0.0) -> Simulate
 
 
 def drafter_config(**changes) -> DrafterConfig:
-    sizes = default_config(tiny_config(num_layers=2), num_levels=N, feature_layers=FEATURES)
+    sizes = default_config(tiny_config(num_layers=3), num_levels=N, feature_layers=FEATURES)
     return dataclasses.replace(sizes, **changes)
 
 

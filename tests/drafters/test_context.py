@@ -25,7 +25,7 @@ from fasteagle_jax.training import step
 from fasteagle_jax.training.losses import LossConfig
 from tests.tiny_models import tiny_target
 
-N, LAYER, MAX_NEW, CHUNK = 2, 1, 12, 8
+N, LAYER, MAX_NEW, CHUNK = 2, 3, 12, 8
 
 
 class ReadsContext(DrafterModule):
@@ -77,7 +77,7 @@ class ReadsContext(DrafterModule):
 
 @pytest.fixture(scope="module", params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["stacked", "list"])
 def target(request):
-    return tiny_target(num_layers=2, stacked=request.param)
+    return tiny_target(stacked=request.param)
 
 
 @pytest.fixture(scope="module")
