@@ -146,8 +146,7 @@ def test_requests_that_mix_every_rule_are_answered_as_plain_decoding_answers_eac
     expected = {(i, k): say(*requests[i], k) for i in range(num) for k in range(requests[i][1].n)}
     compilations.clear()
     tree_of = {"tree": None if tree == "plain" else tree}
-    sizes = dict(slots=8, max_len=16 * CHUNK) if num > 20 else {}  # else the programs of the tests below
-    engine = make_engine(target, drafter, tokenizer, **sizes, **tree_of)
+    engine = make_engine(target, drafter, tokenizer, slots=8, max_len=16 * CHUNK, **tree_of)
     together, prefill = [], engine.runner.prefill
     monkeypatch.setattr(engine.runner, "prefill", lambda x, ps, *a: together.append(len(ps)) or prefill(x, ps, *a))
     order = random.Random(2).sample(range(num), num)
