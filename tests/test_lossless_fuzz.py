@@ -13,7 +13,7 @@ from fasteagle_jax.targets.table import FAMILIES
 @pytest.mark.parametrize(
     ("families", "count", "drafters"),
     [
-        (["qwen3"], 12, ("told the answer",)),
+        (["qwen3"], 4, ("told the answer",)),
         pytest.param(list(FAMILIES), 300, tuple(lossless_fuzz.DRAFTERS), marks=pytest.mark.slow),
     ],
     ids=["short", "long"],

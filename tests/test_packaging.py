@@ -63,9 +63,10 @@ def test_decoding_needs_no_extra():
     "words, said",
     [
         (["train", "--help"], "error: orbax is not installed: pip install 'fasteagle-jax[train]'"),
-        (
+        pytest.param(
             ["bench", "--tasks", "x.csv", "--drafters", "simulated=0.5", "--results", "new"],
             "error: matplotlib is not installed: pip install 'fasteagle-jax[plot]'",
+            marks=pytest.mark.slow,
         ),
     ],
 )

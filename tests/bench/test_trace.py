@@ -28,7 +28,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def traced():
-    target, sampling = tiny_target(stacked=False, sharpness=4.0), make_sampling(1, 1.0, seed=3)
+    target, sampling = tiny_target(num_layers=2, stacked=False, sharpness=4.0), make_sampling(1, 1.0, seed=3)
     plain = generate(target, None, [PROMPT], sampling, max_new=NEW)
     answer = np.asarray(plain.tokens)[0].tolist()
     drafter = oracle_drafter(jnp.asarray([[*PROMPT, *answer, *[0] * 8]]), 40, 3, rate=0.7)
@@ -49,7 +49,7 @@ def test_its_tokens_are_those_of_generate_and_its_rounds_add_up_to_them(traced) 
 
 
 def test_plain_decoding_has_a_round_a_token() -> None:
-    target = tiny_target(stacked=False)
+    target = tiny_target(num_layers=2, stacked=False)
     first, rounds = trace(target, None, PROMPT, make_sampling(1), max_new=4, tree=None)
     expected = np.asarray(generate(target, None, [PROMPT], make_sampling(1), max_new=4).tokens)[0].tolist()
     assert [first, *(r.emitted[0] for r in rounds)] == expected and all(r.path == [0] for r in rounds)

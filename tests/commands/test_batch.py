@@ -128,7 +128,7 @@ def test_tokens_are_those_of_the_engine(run, target_folder, drafter_folder, tmp_
     source = write(tmp_path / "in.jsonl", *lines)
     records = read(run(source, "--drafter", drafter_folder, "--tree", "best_first:4"))
     assert list(records) == list(range(1, 25))
-    engine = Engine.load(str(target_folder), max_len=128, slots=8)
+    engine = Engine.load(str(target_folder), max_len=128, slots=4)  # the programs of the tests below
     made = engine.generate(*zip(*map(asked, lines), strict=True))
     for i, (line, record) in enumerate(zip(lines, records.values(), strict=True)):
         its = [completion for completion in made if completion.prompt_index == i]
@@ -847,7 +847,8 @@ def long_file(tmp_path):
     return write(tmp_path / "in.jsonl", *lines)
 
 
-@pytest.mark.parametrize("most", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow  # torn tails, as kills leave them, and an interrupted process have tests of their own
+@pytest.mark.parametrize("most", [1, 20])
 def test_killed_at_random_moments_each_request_is_answered_once_and_as_without(child, long_file, tmp_path, most):
     reference, path = tmp_path / "reference.jsonl", tmp_path / "out.jsonl"
     assert ended(child(long_file, reference)) == 0

@@ -123,6 +123,7 @@ def test_repeats_are_counted_by_the_longest_match_and_its_last_occurrence():
     assert counts == [(2, 0), (1, 1), (1, 1), (1, 0), *[(0, 0)] * 5]
 
 
+@pytest.mark.slow  # in short: test_cost.py measures acceptance
 def test_acceptance_of_many_prompts_at_once_counts_what_the_bench_counts_one_by_one(talkative, tasks, tmp_path, capsys):
     target, drafter = talkative
     argv = ["--target", target, "--tasks", "talk,sums", "--prompts-folder", tasks, "--max-new", 12]
@@ -227,6 +228,7 @@ def test_a_sweep_over_slots_reports_each_way_and_plots_it(talkative, tasks, tmp_
     assert points[2]["memory"]["target_cache"] == 2 * points[0]["memory"]["target_cache"]
 
 
+@pytest.mark.slow  # tests/engine/test_engine.py has the caches, the test above a sweep
 def test_a_sweep_over_memory_shows_that_a_windows_cache_does_not_grow(talkative, tasks, tmp_path):
     caches = {}
     for max_len in (300, 600):

@@ -55,7 +55,7 @@ def test_a_chat_says_what_generate_answers_to_the_same_turns(chat, talkative, tm
     assert answers == expected
     assert said.count("the answer was cut at --max-new 12 tokens") == 3
     assert said.splitlines()[-1].startswith("36 new tokens in ")
-    assert chat(turns, "--drafter", talkative[1], "--tree", "best_first:6")[0] == expected
+    assert chat(turns, "--drafter", talkative[1], "--tree", "best_first:4")[0] == expected
 
 
 def test_the_template_is_given_variables_and_tools(chat, talkative, asked, tmp_path):

@@ -66,6 +66,7 @@ def test_weights_are_split_over_the_mesh_and_the_loss_keeps_to_its_chunk():
     assert twice.temporaries < whole.temporaries + logits / 4
 
 
+@pytest.mark.slow  # of what one compiler did, long ago
 def test_a_device_of_fsdp_has_the_activations_of_its_own_rows_alone():
     """Weights are split along the same mesh axis as rows; the compiler, unguided, split the stream as it does those."""
     wide = dataclasses.replace(config().target_config, vocab_size=256, intermediate_size=1024, num_layers=2)

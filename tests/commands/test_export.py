@@ -35,6 +35,7 @@ def run(tmp_path_factory, target_folder) -> Path:
         tokens = [rng.integers(256, size=40).tolist() for _ in range(20)]
         writer.append([Conversation.of(str(i), t, [[4, 40]]) for i, t in enumerate(tokens)])
     changes = [f"target={target_folder}", f"data={folder / 'data.jsonl'}", "steps=6", "save_every=2", "keep=2"]
+    changes.append("drafter.num_levels=1")
     assert train(["--config", str(CONFIG), "--run", str(folder / "run"), *changes, "tensorboard=False"]) == 0
     return folder / "run"
 
@@ -64,6 +65,7 @@ def test_the_model_card_says_what_the_run_did(run, tmp_path):
     assert "Not measured by the run." in text
 
 
+@pytest.mark.slow  # the test of held-out rows exports the best checkpoint of a run
 def test_the_best_checkpoint_is_exported_with_its_average(talkative, tmp_path):
     target, _ = talkative
     questions = tmp_path / "questions.jsonl"
@@ -93,6 +95,7 @@ def test_the_best_checkpoint_is_exported_with_its_average(talkative, tmp_path):
         np.testing.assert_array_equal(value, theirs[name])
 
 
+@pytest.mark.slow  # what is exported is a checkpoint of any kind
 def test_an_eagle3_run_is_exported(run, target_folder, tmp_path):
     changes = [f"target={target_folder}", f"data={run.parent / 'data.jsonl'}", "steps=2", "drafter.kind=eagle3"]
     changes += ["drafter.reinject=False", "drafter.correction=None", "loss.within_draft=True", "drafter.num_levels=2"]

@@ -118,6 +118,7 @@ def test_twenty_steps_on_a_mesh_are_those_on_one_device(one_device, run_on, mesh
     assert_same_drafter(run, one_device)
 
 
+@pytest.mark.slow  # the test above is of a mesh
 def test_a_cascade_that_shares_its_layer_and_reads_the_targets_cache_trains_on_a_mesh_as_on_one_device(
     target_folder, data_file, tmp_path
 ):
@@ -170,7 +171,8 @@ def test_deepkd_trains_on_a_mesh_in_microbatches_with_recomputation_as_on_one_de
         assert one[f"signal_to_noise_{part}"] == pytest.approx(mesh[f"signal_to_noise_{part}"], rel=1e-2, abs=1e-3)
 
 
-@pytest.mark.parametrize("mesh", ["", pytest.param(MESHES[3], marks=pytest.mark.slow)])
+@pytest.mark.slow  # on one device its step: tests/training/test_step.py
+@pytest.mark.parametrize("mesh", ["", MESHES[3]])
 def test_recomputation_and_accumulation_change_nothing_but_rounding(
     one_device, target_folder, data_file, tmp_path, mesh
 ):
@@ -292,7 +294,8 @@ def test_meshes_that_do_not_fit_are_user_errors(target_folder, data_file, tmp_pa
 # --- features stored before -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", ["", pytest.param(MESHES[3], marks=pytest.mark.slow)])
+@pytest.mark.slow  # stored features are those that training computes: test_prepare_features.py
+@pytest.mark.parametrize("mesh", ["", MESHES[3]])
 def test_training_on_stored_features_is_training_on_the_target(one_device, target_folder, data_file, tmp_path, mesh):
     words = ["--config", CONFIG, "--output", tmp_path / "features", "--store", "float32"]
     assert prepare_features.main([*map(str, words), *changes(target_folder, data_file)]) == 0

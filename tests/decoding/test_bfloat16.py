@@ -77,7 +77,13 @@ def test_near_ties_are_few(logits):
 
 
 @pytest.mark.parametrize(
-    ("tree", "stacked"), [(None, False), ("chain", True), ("best_first:6", False)], ids=["plain", "chain", "tree"]
+    ("tree", "stacked"),
+    [
+        pytest.param(None, False, marks=pytest.mark.slow),
+        pytest.param("chain", True, marks=pytest.mark.slow),
+        ("best_first:6", False),
+    ],
+    ids=["plain", "chain", "tree"],
 )
 def test_answers_differ_from_exact_ones_at_near_ties_alone(rounded, expected, texts, logits, tree, stacked):
     target = rounded if stacked else rounded.unstacked()

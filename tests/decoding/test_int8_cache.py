@@ -19,8 +19,8 @@ from tests.tiny_models import tiny_target
 TREES = ("best_first:12", "backbone:4", "chain", "best_first:8+lookup:4")
 
 
-def rounded(name: str, *, stacked: bool = False, int8_weights: bool = False):
-    target = tiny_family(hf_config(name, 1))
+def rounded(name: str, *, stacked: bool = False, int8_weights: bool = False, **changes: int):
+    target = tiny_family(hf_config(name, 1) | changes)
     target = target if stacked else target.unstacked()
     if int8_weights:
         to_int8_weights(target)
@@ -40,14 +40,15 @@ def check_lossless(target, drafters, trees) -> None:
     assert accepted > 0  # something was at stake
 
 
+@pytest.mark.slow  # test_rings.py has an int8 cache, tests/targets/test_int8.py int8 weights
 @pytest.mark.parametrize("int8_weights", [False, True], ids=["", "int8 weights"])
 def test_drafting_is_lossless(int8_weights):
     """A drafter of its own cache in a list of local and global layers, one of the target's in a stack."""
     if int8_weights:
-        target = rounded("qwen3", stacked=True, int8_weights=True)
+        target = rounded("qwen3", stacked=True, int8_weights=True, num_hidden_layers=3)
         check_lossless(target, [random_drafter(target, **CONTEXT)], TREES[1:2])
     else:
-        target = rounded("gemma3")
+        target = rounded("gemma3", num_hidden_layers=3)
         check_lossless(target, [random_drafter(target)], TREES[:1])
 
 
@@ -62,10 +63,10 @@ def test_drafting_is_lossless_for_every_family(name, stacked, int8_weights):
     check_lossless(target, drafters, TREES if name == "llama" else TREES[:2])
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["list", "stacked"])
+@pytest.mark.parametrize("stacked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["list", "stacked"])
 def test_a_token_is_read_alike_fresh_and_committed(stacked):
     """Whether in one chunk, in two or one by one: no query reads a key or value that is not rounded."""
-    target = tiny_target(stacked=stacked)
+    target = tiny_target(num_layers=2, stacked=stacked)
     target.cache_dtype = jnp.int8
     tokens = jnp.asarray(np.random.default_rng(0).integers(40, size=(2, 24)))
 

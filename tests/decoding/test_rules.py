@@ -151,7 +151,10 @@ def drafters(target, answers):
 
 
 @pytest.mark.parametrize("tree", [*[pytest.param(tree, marks=pytest.mark.slow) for tree in TREES[:2]], TREES[2]])
-@pytest.mark.parametrize("drafter", ["oracle", "random", "lookup"])
+@pytest.mark.parametrize(
+    "drafter",
+    [pytest.param("oracle", marks=pytest.mark.slow), "random", pytest.param("lookup", marks=pytest.mark.slow)],
+)
 def test_trees_follow_the_rules_token_for_token(target, expected, drafter, tree):
     """Rows of no rules, of one and of many, greedy and sampled, in one batch."""
     tree = TreeSpec.parse(tree + "+lookup:3" * (drafter == "lookup"))

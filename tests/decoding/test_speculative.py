@@ -226,7 +226,8 @@ def test_fasteagle_with_a_reduced_vocabulary_and_its_options_is_lossless(target,
         assert statistics.accepted_at.sum() > 0
 
 
-@pytest.mark.parametrize(("tree", "rounds"), [pytest.param("chain:2", 8, marks=pytest.mark.slow), ("backbone:4", 6)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("tree", "rounds"), [("chain:2", 8), ("backbone:4", 6)])
 def test_where_the_noise_decides_a_random_drafters_best_guesses_are_all_right(target, tree, rounds):
     """23 tokens by 3 or 4 a round: guesses that know the token before them are ranked by their own position's noise."""
     sampling = make_sampling(B, 1e6, seed=list(range(B)))
@@ -234,6 +235,7 @@ def test_where_the_noise_decides_a_random_drafters_best_guesses_are_all_right(ta
     assert statistics.rounds.tolist() == [rounds] * B
 
 
+@pytest.mark.slow  # engines load lists, and test_bfloat16.py has one
 def test_lists_of_layers_and_levels_are_lossless(target, plain, trained_fasteagle):
     tokens, statistics = speculate(
         target.unstacked(), trained_fasteagle.unstacked(), SAMPLINGS["mixed"], "best_first:12"
@@ -250,6 +252,7 @@ def test_training_makes_rounds_fewer(target, random_fasteagle, trained_fasteagle
     assert after < before - 2
 
 
+@pytest.mark.slow
 def test_sharing_the_targets_noise_makes_rounds_fewer(target, trained_fasteagle):
     sampling = make_sampling(B, 1.0, seed=list(range(B)))
     shared, own = (
@@ -262,7 +265,8 @@ def test_sharing_the_targets_noise_makes_rounds_fewer(target, trained_fasteagle)
 # --- batches, chunks, steps -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # so do the tests of the engine, of rows that come and go
+@pytest.mark.parametrize("size", [1, 3])
 def test_a_row_says_the_same_alone_as_in_any_batch(target, plain, random_fasteagle, size):
     """The plain answers are those of a batch of 8 with mixed lengths and settings."""
     groups = [[b] for b in range(B)] if size == 1 else [[7, 0, 3], [2, 1, 4], [6, 5, 6]]
@@ -346,8 +350,7 @@ def test_a_prompt_prefilled_from_a_shared_beginning_is_bitwise_the_prompt_prefil
         jax.tree.map(np.testing.assert_array_equal, alone, prefix)
 
 
-@pytest.mark.parametrize("num_levels", range(N))
-def test_a_prefill_for_drafts_of_few_levels_fills_the_cache_of_these_alone(target, trained_fasteagle, num_levels):
+def test_a_prefill_for_drafts_of_few_levels_fills_the_cache_of_these_alone(target, trained_fasteagle):
     vocab = trained_fasteagle.vocab_weights(target)
     tokens, lengths = jnp.asarray([list(range(32))]), jnp.asarray([29])
 
@@ -357,18 +360,21 @@ def test_a_prefill_for_drafts_of_few_levels_fills_the_cache_of_these_alone(targe
         sizes = dict(chunk=CHUNK, num_levels=num_levels)
         return prefill(target, trained_fasteagle, vocab, prefix, tokens, lengths, **sizes).drafter_cache
 
-    whole, few = cache(None), cache(num_levels)
-    for i in range(N):
-        own, held = np.asarray(few.positions[i]), np.asarray(whole.positions[i])
-        assert (held >= 0).sum() == 28
-        if i < num_levels:
-            np.testing.assert_array_equal(own, held)
-            np.testing.assert_array_equal(few.k[i], whole.k[i])
-        else:
-            assert (own < 0).all()  # nothing there, and so seen by nobody
-    np.testing.assert_array_equal(few.length, whole.length)
+    whole = jax.device_get(cache(None))
+    for num_levels in range(N):
+        few = jax.device_get(cache(num_levels))
+        for i in range(N):
+            own, held = few.positions[i], whole.positions[i]
+            assert (held >= 0).sum() == 28
+            if i < num_levels:
+                np.testing.assert_array_equal(own, held)
+                np.testing.assert_array_equal(few.k[i], whole.k[i])
+            else:
+                assert (own < 0).all()  # nothing there, and so seen by nobody
+        np.testing.assert_array_equal(few.length, whole.length)
 
 
+@pytest.mark.slow  # tests/engine/test_engine_rules.py has them
 def test_log_probabilities_are_those_of_the_targets_softmax_where_asked_for(target, plain, trained_fasteagle):
     lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
     prompts, sampling, stop = sequences(plain["mixed"])[:, :32], SAMPLINGS["mixed"], stop_at()
@@ -429,7 +435,9 @@ def test_between_rounds_the_caches_hold_what_one_pass_over_the_text_gives(target
         _, fresh = drafter.hidden_states(target.embedding[...], out.features, tokens[:, 1:], positions, causal)
         return out.fresh, fresh, out.features
 
-    of_target, of_drafter, features = one_pass(*models, whole)
+    # On the host, where a slice is no program of its own.
+    of_target, of_drafter, features = jax.device_get(one_pass(*models, whole))
+    state, whole, lengths = jax.device_get((state, whole, lengths))
     committed = lengths + state.num_emitted - 1  # all but the pending token
     assert state.target_cache.length.tolist() == committed.tolist()
     assert (state.drafter_cache.length + state.new.count).tolist() == committed.tolist()

@@ -93,7 +93,9 @@ def test_auto_chooses_smaller_trees_where_more_nodes_read_more_experts(name):
     assert chosen(reads_of(name), 1) == 2 < chosen(reads_of(name), 32) <= 16
 
 
-@pytest.mark.parametrize(("name", "nodes"), [("gpt_oss", [2, 4, 8, 16]), ("qwen3", [4, 8, 16])])
+@pytest.mark.parametrize(
+    ("name", "nodes"), [pytest.param("gpt_oss", [2, 4, 8, 16], marks=pytest.mark.slow), ("qwen3", [4, 8, 16])]
+)
 def test_the_engine_asks_its_target(name, nodes):
     target = tiny_family(hf_config(name)).unstacked()
     drafter = FastEagle(default_config(target.config, num_levels=7), stacked=False, key=jax.random.key(0))

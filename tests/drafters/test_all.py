@@ -146,7 +146,7 @@ def plain(loaded):
     return np.asarray(speculate(loaded.model, None, TreeSpec()).emitted[:, :MAX_NEW])
 
 
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("tree", [*(pytest.param(tree, marks=pytest.mark.slow) for tree in TREES[:3]), TREES[3]])
 def test_greedy_and_sampled_tokens_are_those_of_plain_decoding(loaded, drafter, plain, tree):
     state = speculate(loaded.model, drafter, TreeSpec.parse(tree))
     np.testing.assert_array_equal(state.emitted[:, :MAX_NEW], plain)
@@ -166,7 +166,11 @@ def test_a_drafter_saved_again_is_the_same_in_every_byte(loaded, drafter, kind, 
         load_drafter(tmp_path / "again", loaded.checkpoint.config, loaded.fingerprint)
 
 
-@pytest.mark.parametrize("kind", list(KINDS)[1:], indirect=True)  # FastEagle: see tests/test_engine.py
+@pytest.mark.parametrize(  # FastEagle: see tests/engine/test_engine.py
+    "kind",
+    [kind if kind == "linear_heads" else pytest.param(kind, marks=pytest.mark.slow) for kind in list(KINDS)[1:]],
+    indirect=True,
+)
 def test_the_engine_answers_as_without_a_drafter(loaded, drafter, tokenizer, plain):
     engine = Engine(loaded.model, drafter, tokenizer, (), slots=1, max_len=64, tree="best_first:8", chunk=CHUNK)
     rows = [dict(temperature=0.0), dict(temperature=0.0), dict(temperature=1.0), dict(temperature=1.0, top_p=0.9)]

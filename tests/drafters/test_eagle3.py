@@ -56,7 +56,7 @@ def make_eagle3(**changes) -> Eagle3:
 
 @pytest.fixture(scope="module")
 def target():
-    return tiny_target()
+    return tiny_target(num_layers=3)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +225,7 @@ def test_the_loss_and_its_gradients_are_those_of_one_mask_over_all_runs(drafter,
         np.testing.assert_allclose(actual, value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow  # in short: tests/nn/test_packed_attention.py
 def test_queries_in_tiles_and_in_blocks_are_queries_at_once(drafter, target, stream, monkeypatch):
     tokens, features = stream
     segments = jnp.asarray([[1] * 5 + [2] * 4])
@@ -247,6 +248,9 @@ def test_queries_in_tiles_and_in_blocks_are_queries_at_once(drafter, target, str
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), split, once)
 
 
+FAST_TREES = (("chain", True), ("backbone:3", False), ("best_first:30", True))  # of each kind, of each form
+
+
 def slow_tree(slow, t, root, tree: TreeSpec) -> set[tuple[int, ...]]:
     """The paths of a tree's nodes."""
     frontier, width = (1, 1) if tree.kind == "chain" else (1, tree.width)
@@ -265,8 +269,14 @@ def slow_tree(slow, t, root, tree: TreeSpec) -> set[tuple[int, ...]]:
     return {path for path, _ in sorted(scored, key=lambda c: -c[1])[:most]}
 
 
-@pytest.mark.parametrize("tree", ["chain", "backbone:3", "best_first:6", "best_first:30"])
-@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+@pytest.mark.parametrize(
+    ("tree", "stacked"),
+    [
+        pytest.param(tree, stacked, marks=[pytest.mark.slow] * ((tree, stacked) not in FAST_TREES))
+        for tree in ("chain", "backbone:3", "best_first:6", "best_first:30")
+        for stacked in (True, False)
+    ],
+)
 def test_drafts_are_those_of_the_slow_version_step_by_step(drafter, target, stream, slow, tree, stacked):
     tokens, features = stream
     tree, vocab = TreeSpec.parse(tree), drafter.vocab_weights(target)

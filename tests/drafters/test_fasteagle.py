@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -78,7 +77,7 @@ FORMS = {  # changes of the configuration, stacked
 
 @pytest.fixture(scope="module")
 def target():
-    return tiny_target()
+    return tiny_target(num_layers=3)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +124,14 @@ def chains(drafter, vocab, tokens, features, **how):
     return jnp.stack(guesses)
 
 
-# The others pair every option and every form as well.
-REPEATING = ("reduced vocabulary and correction, list", "a window, stacked")
+# The others and the tests below pair every option with a form as well.
+REPEATING = (
+    "plain, stacked",
+    "reduced vocabulary and correction, list",
+    "shared, side by side, stacked",
+    "reduced vocabulary, shared, edges, list",
+    "a window, stacked",
+)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,7 @@ def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(t
     drafter = drafter if stacked else drafter.unstacked()
     vocab = drafter.vocab_weights(target)
     _, fresh = one_pass(drafter, vocab, tokens, features)
-    best = chains(drafter, vocab, tokens, features)
+    best, said = np.asarray(chains(drafter, vocab, tokens, features)), np.asarray(tokens)
 
     chain, ranking = TreeSpec("chain"), Ranking(make_sampling(B), True)
     draft = jax.jit(lambda drafter, new, cache: drafter.draft(vocab, new, cache, chain, ranking))
@@ -162,7 +167,7 @@ def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(t
         made, cache = draft(drafter, new, cache)
         for b in range(B):
             # Guessed at stream position at - 1, after the pending token x[at].
-            assert made.tokens[b].tolist() == [int(tokens[b, at[b]]), *best[:, b, at[b] - 1].tolist()]
+            assert made.tokens[b].tolist() == [said[b, at[b]], *best[:, b, at[b] - 1].tolist()]
     assert cache.length.tolist() == at.tolist() == [T, T]
     # Every slot holds what the one pass has at its position; of these, the ones a next query would see are all there.
     for level, b in np.ndindex(N, B):
@@ -183,7 +188,10 @@ SWITCHES = {
 }
 
 
-@pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES)
+@pytest.mark.parametrize(  # reinjection is more than plain, gated edges more than edges
+    "changes",
+    [pytest.param(c, id=name, marks=[pytest.mark.slow] * (name in ("plain", "edges"))) for name, c in SWITCHES.items()],
+)
 def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
     """h_1 = L_1(FC([g, e])), h_i = L_i(h_i-1).
 
@@ -257,7 +265,7 @@ def test_a_drafter_that_reads_the_targets_cache_guesses_after_every_prefix_what_
     tokens = jax.random.randint(jax.random.key(5), (B, T + 1), 0, V)
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
 
-    @functools.partial(jax.jit, static_argnums=3)
+    @jax.jit
     def guessed(drafter, target, tokens, n):
         """The chain after each row's first n tokens."""
         lengths, sampling = jnp.full((B,), n), make_sampling(B)
@@ -301,7 +309,11 @@ def test_levels_beyond_the_trees_are_not_guessed(target, stream):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(correction=8), dict(edges=4, levels="shared", side_by_side=True)], ids=["correction", "edges"]
+    "changes",
+    [
+        pytest.param(dict(correction=8), id="correction", marks=pytest.mark.slow),
+        pytest.param(dict(edges=4, levels="shared", side_by_side=True), id="edges"),
+    ],
 )
 def test_guesses_that_know_the_token_before_are_on_a_mesh_those_on_one_device(target, stream, changes):
     """Nothing else would tell: wrong guesses change no token."""
@@ -329,7 +341,10 @@ def test_guesses_that_know_the_token_before_are_on_a_mesh_those_on_one_device(ta
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("variant", "stacked"), FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize(
+    ("variant", "stacked"),
+    [pytest.param(*form, id=name, marks=[pytest.mark.slow] * (name in REPEATING)) for name, form in FORMS.items()],
+)
 def test_a_drafter_is_the_same_after_its_files_with_the_features_scale_folded_in(
     target, stream, variant, stacked, tmp_path
 ):

@@ -60,7 +60,9 @@ def random_drafter(changes) -> FastEagle:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("storage", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("the paper's", "corrected")), "cheap"]
+)
 def test_the_reader_in_torch_gives_our_logits(tmp_path, name, storage):
     import torch
 

@@ -31,7 +31,7 @@ def plain(target):
     return np.asarray(generate(target, None, PROMPTS, sampling, max_new=MAX_NEW, chunk=CHUNK).tokens)
 
 
-@pytest.mark.parametrize("tree", ["best_first:9", "best_first:3"])
+@pytest.mark.parametrize("tree", ["best_first:9", pytest.param("best_first:3", marks=pytest.mark.slow)])
 def test_conditional_acceptance_is_what_was_asked_for(target, plain, tree):
     sequences = jnp.asarray(np.concatenate([np.asarray(PROMPTS), plain], axis=1))
     seeds = jnp.arange(100, 100 + B).astype(jnp.uint32)

@@ -106,14 +106,15 @@ def compare(made: list[Completion], expected: list[Completion]) -> None:
 # --- equality ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # in short: tests/commands/test_generate.py answers on a mesh
 @pytest.mark.parametrize(
     ("shape", "kind", "slots", "lookup"),
     [
         (SPLIT, "fasteagle", 16, None),
-        pytest.param(MeshShape(8, 1, 1), "fasteagle", 8, None, marks=pytest.mark.slow),
-        pytest.param(MeshShape(1, 4, 2), "eagle3", 4, None, marks=pytest.mark.slow),
+        (MeshShape(8, 1, 1), "fasteagle", 8, None),
+        (MeshShape(1, 4, 2), "eagle3", 4, None),
         (SPLIT, "cheap", 8, None),
-        pytest.param(SPLIT, "eagle3", 8, 4, marks=pytest.mark.slow),
+        (SPLIT, "eagle3", 8, 4),
     ],
     ids=[
         "data2-fsdp2-tensor2",
@@ -238,7 +239,7 @@ def compile_round(target: Path, drafter: Path, tree: TreeSpec) -> tuple[Engine, 
         return engine, empty, lowered.compile()
 
 
-@pytest.mark.parametrize("kind", ["fasteagle", "cheap"])
+@pytest.mark.parametrize("kind", ["fasteagle", pytest.param("cheap", marks=pytest.mark.slow)])
 def test_no_collective_moves_a_cache_or_a_weight(target, drafters, kind):
     """What a round exchanges are activations, of a device's own 8 rows: nothing is as long as a cache."""
     engine, empty, compiled = compile_round(target, drafters[kind], TREE)

@@ -168,66 +168,6 @@ def test_requests_that_mix_every_rule_are_answered_as_plain_decoding_answers_eac
     assert accepted > num or tree in ("plain", "auto")  # guesses are at stake, unless plain decoding is faster
 
 
-# --- programs ---------------------------------------------------------------------------------------------------
-
-
-def test_a_batch_without_rules_runs_the_programs_that_it_ran_before_there_were_any(
-    target, drafter, tokenizer, compilations, monkeypatch
-):
-    """While a request with rules is in a row, all are in slots with rules; afterwards and before, none is."""
-    jax.clear_caches()
-    engine = make_engine(target, drafter, tokenizer, slots=8)
-    plain = SamplingParams(max_new_tokens=64, seed=1, logprobs=True, ignore_eos=True)
-    alone = engine.generate([[1, 2, 3]] * 2, plain)
-    assert 0 < len(compilations) <= engine.most_programs
-    leaves = len(jax.tree.leaves(engine.runner.empty_slots(2)))
-
-    with_rules, advance = [], engine.runner.advance
-
-    def spying(given, *args, **more):
-        with_rules.append((given.rules is not None, given.state.top is not None, len(jax.tree.leaves(given)) > leaves))
-        return advance(given, *args, **more)
-
-    monkeypatch.setattr(engine.runner, "advance", spying)
-    short = SamplingParams(max_new_tokens=3, min_tokens=3, seed=1)
-    mixed = engine.generate([[1, 2, 3], [5]], [plain, short])
-    assert mixed[0].tokens == alone[0].tokens
-    assert with_rules[0] == (True, True, True) and with_rules[-1] == (False, False, False)
-    compilations.clear()
-    with_rules.clear()
-    assert engine.generate([[1, 2, 3]] * 2, plain)[1].tokens == alone[0].tokens
-    assert compilations == [] and not any(map(any, with_rules))
-
-
-@pytest.mark.slow
-def test_after_warming_up_for_rules_no_request_compiles_anything(target, drafter, tokenizer, compilations):
-    jax.clear_caches()
-    engine = make_engine(target, drafter, tokenizer, slots=8)
-    engine.warm_up(rules=True)
-    assert engine.most_programs < len(compilations) <= engine.most_programs_with_rules
-    compilations.clear()
-    for num in (20, 1, 3):
-        engine.generate(*zip(*mixed_requests(num), strict=True))
-    assert compilations == []
-
-
-@pytest.mark.slow
-def test_rounds_with_rules_take_little_more_memory():
-    """By the compiler's account: about one array of the logits' size, of a vocabulary that is most of what there is."""
-    target = tiny_target(vocab_size=49152, hidden_size=64)
-    engine = Engine(target, None, metaspace_tokenizer(), (1,), slots=8, max_len=512, lookup=4, tree="best_first:8")
-    runner, batch = engine.runner, engine.runner.slots_shape(8)
-    rules, top = jax.eval_shape(lambda: runner._empty_rules(batch=8))
-    temporaries = []
-    for given in (batch, batch._replace(rules=rules, state=batch.state._replace(top=top))):
-        args = (runner.target, runner.drafter, runner.vocab, given, np.zeros(8, bool), np.int32(1), np.asarray(False))
-        compiled = slots.advance.lower(*args, tree=engine.trees[0], shared_noise=True).compile()
-        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
-    logits = 8 * 8 * 49152 * 4
-    assert temporaries[0] < temporaries[1] < temporaries[0] + 1.5 * logits
-    assert bytes_of(rules.bias) == logits / 8
-
-
 # --- what is said of tokens -------------------------------------------------------------------------------------
 
 
@@ -245,8 +185,13 @@ def test_alternatives_and_the_prompts_log_probabilities_are_those_of_the_targets
 
     tokens = jnp.asarray([[*prompt, *first.tokens]])
     num = tokens.shape[1]
-    out = target(tokens, jnp.arange(num)[None], jnp.tril(jnp.ones((1, num, num), bool)))
-    law = np.asarray(jax.nn.log_softmax(target.logits(out.hidden), axis=-1))[0]
+
+    @jax.jit
+    def log_softmax(target, tokens):
+        out = target(tokens, jnp.arange(num)[None], jnp.tril(jnp.ones((1, num, num), bool)))
+        return jax.nn.log_softmax(target.logits(out.hidden), axis=-1)[0]
+
+    law = np.asarray(log_softmax(target, tokens))
     for said, best, which, at in (
         (first.prompt_logprobs[1:], first.prompt_top_logprobs[1:], prompt[1:], 0),
         (first.logprobs, first.top_logprobs, first.tokens, len(prompt) - 1),
@@ -376,3 +321,64 @@ def test_rules_come_in_every_shape_that_means_the_same():
     assert none == SamplingParams()
     assert [SamplingParams(logprobs=x).logprobs for x in (0, 1, True, False)] == [True, True, True, False]
     assert [SamplingParams(logprobs=x).top_logprobs for x in (0, 1, True, False)] == [0, 1, 0, 0]
+
+
+# --- programs, those of the tests above forgotten ---------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_batch_without_rules_runs_the_programs_that_it_ran_before_there_were_any(
+    target, drafter, tokenizer, compilations, monkeypatch
+):
+    """While a request with rules is in a row, all are in slots with rules; afterwards and before, none is."""
+    jax.clear_caches()
+    engine = make_engine(target, drafter, tokenizer, slots=8)
+    plain = SamplingParams(max_new_tokens=64, seed=1, logprobs=True, ignore_eos=True)
+    alone = engine.generate([[1, 2, 3]] * 2, plain)
+    assert 0 < len(compilations) <= engine.most_programs
+    leaves = len(jax.tree.leaves(engine.runner.empty_slots(2)))
+
+    with_rules, advance = [], engine.runner.advance
+
+    def spying(given, *args, **more):
+        with_rules.append((given.rules is not None, given.state.top is not None, len(jax.tree.leaves(given)) > leaves))
+        return advance(given, *args, **more)
+
+    monkeypatch.setattr(engine.runner, "advance", spying)
+    short = SamplingParams(max_new_tokens=3, min_tokens=3, seed=1)
+    mixed = engine.generate([[1, 2, 3], [5]], [plain, short])
+    assert mixed[0].tokens == alone[0].tokens
+    assert with_rules[0] == (True, True, True) and with_rules[-1] == (False, False, False)
+    compilations.clear()
+    with_rules.clear()
+    assert engine.generate([[1, 2, 3]] * 2, plain)[1].tokens == alone[0].tokens
+    assert compilations == [] and not any(map(any, with_rules))
+
+
+@pytest.mark.slow
+def test_after_warming_up_for_rules_no_request_compiles_anything(target, drafter, tokenizer, compilations):
+    jax.clear_caches()
+    engine = make_engine(target, drafter, tokenizer, slots=8)
+    engine.warm_up(rules=True)
+    assert engine.most_programs < len(compilations) <= engine.most_programs_with_rules
+    compilations.clear()
+    for num in (20, 1, 3):
+        engine.generate(*zip(*mixed_requests(num), strict=True))
+    assert compilations == []
+
+
+@pytest.mark.slow
+def test_rounds_with_rules_take_little_more_memory():
+    """By the compiler's account: about one array of the logits' size, of a vocabulary that is most of what there is."""
+    target = tiny_target(vocab_size=49152, hidden_size=64)
+    engine = Engine(target, None, metaspace_tokenizer(), (1,), slots=8, max_len=512, lookup=4, tree="best_first:8")
+    runner, batch = engine.runner, engine.runner.slots_shape(8)
+    rules, top = jax.eval_shape(lambda: runner._empty_rules(batch=8))
+    temporaries = []
+    for given in (batch, batch._replace(rules=rules, state=batch.state._replace(top=top))):
+        args = (runner.target, runner.drafter, runner.vocab, given, np.zeros(8, bool), np.int32(1), np.asarray(False))
+        compiled = slots.advance.lower(*args, tree=engine.trees[0], shared_noise=True).compile()
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+    logits = 8 * 8 * 49152 * 4
+    assert temporaries[0] < temporaries[1] < temporaries[0] + 1.5 * logits
+    assert bytes_of(rules.bias) == logits / 8

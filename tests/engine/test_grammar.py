@@ -118,7 +118,7 @@ def say(loaded, tokenizer, llguidance):
         if params.structured_outputs:
             matcher = llguidance.LLMatcher(prepared, grammar_of(*next(iter(params.structured_outputs.items()))))
         fields = {name: getattr(params, name) for name in FIELDS} | {"seed": sample_seed(params.seed, sample)}
-        answer: list[int] = []
+        answer, sampling = [], make_sampling(1, **fields)
         while len(answer) < params.max_new_tokens and EOS not in answer:
             mask = np.ones(vocab, bool)
             if matcher is not None:
@@ -127,7 +127,7 @@ def say(loaded, tokenizer, llguidance):
             tokens = np.zeros((1, MAX_LEN), np.int32)
             tokens[0, : len(prompt) + len(answer)] = prompt + answer
             end = np.asarray([len(prompt) + len(answer)])
-            answer.append(int(step(tokens, end, mask, make_sampling(1, **fields))))
+            answer.append(int(step(tokens, end, mask, sampling)))
             if matcher is not None and answer[-1] != EOS:
                 assert matcher.consume_token(answer[-1])
         return answer

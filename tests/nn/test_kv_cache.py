@@ -181,8 +181,15 @@ def test_without_a_window_a_ring_has_a_slot_for_every_position():
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
-@pytest.mark.parametrize("is_local", [(True, False), (True, True)], ids=["mixed", "all local"])
-@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+@pytest.mark.parametrize(
+    ("stacked", "is_local"),
+    [
+        pytest.param(True, (True, False), id="stacked-mixed"),
+        pytest.param(True, (True, True), id="stacked-all local", marks=pytest.mark.slow),
+        pytest.param(False, (True, False), id="list-mixed", marks=pytest.mark.slow),
+        pytest.param(False, (True, True), id="list-all local"),
+    ],
+)
 def test_within_the_window_a_local_layer_is_seen_as_in_a_cache_of_all_positions(stacked, is_local, int8):
     window, most, dtype = 4, 3, jnp.int8 if int8 else jnp.float32
     sizes = B, K, 60, ring_slots(60, window, most), D, dtype

@@ -522,6 +522,7 @@ def test_a_cache_that_cannot_be_written_is_a_user_error(empty_cache):
 
 @pytest.mark.torch
 @pytest.mark.real
+@pytest.mark.slow  # the tests of GGUF files above have its rows, tests/engine/test_shipped.py this file
 def test_the_default_target_speaks_when_torch_holds_what_is_read():
     """Rows of q and k in a wrong order, or two tensors exchanged, leave little sense in what it predicts."""
     import torch

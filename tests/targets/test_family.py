@@ -58,7 +58,7 @@ def tokens() -> jax.Array:
     return jax.random.randint(jax.random.key(1), (2, T), 0, 40)
 
 
-@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+@pytest.mark.parametrize("stacked", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["stacked", "list"])
 def test_alternating_windows_and_rotary_tables_are_those_of_the_unrolled_slow_version(tokens, stacked):
     stack = toy(4)
     expected = jax.jit(slow_hidden)(stack, tokens)

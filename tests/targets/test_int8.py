@@ -46,16 +46,17 @@ def test_the_fingerprint_says_so(folder):
 
 
 @pytest.mark.torch
+@pytest.mark.slow  # the last test rounds random ones
 def test_experts_are_rounded_one_by_one_and_routers_are_not(tmp_path):
-    torch_family(hf_config("qwen2_moe"), tmp_path)
+    torch_family(hf_config("qwen2_moe") | {"num_hidden_layers": 2}, tmp_path)
     exact, rounded = (load_target(str(tmp_path), dtype, stacked=True).model for dtype in (jnp.float32, jnp.int8))
-    one, other = exact.layer(2).mlp, rounded.layer(2).mlp
+    one, other = exact.layer(1).mlp, rounded.layer(1).mlp
     np.testing.assert_array_equal(other.router.matrix, one.router.matrix)
     np.testing.assert_array_equal(other.shared_gate.matrix, one.shared_gate.matrix)
     values, scale = to_int8(np.asarray(one.experts.down.matrix))
     np.testing.assert_array_equal(other.experts.down.weight[...], values)
     np.testing.assert_array_equal(other.experts.down.scale[...], scale)
-    by_rows = load_target(str(tmp_path), jnp.int8, stacked=False).model.layer(2).mlp
+    by_rows = load_target(str(tmp_path), jnp.int8, stacked=False).model.layer(1).mlp
     assert by_rows.experts.down.by_rows
     np.testing.assert_array_equal(by_rows.experts.down.matrix, other.experts.down.matrix)
     x = jax.random.normal(jax.random.key(0), (1, 5, one.router.weight.shape[0]))

@@ -90,7 +90,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("ids", "deepkd", "within", "rank", "k"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    ("ids", "deepkd", "within", "rank", "k"),
+    [pytest.param(*c, id=name, marks=[pytest.mark.slow] * (name == "full vocabulary")) for name, c in CASES.items()],
+)
 def test_the_three_losses_and_gradients_are_the_papers_with_all_logits(ids, deepkd, within, rank, k) -> None:
     hidden, target_hidden, head = normal(0, N, B, T, H), normal(1, B, T, H), normal(2, V, H)
     own = None if rank is None else normal(3, len(ids), rank)
@@ -396,8 +399,8 @@ KINDS = [("fasteagle", {}), ("fasteagle", {"edges": 4}), ("eagle3", {})]
 @pytest.mark.parametrize(
     ("kind", "changes", "stacked"),
     [
-        pytest.param("fasteagle", {}, True, id="stack", marks=pytest.mark.slow),
-        pytest.param("fasteagle", {"edges": 4}, False, id="list with edges"),
+        pytest.param("fasteagle", {}, True, id="stack"),
+        pytest.param("fasteagle", {"edges": 4}, False, id="list with edges", marks=pytest.mark.slow),
         pytest.param("eagle3", {}, False, id="eagle3", marks=pytest.mark.slow),
     ],
 )
@@ -431,6 +434,7 @@ def test_a_step_has_the_gradients_of_three_losses_by_themselves(kind: str, chang
     assert (result.metrics.left_out > 0).all() and (result.metrics.left_out < result.metrics.count).all()
 
 
+@pytest.mark.slow  # of the losses and of the optimiser by themselves in the tests above
 def test_equal_momenta_without_a_mask_and_task_are_plain_training() -> None:
     """With the whole vocabulary, where no label is outside."""
     target = tiny_target(num_layers=2)
@@ -446,7 +450,8 @@ def test_equal_momenta_without_a_mask_and_task_are_plain_training() -> None:
     assert results[-1].metrics.left_out.tolist() == [0] * LEVELS
 
 
-@pytest.mark.parametrize(("num_parts", "kind"), [(2, "fasteagle"), pytest.param(4, "eagle3", marks=pytest.mark.slow)])
+@pytest.mark.slow  # parts of a batch of plain training: test_step.py
+@pytest.mark.parametrize(("num_parts", "kind"), [(2, "fasteagle"), (4, "eagle3")])
 def test_microbatches_give_the_step_of_the_whole_batch(num_parts: int, kind: str) -> None:
     target = tiny_target(num_layers=2)
     found = []
@@ -459,6 +464,7 @@ def test_microbatches_give_the_step_of_the_whole_batch(num_parts: int, kind: str
     assert (np.asarray(found[0][0].metrics.left_out) > 0).all()
 
 
+@pytest.mark.slow  # as in plain training: test_step.py
 def test_the_loss_falls_and_a_restored_run_goes_on_bitwise(tmp_path: object) -> None:
     """Three buffers, the second moment, the average and the place in the mask's phases."""
     target = tiny_target(num_layers=2)
@@ -481,6 +487,7 @@ def test_the_loss_falls_and_a_restored_run_goes_on_bitwise(tmp_path: object) -> 
     jax.tree.map(np.testing.assert_array_equal, (other, again[-1]), (state, late[-1]))
 
 
+@pytest.mark.slow  # as one of plain training: test_step.py
 def test_a_skipped_update_leaves_the_buffers() -> None:
     target = tiny_target(num_layers=2)
     state, step, constants = new_run(small_drafter(target), DeepKD())
@@ -493,11 +500,8 @@ def test_a_skipped_update_leaves_the_buffers() -> None:
     np.testing.assert_array_equal(result.parts.signal_to_noise, before.optimizer.signal_to_noise)
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [pytest.param(*kind, marks=[pytest.mark.slow] * ("edges" not in kind[1])) for kind in KINDS],
-    ids=["fasteagle", "edges", "eagle3"],
-)
+@pytest.mark.slow  # tests/commands/test_meshes.py has plain training on meshes
+@pytest.mark.parametrize(("kind", "changes"), KINDS, ids=["fasteagle", "edges", "eagle3"])
 def test_steps_on_a_mesh_are_those_on_one_device(kind: str, changes: dict) -> None:
     """Rows over data and fsdp, the vocabulary over tensor: the mask's counts, and the parts' sums, are exchanged."""
     target = tiny_target(num_layers=2)

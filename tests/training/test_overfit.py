@@ -34,7 +34,8 @@ CHANGES = (
 PROMPT, ANSWER = 6, 25
 
 
-@pytest.mark.parametrize(("num", "steps"), [(8, 120), pytest.param(32, 300, marks=pytest.mark.slow)])
+@pytest.mark.slow  # in short, tests/decoding/test_speculative.py: training makes rounds fewer
+@pytest.mark.parametrize(("num", "steps"), [(8, 120), (32, 300)])
 def test_conversations_are_learnt_by_heart_by_every_level_and_then_drafted_almost_whole(num: int, steps: int) -> None:
     # Two fit into a row: all conversations in every batch.
     config = apply_changes(load_config(str(CONFIG)), (*CHANGES, f"batch_size={num // 2}", f"steps={steps}"))

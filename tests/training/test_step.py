@@ -136,7 +136,7 @@ def test_fields_that_a_drafter_does_not_have_are_named() -> None:
 
 def test_training_never_consumes_the_target() -> None:
     """The step donates its state: a buffer that a drafter shares with the target would be gone after it."""
-    target = tiny_target(stacked=False)
+    target = tiny_target(num_layers=2, stacked=False)
     before = jax.tree.map(np.asarray, target)
     state, step, _, _ = new_run(
         init_drafter(default_config(target.config, num_levels=LEVELS), target, jax.random.key(0))
@@ -145,11 +145,14 @@ def test_training_never_consumes_the_target() -> None:
     jax.tree.map(np.testing.assert_array_equal, target, before)
 
 
-@pytest.mark.parametrize("changes", [{"correction": 8}, CHEAP], ids=["correction", "shared"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({"correction": 8}, marks=pytest.mark.slow), CHEAP], ids=["correction", "shared"]
+)
 def test_stacked_and_listed_models_have_the_same_loss_and_gradient(changes: dict) -> None:
-    target = tiny_target()
+    target = tiny_target(num_layers=3)
     config = default_config(target.config, num_levels=3, reinject=True, draft_vocab_size=30, **changes)
-    drafter = init_drafter(config, target, jax.random.key(0), token_ids=jnp.arange(5, 35))
+    start = jax.jit(lambda target: init_drafter(config, target, jax.random.key(0), token_ids=jnp.arange(5, 35)))
+    drafter = start(target)
     # Not at zero, where other parts have no gradient.
     if "edges" in changes:
         drafter.edges.table[...] += 0.1 * jax.random.normal(jax.random.key(2), (30, 4))
@@ -178,9 +181,9 @@ def test_stacked_and_listed_models_have_the_same_loss_and_gradient(changes: dict
 
 def test_levels_that_read_the_target_alone_are_computed_where_the_loss_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a share of 1 that is every position, in whichever order: the same loss and gradient, to float32 rounding."""
-    target = tiny_target()
-    changes = CHEAP | dict(edges_reach=2, edges_gated=True, reinject=True, num_levels=3)
-    drafter = init_drafter(default_config(target.config, **changes), target, jax.random.key(0))
+    target = tiny_target(num_layers=3)
+    config = default_config(target.config, **CHEAP | dict(edges_reach=2, edges_gated=True, reinject=True, num_levels=3))
+    drafter = jax.jit(lambda target: init_drafter(config, target, jax.random.key(0)))(target)
     drafter.edges.table[...] += 0.1 * jax.random.normal(jax.random.key(2), drafter.edges.table.shape)
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)
     read: list[int] = []
@@ -216,7 +219,7 @@ def test_levels_that_read_the_target_alone_are_computed_where_the_loss_looks(mon
 )
 def test_a_curriculum_starts_at_the_guesses_that_do_not_know_the_token_before(changes: dict) -> None:
     """Neither a correction nor edge scores have a gradient then, and all the rest of the cascade has."""
-    target = tiny_target(stacked=False)
+    target = tiny_target(num_layers=3, stacked=False)
     drafter = small_drafter(target, **changes)
     part = drafter.edges.table if "edges" in changes else drafter.correction.to_state.weight
     part[...] += 0.1  # not at zero, where its other parts have no gradient
@@ -255,7 +258,7 @@ def test_the_rate_warms_up_stays_and_falls() -> None:
 
 
 def test_the_loss_falls_and_a_restored_state_goes_on_bitwise(tmp_path: object) -> None:
-    target = tiny_target(stacked=False)
+    target = tiny_target(num_layers=2, stacked=False)
     drafter = small_drafter(target)
     state, step, _, constants = new_run(drafter)
     state, early = run_steps(state, step, target, 4)
@@ -265,7 +268,7 @@ def test_the_loss_falls_and_a_restored_state_goes_on_bitwise(tmp_path: object) -
     state, late = run_steps(state, step, target, 40)
     assert np.mean(late[-4:]) < 0.9 * np.mean(early)
 
-    other, step, _, constants = new_run(init_drafter(drafter.config, target, jax.random.key(7)))
+    other, step, _, constants = new_run(jax.jit(lambda: init_drafter(drafter.config, target, jax.random.key(7)))())
     with Checkpoints(f"{tmp_path}/checkpoints", keep=1) as checkpoints:
         assert checkpoints.latest_step() == 4
         other, constants = checkpoints.restore(4, (other, constants))
@@ -312,6 +315,7 @@ def test_runs_of_equal_settings_compile_one_step_whatever_their_data(compilation
     assert results[0][1] >= 1 and results[1][1] == 0
 
 
+@pytest.mark.slow  # its weights at every step: test_losses.py
 def test_a_schedule_of_the_loss_is_a_function_of_the_step_in_one_program(compilations: list[str]) -> None:
     """Three of four steps are of cross entropy, and the last of total variation; a state between them goes on so."""
     target, batch = tiny_target(num_layers=2, stacked=False), packed_batch()
@@ -402,6 +406,7 @@ def test_a_batch_without_a_finite_loss_changes_nothing_but_the_step(ema: float) 
     assert result.applied and np.isfinite(result.loss)
 
 
+@pytest.mark.slow  # as a loss that is not finite, above
 def test_a_loss_above_the_limit_changes_nothing_either() -> None:
     target = tiny_target(num_layers=2)
     state, step, _, _ = new_run(small_drafter(target))
