@@ -57,7 +57,7 @@ class FastEagle:
         g = self._matmul("fc", features)
         fused = self._matmul("fuse", torch.cat([g, embedding[next_tokens]], dim=-1))
         h, result = fused, []
-        rows = head[self.token_ids]
+        rows = self.weights.get("head.weight", head[self.token_ids])  # a head of its own, whose logits no map changes
         for i in range(c["num_levels"]):
             level = f"levels.{i}"
             layer = "shared" if c.get("levels") == "shared" else level

@@ -57,7 +57,7 @@ from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, run_layers, stack,
 EMBEDDING_SHARE = 0.1  # initial size of the embedding relative to the stream, since copied layers never read one there
 
 _LEVEL = DECODER_LAYER_NAMES | {"norm": "norm", "reinject": "reinject"}  # name in the file: place in a Level
-CONTEXTS, LEVELS = ("own", "target"), ("own", "shared")
+CONTEXTS, LEVELS, HEADS = ("own", "target"), ("own", "shared"), ("target", "own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,7 @@ class FastEagleConfig(DrafterConfig):
     edges: int | None = None  # rank of the EdgeScores; None for none
     edges_reach: int = 1  # tokens before a guess that they read
     edges_gated: bool = False  # they read silu of the tokens and the state
+    head: str = "target"  # of HEADS: the target's rows, frozen, or a head that starts as these and is trained
     # Of the attention, with context "target" as that layer's is (see transformer.LayerConfig, LayerKind).
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -87,11 +88,13 @@ class FastEagleConfig(DrafterConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UserError(f"drafter {name} is {value!r}: give a number of {unit}, or None for none")
-        for name, known in (("context", CONTEXTS), ("levels", LEVELS)):
+        for name, known in (("context", CONTEXTS), ("levels", LEVELS), ("head", HEADS)):
             if getattr(self, name) not in known:
                 raise UserError(f"drafter {name} is {getattr(self, name)!r}: use {' or '.join(known)}")
         if not isinstance(self.edges_reach, int) or not 1 <= self.edges_reach <= self.num_levels:
             raise UserError(f"drafter edges_reach is {self.edges_reach!r}: give 1 to num_levels {self.num_levels}")
+        if self.correction and self.head == "own":
+            raise UserError("a drafter with a correction reads its guesses by the target's head: leave head own out")
         if self.correction and self.edges:
             raise UserError("a drafter has a correction or edges, not both: set one of them to None")
         if (self.context_layer is None) == (self.context == "target"):
@@ -139,8 +142,9 @@ class FastEagleConfig(DrafterConfig):
 
     @property
     def head_flops(self) -> tuple[int, int]:
-        """Those of DrafterConfig, and the trained table of edges."""
+        """Those of DrafterConfig, two more products backward of a head of its own, and the trained table of edges."""
         forward, backward = super().head_flops
+        backward += 2 * self.hidden_size * self.draft_vocab_size * (self.head == "own")
         edges = 2 * (self.edges or 0) * self.draft_vocab_size
         return forward + edges, backward + 2 * edges
 
@@ -229,6 +233,8 @@ class FastEagle(DrafterModule):
         self.correction = Correction(c, jax.random.fold_in(key, 1), dtype) if c.correction else None
         sizes = c.hidden_size, c.edges, c.edges_reach, c.edges_gated, c.draft_vocab_size, c.rms_norm_eps
         self.edges = EdgeScores(*sizes, jax.random.fold_in(key, 2), dtype) if c.edges else None
+        head = jnp.zeros((c.draft_vocab_size, c.hidden_size), dtype)  # until `start_from`
+        self.head = nnx.Param(head, axes=("vocab", "embed")) if c.head == "own" else None
         self.shared = Layer(c, jax.random.fold_in(key, 3), dtype) if c.levels == "shared" else None
         levels = jax.vmap(lambda k: Level(c, k, dtype))(jax.random.split(key_levels, c.num_levels))
         self.levels: Any = levels if self.scans else nnx.List(unstack(levels, c.num_levels))
@@ -246,7 +252,7 @@ class FastEagle(DrafterModule):
     def start_from(
         self, target: Any, feature_rms: jax.Array, *, layers: bool, neurons: jax.Array | None = None
     ) -> None:
-        """Initialises its norms from the target's final one and, with `layers`, each layer from one of the target's.
+        """Initialises norms and a head from the target's and, with `layers`, each layer from one of the target's.
 
         That is the last one, or the one whose keys and values it reads. The head reads every level's output, as it
         reads that of the target's last layer. With `layers` the input is the highest feature, of root mean square
@@ -259,6 +265,9 @@ class FastEagle(DrafterModule):
         levels = [self.levels] if self.scans else list(self.levels)
         for level in levels:
             level.norm.weight[...] = jnp.broadcast_to(target.norm.gain, level.norm.weight.shape)
+        if self.head is not None:
+            rows = target.head_rows() if self.token_ids is None else target.head_rows()[self.token_ids[...]]
+            self.head[...] = rows.astype(jnp.float32) * target.logit_map.scale
         if not layers:
             return
         source = target.layer(copied)
@@ -274,15 +283,20 @@ class FastEagle(DrafterModule):
     def own_head(self) -> jax.Array | None:
         """The table [V, R] of its edge scores, which reads the last R entries of hidden states; else None.
 
-        The head itself is the target's, frozen.
+        A head of its own comes before it, [V, H + R]; else the head itself is the target's, frozen.
         """
-        return None if self.edges is None else self.edges.table[...]
+        own = [] if self.head is None else [self.head[...]]
+        own += [] if self.edges is None else [self.edges.table[...]]
+        return jnp.concatenate(own, axis=-1) if own else None
 
     def vocab_weights(self, target: Any) -> VocabWeights:
-        """The target's embedding, its head's rows for the draft vocabulary, and with edges that vocabulary's shares."""
-        head, embedding = target.head_rows(), target.embedding[...]
-        ids = None if self.token_ids is None else self.token_ids[...]
-        vocab = VocabWeights(embedding, head if ids is None else head[ids], ids, target.logit_map)
+        """The target's embedding, the head of the draft vocabulary, and with edges that vocabulary's shares."""
+        embedding, ids = target.embedding[...], None if self.token_ids is None else self.token_ids[...]
+        if self.head is None:
+            head = target.head_rows()
+            vocab = VocabWeights(embedding, head if ids is None else head[ids], ids, target.logit_map)
+        else:
+            vocab = VocabWeights(embedding, self.head[...], ids)
         if self.edges is None:
             return vocab
         # A row on every device: a draft that looked tokens up in the embedding would exchange them level by level.
@@ -590,6 +604,8 @@ class FastEagle(DrafterModule):
         if self.edges is not None:
             gate = ("edges.gate",) if self.config.edges_gated else ()
             names |= {name: name for name in ("edges.of_state", "edges.of_token", "edges.table", *gate)}
+        if self.head is not None:
+            names["head"] = "head"
         if self.shared is not None:
             shared = {name: place for name, place in DECODER_LAYER_NAMES.items() if "." in place}
             names |= {f"shared.{name}": f"shared.{place}" for name, place in shared.items()}

@@ -235,7 +235,8 @@ def level_loss(
       config: the terms.
       own_head: [V, R] of a drafter that has one, which gets a gradient: it reads the last R entries of hidden states,
         and its products are added to those that the frozen head's rows give with the H entries before, if there are any
-        (R = H for EAGLE-3, which has no others). None for a drafter that uses the frozen head's rows alone.
+        (R = H for EAGLE-3, which has no others; of more, the columns after H are edges'). None for a drafter that uses
+        the frozen head's rows alone.
       level_share: float32 [N], factors of the levels' losses, as a microbatch has them; None for 1.
       logit_map: the target's, from the products with `head` to logits; a head of the drafter's own has none.
       num_kept: int32 [], DeepKD's K; None for no mask.
@@ -503,6 +504,10 @@ def _scan(
                 without_edges = logit_map(head_logits(hidden_BCH[..., hidden_size:], draft_head))
         else:
             width = hidden_BCH.shape[-1] - own_head.shape[-1]
+            if not width and own_head.shape[-1] > hidden_size:  # a head, and a table of edges
+                without_edges = head_logits(hidden_BCH[..., :hidden_size], drafter_head[:, :hidden_size], trains_head)
+                edges = head_logits(hidden_BCH[..., hidden_size:], drafter_head[:, hidden_size:], trains_head)
+                return constrain(without_edges + edges, "batch", None, "vocab"), without_edges
             logits = head_logits(hidden_BCH[..., width:], drafter_head, trains_head)
             if width:
                 without_edges = logit_map(head_logits(hidden_BCH[..., :width], draft_head))

@@ -69,7 +69,10 @@ FORMS = {  # changes of the configuration, stacked
     "reduced vocabulary and correction, list": (dict(draft_vocab_size=len(IDS), correction=8), False),
     "shared, side by side, stacked": (dict(levels="shared", side_by_side=True, reinject=True), True),
     "edges, stacked": (dict(edges=4, edges_reach=2, edges_gated=True), True),
-    "reduced vocabulary, shared, edges, list": (dict(draft_vocab_size=len(IDS), levels="shared", edges=4), False),
+    "reduced vocabulary, shared, edges, list": (
+        dict(draft_vocab_size=len(IDS), levels="shared", edges=4, head="own"),
+        False,
+    ),
     "a window, stacked": (dict(window=3), True),
     "a window of one, list": (dict(window=1), False),
 }
@@ -184,7 +187,7 @@ SWITCHES = {
     "correction": {"correction": 8},
     "shared": {"levels": "shared", "side_by_side": True},
     "edges": {"edges": 4, "edges_reach": 3},
-    "gated edges": {"edges": 4, "edges_reach": 3, "edges_gated": True},
+    "gated edges": {"edges": 4, "edges_reach": 3, "edges_gated": True, "head": "own"},
 }
 
 

@@ -34,6 +34,7 @@ VARIANTS = {
         "edges": 6,
         "edges_reach": 2,
         "edges_gated": True,
+        "head": "own",
         "draft_vocab_size": len(IDS),
         "sinks": True,
     },
@@ -95,7 +96,8 @@ def test_the_reader_in_torch_gives_our_logits(tmp_path, name, storage):
         size = target.config.hidden_size
         logits = hidden[..., :size] @ vocab.head.T
         if drafter.own_head() is not None:
-            logits += hidden[..., size:] @ drafter.own_head().T
+            of_edges = drafter.own_head()[:, size - hidden.shape[-1] :]
+            logits += hidden[..., size:] @ of_edges.T
         return logits, features, context
 
     logits, features, context = jax.tree.map(np.asarray, ours(drafter))

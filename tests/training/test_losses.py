@@ -130,14 +130,17 @@ def test_a_targets_logit_map_is_in_its_own_logits_and_in_the_drafts(ids):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), found, expected)
 
 
+@pytest.mark.parametrize("has_head", [False, True], ids=["frozen head", "its own"])
 @pytest.mark.parametrize(
     "ids", [pytest.param(None, marks=pytest.mark.slow), np.array([0, 3, 4, 9, 17])], ids=["full", "reduced"]
 )
-def test_a_table_of_edge_scores_is_added_to_the_frozen_heads_logits_and_trained(ids):
+def test_a_table_of_edge_scores_is_added_to_the_heads_logits_and_trained(ids, has_head):
     """It reads the last entries of hidden states; the guesses without it may have a loss of their own."""
     hidden, target_hidden, head = inputs()
     width, tokens = 3, jnp.arange(V) if ids is None else jnp.asarray(ids)
     edges, table = normal(5, N, B, T, width), normal(6, len(tokens), width)
+    if has_head:
+        table = jnp.concatenate([normal(7, len(tokens), H), table], axis=-1)
     picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
     config, places = LossConfig(without_edges=0.3, chunk=5), (jnp.asarray(POSITIONS), picked, real)
 
@@ -150,8 +153,8 @@ def test_a_table_of_edge_scores_is_added_to_the_frozen_heads_logits_and_trained(
             b, s = np.array([pair for pair in pairs_that_count() if POSITIONS[pair] >= i]).T
             h = both[i - 1][b, s - i]
             p = jax.nn.softmax(target_hidden[b, s] @ head.T)[:, tokens]
-            without = h[:, :H] @ head[tokens].T
-            terms = -(p * jax.nn.log_softmax(without + h[:, H:] @ table.T)).sum(axis=1)
+            without = h[:, :H] @ (table[:, :H] if has_head else head[tokens]).T
+            terms = -(p * jax.nn.log_softmax(without + h[:, H:] @ table[:, -width:].T)).sum(axis=1)
             terms += 0.3 * -(p * jax.nn.log_softmax(without)).sum(axis=1)
             total += config.level_decay ** (i - 1) * terms.mean()
         return total / sum(config.level_decay**i for i in range(N))
