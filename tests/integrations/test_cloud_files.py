@@ -47,7 +47,7 @@ def test_the_jobs_script_succeeds_if_the_drafter_is_there_alone(outcome, tmp_pat
     """SIGTERM on the way reaches the run, whose exit code 0 then does not end the job."""
     jobs = yaml.safe_load((EXAMPLES / "train_jobset.yaml").read_text())
     script = jobs["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["args"][0]
-    run = {"finished": f"mkdir {tmp_path}/drafter", "stopped": "sleep 60 & wait", "failed": "exit 3"}[outcome]
+    run = {"finished": f"mkdir {tmp_path}/drafter", "stopped": "sleep 60 >&- 2>&- & wait", "failed": "exit 3"}[outcome]
     stop = "kill -TERM $PPID; " if outcome == "stopped" else ""
     (tmp_path / "fasteagle").write_text(f"#!/bin/bash\ntrap 'echo saved; exit 0' TERM\n{stop}{run}\n")
     (tmp_path / "fasteagle").chmod(0o755)
