@@ -233,7 +233,8 @@ class FastEagle(DrafterModule):
         self.correction = Correction(c, jax.random.fold_in(key, 1), dtype) if c.correction else None
         sizes = c.hidden_size, c.edges, c.edges_reach, c.edges_gated, c.draft_vocab_size, c.rms_norm_eps
         self.edges = EdgeScores(*sizes, jax.random.fold_in(key, 2), dtype) if c.edges else None
-        head = jnp.zeros((c.draft_vocab_size, c.hidden_size), dtype)  # until `start_from`
+        head = jax.random.normal(jax.random.fold_in(key, 4), (c.draft_vocab_size, c.hidden_size), dtype)
+        head *= c.hidden_size**-0.5
         self.head = nnx.Param(head, axes=("vocab", "embed")) if c.head == "own" else None
         self.shared = Layer(c, jax.random.fold_in(key, 3), dtype) if c.levels == "shared" else None
         levels = jax.vmap(lambda k: Level(c, k, dtype))(jax.random.split(key_levels, c.num_levels))

@@ -120,8 +120,8 @@ def chains(drafter, vocab, tokens, features, **how):
         )
         h = drafter.head_input(level, h, e)
         logits = head_logits(h[..., : vocab.head.shape[1]], vocab.head)
-        if (table := drafter.own_head()) is not None:
-            logits += h[..., vocab.head.shape[1] :] @ table.T
+        if drafter.edges is not None:
+            logits += h[..., vocab.head.shape[1] :] @ drafter.edges.table[...].T
         best = jnp.argmax(logits, axis=-1)
         guesses.append(best if vocab.token_ids is None else vocab.token_ids[best])
     return jnp.stack(guesses)

@@ -95,9 +95,8 @@ def test_the_reader_in_torch_gives_our_logits(tmp_path, name, storage):
         hidden = jnp.stack(list(hidden))[:, 0]
         size = target.config.hidden_size
         logits = hidden[..., :size] @ vocab.head.T
-        if drafter.own_head() is not None:
-            of_edges = drafter.own_head()[:, size - hidden.shape[-1] :]
-            logits += hidden[..., size:] @ of_edges.T
+        if drafter.edges is not None:
+            logits += hidden[..., size:] @ drafter.edges.table[...].T
         return logits, features, context
 
     logits, features, context = jax.tree.map(np.asarray, ours(drafter))
