@@ -41,7 +41,7 @@ SIZES = dict(max_new=MAX_NEW, chunk=CHUNK)
 CONTEXT = dict(context="target", levels="shared", side_by_side=True, reinject=True)
 DRAFTERS: dict[str, tuple[str, dict[str, Any], str]] = {  # name: kind, changes of its configuration, tree
     "own cache": ("fasteagle", {}, "best_first:12"),
-    "target's cache": ("fasteagle", CONTEXT | {"edges": 4}, "backbone:4"),
+    "target's cache": ("fasteagle", CONTEXT | {"edges": 4, "head": "own"}, "backbone:4"),
     "eagle3": ("eagle3", {}, "best_first:8"),
     "told the answer": ("simulated", {}, "chain"),
     "and a lookup": ("simulated", {}, "best_first:8+lookup:4"),

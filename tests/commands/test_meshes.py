@@ -123,7 +123,7 @@ def test_a_cascade_that_shares_its_layer_and_reads_the_targets_cache_trains_on_a
     target_folder, data_file, tmp_path
 ):
     more = ["steps=8", "drafter.correction=None", "drafter.edges=8", "drafter.levels=shared", "drafter.context=target"]
-    more += ["drafter.side_by_side=True"]
+    more += ["drafter.side_by_side=True", "drafter.head=own"]
     words = ["--config", CONFIG, "--output", tmp_path / "features", "--store", "float32"]
     assert prepare_features.main([*map(str, words), *changes(target_folder, data_file, "", *more)]) == 0
     stored = f"features={tmp_path / 'features'}"

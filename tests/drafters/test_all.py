@@ -35,7 +35,9 @@ from tests.tiny_folder import make_target
 
 N, MAX_NEW, CHUNK = 2, 16, 16
 TREES = ["chain", "backbone:3", "best_first:8", "best_first:8+lookup:4"]
-CHEAP = dict(context="target", levels="shared", side_by_side=True, reinject=True, edges=4, draft_vocab_size=100)
+CHEAP = dict(
+    context="target", levels="shared", side_by_side=True, reinject=True, edges=4, head="own", draft_vocab_size=100
+)
 # A kind of drafter by its name, and the changes of its configuration.
 KINDS = {**{kind: (kind, {}) for kind in (*table.CLASSES, "linear_heads")}, "cheap": ("fasteagle", CHEAP)}
 

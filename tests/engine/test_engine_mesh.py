@@ -51,7 +51,7 @@ def drafters(tmp_path_factory, target) -> dict[str, Path]:
     """Random, with a draft vocabulary, and a window that answers outgrow or the target's own cache."""
     folder = tmp_path_factory.mktemp("models")
     kinds: dict[str, dict[str, Any]] = {kind: dict(kind=kind, window=16) for kind in ("fasteagle", "eagle3")}
-    kinds["cheap"] = dict(context="target", levels="shared", side_by_side=True, edges=8)
+    kinds["cheap"] = dict(context="target", levels="shared", side_by_side=True, edges=8, head="own")
     return {
         name: make_drafter(folder / name, target, draft_vocab_size=128, **changes) for name, changes in kinds.items()
     }
