@@ -164,6 +164,11 @@ class DrafterModule(nnx.Module):
         loss looks at."""
         return False
 
+    def rows_of(self, target: Any) -> jax.Array:
+        """The rows [V, H] of the target's head for the draft vocabulary."""
+        rows: jax.Array = target.head_rows()
+        return rows if self.token_ids is None else rows[self.token_ids[...]]
+
     def fused(self, features: jax.Array) -> jax.Array:
         """g [B, T, H] of the target's features [B, T, F*H]."""
         scaled = features.astype(jnp.float32) * self.feature_scale[...]
@@ -298,6 +303,12 @@ def say_left(left: Sequence[str], layer: int, source: Any, own: Any) -> None:
         lacking.append(f"its activation {source.mlp.activation}")
     if lacking:
         log.warning("the drafter starts from the target's layer %d, without %s", layer, ", ".join(lacking))
+
+
+def random_head(config: DrafterConfig, key: jax.Array, dtype: Any) -> nnx.Param[jax.Array]:
+    """A head [V, H] of a drafter's own."""
+    rows = jax.random.normal(key, (config.draft_vocab_size, config.hidden_size), dtype) * config.hidden_size**-0.5
+    return nnx.Param(rows, axes=("vocab", "embed"))
 
 
 def draft_ids(vocab: VocabWeights) -> jax.Array:

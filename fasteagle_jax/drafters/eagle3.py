@@ -31,6 +31,7 @@ from fasteagle_jax.drafters.base import (
     layer_config,
     newest,
     pending,
+    random_head,
     rank,
     say_left,
 )
@@ -107,8 +108,7 @@ class Eagle3(DrafterModule):
         sizes = (hidden, c.num_heads, c.num_kv_heads, c.head_dim)
         self.attention = Attention(*sizes, keys, dtype, num_in=2 * hidden, norm=norm)
         self.mlp = Mlp(hidden, c.intermediate_size, keys, dtype)
-        head = jax.random.normal(next(keys), (c.draft_vocab_size, hidden), dtype) * hidden**-0.5
-        self.head = nnx.Param(head, axes=("vocab", "embed"))
+        self.head = random_head(c, next(keys), dtype)
 
     def start_from(
         self, target: Any, feature_rms: jax.Array, *, layers: bool, neurons: jax.Array | None = None
@@ -120,8 +120,7 @@ class Eagle3(DrafterModule):
         of the target's. Warns of parts that are not copied.
         """
         hidden = self.config.hidden_size
-        rows = target.head_rows()
-        self.head[...] = (rows if self.token_ids is None else rows[self.token_ids[...]]).astype(jnp.float32)
+        self.head[...] = self.rows_of(target).astype(jnp.float32)
         self.norm.weight[...] = target.norm.gain
         if not layers:
             return

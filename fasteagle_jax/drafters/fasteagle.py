@@ -38,6 +38,7 @@ from fasteagle_jax.drafters.base import (
     draft_ids,
     newest,
     pending,
+    random_head,
     rank,
     say_left,
 )
@@ -233,9 +234,7 @@ class FastEagle(DrafterModule):
         self.correction = Correction(c, jax.random.fold_in(key, 1), dtype) if c.correction else None
         sizes = c.hidden_size, c.edges, c.edges_reach, c.edges_gated, c.draft_vocab_size, c.rms_norm_eps
         self.edges = EdgeScores(*sizes, jax.random.fold_in(key, 2), dtype) if c.edges else None
-        head = jax.random.normal(jax.random.fold_in(key, 4), (c.draft_vocab_size, c.hidden_size), dtype)
-        head *= c.hidden_size**-0.5
-        self.head = nnx.Param(head, axes=("vocab", "embed")) if c.head == "own" else None
+        self.head = random_head(c, jax.random.fold_in(key, 4), dtype) if c.head == "own" else None
         self.shared = Layer(c, jax.random.fold_in(key, 3), dtype) if c.levels == "shared" else None
         levels = jax.vmap(lambda k: Level(c, k, dtype))(jax.random.split(key_levels, c.num_levels))
         self.levels: Any = levels if self.scans else nnx.List(unstack(levels, c.num_levels))
@@ -267,8 +266,7 @@ class FastEagle(DrafterModule):
         for level in levels:
             level.norm.weight[...] = jnp.broadcast_to(target.norm.gain, level.norm.weight.shape)
         if self.head is not None:
-            rows = target.head_rows() if self.token_ids is None else target.head_rows()[self.token_ids[...]]
-            self.head[...] = rows.astype(jnp.float32) * target.logit_map.scale
+            self.head[...] = self.rows_of(target).astype(jnp.float32) * target.logit_map.scale
         if not layers:
             return
         source = target.layer(copied)
@@ -294,8 +292,7 @@ class FastEagle(DrafterModule):
         """The target's embedding, the head of the draft vocabulary, and with edges that vocabulary's shares."""
         embedding, ids = target.embedding[...], None if self.token_ids is None else self.token_ids[...]
         if self.head is None:
-            head = target.head_rows()
-            vocab = VocabWeights(embedding, head if ids is None else head[ids], ids, target.logit_map)
+            vocab = VocabWeights(embedding, self.rows_of(target), ids, target.logit_map)
         else:
             vocab = VocabWeights(embedding, self.head[...], ids)
         if self.edges is None:

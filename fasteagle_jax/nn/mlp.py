@@ -48,11 +48,6 @@ class Mlp(nnx.Module):
         self.up = Linear(hidden_size, intermediate_size, inner, next(keys), dtype, bias=bias)
         self.down = Linear(intermediate_size, hidden_size, outer, next(keys), dtype, bias=bias)
 
-    @property
-    def width(self) -> int:
-        """The number of neurons."""
-        return int(self.down.matrix.shape[-2])
-
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., H] of x [..., H]."""
         return self.down(self.neurons(x))

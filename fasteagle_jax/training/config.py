@@ -65,9 +65,7 @@ class DrafterChoice:
     edges: int | None = None  # rank of scores that a guess gets by the tokens before it; None for none
     edges_reach: int = 1  # how many tokens
     edges_gated: bool = False  # these read silu of the tokens and the state
-    head: str = (
-        "target"  # what guesses are read by: the target's head, or one that starts as that and is trained: "own"
-    )
+    head: str = "target"  # whose head reads guesses: the target's, frozen, or its "own", which starts as that
     window: int | None = None  # positions that a level attends to; None for all
     from_target: bool = False  # start each level, or EAGLE-3's one layer, from the target's last layer
     start: str = ""  # start from the drafter in this folder: its weights, draft vocabulary and first levels

@@ -46,7 +46,6 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, first_line, in_bucket, write_file
 from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.io.text import parse_json
-from fasteagle_jax.nn.mlp import Mlp
 from fasteagle_jax.targets.loading import LoadedTarget, load_target
 from fasteagle_jax.targets.tokenizer import check_ids, encode_chat, load_tokenizer, stop_token_ids
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
@@ -537,19 +536,22 @@ def _new_drafter(
             counted = token_counts(corpus, target.config.vocab_size, assistant_only=True)
         token_ids = draft_vocabulary(counted, sizes.draft_vocab_size)
         _say(quiet, f"vocabulary {len(token_ids)} rows cover {coverage(token_ids, counts):.1%} of the answers")
+    copied = sizes.copied_layer(target.config.num_layers)
+    layer = target.config.layer_at(copied)
+    starts_narrower = layer.experts is None and sizes.intermediate_size < layer.intermediate_size
+    starts_narrower = starts_narrower and choice.from_target and parent is None
     rms = neurons = None
-    first, values = _place(mesh, data, store, 0)
+    if choice.scale_features or starts_narrower:
+        first, values = _place(mesh, data, store, 0)
     if choice.scale_features:
         rms = jax.jit(feature_rms, static_argnums=2)(target, first, sizes.feature_layers, values)
-    copied = sizes.copied_layer(target.config.num_layers)
-    mlp = target.layer(copied).mlp
-    if parent is None and choice.from_target and isinstance(mlp, Mlp) and sizes.intermediate_size < mlp.width:
+    if starts_narrower:
         strongest = jax.jit(strongest_neurons, static_argnums=(2, 3))
         neurons, left_out = strongest(target, first, copied, sizes.intermediate_size)
         _say(
             quiet,
-            f"mlp       starts from {len(neurons)} of {mlp.width} neurons of the target's layer {copied}; the others "
-            f"add {float(left_out):.1%} of its squared output",
+            f"mlp       starts from {len(neurons)} of {layer.intermediate_size} neurons of the target's layer {copied}; "
+            f"the others add {float(left_out):.1%} of its squared output",
         )
 
     def make(target: Any, rms: Any, neurons: Any, parent: Any) -> Any:

@@ -502,12 +502,12 @@ def _scan(
             logits = logit_map(head_logits(hidden_BCH[..., :hidden_size], draft_head))
             if hidden_BCH.shape[-1] > hidden_size:
                 without_edges = logit_map(head_logits(hidden_BCH[..., hidden_size:], draft_head))
+        elif own_head.shape[-1] == hidden_BCH.shape[-1] > hidden_size:  # a head, and a table of edges
+            without_edges = head_logits(hidden_BCH[..., :hidden_size], drafter_head[:, :hidden_size], trains_head)
+            logits = head_logits(hidden_BCH[..., hidden_size:], drafter_head[:, hidden_size:], trains_head)
+            logits = without_edges + logits
         else:
             width = hidden_BCH.shape[-1] - own_head.shape[-1]
-            if not width and own_head.shape[-1] > hidden_size:  # a head, and a table of edges
-                without_edges = head_logits(hidden_BCH[..., :hidden_size], drafter_head[:, :hidden_size], trains_head)
-                edges = head_logits(hidden_BCH[..., hidden_size:], drafter_head[:, hidden_size:], trains_head)
-                return constrain(without_edges + edges, "batch", None, "vocab"), without_edges
             logits = head_logits(hidden_BCH[..., width:], drafter_head, trains_head)
             if width:
                 without_edges = logit_map(head_logits(hidden_BCH[..., :width], draft_head))
