@@ -550,8 +550,8 @@ def _new_drafter(
         neurons, left_out = strongest(target, first, copied, sizes.intermediate_size)
         _say(
             quiet,
-            f"mlp       starts from {len(neurons)} of {layer.intermediate_size} neurons of the target's layer {copied}; "
-            f"the others add {float(left_out):.1%} of its squared output",
+            f"mlp       starts from {len(neurons)} of {layer.intermediate_size} neurons of the target's layer {copied}"
+            f"; the others add {float(left_out):.1%} of its squared output",
         )
 
     def make(target: Any, rms: Any, neurons: Any, parent: Any) -> Any:
