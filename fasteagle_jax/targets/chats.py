@@ -29,7 +29,15 @@ import numpy as np
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.targets.messages import Message
-from fasteagle_jax.targets.templates import PLAIN, ChatOptions, chat_template, marked_chats, marks_answers, render_chats
+from fasteagle_jax.targets.templates import (
+    PLAIN,
+    ChatOptions,
+    chat_template,
+    marked_chats,
+    marks_answers,
+    render_chats,
+    writes_calls,
+)
 from fasteagle_jax.targets.tokenizer import (
     assistant_spans,
     check_answer,
@@ -49,6 +57,7 @@ if TYPE_CHECKING:
 
 _THINKING = re.compile(r"<think>\s*$")  # how a generation prompt ends that opens the answer's thoughts
 _SENTINEL = "fasteaglesentinel"
+_NO_CALLS = UserError("chat template that leaves out an assistant's calls of tools: use one that knows them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +84,11 @@ def encode_rows(
         own = options[numbers[0]]
         for i, chat in zip(numbers, encode_chats(tokenizer, [chats[i] for i in numbers], own), strict=True):
             if isinstance(chat, Chat) and _only_appends(tokenizer, chats[i], own):
-                rows[i] = [chat]
+                rows[i] = [chat] if writes_calls(tokenizer, chats[i], own) else _NO_CALLS
                 continue
             try:
-                rows[i] = _generations(tokenizer, chats[i], own)
+                made = _generations(tokenizer, chats[i], own)
+                rows[i] = made if writes_calls(tokenizer, chats[i], own) else _NO_CALLS
             except UserError as error:
                 rows[i] = chat if isinstance(chat, UserError) else error
     return rows
@@ -133,11 +143,27 @@ def _generation(tokenizer: Tokenizer, messages: Sequence[Message], options: Chat
         text = answered
         check_answer(tokenizer, messages, index, prompt, answered, options)
     else:
-        text = prompt + _thoughts_and_answer(tokenizer, messages, prompt, options)
+        said = _behind_its_question(tokenizer, messages, prompt, answered, options)
+        text = prompt + (said or _thoughts_and_answer(tokenizer, messages, prompt, options))
     ids = tokenizer.encode(text, add_special_tokens=False)
     start = tokens_before(tokenizer, ids, prompt, index)
     end = turn_end(tokenizer, ids, start, len(ids), index)
     return Chat(ids[:end], [(start, end)])
+
+
+def _behind_its_question(
+    tokenizer: Tokenizer, messages: Sequence[Message], prompt: str, answered: str, options: ChatOptions
+) -> str:
+    """What follows the question in `answered` if the prompt ends with the same question and header, else "".
+
+    Mistral's template puts the system message into the last question as long as that is the last message.
+    """
+    closed = [*messages[:-1], {"role": "assistant", "content": _SENTINEL}]
+    before, found, _ = render_chats(tokenizer, [closed], False, options)[0].partition(_SENTINEL)
+    question = str(messages[-2].get("content") or "").strip() if len(messages) > 1 else ""
+    start = before.rfind(question)
+    alike = bool(found and question) and start >= 0 and prompt.endswith(before[start:])
+    return answered[len(before) :] if alike and answered.startswith(before) else ""
 
 
 def _thoughts_and_answer(tokenizer: Tokenizer, messages: Sequence[Message], prompt: str, options: ChatOptions) -> str:

@@ -114,18 +114,14 @@ def render_chats(
 
     The options' own add_generation_prompt is left out of account.
     """
-    arguments = _arguments(tokenizer, options)
-    if not chats:
-        return []
-    texts: Any
-    with template_errors():
-        texts = tokenizer.apply_chat_template(
-            [[dict(message) for message in messages] for messages in chats],
-            **arguments,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=options.continue_final_message and not add_generation_prompt,
-            tokenize=False,
-        )
+    texts: Any = _applied(
+        tokenizer,
+        chats,
+        options,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=options.continue_final_message and not add_generation_prompt,
+        tokenize=False,
+    )
     return [check_text(text, "the conversation") for text in texts]
 
 
@@ -133,17 +129,48 @@ def marked_chats(
     tokenizer: Tokenizer, chats: Sequence[Sequence[Message]], options: ChatOptions = PLAIN
 ) -> tuple[Any, list[list[int]]]:
     """The encoding of conversations, and for each a mask of what {% generation %} marks, a number a token."""
-    encoded: Any
-    arguments = _arguments(tokenizer, options)
-    with template_errors():
-        encoded = tokenizer.apply_chat_template(
-            [[dict(message) for message in messages] for messages in chats],
-            **arguments,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
+    encoded: Any = _applied(
+        tokenizer, chats, options, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
     return encoded, list(encoded["assistant_masks"])
+
+
+def _applied(tokenizer: Tokenizer, chats: Sequence[Sequence[Message]], options: ChatOptions, **how: Any) -> Any:
+    """What apply_chat_template makes of conversations.
+
+    A message of calls or thoughts may have no content. Templates that want a text (Qwen3's) get an empty one, as from
+    vLLM, unless they then leave the calls out (DeepSeek-R1's).
+    """
+    arguments = _arguments(tokenizer, options) | how
+    if not chats:
+        return []
+    plain = [[dict(message) for message in messages] for messages in chats]
+    try:
+        with template_errors():
+            return tokenizer.apply_chat_template(plain, **arguments)
+    except UserError:
+        filled = [[{"content": "", **message} for message in messages] for messages in plain]
+        if filled == plain:
+            raise
+        with contextlib.suppress(UserError), template_errors():  # the first error is the one to tell
+            made = tokenizer.apply_chat_template(filled, **arguments)
+            if all(writes_calls(tokenizer, messages, options) for messages in filled):
+                return made
+        raise
+
+
+def writes_calls(tokenizer: Tokenizer, messages: Sequence[Message], options: ChatOptions = PLAIN) -> bool:
+    """Whether the chat template writes the calls of tools that a conversation has; True if it has none."""
+    if not any(message.get("tool_calls") for message in messages):
+        return True
+    bare = [{"content": "", **message} for message in messages]
+    for message in bare:
+        message.pop("tool_calls", None)
+    try:
+        with_calls, without = (render_chats(tokenizer, [each], False, options) for each in (messages, bare))
+    except UserError:  # of a tool's answer without a call, for one
+        return True
+    return with_calls != without
 
 
 def _arguments(tokenizer: Tokenizer, options: ChatOptions) -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""Chat templates of published families, rebuilt in small: rendered as transformers renders, with the right spans."""
+"""Chat templates of published families, their own or rebuilt in small: rendered as transformers renders, with the right
+spans."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,6 +194,128 @@ def test_every_family_is_rendered_as_transformers_renders_it_and_answers_begin_w
             messages[i]["content"] + ("<|endoftext|>" if family == "gpt-oss" else "<|im_end|>")
         )
         assert (messages[i]["reasoning_content"] in text) == (family in ("gpt-oss", "qwen3"))
+
+
+# --- published templates, whole ---------------------------------------------------------------------------------
+
+PUBLISHED = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
+_SPECIAL = re.compile(r"<[|｜][^|｜<>'\" ]+[|｜]>|\[/?[A-Z_]+\]")
+SUM: dict[str, Any] = {"name": "sum", "arguments": '{"a": [1, 2]}'}
+ADDS: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "sum",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"}}}},
+    },
+}
+CALLED = [
+    {"role": "user", "content": "What is 1 + 2?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "abcdefghi", "type": "function", "function": SUM}]},
+    {"role": "tool", "content": "3", "tool_call_id": "abcdefghi"},
+    {"role": "assistant", "content": "3."},
+]
+# The ends of the prompts and of the answers to SAID[0] and SAID[2], and whether the answers have their thoughts.
+ENDS = {
+    "qwen3": ("<|im_start|>assistant\n", "<|im_end|>", True),
+    "mistral_nemo": ("[/INST]", "<|im_end|>", False),  # the tiny tokenizer's eos_token
+    "deepseek_r1_distill": ("<｜Assistant｜><think>\n", "<｜end▁of▁sentence｜>", True),
+    "gpt_oss": ("<|start|>assistant", "<|return|>", True),
+    "smollm3": ("<|im_start|>assistant\n", "<|im_end|>", False),
+}
+
+
+def published(load, name: str):
+    """The tiny tokenizer with a published template, whose own tokens are special."""
+    tokenizer = load(PUBLISHED[name])
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(_SPECIAL.findall(PUBLISHED[name])))})
+    templates.fix_date(tokenizer, "2025-01-02")
+    return tokenizer
+
+
+def for_transformers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as transformers' documentation asks for them: arguments as objects, no content that is null."""
+    changed = json.loads(json.dumps(messages))
+    for message in changed:
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+            message["content"] = ""
+    return changed
+
+
+@pytest.mark.parametrize("said", ["said", "system", "calls"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates_are_rendered_as_transformers_renders_them(load, name, said):
+    tokenizer = published(load, name)
+    messages = {"said": SAID, "system": [{"role": "system", "content": "Be brief."}, *SAID], "calls": CALLED}[said]
+    if (name, said) == ("deepseek_r1_distill", "calls"):  # with "" it would leave the call out, with null refuse it
+        with pytest.raises(UserError, match="refuses this conversation: .*no attribute 'content'"):
+            tok.encode_chat(tokenizer, plain_messages(messages, "x"), options=ChatOptions(tools=[ADDS]))
+        return
+    variables: list[dict[str, Any]] = [{}]
+    if name in ("qwen3", "smollm3"):
+        variables = [{"enable_thinking": thinking} for thinking in (True, False)]
+    for tools in (None, [ADDS]):
+        for given in variables:
+            for num in range(1 + (said == "system"), len(messages) + 1):
+                for opens in (True, False):
+                    expected = tokenizer.apply_chat_template(
+                        for_transformers(messages[:num]),
+                        tools=tools,
+                        add_generation_prompt=opens,
+                        return_dict=False,
+                        **given,
+                    )
+                    options = ChatOptions(tools=tools, chat_template_kwargs=given)
+                    assert tok.encode_chat(tokenizer, plain_messages(messages[:num], "x"), opens, options) == expected
+
+
+@pytest.mark.parametrize("tools", [None, [ADDS]], ids=["plain", "tools"])
+@pytest.mark.parametrize("system", [False, True], ids=["no system", "system"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates_give_each_answer_behind_its_prompt(load, name, system, tools):
+    """Mistral's were refused with a system message, which the template writes into the last question alone."""
+    tokenizer = published(load, name)
+    messages = [{"role": "system", "content": "Be brief."}, *SAID] if system else SAID
+    plain, options = plain_messages(messages, "x"), ChatOptions(tools=tools)
+    (rows,) = encode_rows(tokenizer, [plain], [options])
+    assert not isinstance(rows, UserError), rows
+    answers = [(row, span) for row in rows for span in row.spans]
+    opens, ends, has_thoughts = ENDS[name]
+    for (row, (start, end)), i in zip(answers, (1 + system, 3 + system), strict=True):
+        assert row.ids[:start] == tok.encode_chat(tokenizer, plain[:i], options=options)
+        prompt, answer = tokenizer.decode(row.ids[:start]), tokenizer.decode(row.ids[start:end])
+        assert prompt.endswith(opens) and answer.endswith(messages[i]["content"].strip() + ends)
+        assert (messages[i]["reasoning_content"] in answer) == has_thoughts
+        assert ("Be brief." in prompt) == system
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates_give_calls_as_answers_or_are_refused(load, name):
+    """Calls have no content in OpenAI's form, and Qwen3's template refused them; SmolLM3's leaves them out: what was
+    trained on was an empty answer."""
+    tokenizer, options = published(load, name), ChatOptions(tools=[ADDS])
+    (rows,) = encode_rows(tokenizer, [plain_messages(CALLED, "x")], [options])
+    if name == "smollm3":
+        assert "leaves out an assistant's calls of tools" in str(rows)
+    elif name == "deepseek_r1_distill":
+        assert "no attribute 'content'" in str(rows)
+    else:
+        assert not isinstance(rows, UserError), rows
+        answers = [(row, span) for row in rows for span in row.spans]
+        for (row, (start, end)), i, said in zip(answers, (1, 3), ('{"a": [1, 2]}', "3."), strict=True):
+            assert row.ids[:start] == tok.encode_chat(tokenizer, plain_messages(CALLED[:i], "x"), options=options)
+            assert said in tokenizer.decode(row.ids[start:end])
+
+
+def test_without_thinking_qwen3s_answers_begin_behind_empty_thoughts(load):
+    tokenizer, options = published(load, "qwen3"), {"chat_template_kwargs": {"enable_thinking": False}}
+    plain = [{key: text for key, text in message.items() if key != "reasoning_content"} for message in SAID]
+    for (prompt, (answer,)), text in zip(rows_of(tokenizer, plain, **options), ("So.", "Yes."), strict=True):
+        assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") and answer == text + "<|im_end|>"
+
+
+# --- what templates are given -----------------------------------------------------------------------------------
 
 
 def test_variables_of_the_template_are_given_and_unknown_ones_named(load):
