@@ -114,6 +114,12 @@ def eagle3_config(
         _check_scheme(holder.get("quantization_config"))
         if named := [name for name in _UNSUPPORTED if holder.get(name)]:
             raise UserError(f"the drafter has {', '.join(named)}, which is not supported: take one without it")
+        if named := [name for name in holder if "layer" in name and "hidden_state" in name and name != _LAYERS]:
+            raise UserError(f"the drafter has {', '.join(named)}, which is not supported: give them as {_LAYERS}")
+        if holder.get("logit_scale") not in (None, 1):
+            raise UserError(
+                f"the drafter has logit_scale {holder['logit_scale']}, which is not supported: take another"
+            )
         if holder.get("hidden_act", "silu") not in ("silu", "swish", None):
             raise UserError(f"the drafter has hidden_act {holder['hidden_act']!r}: take one with silu")
         if holder.get("use_aux_hidden_state", True) is False:
@@ -192,6 +198,8 @@ def _feature_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[tuple[int,
             continue
         if not isinstance(ids, list) or not ids or set(map(type, ids)) != {int}:
             raise UserError(f"the drafter's {_LAYERS} is {ids!r}: give a list of layers")
+        if ids != sorted(set(ids)):  # vLLM and SGLang join them in the order of layers, SpecForge as they stand
+            raise UserError(f"the drafter's {_LAYERS} is {ids}: give different layers in their order")
         after = tuple(i + 1 for i in ids)
         if where == "eagle_config":
             found[after] = where

@@ -176,6 +176,8 @@ def test_layers_that_contradict_or_are_none_are_refused():
         ({LAYERS: []}, "is \\[\\]: give a list"),
         ({LAYERS: "2,6,9"}, "is '2,6,9': give a list"),
         ({LAYERS: [2, 6.5]}, "is .2, 6.5.: give a list"),
+        ({LAYERS: [6, 2, 9]}, r"is \[6, 2, 9\]: give different layers in their order"),
+        ({"eagle_config": {LAYERS: [2, 2, 9]}}, r"is \[2, 2, 9\]: give different layers in their order"),
     ):
         with pytest.raises(UserError, match=says):
             _feature_layers(config, 12)

@@ -200,6 +200,11 @@ def test_only_eagle3_is_read_elsewhere(tmp_path):
             "of compressed-tensors, int-quantized, {'num_bits': None",
         ),
         ({"target_hidden_size": 32}, "target_hidden_size 32"),
+        ({"logit_scale": 0.25}, "logit_scale 0.25, which is not supported"),
+        (
+            {"eagle_config": {"aux_hidden_state_layers": [1]}},
+            "aux_hidden_state_layers, which .* give them as eagle_aux",
+        ),
         ({"layer_types": ["chunked_attention"]}, "type 'chunked_attention'"),
         ({"layer_types": ["sliding_attention"]}, "sliding_window of None"),
     ],
