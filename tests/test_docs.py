@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import re
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_folder import make_target
 
+from fasteagle_jax import SamplingParams
 from fasteagle_jax.cli import VERBS, main
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +84,31 @@ def test_commands_in_documents_have_the_options_that_they_are_given(path: Path, 
         known = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
         used = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert used <= known, f"{path.name}: {verb} has no {', '.join(sorted(used - known))}"
+
+
+# Of vllm/sampling_params.py at the commit that docs/engine.md names; those that begin with "_" are its own.
+VLLM_FIELDS = re.findall(
+    r"\w+",
+    """
+    n presence_penalty frequency_penalty repetition_penalty temperature top_p top_k min_p seed stop stop_token_ids
+    ignore_eos max_tokens min_tokens logprobs prompt_logprobs prompt_logprob_token_ids prompt_logprob_start
+    logprob_token_ids flat_logprobs detokenize skip_special_tokens spaces_between_special_tokens
+    include_stop_str_in_output output_kind stream_interval skip_clone output_text_buffer_length structured_outputs
+    logit_bias allowed_token_ids extra_args bad_words skip_reading_prefix_cache thinking_token_budget
+    repetition_detection routed_experts_prompt_start trace_decode_token_ids
+    """,
+)
+
+
+def test_every_field_of_vllms_sampling_params_is_in_the_table_and_those_that_are_the_same_are_ours() -> None:
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", (ROOT / "docs" / "engine.md").read_text(), re.MULTILINE)
+    said = {name: there for names, there in rows for name in re.findall(r"`(\w+)`", names)}
+    assert {name for name in VLLM_FIELDS if name not in said} == set()
+    ours = {field.name for field in dataclasses.fields(SamplingParams)}
+    same = {name for name in VLLM_FIELDS if name in ours}
+    absent = {name for name in VLLM_FIELDS if said[name].startswith("not there")}
+    assert same >= {name for name in VLLM_FIELDS if said[name].startswith("same")} and not same & absent
+    assert set(VLLM_FIELDS) - same - absent == {"max_tokens", "output_kind", "stream_interval"}  # other names
 
 
 def test_the_documents_show_commands_of_most_verbs() -> None:
