@@ -3,8 +3,10 @@
     XLA_FLAGS=--xla_backend_optimization_level=0 python tests/lossless_fuzz.py --seed 0 --count 10000
 
 A case draws freely: the weights of target and drafter, prompts, sampling settings and seeds of each row, lengths, stop
-tokens, how often a drafter that knows the answer is right. What compiles into a program is drawn from few: for each
-family of targets one plain program, of ROWS rows, and one for each of four of DRAFTERS, of one to ROWS rows.
+tokens, how often a drafter that knows the answer is right; and of the programs that have them (MODES) rules on logits,
+all of `decoding.rules`, and grammars: which tokens may come next is drawn anew after every beginning of an answer. What
+compiles into a program is drawn from few: for each family of targets a plain program of each mode, of ROWS rows, and
+one for each of four of DRAFTERS, of one to ROWS rows.
 
 Two tokens whose scores differ by less than TIE may be told apart by how many rows a product has (see docs, exactness):
 such a case counts as a tie, not as equal.
@@ -26,12 +28,22 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_families import V, hf_config
 
+from fasteagle_jax.decoding.rules import BANNED, RowRules, apply_rules, keep_allowed, make_rules
 from fasteagle_jax.decoding.sampling import choose, make_sampling
-from fasteagle_jax.decoding.speculative import generate_jit
-from fasteagle_jax.decoding.state import NO_STOP, Stop, slots_needed
-from fasteagle_jax.decoding.tree import TreeSpec
+from fasteagle_jax.decoding.speculative import (
+    commit_path,
+    draft_tree,
+    generate_jit,
+    num_levels_of,
+    root_only,
+    start,
+    verify,
+)
+from fasteagle_jax.decoding.state import NO_STOP, Accepted, Stop, is_stop, slots_needed
+from fasteagle_jax.decoding.tree import NO_PARENT, TreeSpec
 from fasteagle_jax.drafters.simulated import Simulated
 from fasteagle_jax.drafters.table import class_of, default_config
+from fasteagle_jax.errors import UserError
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.targets.table import FAMILIES, family_of, family_of_files
 
@@ -46,7 +58,19 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any], str]] = {  # name: kind, changes 
     "told the answer": ("simulated", {}, "chain"),
     "and a lookup": ("simulated", {}, "best_first:8+lookup:4"),
 }
+MODES = ("free", "rules", "grammars")  # with grammars there are rules, too
 EQUAL, TIED, FAILED = "equal", "tie", "failed"
+
+
+class Constraints(NamedTuple):
+    """What each row may say; empty for programs without."""
+
+    rules: tuple[RowRules, ...] = ()
+    grammars: tuple[int | None, ...] = ()  # seeds; None for a row without one
+
+    def of(self, rows: Any) -> Constraints:
+        """Those of some rows."""
+        return Constraints(*(tuple(each[i] for i in rows) if each else () for each in self))
 
 
 class Case(NamedTuple):
@@ -86,8 +110,9 @@ def _case(family: str, name: str, rng: random.Random, label: str) -> Case:
     stops = np.where(draw.random((ROWS, STOPS)) < 0.3, draw.integers(0, V, (ROWS, STOPS)), NO_STOP)
     stop = Stop(jnp.asarray(draw.integers(1, MAX_NEW + 1, ROWS), jnp.int32), jnp.asarray(stops, jnp.int32))
     full = jnp.asarray(prompts), jnp.asarray(lengths, jnp.int32), sampling, stop
-    plain = generate_jit(target, None, *full, **SIZES, tree=TreeSpec("chain"))
-    expected = np.asarray(plain.tokens)
+    mode = _mode(family, name)
+    constraints = _constraints(mode, draw, stops)
+    expected, *ends, _ = _said(target, None, full, constraints, TreeSpec("chain"))
 
     rows = draw.permutation(ROWS)[: _num_rows(family, name)]
     spec = TreeSpec.parse(tree)
@@ -101,33 +126,154 @@ def _case(family: str, name: str, rng: random.Random, label: str) -> Case:
     else:
         drafter = _drawn(_drafter(family, name), draw)
     some = jax.tree.map(lambda x: x[rows], full)
-    drafted = generate_jit(target, drafter, *some, **SIZES, tree=spec, shared_noise=kind != "eagle3")
-    accepted, found = int(drafted.statistics.accepted_at.sum()), np.asarray(drafted.tokens)
-    ended = np.asarray(drafted.lengths), np.asarray(drafted.stopped)
-    expected_ends = np.asarray(plain.lengths)[rows], np.asarray(plain.stopped)[rows]
-    if np.array_equal(found, expected[rows]) and all(map(np.array_equal, ended, expected_ends)):
-        return Case(EQUAL, f"{family}, {name}", accepted)
+    found, *ended, accepted = _said(target, drafter, some, constraints.of(rows), spec, kind != "eagle3")
+    program = f"{family}, {name}, {mode}"
+    if np.array_equal(found, expected[rows]) and all(map(np.array_equal, ended, [end[rows] for end in ends])):
+        return Case(EQUAL, program, accepted)
     for i, row in enumerate(rows):
         if (differ := np.flatnonzero(found[i] != expected[row])).size:
             at, length = int(differ[0]), int(lengths[row])
-            prefix = [*prompts[row, :length], *expected[row, :at]]
-            one = jax.tree.map(lambda x, row=row: x[row : row + 1], sampling)
-            if not _is_tie(target, prefix, one, int(expected[row, at]), int(found[i, at])):
+            answer = expected[row, :at].tolist()
+            one = jax.tree.map(lambda x, row=row: x[row : row + 1], (sampling, stop))
+            places = prompts[row, :length].tolist(), answer, *one, constraints.of([row])
+            if not _is_tie(target, *places, int(expected[row, at]), int(found[i, at])):
                 message = f"{label}: row {row} from token {at}: {found[i].tolist()}, not {expected[row].tolist()}"
-                return Case(FAILED, f"{family}, {name}", accepted, message)
-    return Case(TIED, f"{family}, {name}", accepted)
+                return Case(FAILED, program, accepted, message)
+    return Case(TIED, program, accepted)
 
 
-def _is_tie(target: Any, prefix: list[int], sampling: Any, plain: int, drafted: int) -> bool:
-    """Whether the drafted token would be chosen after the prefix, were its logit larger and the plain one's smaller by
-    TIE."""
+def _constraints(mode: str, draw: np.random.Generator, stops: np.ndarray) -> Constraints:
+    """Rules of each row, and grammars of about two thirds, which have no rules beside them that the engine refuses."""
+    if mode == "free":
+        return Constraints()
+    with_grammar = (draw.random(ROWS) < (2 / 3 if mode == "grammars" else 0)).tolist()
+    grammars = tuple(int(draw.integers(2**32)) if there else None for there in with_grammar)
+    rules = tuple(_rules(draw, stops[i], with_grammar[i]) for i in range(ROWS))
+    return Constraints(rules, grammars if mode == "grammars" else ())
+
+
+def _rules(draw: np.random.Generator, stops: np.ndarray, beside_grammar: bool) -> RowRules:
+    """A mixture of rules that leaves a token."""
+    while True:
+        words = [draw.integers(0, V, draw.choice((1, 2, 2, 3))).tolist() for _ in range(draw.integers(0, 40))]
+        rules = RowRules(
+            logit_bias={int(t): float(draw.uniform(-4, 4)) for t in draw.integers(0, V, draw.choice((0, 6)))},
+            repetition_penalty=float(draw.choice((1.0, 1.0, 1.3, 0.8, 3.0))),
+            presence_penalty=float(draw.choice((0.0, 0.0, 0.7, -0.5))),
+            frequency_penalty=float(draw.choice((0.0, 0.0, 0.4, -0.3))),
+            **{}
+            if beside_grammar
+            else dict(
+                allowed_token_ids=draw.permutation(V)[: draw.choice((3, 20))].tolist() if draw.random() < 0.4 else None,
+                bad_words=words if draw.random() < 0.6 else (),
+                min_tokens=int(draw.choice((0, 0, 3, MAX_NEW))),
+            ),
+        )
+        try:
+            rules.check(V, [int(t) for t in stops if t != NO_STOP])
+        except UserError:
+            continue
+        return rules
+
+
+def _said(
+    target: Any, drafter: Any, asked: Any, constraints: Constraints, tree: TreeSpec, shared_noise: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """The tokens, their number, whether a stop token ended them, of each row; and how many guesses were accepted."""
+    sampling, stop = asked[2:]
+    options: dict[str, Any] = dict(tree=tree, shared_noise=shared_noise)
+    rules = jax.tree.map(jnp.asarray, make_rules(constraints.rules, V)) if constraints.rules else None
+    if not constraints.grammars:
+        made = generate_jit(target, drafter, *asked, rules, **SIZES, **options)
+        values = made.tokens, made.lengths, made.stopped
+        return *map(np.asarray, values), int(made.statistics.accepted_at.sum())
+    first = np.stack([_allowed(seed, []) for seed in constraints.grammars])
+    of_first = rules._replace(bias=jnp.where(first, rules.bias, BANNED))
+    state, vocab = start(target, drafter, *asked, of_first, num_levels=num_levels_of(drafter, tree), **SIZES)
+    while not np.asarray(state.done).all():
+        drafted = _draft(drafter, vocab, state, sampling, rules, **options)
+        answers = [
+            row[:n].tolist() for row, n in zip(np.asarray(state.emitted), np.asarray(state.num_emitted), strict=True)
+        ]
+        masks = _masks(constraints.grammars, answers, *map(np.asarray, drafted[0][:2]))
+        state = _verify(target, drafter, state, drafted, sampling, stop, rules, jnp.asarray(masks), tree=tree)
+    tokens = state.emitted[:, :MAX_NEW]
+    last = jnp.take_along_axis(tokens, state.num_emitted[:, None] - 1, axis=1)
+    values = tokens, state.num_emitted, is_stop(last, stop)[:, 0]
+    return *map(np.asarray, values), int(state.statistics.accepted_at.sum())
+
+
+@functools.partial(jax.jit, static_argnames=("tree", "shared_noise"))
+def _draft(drafter: Any, vocab: Any, state: Any, sampling: Any, rules: Any, *, tree: Any, shared_noise: bool) -> Any:
+    return draft_tree(drafter, vocab, state, sampling, rules, tree=tree, shared_noise=shared_noise)
+
+
+@functools.partial(jax.jit, static_argnames="tree")
+def _verify(
+    target: Any, drafter: Any, state: Any, drafted: Any, sampling: Any, stop: Any, rules: Any, masks: Any, *, tree: Any
+) -> Any:
+    verified = verify(target, drafter, state, drafted[0], sampling, stop, rules, masks, tree=tree)
+    return commit_path(drafter, state, drafted[1], verified, stop, tree=tree)
+
+
+def _allowed(seed: int | None, answer: list[int]) -> np.ndarray:
+    """Which tokens a grammar lets come after the beginning of an answer, bool [V]: a few, half, or nearly all."""
+    if seed is None:
+        return np.ones(V, bool)
+    draw = np.random.default_rng([seed, *answer])
+    allowed = draw.random(V) < draw.choice((0.05, 0.5, 0.95))
+    allowed[draw.integers(V)] = True
+    return allowed
+
+
+def _masks(grammars: Any, answers: list[list[int]], tokens: np.ndarray, parents: np.ndarray) -> np.ndarray:
+    """The masks uint32 [B, M, V / 32] of trees int32 [B, M] whose roots end the answers; a parent stands before it."""
+    masks = np.zeros((*tokens.shape, -(-V // 32)), np.uint32)
+    for row, (seed, answer) in enumerate(zip(grammars, answers, strict=True)):
+        paths: list[list[int]] = []
+        for node, (token, parent) in enumerate(zip(tokens[row].tolist(), parents[row].tolist(), strict=True)):
+            paths.append(answer if parent == NO_PARENT else [*paths[parent], max(token, 0)])
+            masks[row, node] = _packed(_allowed(seed, paths[-1]))
+    return masks
+
+
+def _packed(allowed: np.ndarray) -> np.ndarray:
+    """bool [V] as bits, uint32 [V / 32]."""
+    return np.packbits(np.pad(allowed, (0, -V % 32)), bitorder="little").view(np.uint32)
+
+
+def _is_tie(
+    target: Any,
+    prompt: list[int],
+    answer: list[int],
+    sampling: Any,
+    stop: Any,
+    constraints: Constraints,
+    plain: int,
+    drafted: int,
+) -> bool:
+    """Whether the drafted token would be chosen after prompt and answer, were its logit larger and the plain one's
+    smaller by TIE."""
+    prefix = prompt + answer
     tokens, positions = jnp.asarray(prefix, jnp.int32)[None], jnp.arange(len(prefix))[None]
     out = target(tokens, positions, Packed(jnp.ones_like(tokens), None))
     logits = target.logits(out.hidden[:, -1:]).astype(jnp.float32)
+    masks = jnp.asarray(_packed(_allowed(*(constraints.grammars or (None,)), answer))[None, None])
+    root = root_only(Accepted(None, tokens[:, -1:], jnp.ones(1, jnp.int32)))
+    so_far = tokens, jnp.full(1, len(prefix) - 1), jnp.full(1, len(answer))
     for near in (logits.at[..., drafted].add(TIE).at[..., plain].add(-TIE), logits * (1 + TIE), logits * (1 - TIE)):
-        if int(choose(near, jnp.full((1, 1), len(prefix)), sampling)[0, 0]) == drafted:
+        ruled = keep_allowed(near, masks)
+        if constraints.rules:
+            rules = jax.tree.map(jnp.asarray, make_rules(constraints.rules, V))
+            ruled = apply_rules(rules, stop.tokens, ruled, root, *so_far)
+        if int(choose(ruled, jnp.full((1, 1), len(prefix)), sampling)[0, 0]) == drafted:
             return True
     return False
+
+
+def _mode(family: str, name: str) -> str:
+    """What the rows of a program may have."""
+    return MODES[(list(FAMILIES).index(family) + 2 * list(DRAFTERS).index(name)) % len(MODES)]
 
 
 def _num_rows(family: str, name: str) -> int:
@@ -178,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--families", default=",".join(FAMILIES), help="some of them")
     args = parser.parse_args(argv)
     jax.config.update("jax_default_matmul_precision", "highest")
-    start, counts = time.perf_counter(), collections.Counter[str]()
+    began, counts = time.perf_counter(), collections.Counter[str]()
     programs, accepted = collections.Counter[str](), 0
     for number, case in enumerate(cases(args.families.split(","), args.seed, args.count), 1):
         counts[case.kind] += 1
@@ -187,9 +333,10 @@ def main(argv: list[str] | None = None) -> int:
         if case.message:
             print(case.message, flush=True)
         if number % 500 == 0:
-            print(f"{number} cases, {dict(counts)}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    num_programs = len(programs) + len({program.split(",")[0] for program in programs})
-    seconds = time.perf_counter() - start
+            print(f"{number} cases, {dict(counts)}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    plain = {(program.split(", ")[0], program.split(", ")[-1]) for program in programs}
+    num_programs = len(programs) + len(plain)
+    seconds = time.perf_counter() - began
     print(
         f"seed {args.seed}: {args.count} cases of {num_programs} programs, {counts[EQUAL]} equal, "
         f"{counts[TIED]} ties, {counts[FAILED]} failed; {accepted} guesses accepted, {seconds:.0f} s"
