@@ -44,6 +44,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -152,12 +153,12 @@ def answer_file(args: argparse.Namespace) -> int:
     options = {"slots": args.slots, "max_len": args.max_len, "strict": args.strict, "adapter": args.adapter}
     options |= {"lookup": args.lookup, "cache_dtype": args.cache_dtype}
     engine = Engine.load(args.target, args.drafter, **options, tree=tree, mesh=mesh, dtype=dtype)
-    date = first_date(saved_settings(output))
+    chat = dataclasses.replace(chat, date=first_date(saved_settings(output)))
     with source.open("rb") as requests:
         digest, numbers = _survey(requests, share)
         settings = {
             "target": engine.fingerprint,
-            **prompt_settings(engine.tokenizer, engine.eos_token_ids, chat, date),
+            **prompt_settings(engine.tokenizer, engine.eos_token_ids, chat),
             **_answer_settings(args, defaults, dtype, engine.max_len),
             "input": {"sha256": digest},
             "share": share._asdict(),
@@ -240,11 +241,11 @@ def _answer_on_ray(args: argparse.Namespace) -> int:
         dtype = their.dtype(args.dtype)
         found = cluster.survey(files, args.id_column)
         place: Any = epath.Path(output) if in_bucket(output) else Path(output)
-        date = first_date(saved_settings(place))
+        chat = dataclasses.replace(chat, date=first_date(saved_settings(place)))
         tokenizer = load_tokenizer(checkpoint.path)
         settings = {
             "target": fingerprint(checkpoint, dtype),
-            **prompt_settings(tokenizer, stop_token_ids(tokenizer, checkpoint.path), chat, date),
+            **prompt_settings(tokenizer, stop_token_ids(tokenizer, checkpoint.path), chat),
             **_answer_settings(args, defaults, dtype, max_len),
         }
         if args.id_column is None:
@@ -276,7 +277,6 @@ def _answer_on_ray(args: argparse.Namespace) -> int:
             "mesh": args.mesh,
             "params": defaults,
             "chat": chat,
-            "date": date,
             "name": args.target,
         }
         started = time.perf_counter()

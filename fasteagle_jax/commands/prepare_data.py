@@ -214,7 +214,8 @@ def prepare(args: argparse.Namespace) -> None:
     if begun is None and args.packed is not None:
         begun = packed_settings(args.packed)
     ends = stop_token_ids(tokenizer, checkpoint.path)
-    of_prompts = prompt_settings(tokenizer, ends, chat, first_date(begun))
+    chat = dataclasses.replace(chat, date=first_date(begun))
+    of_prompts = prompt_settings(tokenizer, ends, chat)
     rules = _rules(args, tokenizer, checkpoint.config.vocab_size, sources, held_out, chat)
     settings = {
         "target": fingerprint(checkpoint, dtype),

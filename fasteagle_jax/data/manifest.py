@@ -11,27 +11,24 @@ from typing import Any
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line
 from fasteagle_jax.io.text import parse_json
-from fasteagle_jax.targets.templates import PLAIN, ChatOptions, fix_date, template_digest, writes_date
+from fasteagle_jax.targets.templates import PLAIN, ChatOptions, template_digest
 from fasteagle_jax.targets.tokenizer import tokenizer_digest
 
-LATER = ("tokenizer", "stop_token_ids")  # settings that manifests of older versions lack
+LATER = ("tokenizer", "stop_token_ids", "date")  # settings that manifests of older versions lack
 
 
-def prompt_settings(tokenizer: Any, stop_token_ids: Sequence[int], chat: ChatOptions, date: str) -> dict[str, Any]:
-    """The settings of a manifest that decide what prompts are made of conversations, and where answers end.
-
-    Fixes the date that the tokenizer's template writes, if it writes one: at the file's first run.
-    """
+def prompt_settings(tokenizer: Any, stop_token_ids: Sequence[int], chat: ChatOptions) -> dict[str, Any]:
+    """The settings of a manifest that decide what prompts are made of conversations, and where answers end."""
     settings: dict[str, Any] = {
         "chat_template": template_digest(tokenizer),
         "tokenizer": tokenizer_digest(tokenizer),
         "stop_token_ids": list(stop_token_ids),
     }
-    if chat != PLAIN:
-        settings["chat"] = {name: value for name, value in vars(chat).items() if value != getattr(PLAIN, name)}
-    if writes_date(tokenizer):
+    given = {name: value for name, value in vars(chat).items() if value != getattr(PLAIN, name)}
+    if (date := given.pop("date", None)) is not None:
         settings["date"] = date
-        fix_date(tokenizer, date)
+    if given:
+        settings["chat"] = given
     return settings
 
 

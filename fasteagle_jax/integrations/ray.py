@@ -49,7 +49,7 @@ from fasteagle_jax.engine.requests import Completion, Refused, SamplingParams
 from fasteagle_jax.engine.shared import SharedEngine
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, in_bucket
-from fasteagle_jax.targets.templates import PLAIN, ChatOptions, fix_date, writes_date
+from fasteagle_jax.targets.templates import PLAIN, ChatOptions
 
 KINDS = ("TPU", "GPU", "CPU")  # of a worker's device: the first one that a cluster has
 
@@ -199,7 +199,6 @@ class Answers:
         *,
         params: SamplingParams | None = None,
         chat: ChatOptions = PLAIN,
-        date: str | None = None,
         mesh: str | None = None,
         name: str | None = None,
         **options: Any,
@@ -210,12 +209,11 @@ class Answers:
           target: as of `Engine.load`, on every machine.
           params: for what a request leaves out.
           chat: for what a request leaves out.
-          date: what the chat template writes if it writes the date, YYYY-MM-DD.
           mesh: data,fsdp,tensor of the worker's devices; None for one of them.
           name: of the model in OpenAI's records; the target's if there is none.
           options: drafter, slots, max_len, tree, lookup, dtype, strict, adapter: as of `Engine.load`.
         """
-        self._shared = SharedEngine(load_engine(target, date=date, mesh=mesh, **options))
+        self._shared = SharedEngine(load_engine(target, mesh=mesh, **options))
         self._name = name or target
         self._params, self._chat = params or SamplingParams(), chat
         self._lock = threading.Lock()  # of the tokenizer: batches are asked by several threads
@@ -266,15 +264,12 @@ class _OnItsWay(NamedTuple):
     answers: Future[list[Completion]] | None
 
 
-def load_engine(target: str, *, date: str | None = None, mesh: str | None = None, **options: Any) -> Engine:
+def load_engine(target: str, *, mesh: str | None = None, **options: Any) -> Engine:
     """A worker's engine, its programs kept; arguments are those of `Answers`."""
     set_libtpu_flags()
     keep_compiled()
     devices = None if mesh is None else make_mesh(MeshShape.parse(mesh), jax.local_devices())
-    engine = Engine.load(target, mesh=devices, **options)
-    if date is not None and writes_date(engine.tokenizer):
-        fix_date(engine.tokenizer, date)
-    return engine
+    return Engine.load(target, mesh=devices, **options)
 
 
 @ray.remote

@@ -38,6 +38,7 @@ class ChatOptions:
     chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # enable_thinking and the like
     add_generation_prompt: bool | None = None  # None: unless the final message is continued
     continue_final_message: bool = False  # leave the last message open, for its text to be continued
+    date: str | None = None  # YYYY-MM-DD, for templates that write the day; None for the day on which they are used
 
     def __post_init__(self) -> None:
         if self.tools is not None:  # an empty list is none, as in OpenAI's requests
@@ -53,6 +54,8 @@ class ChatOptions:
             value = getattr(self, name)
             if not isinstance(value, bool) and (value is not None or name == "continue_final_message"):
                 raise UserError(f"{name} is {short(value)}: give True or False")
+        if self.date is not None:
+            _day(self.date)
         if self.add_generation_prompt and self.continue_final_message:
             raise UserError("add_generation_prompt and continue_final_message are both True: give one of them")
 
@@ -67,10 +70,15 @@ PLAIN = ChatOptions()
 
 
 def chat_template(tokenizer: Tokenizer, options: ChatOptions = PLAIN) -> str:
-    """The template that is used; UserError if there is none.
+    """The template that is used, which writes the options' date if they have one; UserError if there is none.
 
     Of several by name it is the one that the options name, tool_use if there are tools, else the default.
     """
+    chosen = _chosen_template(tokenizer, options)
+    return chosen if options.date is None else _date_macro(options.date) + chosen
+
+
+def _chosen_template(tokenizer: Tokenizer, options: ChatOptions) -> str:
     templates, wanted = tokenizer.chat_template, options.chat_template
     if isinstance(templates, dict):
         fitting = (wanted,) if wanted is not None else ("tool_use", "default") if options.tools else ("default",)
@@ -94,6 +102,28 @@ def chat_template(tokenizer: Tokenizer, options: ChatOptions = PLAIN) -> str:
     if not isinstance(templates, str):
         raise UserError(f"the tokenizer's chat template is a {type(templates).__name__}: give a text")
     return templates
+
+
+def _day(date: Any) -> datetime.datetime:
+    try:
+        return datetime.datetime.strptime(date, "%Y-%m-%d")
+    except (ValueError, TypeError):
+        raise UserError(f"the date is {short(date)}: give it as YYYY-MM-DD") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _date_macro(date: str) -> str:
+    """A beginning of templates after which they write this date on whatever day they are used.
+
+    transformers gives templates a function of that name, and takes no other: a macro hides it.
+    """
+    day = _day(date)
+    table = json.dumps({directive: day.strftime(directive) for directive in _DIRECTIVES.split()})
+    return (
+        "{%- macro strftime_now(format) -%}{%- set ns = namespace(text=format) -%}"
+        "{%- for key, value in " + table + ".items() -%}{%- set ns.text = ns.text | replace(key, value) -%}"
+        "{%- endfor -%}{{ ns.text }}{%- endmacro %}\n"  # whose newline transformers' environment trims
+    )
 
 
 def marks_answers(tokenizer: Tokenizer, options: ChatOptions = PLAIN) -> bool:
@@ -229,28 +259,3 @@ def template_digest(tokenizer: Tokenizer) -> str:
     template: Any = tokenizer.chat_template
     text = template if isinstance(template, str) else json.dumps(template or "", sort_keys=True, default=str)
     return hashlib.sha256((text if template else "").encode()).hexdigest()
-
-
-def writes_date(tokenizer: Tokenizer) -> bool:
-    """Whether a chat template asks for the date, so that prompts differ from day to day."""
-    return "strftime_now" in str(tokenizer.chat_template)
-
-
-def fix_date(tokenizer: Tokenizer, date: str) -> None:
-    """Makes the tokenizer's templates write this date, YYYY-MM-DD, on whatever day they are used."""
-    try:
-        day = datetime.datetime.strptime(date, "%Y-%m-%d")
-    except (ValueError, TypeError):
-        raise UserError(f"the date is {date!r}: give it as YYYY-MM-DD") from None
-    # transformers gives templates a function of that name, and takes no other: a macro hides it.
-    table = json.dumps({directive: day.strftime(directive) for directive in _DIRECTIVES.split()})
-    macro = (
-        "{%- macro strftime_now(format) -%}{%- set ns = namespace(text=format) -%}"
-        "{%- for key, value in " + table + ".items() -%}{%- set ns.text = ns.text | replace(key, value) -%}"
-        "{%- endfor -%}{{ ns.text }}{%- endmacro %}\n"  # whose newline transformers' environment trims
-    )
-    templates: Any = tokenizer.chat_template
-    if isinstance(templates, dict):
-        tokenizer.chat_template = {name: macro + str(template) for name, template in templates.items()}
-    elif templates:
-        tokenizer.chat_template = macro + templates

@@ -229,7 +229,6 @@ def published(load, name: str):
     """The tiny tokenizer with a published template, whose own tokens are special."""
     tokenizer = load(PUBLISHED[name])
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(_SPECIAL.findall(PUBLISHED[name])))})
-    templates.fix_date(tokenizer, "2025-01-02")
     return tokenizer
 
 
@@ -341,6 +340,8 @@ def test_variables_of_the_template_are_given_and_unknown_ones_named(load):
         ({"chat_template_kwargs": [1]}, r"chat_template_kwargs is \[1\]"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs has tools: give it beside"),
         ({"continue_final_message": 1}, "continue_final_message is 1"),
+        ({"date": "today"}, "date is 'today': give it as YYYY-MM-DD"),
+        ({"date": 2024}, "date is 2024: give it as YYYY-MM-DD"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "are both True: give one"),
     ],
 )
@@ -377,17 +378,16 @@ def test_templates_are_chosen_by_name_and_by_tools(load):
 
 def test_the_date_is_the_one_that_was_fixed(load):
     tokenizer = load(DATED)
-    assert templates.writes_date(tokenizer) and not templates.writes_date(load(THINKING))
-    expected = tok.encode_chat(tokenizer, SAID)
     today = datetime.date.today()
-    templates.fix_date(tokenizer, today.isoformat())
-    assert tok.encode_chat(tokenizer, SAID) == expected or datetime.date.today() != today
-    old = load({"default": "\n  {% if true %}x{% endif %}\n{{ strftime_now('%A %-d.%m.%y %H:%M') }}"})
+    expected = tok.encode_chat(tokenizer, SAID)
+    dated = tok.encode_chat(tokenizer, SAID, options=ChatOptions(date=today.isoformat()))
+    assert dated == expected or datetime.date.today() != today
     plain = tok.encode_chat(load("\n  {% if true %}x{% endif %}\n"), SAID)
-    templates.fix_date(old, "2024-02-03")
-    assert old.decode(tok.encode_chat(old, SAID)) == tokenizer.decode(plain) + "Saturday 3.02.24 00:00"
-    with pytest.raises(UserError, match="date is 'today': give it as YYYY-MM-DD"):
-        templates.fix_date(tokenizer, "today")
+    old = "\n  {% if true %}x{% endif %}\n{{ strftime_now('%A %-d.%m.%y %H:%M') }}"
+    for templates_there, own in (({"default": old}, None), (None, old)):
+        there = load(templates_there)
+        ids = tok.encode_chat(there, SAID, options=ChatOptions(date="2024-02-03", chat_template=own))
+        assert tokenizer.decode(ids) == tokenizer.decode(plain) + "Saturday 3.02.24 00:00"
 
 
 def test_a_template_that_only_appends_gives_one_row(load):
