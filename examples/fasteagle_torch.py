@@ -60,7 +60,7 @@ class FastEagle:
         rows = self.weights.get("head.weight", head[self.token_ids])  # a head of its own, whose logits no map changes
         for i in range(c["num_levels"]):
             level = f"levels.{i}"
-            layer = "shared" if c.get("levels") == "shared" else level
+            layer = level if f"{level}.self_attn.q_proj.weight" in self.weights else "shared"
             if c.get("reinject"):
                 h = h + self._matmul(f"{level}.reinject", self._norm(fused))
             x = self._norm(h, f"{level}.input_layernorm")

@@ -11,7 +11,8 @@ The paper's levels are full layers with keys and values of their own. What is no
 - `context` "target": levels attend to the target's own keys and values, so that the drafter has no cache (cf. GLIDE);
   "shared": to those that the first level made at earlier positions, one cache for all levels, as EAGLE-3's later runs
   read those of its first;
-- `levels` "shared": all have the same attention and MLP, and norms and reinjection of their own;
+- `levels` "shared": all have the same attention and MLP, and norms and reinjection of their own; "first": all but the
+  first, which has its own;
 - `side_by_side`: attention and MLP read the same stream and are added to it at once: one all-reduce a level;
 - guesses that know the token before them on their path, outside of the cascade: by a `correction` of the state (as the
   later TreeFlash and DSpark do), or by `edges`, scores of pairs of tokens (see edges.py).
@@ -60,7 +61,7 @@ from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, run_layers, stack,
 EMBEDDING_SHARE = 0.1  # initial size of the embedding relative to the stream, since copied layers never read one there
 
 _LEVEL = DECODER_LAYER_NAMES | {"norm": "norm", "reinject": "reinject"}  # name in the file: place in a Level
-CONTEXTS, LEVELS, HEADS = ("own", "target", "shared"), ("own", "shared"), ("target", "own")
+CONTEXTS, LEVELS, HEADS = ("own", "target", "shared"), ("own", "shared", "first"), ("target", "own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class FastEagleConfig(DrafterConfig):
     correction: int | None = None  # hidden units of the Correction; None for no correction
     context: str = "own"  # of CONTEXTS: whose earlier keys and values a level attends to: its own, or the first level's
     context_layer: int | None = None  # of the target, for context "target"
-    levels: str = "own"  # of LEVELS: whether each level has its own attention and MLP
+    levels: str = "own"  # of LEVELS: which levels have an attention and MLP of their own, all, none or the first
     side_by_side: bool = False  # attention and MLP of a level read the same stream
     edges: int | None = None  # rank of the EdgeScores; None for none
     edges_reach: int = 1  # tokens before a guess that they read
@@ -204,13 +205,13 @@ class Layer(nnx.Module):
 class Level(nnx.Module):
     """One level of the cascade: a decoder layer, the norm before the head, and optionally the reinjected input.
 
-    `attention` and `mlp` are None if all levels share them.
+    `attention` and `mlp` are None if it has none of its own.
     """
 
-    def __init__(self, config: FastEagleConfig, key: jax.Array, dtype: Any):
+    def __init__(self, config: FastEagleConfig, key: jax.Array, dtype: Any, *, has_layer: bool):
         c = config
         hidden, eps = c.hidden_size, c.rms_norm_eps
-        layer = None if c.levels == "shared" else Layer(c, key, dtype)
+        layer = Layer(c, key, dtype) if has_layer else None
         self.input_norm = RMSNorm(hidden, eps, dtype)
         self.attention = None if layer is None else layer.attention
         self.mlp_norm = RMSNorm(hidden, eps, dtype)
@@ -242,9 +243,12 @@ class FastEagle(DrafterModule):
         sizes = c.hidden_size, c.edges, c.edges_reach, c.edges_gated, c.draft_vocab_size, c.rms_norm_eps
         self.edges = EdgeScores(*sizes, jax.random.fold_in(key, 2), dtype) if c.edges else None
         self.head = random_head(c, jax.random.fold_in(key, 4), dtype) if c.head == "own" else None
-        self.shared = Layer(c, jax.random.fold_in(key, 3), dtype) if c.levels == "shared" else None
-        levels = jax.vmap(lambda k: Level(c, k, dtype))(jax.random.split(key_levels, c.num_levels))
+        self.shared = None if c.levels == "own" else Layer(c, jax.random.fold_in(key, 3), dtype)
+        keys = jax.random.split(key_levels, c.num_levels)
+        levels = jax.vmap(lambda k: Level(c, k, dtype, has_layer=c.levels == "own"))(keys)
         self.levels: Any = levels if self.scans else nnx.List(unstack(levels, c.num_levels))
+        if c.levels == "first":
+            self.levels[0] = Level(c, keys[0], dtype, has_layer=True)
 
     @property
     def scans(self) -> bool:
@@ -455,16 +459,19 @@ class FastEagle(DrafterModule):
         first = self._level_list()[0]
         if c.reinject:
             fused = fused + constrain(first.reinject(self._reinjected(fused)), rows, None, None)
-        layer: Any = first if self.shared is None else self.shared
         table = rotation(positions, c.rope, c.head_dim)
-        _, k, v = layer.attention.project(first.input_norm(fused), table)
+        _, k, v = self._layer_of(first).attention.project(first.input_norm(fused), table)
         return k, v
+
+    def _layer_of(self, level: Level) -> Any:
+        """What has a level's attention and MLP."""
+        return self.shared if level.attention is None else level
 
     def _run(
         self, level: Level, h: jax.Array, table: Rotation, attend: Attend
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """A level's output [B, T, H] and its fresh keys and values."""
-        layer: Any = level if self.shared is None else self.shared
+        layer = self._layer_of(level)
         attended, fresh = layer.attention(level.input_norm(h), table, attend)
         if self.config.side_by_side:
             return h + (attended + layer.mlp(level.mlp_norm(h))), fresh
@@ -649,8 +656,10 @@ class FastEagle(DrafterModule):
         tensors = stored_tensors(self, names)
         if self.token_ids is not None:
             tensors.append(NamedVariable("token_ids", self.token_ids))
-        of_level = {name: place for name, place in _LEVEL.items() if self.shared is None or "." not in place}
         for i, level in enumerate(self.levels):
+            of_level = {
+                name: place for name, place in _LEVEL.items() if level.attention is not None or "." not in place
+            }
             tensors += stored_tensors(level, {f"levels.{i}.{name}": place for name, place in of_level.items()})
         return tensors
 

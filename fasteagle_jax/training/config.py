@@ -60,7 +60,7 @@ class DrafterChoice:
     correction: int | None = None  # hidden units that correct a guess by the token before it; None for none
     context: str = "own"  # whose keys a level attends to: its "own", the "target"'s, or the first level's ("shared")
     context_layer: int | None = None  # of the target, for context target; None for the last with full attention
-    levels: str = "own"  # each level's attention and MLP: "own", or "shared" by all
+    levels: str = "own"  # each level's attention and MLP: "own", "shared" by all, or by all after the "first"
     side_by_side: bool = False  # a level's attention and MLP read the same stream
     edges: int | None = None  # rank of scores that a guess gets by the tokens before it; None for none
     edges_reach: int = 1  # how many tokens

@@ -76,6 +76,7 @@ FORMS = {  # changes of the configuration, stacked
     "a window, stacked": (dict(window=3), True),
     "a window of one, list": (dict(window=1), False),
     "the first level's keys, stacked": (dict(context="shared", reinject=True), True),
+    "a first level of its own, stacked": (dict(context="shared", levels="first"), True),
     "the first level's keys, shared, edges, a window, list": (
         dict(context="shared", levels="shared", side_by_side=True, reinject=True, edges=4, window=3),
         False,
@@ -197,6 +198,7 @@ SWITCHES = {
     "edges": {"edges": 4, "edges_reach": 3},
     "gated edges": {"edges": 4, "edges_reach": 3, "edges_gated": True, "head": "own"},
     "the first level's keys": {"context": "shared", "reinject": True},
+    "a first level of its own": {"levels": "first"},
 }
 
 
@@ -228,7 +230,8 @@ def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
         for i, level in enumerate(drafter.unstacked().levels, 1):
             if level.reinject is not None:
                 h = h + normed(fused) @ level.reinject.weight[...]
-            layer = level if drafter.shared is None else drafter.shared
+            has_layer = {"own": True, "shared": False, "first": i == 1}[drafter.config.levels]
+            layer = level if has_layer else drafter.shared
             if drafter.config.context == "shared":
                 q, k, v = layer.attention.project(level.input_norm(h), turn)
                 first = first or (k, v)
