@@ -56,14 +56,17 @@ class FastEagle:
         c = self.config
         g = self._matmul("fc", features)
         fused = self._matmul("fuse", torch.cat([g, embedding[next_tokens]], dim=-1))
-        h, result = fused, []
+        h, result, first = fused, [], None
         rows = self.weights.get("head.weight", head[self.token_ids])  # a head of its own, whose logits no map changes
         for i in range(c["num_levels"]):
             level = f"levels.{i}"
-            layer = "shared" if c.get("levels") == "shared" else level
+            layer = level if f"{level}.self_attn.q_proj.weight" in self.weights else "shared"
             if c.get("reinject"):
                 h = h + self._matmul(f"{level}.reinject", self._norm(fused))
-            attended = self._attention(layer, self._norm(h, f"{level}.input_layernorm"), context)
+            x = self._norm(h, f"{level}.input_layernorm")
+            if c.get("context") == "shared":  # what the first level made at earlier positions
+                first = context = first or self._qkv(layer, x, 0)[1:]
+            attended = self._attention(layer, x, context)
             if c.get("side_by_side"):
                 h = h + attended + self._mlp(layer, self._norm(h, f"{level}.post_attention_layernorm"))
             else:
@@ -108,13 +111,19 @@ class FastEagle:
             of_path = silu(of_path + self._matmul("edges.gate", self._norm(h)))
         return of_path * self._matmul("edges.of_state", self._norm(h)) @ self.weights["edges.table.weight"].T
 
+    def _qkv(self, layer: str, x: Tensor, ahead: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [heads, T, D] of x [T, H], at positions t + `ahead`."""
+        split = len(x), -1, self.config["head_dim"]
+        q, k, v = (self._matmul(f"{layer}.self_attn.{n}_proj", x).view(split).transpose(0, 1) for n in "qkv")
+        if self.config.get("qk_norm"):
+            q, k = self._norm(q, f"{layer}.self_attn.q_norm"), self._norm(k, f"{layer}.self_attn.k_norm")
+        return self._rotate(q, ahead), self._rotate(k, ahead), v
+
     def _attention(self, layer: str, x: Tensor, context: tuple[Tensor, Tensor] | None) -> Tensor:
         c, T = self.config, len(x)
         K, D = c["num_kv_heads"], c["head_dim"]
-        q, k, v = (self._matmul(f"{layer}.self_attn.{n}_proj", x).view(T, -1, D).transpose(0, 1) for n in "qkv")
-        if c.get("qk_norm"):
-            q, k = self._norm(q, f"{layer}.self_attn.q_norm"), self._norm(k, f"{layer}.self_attn.k_norm")
-        q, k = self._rotate(q, context is not None), self._rotate(k, context is not None)
+        of_target = c.get("context") == "target"
+        q, k, v = self._qkv(layer, x, int(of_target))
         q = q.view(K, -1, T, D)  # query heads by the K/V head that they share
         scale = c.get("attention_scale") or D**-0.5
         distance = torch.arange(T)[:, None] - torch.arange(T)
@@ -123,10 +132,11 @@ class FastEagle:
             scores = q @ k[:, None].transpose(-1, -2)
             seen = (distance >= 0) & (distance < window)
             values = v
-        else:  # the target's at 0..t, then its own at its own position, which is t + 1
+        else:  # the target's at 0..t, then its own at its own position, t + 1; or the first level's before its own, t
             itself = (q * k[:, None]).sum(-1, keepdim=True)
             scores = torch.cat([q @ context[0][:, None].transpose(-1, -2), itself], dim=-1)
-            seen = torch.cat([(distance >= 0) & (distance < window - 1), torch.ones(T, 1, dtype=torch.bool)], dim=1)
+            given = (distance >= 1 - of_target) & (distance < window - of_target)
+            seen = torch.cat([given, torch.ones(T, 1, dtype=torch.bool)], dim=1)
             values = context[1]
         scores = scores * scale
         if cap := c.get("soft_cap"):
@@ -141,8 +151,8 @@ class FastEagle:
             attended = attended + weights[..., T : T + 1] * v[:, None]
         return self._matmul(f"{layer}.self_attn.o_proj", attended.reshape(-1, T, D).transpose(0, 1).reshape(T, -1))
 
-    def _rotate(self, x: Tensor, next_position: bool) -> Tensor:
-        """x [heads, T, D] with channels d and d + D/2 rotated as a pair, at positions t or t + 1."""
+    def _rotate(self, x: Tensor, ahead: int) -> Tensor:
+        """x [heads, T, D] with channels d and d + D/2 rotated as a pair, at positions t + `ahead`."""
         rope, D = self.config["rope"], x.shape[-1]
         if rope is None:
             return x
@@ -156,7 +166,7 @@ class FastEagle:
             keep = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
             keep = keep.clamp(0, 1)
             freqs = keep * freqs + (1 - keep) * freqs / rope["factor"]
-        angles = (torch.arange(x.shape[1]) + next_position)[:, None] * freqs
+        angles = (torch.arange(x.shape[1]) + ahead)[:, None] * freqs
         a, b = x.chunk(2, dim=-1)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -85,6 +85,12 @@ class DrafterConfig:
         of."""
         return self.feature_layers + self.context_layers
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether levels read the states of no other stream position, so that training computes those alone that the
+        loss looks at."""
+        return False
+
     def copied_layer(self, num_layers: int) -> int:
         """The layer of a target of so many that its own start from: whose keys and values it reads, or the last."""
         return self.context_layers[0] if self.context_layers else num_layers - 1
@@ -160,9 +166,8 @@ class DrafterModule(nnx.Module):
 
     @property
     def pointwise(self) -> bool:
-        """Whether levels read the states of no other stream position, so that training computes those alone that the
-        loss looks at."""
-        return False
+        """As of DrafterConfig."""
+        return self.config.pointwise
 
     def rows_of(self, target: Any) -> jax.Array:
         """The rows [V, H] of the target's head for the draft vocabulary."""

@@ -9,7 +9,10 @@ pass and the cache of verified positions needs no rollback.
 The paper's levels are full layers with keys and values of their own. What is not in the paper:
 - `reinject` adds the input again before every level;
 - `context` "target": levels attend to the target's own keys and values, so that the drafter has no cache (cf. GLIDE);
-- `levels` "shared": all have the same attention and MLP, and norms and reinjection of their own;
+  "shared": to those that the first level made at earlier positions, one cache for all levels, as EAGLE-3's later runs
+  read those of its first;
+- `levels` "shared": all have the same attention and MLP, and norms and reinjection of their own; "first": all but the
+  first, which has its own;
 - `side_by_side`: attention and MLP read the same stream and are added to it at once: one all-reduce a level;
 - guesses that know the token before them on their path, outside of the cascade: by a `correction` of the state (as the
   later TreeFlash and DSpark do), or by `edges`, scores of pairs of tokens (see edges.py).
@@ -44,7 +47,7 @@ from fasteagle_jax.drafters.base import (
 )
 from fasteagle_jax.drafters.edges import EdgeScores, below
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.nn.attention import Attend, Attention, Cached, Past
+from fasteagle_jax.nn.attention import Attend, Attention, Cached, Past, by_head
 from fasteagle_jax.nn.embedding import embed
 from fasteagle_jax.nn.kv_cache import Cache, Ring, commit_ring, seen_in_ring
 from fasteagle_jax.nn.linear import Linear, to_columns
@@ -58,7 +61,7 @@ from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, run_layers, stack,
 EMBEDDING_SHARE = 0.1  # initial size of the embedding relative to the stream, since copied layers never read one there
 
 _LEVEL = DECODER_LAYER_NAMES | {"norm": "norm", "reinject": "reinject"}  # name in the file: place in a Level
-CONTEXTS, LEVELS, HEADS = ("own", "target"), ("own", "shared"), ("target", "own")
+CONTEXTS, LEVELS, HEADS = ("own", "target", "shared"), ("own", "shared", "first"), ("target", "own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +71,9 @@ class FastEagleConfig(DrafterConfig):
     kind: str = "fasteagle"
     reinject: bool = False  # add the fused input again before every level
     correction: int | None = None  # hidden units of the Correction; None for no correction
-    context: str = "own"  # of CONTEXTS: whose keys and values a level attends to beside its own at its own position
+    context: str = "own"  # of CONTEXTS: whose earlier keys and values a level attends to: its own, or the first level's
     context_layer: int | None = None  # of the target, for context "target"
-    levels: str = "own"  # of LEVELS: whether each level has its own attention and MLP
+    levels: str = "own"  # of LEVELS: which levels have an attention and MLP of their own, all, none or the first
     side_by_side: bool = False  # attention and MLP of a level read the same stream
     edges: int | None = None  # rank of the EdgeScores; None for none
     edges_reach: int = 1  # tokens before a guess that they read
@@ -101,13 +104,18 @@ class FastEagleConfig(DrafterConfig):
         if (self.context_layer is None) == (self.context == "target"):
             raise UserError(
                 f"drafter context_layer is {self.context_layer} with context {self.context}: "
-                "context target reads a layer of the target, context own none"
+                "context target reads a layer of the target, other contexts none"
             )
 
     @property
     def context_layers(self) -> tuple[int, ...]:
         """The target's layers whose keys and values it reads."""
         return () if self.context_layer is None else (self.context_layer,)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a level reads no state that a level made at another stream position."""
+        return self.context != "own"
 
     def check_target(self, target_config: Any) -> None:
         """As of DrafterConfig; the keys that it reads must be made and seen as its own are."""
@@ -197,13 +205,13 @@ class Layer(nnx.Module):
 class Level(nnx.Module):
     """One level of the cascade: a decoder layer, the norm before the head, and optionally the reinjected input.
 
-    `attention` and `mlp` are None if all levels share them.
+    `attention` and `mlp` are None if it has none of its own.
     """
 
-    def __init__(self, config: FastEagleConfig, key: jax.Array, dtype: Any):
+    def __init__(self, config: FastEagleConfig, key: jax.Array, dtype: Any, *, has_layer: bool):
         c = config
         hidden, eps = c.hidden_size, c.rms_norm_eps
-        layer = None if c.levels == "shared" else Layer(c, key, dtype)
+        layer = Layer(c, key, dtype) if has_layer else None
         self.input_norm = RMSNorm(hidden, eps, dtype)
         self.attention = None if layer is None else layer.attention
         self.mlp_norm = RMSNorm(hidden, eps, dtype)
@@ -235,14 +243,12 @@ class FastEagle(DrafterModule):
         sizes = c.hidden_size, c.edges, c.edges_reach, c.edges_gated, c.draft_vocab_size, c.rms_norm_eps
         self.edges = EdgeScores(*sizes, jax.random.fold_in(key, 2), dtype) if c.edges else None
         self.head = random_head(c, jax.random.fold_in(key, 4), dtype) if c.head == "own" else None
-        self.shared = Layer(c, jax.random.fold_in(key, 3), dtype) if c.levels == "shared" else None
-        levels = jax.vmap(lambda k: Level(c, k, dtype))(jax.random.split(key_levels, c.num_levels))
+        self.shared = None if c.levels == "own" else Layer(c, jax.random.fold_in(key, 3), dtype)
+        keys = jax.random.split(key_levels, c.num_levels)
+        levels = jax.vmap(lambda k: Level(c, k, dtype, has_layer=c.levels == "own"))(keys)
         self.levels: Any = levels if self.scans else nnx.List(unstack(levels, c.num_levels))
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether levels read the target's context and themselves alone."""
-        return bool(self.context_layers)
+        if c.levels == "first":
+            self.levels[0] = Level(c, keys[0], dtype, has_layer=True)
 
     @property
     def scans(self) -> bool:
@@ -302,10 +308,12 @@ class FastEagle(DrafterModule):
         return vocab._replace(shares=constrain(shares.reshape(len(shares), -1), None, None))
 
     def empty_cache(self, batch: int, num_slots: int, most_written: int) -> Ring | Cache:
-        """The empty Ring of the N levels, as a stack or list like them; with the target's context a length alone."""
+        """The empty Ring of the levels that write one, all or the first, as a stack or list like them; with the
+        target's context a length alone."""
         if self.context_layers:
             return Cache([], [], jnp.zeros((batch,), jnp.int32))
-        return self.empty_ring(self.num_levels, batch, num_slots, most_written, stacked=self.scans)
+        num_layers = 1 if self.config.context == "shared" else self.num_levels
+        return self.empty_ring(num_layers, batch, num_slots, most_written, stacked=self.scans)
 
     def hidden_states(
         self,
@@ -339,7 +347,7 @@ class FastEagle(DrafterModule):
           remat: a policy of jax.checkpoint_policies, by which the backward pass recomputes levels; None: it does not.
           head_inputs: False returns the levels' outputs in place of the head's input for guesses after the true tokens
             before them.
-          at: int32 [B, A], with a context: the places along T that are wanted, of which alone states are computed; None
+          at: int32 [B, A], if `pointwise`: the places along T that are wanted, of which alone states are computed; None
             for all.
           uncorrected: True adds the head's input without the correction, if there is one.
 
@@ -358,29 +366,36 @@ class FastEagle(DrafterModule):
                 jnp.stack([jnp.roll(next_tokens, j - i, axis=1) if j <= i else none for j in range(c.edges_reach)], -1)
                 for i in range(c.num_levels)
             ]  # [B, T, J]
+        trains = callable(visible)
+        rows = "batch" if trains else "rows"  # logical axis in training and in decoding
+        # The target's keys end at position t: a level stands at the next one, that of x[t+1].
+        stands = positions + (c.context == "target")
+        stream = features, next_tokens
+        if c.context == "shared":
+            everywhere = self._fuse(embedding, *stream, rows)  # [B, T, H]
+            context = (self._first_keys(everywhere, stands, rows),)
+            stream = (everywhere,)
         attend_to = functools.partial(_attend, visible, context=context, positions=positions, at=at, config=c)
         if at is not None:
 
             def at_places(x: jax.Array) -> jax.Array:
                 return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
 
-            features, next_tokens, positions = (at_places(x) for x in (features, next_tokens, positions))
+            positions, stands, *stream = (at_places(x) for x in (positions, stands, *stream))
             tokens_before = [None if x is None else at_places(x) for x in tokens_before]
-        trains = callable(visible)
-        rows = "batch" if trains else "rows"  # logical axis in training and in decoding
-        # Gathered over the mesh at once: a stream split by its width exchanges a sum in every norm.
-        g = constrain(self.fused(features), rows, None, None)
-        e = embed(embedding, next_tokens, dtype)
-        fused = constrain(self.fuse(jnp.concatenate([g, e], axis=-1)), rows, None, None)  # h_1 = L_1(FC([g_t, e_t+1]))
-        ones = jnp.ones((c.hidden_size,), jnp.float32)
-        reinjected = rms_norm(fused, ones, c.rms_norm_eps) if c.reinject else None
+        fused = stream[0] if c.context == "shared" else self._fuse(embedding, *stream, rows)
+        reinjected = self._reinjected(fused) if c.reinject else None
         inputs: Any = [None] * c.num_levels
         if reinjected is not None and not trains and not self.scans:
             every = [level.reinject(reinjected) for level in self.levels]
             inputs = list(constrain(jnp.stack(every), None, rows, None, None))  # one exchange for all levels
-        # The target's keys end at position t: a level stands at the next one, that of x[t+1].
-        table = rotation(positions + len(context), c.rope, c.head_dim)
-        past = cache.layers if cache is not None else (None if self.scans else [None] * c.num_levels)
+        table = rotation(stands, c.rope, c.head_dim)
+        past = None if self.scans else [None] * c.num_levels
+        one_past = None  # of all levels
+        if cache is not None and c.context == "shared":
+            one_past = cache.layers[0] if isinstance(cache.k, list) else tuple(part[0] for part in cache.layers)
+        elif cache is not None:
+            past = cache.layers
         filled = None if cache is None else cache.filled()
 
         if self.scans:
@@ -389,6 +404,7 @@ class FastEagle(DrafterModule):
 
         def level_step(h: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             level, cached, before, given = xs
+            cached = cached if one_past is None else one_past
             level_past = None
             if cached is not None:
                 k, v, slot_positions = cached
@@ -416,18 +432,46 @@ class FastEagle(DrafterModule):
         span = None if num_levels in (None, c.num_levels) else (0, num_levels)
         _, results = run_layers(level_step, fused, (self.levels, past, tokens_before, inputs), span)
         if self.scans:
-            return results
-        states = [hidden for hidden, _ in results]
-        return jnp.stack(states) if self.stacked else states, (
-            [kv[0] for _, kv in results],
-            [kv[1] for _, kv in results],
-        )
+            states, fresh = results
+        else:
+            states = [hidden for hidden, _ in results]
+            states = jnp.stack(states) if self.stacked else states
+            fresh = tuple([kv[part] for _, kv in results] for part in range(2))
+        if c.context == "shared":
+            k, v = (by_head(part) for part in context[0])
+            fresh = (k[None], v[None]) if self.scans else ([k], [v])
+        return states, fresh
+
+    def _fuse(self, embedding: jax.Array, features: jax.Array, next_tokens: jax.Array, rows: str) -> jax.Array:
+        """The levels' input [B, T, H], FC([g_t, e_t+1]); `rows` is the batch's logical axis."""
+        # Gathered over the mesh at once: a stream split by its width exchanges a sum in every norm.
+        g = constrain(self.fused(features), rows, None, None)
+        e = embed(embedding, next_tokens, features.dtype)
+        return constrain(self.fuse(jnp.concatenate([g, e], axis=-1)), rows, None, None)
+
+    def _reinjected(self, fused: jax.Array) -> jax.Array:
+        """What every level's `reinject` reads, [B, T, H]."""
+        return rms_norm(fused, jnp.ones((fused.shape[-1],), jnp.float32), self.config.rms_norm_eps)
+
+    def _first_keys(self, fused: jax.Array, positions: jax.Array, rows: str) -> tuple[jax.Array, jax.Array]:
+        """The first level's keys and values [B, T, K, D], with context "shared" those of all levels."""
+        c = self.config
+        first = self._level_list()[0]
+        if c.reinject:
+            fused = fused + constrain(first.reinject(self._reinjected(fused)), rows, None, None)
+        table = rotation(positions, c.rope, c.head_dim)
+        _, k, v = self._layer_of(first).attention.project(first.input_norm(fused), table)
+        return k, v
+
+    def _layer_of(self, level: Level) -> Any:
+        """What has a level's attention and MLP."""
+        return self.shared if level.attention is None else level
 
     def _run(
         self, level: Level, h: jax.Array, table: Rotation, attend: Attend
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """A level's output [B, T, H] and its fresh keys and values."""
-        layer: Any = level if self.shared is None else self.shared
+        layer = self._layer_of(level)
         attended, fresh = layer.attention(level.input_norm(h), table, attend)
         if self.config.side_by_side:
             return h + (attended + layer.mlp(level.mlp_norm(h))), fresh
@@ -565,10 +609,12 @@ class FastEagle(DrafterModule):
         visible = causal(index[:, None], index, self.config.window)
         visible = jnp.broadcast_to(visible, (batch, num_tokens, num_tokens))
         stream = vocab.embedding, new.features, new.tokens, positions, visible, cache, num_levels
-        hidden, fresh = self.hidden_states(*stream, head_inputs=self.has_split_draft)
-        last = jnp.maximum(new.count - 1, 0)[:, None, None]
-        at_last = [jnp.take_along_axis(h, last, axis=1)[:, 0] for h in hidden]
-        return jnp.stack(at_last, axis=1), commit_ring(cache, fresh, new.count)
+        last = jnp.maximum(new.count - 1, 0)[:, None]
+        at = last if self.pointwise else None
+        hidden, fresh = self.hidden_states(*stream, head_inputs=self.has_split_draft, at=at)
+        if at is None:
+            hidden = [jnp.take_along_axis(h, last[..., None], axis=1) for h in hidden]
+        return jnp.stack([h[:, 0] for h in hidden], axis=1), commit_ring(cache, fresh, new.count)
 
     # --- its form, and its files --------------------------------------------------------------------------------
 
@@ -610,8 +656,10 @@ class FastEagle(DrafterModule):
         tensors = stored_tensors(self, names)
         if self.token_ids is not None:
             tensors.append(NamedVariable("token_ids", self.token_ids))
-        of_level = {name: place for name, place in _LEVEL.items() if self.shared is None or "." not in place}
         for i, level in enumerate(self.levels):
+            of_level = {
+                name: place for name, place in _LEVEL.items() if level.attention is not None or "." not in place
+            }
             tensors += stored_tensors(level, {f"levels.{i}.{name}": place for name, place in of_level.items()})
         return tensors
 
@@ -625,22 +673,47 @@ def _attend(
     at: jax.Array | None,
     config: FastEagleConfig,
 ) -> Attend:
-    """The Attend of a level: over its own past and fresh keys, or over the target's and its own at its own position.
+    """The Attend of a level: over its own past and fresh keys, or over others' and its own at its own position.
 
-    The latter is one after the stream position of `positions` int32 [B, T]: of a window W of the target, it sees the
-    W - 1 keys up to there. `at` are the places of the queries along T, None for all.
+    Others' are the target's, whose own position is one after the stream position of `positions` int32 [B, T] (of a
+    window W of the target, it sees the W - 1 keys up to there), or the first level's at earlier positions. `at` are the
+    places of the queries along T, None for all.
     """
     if not context:
         return visible if callable(visible) else Cached(visible, past)
-    window = None if config.window is None else config.window - 1
+    shared = config.context == "shared"
+    window = None if config.window is None or shared else config.window - 1
     if isinstance(context[0], Past):
         (given,) = context
         if window is not None:
             given = given.within(window, positions)
         return Cached(visible, given, config.soft_cap)
-    k, v = (part.transpose(0, 2, 1, 3) for part in context[0])  # [B, T, K, D]
+    k, v = context[0] if shared else (part.transpose(0, 2, 1, 3) for part in context[0])  # [B, T, K, D]
+    if shared and not callable(visible):
+        return _AfterFirst(k, v, visible, at, past, config.soft_cap)
     if window is not None and callable(visible):
         visible = visible.within(window)
     elif window is not None:
         visible &= positions[:, :, None] - positions[:, None] < window
-    return GivenPast(k, v, visible, at, config.soft_cap)
+    return GivenPast(k, v, visible, at, config.soft_cap, earlier=shared)
+
+
+@dataclasses.dataclass(frozen=True)
+class _AfterFirst:
+    """An Attend over the first level's committed and fresh keys at earlier positions, and a query's own."""
+
+    k: jax.Array  # [B, T, K, D], as is v
+    v: jax.Array
+    visible: jax.Array  # bool [B, T, T]
+    at: jax.Array | None  # int32 [B, A], the places of queries along T; None for all
+    past: Past | None
+    soft_cap: float | None
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
+        """As of nn.attention.Attend."""
+        earlier = self.visible & ~jnp.eye(self.visible.shape[1], dtype=bool)
+        if self.at is not None:
+            earlier = jnp.take_along_axis(earlier, self.at[..., None], axis=1)  # [B, A, T]
+        itself = jnp.broadcast_to(jnp.eye(q.shape[1], dtype=bool), (*earlier.shape[:2], q.shape[1]))
+        attend = Cached(jnp.concatenate([earlier, itself], axis=-1), self.past, self.soft_cap)
+        return attend(q, jnp.concatenate([self.k, k], axis=1), jnp.concatenate([self.v, v], axis=1), sinks)

@@ -174,10 +174,13 @@ class GivenPast:
     visible: jax.Array | Packed  # which given keys a query sees; bool [B, T, T]
     at: jax.Array | None = None  # int32 [B, A], the places of queries along T; None for T of them, at their own
     soft_cap: float | None = None
+    earlier: bool = False  # a query does not see the given key at its own place
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
         """`own_path_attention`, as an Attend (see nn.attention)."""
-        return own_path_attention(q, [self.k, k], [self.v, v], self.visible, self.soft_cap, self.at, sinks)
+        return own_path_attention(
+            q, [self.k, k], [self.v, v], self.visible, self.soft_cap, self.at, sinks, self.earlier
+        )
 
 
 def own_path_attention(
@@ -188,11 +191,13 @@ def own_path_attention(
     soft_cap: float | None = None,
     at: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    earlier: bool = False,
 ) -> jax.Array:
     """Attention of q [B, T, K*G, D] over keys[0] that `visible` allows and, of each later keys[i], the query's own one.
 
     All keys and values are [B, T, K, D]; one softmax is over all that a query sees, and its head's one of `sinks`
-    [K*G]. With `at`, int32 [B, A], queries and later keys are of these places along T alone, [B, A, ...].
+    [K*G]. With `at`, int32 [B, A], queries and later keys are of these places along T alone, [B, A, ...]. With
+    `earlier` a query does not see keys[0] at its own place.
     """
     batch, _, kv_heads, width = keys[0].shape
     q = (q * width**-0.5).reshape(batch, q.shape[1], kv_heads, -1, width)  # [B, T, K, G, D]
@@ -205,8 +210,8 @@ def own_path_attention(
         """Attended values of the first keys and the later ones' probabilities for Q queries, [B, Q, K*G, D + later]."""
         size, heads = queries[0].shape[1], kv_heads * q.shape[3]
         rows, later_rows = (by_kv_head(x.reshape(batch, size, heads, x.shape[-1]), kv_heads) for x in queries)
-        if at is not None:
-            places = jax.lax.dynamic_slice_in_dim(at, start, size, axis=1)
+        places = None if at is None else jax.lax.dynamic_slice_in_dim(at, start, size, axis=1)
+        if places is not None:
             if isinstance(visible, Packed):
                 seen = visible.visible_at(places)
             else:
@@ -215,6 +220,9 @@ def own_path_attention(
             seen = visible.visible(start, size)
         else:
             seen = jax.lax.dynamic_slice_in_dim(visible, start, size, axis=1)
+        if earlier:
+            own = (start + jnp.arange(size))[None] if places is None else places
+            seen &= own[..., None] != jnp.arange(seen.shape[-1])
         mask = jnp.tile(seen[:, :, :num_keys], (1, q.shape[3], 1))[:, None]
         scores = jnp.einsum("bkmd,bktd->bkmt", rows, first_k[:, :, :num_keys], preferred_element_type=jnp.float32)
         scores = jnp.where(mask, capped(scores, soft_cap), MASKED)

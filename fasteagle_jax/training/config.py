@@ -58,9 +58,9 @@ class DrafterChoice:
     feature_layers: tuple[int, ...] | None = None  # None: 2, L // 2, L - 3
     reinject: bool = False  # add the fused input again before every level
     correction: int | None = None  # hidden units that correct a guess by the token before it; None for none
-    context: str = "own"  # whose keys and values a level attends to: "own", or "target" for the target's
+    context: str = "own"  # whose keys a level attends to: its "own", the "target"'s, or the first level's ("shared")
     context_layer: int | None = None  # of the target, for context target; None for the last with full attention
-    levels: str = "own"  # each level's attention and MLP: "own", or "shared" by all
+    levels: str = "own"  # each level's attention and MLP: "own", "shared" by all, or by all after the "first"
     side_by_side: bool = False  # a level's attention and MLP read the same stream
     edges: int | None = None  # rank of scores that a guess gets by the tokens before it; None for none
     edges_reach: int = 1  # how many tokens

@@ -31,8 +31,8 @@ def flops_per_token(
         heads, at `share` of tokens: 2 H V + N 4 H V', and 2 H V' more where V' < V
 
     with the heads frozen, so that backward has one product and not two; EAGLE-3's head is not, and its level reads 2 H.
-    where a drafter that reads the target's context has its levels too at `share` of tokens (see
-    DrafterModule.pointwise; the N - 1 before each stretch are left out).
+    where a pointwise drafter (see DrafterConfig) has its levels too at `share` of tokens (the N - 1 before each stretch
+    are left out), and its inputs, unless it makes keys and values of its own of them (these are left out).
     P_layer of a layer with experts counts those that a token has. A correction of R units adds 3 H R to P_level; edges
     of rank R add 2 H R, and 6 R V' to each level's head. With more `backward_passes` than one (DeepKD's three) all that
     is backward counts so many times. Norms, softmax and recomputation are left out.
@@ -40,8 +40,9 @@ def flops_per_token(
     layers = sum(target.layer_at(i).matrix_size for i in range(target.num_layers))
     forward = 2 * layers + target.num_layers * 4 * length * target.num_heads * target.head_dim
     levels, width = drafter.num_levels, drafter.num_heads * drafter.head_dim
-    once = 2 * (levels * drafter.level_parameters + drafter.input_parameters) + levels * 4 * length * width
-    both_ways = once * (1 + 2 * backward_passes) * (share if drafter.context_layers else 1)
+    once = levels * (2 * drafter.level_parameters + 4 * length * width) * (share if drafter.pointwise else 1)
+    once += 2 * drafter.input_parameters * (share if drafter.context_layers else 1)
+    both_ways = once * (1 + 2 * backward_passes)
     reduced = drafter.draft_vocab_size < drafter.vocab_size
     of_target = 2 * target.hidden_size * (target.vocab_size + reduced * drafter.draft_vocab_size)
     head_forward, head_backward = drafter.head_flops

@@ -140,7 +140,7 @@ def test_a_cascade_that_shares_its_layer_and_reads_the_targets_cache_trains_on_a
 def test_every_switch_of_the_loss_muon_and_held_out_rows_are_on_a_mesh_as_on_one_device(
     target_folder, data_file, tmp_path
 ):
-    more = ["steps=4", "drafter.correction=None", "drafter.edges=8", "drafter.levels=shared", "drafter.context=target"]
+    more = ["steps=4", "drafter.correction=None", "drafter.edges=8", "drafter.levels=shared", "drafter.context=shared"]
     more += ["loss.cross_entropy=0.1", "loss.total_variation=0.5", "loss.hybrid=0.4", "loss.expected_length=True"]
     more += ["loss.after_wrong=0.5", "loss.without_edges=1", "loss.curriculum=0.5", "loss.tv_last=0.25"]
     more += ["loss.chunk=256", "optimizer.name=muon", "held_out.share=0.2", "held_out.rows=9"]

@@ -75,6 +75,12 @@ FORMS = {  # changes of the configuration, stacked
     ),
     "a window, stacked": (dict(window=3), True),
     "a window of one, list": (dict(window=1), False),
+    "the first level's keys, stacked": (dict(context="shared", reinject=True), True),
+    "a first level of its own, stacked": (dict(context="shared", levels="first"), True),
+    "the first level's keys, shared, edges, a window, list": (
+        dict(context="shared", levels="shared", side_by_side=True, reinject=True, edges=4, window=3),
+        False,
+    ),
 }
 
 
@@ -134,6 +140,7 @@ REPEATING = (
     "shared, side by side, stacked",
     "reduced vocabulary, shared, edges, list",
     "a window, stacked",
+    "the first level's keys, stacked",
 )
 
 
@@ -173,7 +180,9 @@ def test_drafting_step_by_step_with_a_cache_is_the_one_causal_pass_of_training(t
             assert made.tokens[b].tolist() == [said[b, at[b]], *best[:, b, at[b] - 1].tolist()]
     assert cache.length.tolist() == at.tolist() == [T, T]
     # Every slot holds what the one pass has at its position; of these, the ones a next query would see are all there.
-    for level, b in np.ndindex(N, B):
+    num_cached = 1 if drafter.config.context == "shared" else N
+    assert len(cache.k) == len(fresh[0]) == num_cached
+    for level, b in np.ndindex(num_cached, B):
         positions = np.asarray(cache.positions[level][b])
         held = np.flatnonzero(positions != EMPTY_SLOT)
         assert set(range(T - (window or T), T)) <= set(positions[held])
@@ -188,6 +197,8 @@ SWITCHES = {
     "shared": {"levels": "shared", "side_by_side": True},
     "edges": {"edges": 4, "edges_reach": 3},
     "gated edges": {"edges": 4, "edges_reach": 3, "edges_gated": True, "head": "own"},
+    "the first level's keys": {"context": "shared", "reinject": True},
+    "a first level of its own": {"levels": "first"},
 }
 
 
@@ -200,7 +211,7 @@ def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
 
     With reinjection each level's input gets FC([g, e]) once more; with correction what is read of h_i at position t
     knows the true token x[t+i], and with edges so do the last entries of what is read. Side by side, the MLP reads what
-    attention does.
+    attention does. With the first level's keys a level sees those at earlier positions, and its own.
     """
     tokens, features = stream
     drafter = make_drafter(**changes)
@@ -215,12 +226,20 @@ def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
         g = features @ (drafter.feature_scale[...][:, None] * drafter.fc.weight[...])
         e = target.embedding[...][tokens[:, 1:]]
         h = fused = g @ drafter.fuse.weight[...][:16] + e @ drafter.fuse.weight[...][16:]
-        out = []
+        out, first = [], None
         for i, level in enumerate(drafter.unstacked().levels, 1):
             if level.reinject is not None:
                 h = h + normed(fused) @ level.reinject.weight[...]
-            layer = level if drafter.shared is None else drafter.shared
-            attended, _ = layer.attention(level.input_norm(h), turn, Cached(visible))
+            has_layer = {"own": True, "shared": False, "first": i == 1}[drafter.config.levels]
+            layer = level if has_layer else drafter.shared
+            if drafter.config.context == "shared":
+                q, k, v = layer.attention.project(level.input_norm(h), turn)
+                first = first or (k, v)
+                seen = jnp.concatenate([jnp.tril(visible, -1), visible & jnp.eye(T, dtype=bool)], axis=-1)
+                both = (jnp.concatenate(pair, axis=1) for pair in zip(first, (k, v), strict=True))
+                attended = layer.attention.output(Cached(seen)(q, *both))
+            else:
+                attended, _ = layer.attention(level.input_norm(h), turn, Cached(visible))
             read_by_mlp = h if drafter.config.side_by_side else h + attended
             h = h + attended + layer.mlp(level.mlp_norm(read_by_mlp))
             read = h
@@ -315,7 +334,7 @@ def test_levels_beyond_the_trees_are_not_guessed(target, stream):
     "changes",
     [
         pytest.param(dict(correction=8), id="correction", marks=pytest.mark.slow),
-        pytest.param(dict(edges=4, levels="shared", side_by_side=True), id="edges"),
+        pytest.param(dict(edges=4, levels="shared", side_by_side=True, context="shared"), id="edges"),
     ],
 )
 def test_guesses_that_know_the_token_before_are_on_a_mesh_those_on_one_device(target, stream, changes):

@@ -38,6 +38,7 @@ VARIANTS = {
         "draft_vocab_size": len(IDS),
         "sinks": True,
     },
+    "the first level's keys": {"context": "shared", "reinject": True, "window": 4, "edges": 6, "levels": "first"},
 }
 
 
@@ -62,7 +63,7 @@ def random_drafter(changes) -> FastEagle:
 @pytest.mark.torch
 @pytest.mark.parametrize("storage", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("the paper's", "corrected")), "cheap"]
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "cheap"), "cheap"]
 )
 def test_the_reader_in_torch_gives_our_logits(tmp_path, name, storage):
     import torch

@@ -56,6 +56,8 @@ def test_attention_and_heads_add_their_products() -> None:
     assert one == flops_per_token(target, drafter, 10, 1.0)
     levels = 6 * (2 * drafter.level_parameters + drafter.input_parameters) + 12 * 2 * 10 * 32
     assert one - half == 0.5 * (levels + 16 * 40 * (2 + 4 * 2))
+    first = dataclasses.replace(drafter, context="shared")
+    assert flops_per_token(target, first, 10, 0.5) - half == 0.5 * 6 * drafter.input_parameters
     small = dataclasses.replace(drafter, draft_vocab_size=30)
     assert flops_per_token(target, small, 0, 1.0) - base == 16 * (2 * 40 + (4 * 2 + 2) * 30)
 

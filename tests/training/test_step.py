@@ -179,10 +179,15 @@ def test_stacked_and_listed_models_have_the_same_loss_and_gradient(changes: dict
         assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(ours))
 
 
-def test_levels_that_read_the_target_alone_are_computed_where_the_loss_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("context", ["target", pytest.param("shared", marks=pytest.mark.slow)])
+def test_levels_that_read_no_other_level_are_computed_where_the_loss_looks(
+    monkeypatch: pytest.MonkeyPatch, context: str
+) -> None:
     """With a share of 1 that is every position, in whichever order: the same loss and gradient, to float32 rounding."""
     target = tiny_target(num_layers=3)
-    config = default_config(target.config, **CHEAP | dict(edges_reach=2, edges_gated=True, reinject=True, num_levels=3))
+    changes = CHEAP | dict(edges_reach=2, edges_gated=True, reinject=True, num_levels=3)
+    changes |= {"context": "shared", "context_layer": None} if context == "shared" else {}
+    config = default_config(target.config, **changes)
     drafter = jax.jit(lambda target: init_drafter(config, target, jax.random.key(0)))(target)
     drafter.edges.table[...] += 0.1 * jax.random.normal(jax.random.key(2), drafter.edges.table.shape)
     graph, params, constants = nnx.split(drafter, nnx.Param, ...)
