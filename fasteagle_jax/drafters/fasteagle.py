@@ -357,33 +357,22 @@ class FastEagle(DrafterModule):
         """
         c = self.config
         dtype = features.dtype  # of all activations
-        # The token before level i's guess is i - 1 further on; no loss reads past a segment's end. Of the J tokens
-        # before it those from x[t+1] on are known.
+        picked = functools.partial(_picked, at=at)
         tokens_before: Any = [None] * c.num_levels
         if head_inputs and not self.has_split_draft:
-            none = jnp.full_like(next_tokens, NO_TOKEN)
-            tokens_before = [
-                jnp.stack([jnp.roll(next_tokens, j - i, axis=1) if j <= i else none for j in range(c.edges_reach)], -1)
-                for i in range(c.num_levels)
-            ]  # [B, T, J]
+            tokens_before = [picked(x) for x in self._tokens_before(next_tokens)]
         trains = callable(visible)
         rows = "batch" if trains else "rows"  # logical axis in training and in decoding
         # The target's keys end at position t: a level stands at the next one, that of x[t+1].
         stands = positions + (c.context == "target")
-        stream = features, next_tokens
         if c.context == "shared":
-            everywhere = self._fuse(embedding, *stream, rows)  # [B, T, H]
-            context = (self._first_keys(everywhere, stands, rows),)
-            stream = (everywhere,)
+            fused = self._fuse(embedding, features, next_tokens, rows)  # [B, T, H]
+            context = (self._first_keys(fused, stands, rows),)
+            fused = picked(fused)  # [B, A, H]
+        else:
+            fused = self._fuse(embedding, picked(features), picked(next_tokens), rows)
         attend_to = functools.partial(_attend, visible, context=context, positions=positions, at=at, config=c)
-        if at is not None:
-
-            def at_places(x: jax.Array) -> jax.Array:
-                return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
-
-            positions, stands, *stream = (at_places(x) for x in (positions, stands, *stream))
-            tokens_before = [None if x is None else at_places(x) for x in tokens_before]
-        fused = stream[0] if c.context == "shared" else self._fuse(embedding, *stream, rows)
+        positions, stands = picked(positions), picked(stands)
         reinjected = self._reinjected(fused) if c.reinject else None
         inputs: Any = [None] * c.num_levels
         if reinjected is not None and not trains and not self.scans:
@@ -441,6 +430,19 @@ class FastEagle(DrafterModule):
             k, v = (by_head(part) for part in context[0])
             fresh = (k[None], v[None]) if self.scans else ([k], [v])
         return states, fresh
+
+    def _tokens_before(self, next_tokens: jax.Array) -> list[jax.Array]:
+        """Of each level the J tokens before its guesses int32 [B, T, J], the nearest first.
+
+        The nearest before level i's is i - 1 after x[t+1]; no loss reads past a segment's end. Those before x[t+1] are
+        NO_TOKEN.
+        """
+        none = jnp.full_like(next_tokens, NO_TOKEN)
+        reach = range(self.config.edges_reach)
+        return [
+            jnp.stack([jnp.roll(next_tokens, j - i, axis=1) if j <= i else none for j in reach], axis=-1)
+            for i in range(self.num_levels)
+        ]
 
     def _fuse(self, embedding: jax.Array, features: jax.Array, next_tokens: jax.Array, rows: str) -> jax.Array:
         """The levels' input [B, T, H], FC([g_t, e_t+1]); `rows` is the batch's logical axis."""
@@ -664,6 +666,11 @@ class FastEagle(DrafterModule):
         return tensors
 
 
+def _picked(x: jax.Array, at: jax.Array | None) -> jax.Array:
+    """x [B, T, ...] at places `at` int32 [B, A] along T, [B, A, ...]; None for all."""
+    return x if at is None else jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
 def _attend(
     visible: Any,
     past: Past | None,
@@ -712,8 +719,7 @@ class _AfterFirst:
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
         """As of nn.attention.Attend."""
         earlier = self.visible & ~jnp.eye(self.visible.shape[1], dtype=bool)
-        if self.at is not None:
-            earlier = jnp.take_along_axis(earlier, self.at[..., None], axis=1)  # [B, A, T]
+        earlier = _picked(earlier, self.at)  # [B, A, T]
         itself = jnp.broadcast_to(jnp.eye(q.shape[1], dtype=bool), (*earlier.shape[:2], q.shape[1]))
         attend = Cached(jnp.concatenate([earlier, itself], axis=-1), self.past, self.soft_cap)
         return attend(q, jnp.concatenate([self.k, k], axis=1), jnp.concatenate([self.v, v], axis=1), sinks)
