@@ -55,6 +55,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*.Dockerfile
 
 # The site, into build/site; a warning or a broken link is an error.
 docs: $(VENV)/.installed-docs

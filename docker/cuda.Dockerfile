@@ -2,9 +2,9 @@
 FROM python:3.11-slim
 
 WORKDIR /opt/fasteagle-jax
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY fasteagle_jax ./fasteagle_jax
-RUN pip install --no-cache-dir '.[train,cuda]'
+RUN pip install --no-cache-dir --constraint constraints.txt '.[train,cuda]'
 
 COPY configs ./configs
 COPY train ./train

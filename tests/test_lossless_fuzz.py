@@ -24,3 +24,9 @@ def test_drafting_is_lossless_in_cases_drawn_freely(families, count, drafters):
     kinds = collections.Counter(case.kind for case in found)
     assert kinds[lossless_fuzz.TIED] <= count // 100
     assert sum(case.accepted for case in found) > count  # something was at stake
+
+
+def test_cases_come_from_sixty_programs_and_every_drafter_meets_most_families():
+    drafted = collections.Counter(name for family in FAMILIES for name in lossless_fuzz.drafters_of(family))
+    assert len(FAMILIES) + drafted.total() <= 60
+    assert set(drafted) == set(lossless_fuzz.DRAFTERS) and min(drafted.values()) > len(FAMILIES) // 2

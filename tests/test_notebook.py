@@ -33,7 +33,7 @@ def test_every_cell_runs(cells, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MPLBACKEND", "agg")
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     magics = [line for source in sources for line in source.splitlines() if line.lstrip().startswith(("%", "!"))]
-    assert magics == ['%pip install --quiet "{SOURCE}[train]"'] and magics[0] in sources[0]
+    assert magics == ['%pip install --quiet "{SOURCE}[plot]"'] and magics[0] in sources[0]
     shown = []
     monkeypatch.setattr("matplotlib.pyplot.show", lambda: shown.append(1))
     namespace: dict = {"__name__": "__main__"}

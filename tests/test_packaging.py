@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import fasteagle_jax
 from fasteagle_jax.commands.terminal import EXTRAS
@@ -96,3 +97,20 @@ def test_the_conda_recipe_asks_for_what_pip_does():
     python = f"python {PROJECT['requires-python']}".replace("3.11", "${{ python_min }}")
     assert set(recipe["requirements"]["run"]) == {python, *asked, *of_epath}
     assert recipe["context"]["python_min"] == PROJECT["requires-python"].removeprefix(">=")
+
+
+def test_the_constraints_name_a_version_of_every_package_that_is_asked_for():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    versions = dict(line.lower().split("==") for line in lines)
+    assert "torch" not in versions
+    extras = PROJECT["optional-dependencies"]
+    for asked in [
+        *PROJECT["dependencies"],
+        *extras["train"],
+        *extras["plot"],
+        *extras["grammar"],
+        *extras["test-light"],
+    ]:
+        requirement = Requirement(asked)
+        if requirement.name != PROJECT["name"]:
+            assert requirement.specifier.contains(versions[requirement.name.lower()]), asked

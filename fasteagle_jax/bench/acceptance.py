@@ -29,6 +29,7 @@ from fasteagle_jax.data.sources import Prompt
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.decoding.sampling_fields import from_options
 from fasteagle_jax.decoding.tree import MAX_LOOKUP
+from fasteagle_jax.drafters.text_only import TextOnly
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
@@ -83,9 +84,11 @@ def acceptance(
     figures: dict[str, Callable[[], Any]] = {}
 
     def start(decoder: DecoderSpec) -> Engine:
-        assert decoder.folder is not None
+        drafter = TextOnly() if decoder.folder is None else drafters[decoder.folder]
         sizes: dict[str, Any] = {"slots": max(args.slots), "max_len": args.max_len, "tree": decoder.tree}
-        return Engine(models.target, drafters[decoder.folder], models.tokenizer, models.stop_tokens, **sizes)
+        return Engine(models.target, drafter, models.tokenizer, models.stop_tokens, **sizes)
+
+    known = {d: None if d.folder is None else draft_vocabulary(drafters[d.folder]) for d in decoders}
 
     for temperature in args.temperature:
         params = SamplingParams(**from_options(args) | {"temperature": temperature}, max_new_tokens=args.max_new)
@@ -113,6 +116,9 @@ def acceptance(
         counts = Counts.of(cases, answers)
         titles.append(f"temperature {temperature:g}, {args.max_new} new tokens at most, {models.dtype}, {machine()}")
         estimates = counts.estimates()
+        for estimate, decoder in zip(estimates, itertools.cycle(decoders), strict=False):
+            task = None if estimate["task"] == MEAN else estimate["task"]
+            estimate["outside"] = number(outside(cases, answers[decoder], known[decoder], task))
         records.append({"temperature": temperature, "estimates": estimates, "differences": counts.differences()})
         records[-1]["repeats"] = repeats([(case.tokens, a.tokens) for case, a in zip(cases, first, strict=True)])
         records[-1]["cases"] = [
@@ -189,6 +195,28 @@ def _generate(engine: Engine, params: SamplingParams, cases: Sequence[Case], pro
         counts = completion.statistics if counts is None else counts + completion.statistics
         progress.update(f"{engine.trees[0]}: tau {counts.length:.2f}")
     return sorted(completions, key=lambda completion: completion.prompt_index)
+
+
+def draft_vocabulary(drafter: Any) -> frozenset[int] | None:
+    """The target's ids of the tokens that a drafter can guess; None for all."""
+    ids = drafter.token_ids
+    return None if ids is None else frozenset(np.asarray(ids[...]).tolist())
+
+
+def outside(
+    cases: Sequence[Case], answers: Sequence[Answer], known: frozenset[int] | None, task: str | None = None
+) -> float:
+    """The share of a task's answers' tokens that are not `known`, without the first, which no drafter guesses.
+
+    Without a task it is the mean of all tasks' shares, each counting alike. nan of no token.
+    """
+    if task is None:
+        tasks = dict.fromkeys(case.task for case in cases)
+        return float(np.mean([outside(cases, answers, known, one) for one in tasks]))
+    pairs = zip(cases, answers, strict=True)
+    tokens = [token for case, answer in pairs if case.task == task for token in answer.tokens[1:]]
+    missing = 0 if known is None else sum(token not in known for token in tokens)
+    return missing / len(tokens) if tokens else float("nan")
 
 
 def repeats(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[int, int]]:
@@ -327,10 +355,11 @@ def _show(title: str, record: Mapping[str, Any], different: Mapping[DecoderSpec,
                 "-" if estimate["tau"] is None else f"{estimate['tau']:.3f} ± {estimate['standard_error']:.3f}",
                 "-" if low is None else f"{low:.3f} to {high:.3f}",
                 " ".join("-" if share is None else f"{share:.2f}" for share in estimate["by_depth"]),
+                "-" if estimate["outside"] is None else f"{estimate['outside']:.1%}",
                 str(different[decoder]) if last else "",
             )
         )
-    show(title, ("task", "drafter", "passes", "tau", "95%", "by depth", "differ"), rows)
+    show(title, ("task", "drafter", "passes", "tau", "95%", "by depth", "outside", "differ"), rows)
     total = sum(num for num, _ in record["repeats"])
     found = [(size, num, right) for size, (num, right) in enumerate(record["repeats"]) if num and size]
     words = (f"{size}: {num / total:.0%}, {right / num:.2f}" for size, num, right in found)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fasteagle_jax.bench.prompts import Models
+from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.drafters.files import load_drafter, read_config
 from fasteagle_jax.drafters.simulated import parse_rates
 from fasteagle_jax.drafters.table import CLASSES
@@ -17,6 +18,7 @@ from fasteagle_jax.nn.linear import product_dtype
 from fasteagle_jax.targets.checkpoint import Checkpoint
 
 PLAIN, SIMULATED = "plain", "simulated"
+NO_DRAFTER = "none"  # in the place of a drafter's folder: lookup alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +30,18 @@ class DecoderSpec:
     folder: Path | None = None  # of a trained drafter
     rates: tuple[float, ...] = ()  # of a simulated one
 
+    @property
+    def is_lookup_alone(self) -> bool:
+        """Whether all guesses are copied from the text."""
+        return self.tree is not None and self.folder is None and not self.rates
+
     def __str__(self) -> str:
         return self.name if self.tree is None else f"{self.name} {self.tree}"
 
 
 def parse_decoders(words: Sequence[str], tree: str) -> list[DecoderSpec]:
-    """The decoders that `plain`, `NAME=FOLDER[@TREE]` and `simulated=RATES[@TREE]` name, plain decoding first.
+    """The decoders that `plain`, `NAME=FOLDER[@TREE]`, `NAME=none@TREE` and `simulated=RATES[@TREE]` name, plain
+    decoding first.
 
     `tree` is for those that name none. Raises UserError for what is not understood.
     """
@@ -50,6 +58,10 @@ def parse_decoders(words: Sequence[str], tree: str) -> list[DecoderSpec]:
             )
         if name.startswith(SIMULATED):
             decoders.append(DecoderSpec(name, own_tree or tree, rates=parse_rates(value)))
+        elif value == NO_DRAFTER:
+            if not TreeSpec.parse(own_tree or tree).lookup:
+                raise UserError(f"{word} drafts nothing: write {name}={NO_DRAFTER}@best_first:8+lookup:8")
+            decoders.append(DecoderSpec(name, own_tree))
         else:
             decoders.append(DecoderSpec(name, own_tree or tree, Path(value).expanduser()))
     folders: dict[str, Any] = {}

@@ -108,6 +108,21 @@ def simulate(
     yield from _entropy(rng, vocab, concentration)
 
 
+def best_lengths(world: World, sizes: Sequence[int], levels: int) -> list[float]:
+    """Expected tokens a pass of the drafter's best trees of these numbers of nodes, the mean of all roots.
+
+    The drafter knows the path, and ranks by its own laws; 1 for the root alone.
+    """
+    roots = range(len(world.target))
+    scores = [world.scores(root, knows_path=True) for root in roots]
+
+    def length(size: int) -> float:
+        trees = [theory.best_tree(of_root, size, levels) for of_root in scores]
+        return float(np.mean([theory.tree_length(world.law(root), trees[root]) for root in roots]))
+
+    return [length(size) for size in sizes]
+
+
 # --- 1. losslessness --------------------------------------------------------------------------------------------
 
 

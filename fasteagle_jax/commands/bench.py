@@ -16,7 +16,8 @@ costs, and a round with each tree of `auto`.
 
 --acceptance measures no time: all prompts go through the engine's slots at once (--slots, the largest number given), by
 every drafter at every temperature, and tau and the acceptance by depth get standard errors and intervals, by drawing
-the conversations anew; so do the differences of two drafters on the same conversations.
+the conversations anew; so do the differences of two drafters on the same conversations. There NAME=none@TREE+lookup:K
+is lookup without a drafter. `outside` is the share of an answer's tokens that a drafter's vocabulary lacks.
 
 --predict FOLDER measures nothing: it estimates speed-ups on TPUs from compiled programs (--predict --help).
 --cost RESULTS puts the tau of a finished --acceptance against rounds compiled for TPUs and GPUs (--cost --help).
@@ -209,6 +210,9 @@ def bench(args: argparse.Namespace) -> int:
         raise UserError("plain decoding alone is nothing to compare: name a drafter, NAME=FOLDER")
     if args.acceptance and args.sweep:
         raise UserError("--acceptance and --sweep are two measurements: give one of them")
+    for decoder in decoders:
+        if decoder.is_lookup_alone and not args.acceptance:
+            raise UserError(f"{decoder.name} is lookup without a drafter: it is measured with --acceptance alone")
     if alone and len(args.temperature) > 1:
         raise UserError(f"--sweep {args.sweep[0]} is of one temperature: give --temperature one number")
     check_results(args.results)
@@ -255,6 +259,8 @@ def bench(args: argparse.Namespace) -> int:
     configs = {
         decoder.name: dataclasses.asdict(drafters[decoder.folder].config)
         if decoder.folder
+        else {"kind": "lookup"}
+        if decoder.is_lookup_alone
         else {"rates": decoder.rates}
         for decoder in decoders[1:]
     }

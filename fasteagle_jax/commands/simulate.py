@@ -2,23 +2,28 @@
 
 A target is a Markov chain whose laws are drawn from a Dirichlet distribution, its drafters have an error. Each line is
 a prediction, what was simulated, and the half width of its 99% interval; one in a hundred disagrees by chance.
+With --costs, the speed-up of its best trees where passes cost so much: E(M) c(1) / c(M).
 With --logprobs, the bound that the entropy of a real target sets instead, from a batch file's answers at temperature 1.
 
 examples:
   fasteagle simulate
   fasteagle simulate --vocab 30 --concentration 0.05 --temperature 0.7 --nodes 60 --levels 7 --seed 3
   fasteagle simulate --rates 0.8,0.75,0.7
+  fasteagle simulate --costs 1:1,2:1.17,4:1.18,8:1.44,16:1.87,32:3.17
   fasteagle simulate --logprobs answers.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from fasteagle_jax.bench import theory
-from fasteagle_jax.bench.simulation import Row, simulate
+from fasteagle_jax.bench.simulation import Row, best_lengths, random_world, simulate
 from fasteagle_jax.commands.terminal import Parser, program, whole
 from fasteagle_jax.errors import UserError
 
@@ -33,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(bound(args.logprobs))
     elif args.rates is not None:
         print(f"{theory.chain_length(args.rates):.3f} tokens a pass of a chain with these rates")
+    elif args.costs is not None:
+        world = random_world(
+            np.random.default_rng(args.seed), args.vocab, args.concentration, args.error, args.temperature
+        )
+        print(speeds(list(args.costs), list(args.costs.values()), best_lengths(world, list(args.costs), args.levels)))
     else:
         names = ("vocab", "levels", "nodes", "concentration", "error", "temperature", "passes")
         rows = list(simulate(args.seed, **{name: getattr(args, name) for name in names}))
@@ -62,6 +72,7 @@ def _parser() -> Parser:
     other.add_argument(
         "--rates", type=_rates, metavar="A,B,...", help="tokens a pass of a chain with these acceptances"
     )
+    other.add_argument("--costs", type=_costs, metavar="M:C,...", help="what a pass over so many nodes costs, 1 first")
     other.add_argument("--logprobs", type=Path, metavar="FILE", help="the bound by a target's entropy")
     return parser
 
@@ -71,6 +82,28 @@ def _rates(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: give numbers like 0.8,0.75,0.7") from None
+
+
+def _costs(text: str) -> dict[int, float]:
+    """Costs by number of nodes, in order."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        costs = {int(nodes): float(cost) for nodes, cost in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give nodes and costs like 1:1,4:1.18,8:1.44") from None
+    if list(costs)[0] != 1 or sorted(costs) != list(costs) or not all(0 < cost < math.inf for cost in costs.values()):
+        raise argparse.ArgumentTypeError(f"{text!r}: give 1 node first, then more and more, and costs above 0")
+    return costs
+
+
+def speeds(sizes: Sequence[int], costs: Sequence[float], lengths: Sequence[float]) -> str:
+    """Tokens a pass, cost and speed-up of trees by their nodes, and which is the fastest."""
+    lines = [
+        f"{size:5d}  {length:13.3f}  {cost / costs[0]:5.2f}  {length * costs[0] / cost:8.3f}"
+        for size, cost, length in zip(sizes, costs, lengths, strict=True)
+    ]
+    best = sizes[theory.best_size(lengths, costs)]
+    return "\n".join(["nodes  tokens a pass   cost  speed-up", *lines, f"best: {best} nodes"])
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -168,6 +168,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 try:
                     record = json_value(line)
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{path}:{n}: not UTF-8 ({error.reason}): convert the file") from error
                 except ValueError as error:
                     raise UserError(f"{path}:{n}: not JSON ({error}): mend or delete the line") from error
                 yield f"{path}:{n}", record

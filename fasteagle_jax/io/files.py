@@ -129,7 +129,8 @@ def check_writable(folder: epath.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
-        probe.unlink()
+        for each in folder.glob(".writable-*"):  # also what a killed run has left
+            each.unlink(missing_ok=True)  # another process may have been faster
     except Exception as error:  # clients of buckets raise many kinds, ImportError among them
         reason = first_line(error)[:200]
         remedy = (

@@ -109,6 +109,11 @@ def test_the_command_prints_rows_a_chain_and_a_bound(capsys, tmp_path) -> None:
     assert main(["--passes", "300", "--seed", "1"]) == 0
     assert "of 23 disagree" in capsys.readouterr().out
     assert main(["--rates", "0.5,0.5"]) == 0 and capsys.readouterr().out.startswith("1.750 tokens")
+    assert main(["--costs", "1:2,4:2.4,8:40"]) == 0
+    head, one, four, eight, best = capsys.readouterr().out.splitlines()
+    assert one.split() == ["1", "1.000", "1.00", "1.000"] and best == "best: 4 nodes"
+    _, length, cost, speed = map(float, four.split())
+    assert cost == 1.2 and speed == pytest.approx(length / 1.2, abs=2e-3) and length < float(eight.split()[1])
     records = [{"id": "a", "logprobs": [-1.0, -3.0]}, {"id": "b", "answers": [{"logprobs": [-2.0]}, {}]}]
     (tmp_path / "out.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert main(["--logprobs", str(tmp_path / "out.jsonl")]) == 0
@@ -122,6 +127,8 @@ def test_the_command_prints_rows_a_chain_and_a_bound(capsys, tmp_path) -> None:
     [
         (["--rates", "0.8,1.2"], "1.2 is no probability: give rates of 0 to 1"),
         (["--rates", "x"], "give numbers like 0.8,0.75,0.7"),
+        (["--costs", "2:1"], "give 1 node first"),
+        (["--costs", "1:1,4"], "give nodes and costs like 1:1,4:1.18,8:1.44"),
         (["--error", "-0.5"], "-0.5 is no probability"),
         (["--temperature", "0"], "temperature is 0.0: it must be above 0"),
         (["--logprobs", "absent.jsonl"], "absent.jsonl cannot be read"),

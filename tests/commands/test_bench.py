@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fasteagle_jax.bench import progress, runner
-from fasteagle_jax.bench.acceptance import Answer, Case, Counts, repeats
+from fasteagle_jax.bench.acceptance import Answer, Case, Counts, outside, repeats
 from fasteagle_jax.bench.decoders import DecoderSpec, parse_decoders
 from fasteagle_jax.bench.figures import show
 from fasteagle_jax.bench.prompts import check_fits
@@ -121,6 +121,33 @@ def test_repeats_are_counted_by_the_longest_match_and_its_last_occurrence():
     """Before 1 and 8 nothing is known; 2 comes after `1`, 3 after `1 2` as the last time, 9 after `1 2 3` as never."""
     counts = repeats([([1, 2, 4, 5, 1, 2], [3, 1, 2, 3, 9, 8])])
     assert counts == [(2, 0), (1, 1), (1, 1), (1, 0), *[(0, 0)] * 5]
+
+
+def test_tokens_outside_of_a_vocabulary_are_those_that_no_guess_could_be():
+    """The first token of an answer is the prefill's; a mean counts tasks alike, not tokens."""
+    cases = [Case("x", "0", [1], 0), Case("x", "1", [1], 0), Case("y", "2", [1], 0)]
+    answers = [Answer(tokens, 1, []) for tokens in ([9, 1, 2, 9], [9], [1, 9])]
+    known = frozenset({1, 2})
+    assert outside(cases, answers, known, "x") == 1 / 3 and outside(cases, answers, known, "y") == 1
+    assert outside(cases, answers, known) == 2 / 3 and outside(cases, answers, None) == 0
+
+
+def test_lookup_without_a_drafter_is_measured_beside_drafters(talkative, tasks, tmp_path, capsys, complaint):
+    target, drafter = talkative
+    given = ["--target", target, "--tasks", "talk", "--prompts-folder", tasks, "--limit", 2, "--max-new", 12]
+    of_both = ["--drafters", f"a={drafter}@best_first:4,text=none@best_first:4+lookup:4"]
+    assert "measured with --acceptance alone" in complaint(main, *given, *of_both)
+    assert "a=none drafts nothing" in complaint(main, *given, "--acceptance", "--drafters", "a=none")
+    argv = [*given, *of_both, "--acceptance", "--slots", 2, "--max-len", 256, "--results", tmp_path / "results"]
+    assert run(*argv) == 0
+    report = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert report["drafters"]["text"] == {"kind": "lookup"}
+    (record,) = report["acceptance"]
+    assert [(e["drafter"], e["tree"]) for e in record["estimates"]] == [
+        ("a", "best_first:4"),
+        ("text", "best_first:4+lookup:4"),
+    ]
+    assert all(e["outside"] == 0 and e["tau"] >= 1 for e in record["estimates"])  # both may guess every token
 
 
 @pytest.mark.slow  # in short: test_cost.py measures acceptance

@@ -168,7 +168,7 @@ def test_rounds_of_this_machine_stand_in_the_same_table(compiled, talkative, tmp
     argv = ["--acceptance", "--target", target, "--tasks", questions, "--max-new", 8, "--slots", 2, "--max-len", 128]
     argv += ["--drafters", f"a={drafter}@best_first:4", "--temperature", "0,1", "--results", tmp_path / "acceptance"]
     assert run(*argv) == 0
-    capsys.readouterr()
+    assert " outside " in capsys.readouterr().out
     TREES["best_first:4"] = (2.5, 4.0)
     argv = ["--cost", tmp_path / "acceptance", "--results", tmp_path / "out", "--slices", "v5e:2x4", "--batches", 1]
     assert run(*argv, "--measure", "--repeats", 2) == 0

@@ -135,6 +135,8 @@ def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path: Path, fol
 
 def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path: Path) -> None:
     check_writable(epath.Path(tmp_path / "a" / "b"))
+    (tmp_path / "a" / "b" / ".writable-0").write_text("")  # a run was killed here
+    check_writable(epath.Path(tmp_path / "a" / "b"))
     assert list((tmp_path / "a" / "b").iterdir()) == []
     assert in_bucket("gs://bucket/run") and not in_bucket(tmp_path)
 
