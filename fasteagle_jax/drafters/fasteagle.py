@@ -246,9 +246,10 @@ class FastEagle(DrafterModule):
         self.shared = None if c.levels == "own" else Layer(c, jax.random.fold_in(key, 3), dtype)
         keys = jax.random.split(key_levels, c.num_levels)
         levels = jax.vmap(lambda k: Level(c, k, dtype, has_layer=c.levels == "own"))(keys)
-        self.levels: Any = levels if self.scans else nnx.List(unstack(levels, c.num_levels))
+        each = unstack(levels, c.num_levels)
         if c.levels == "first":
-            self.levels[0] = Level(c, keys[0], dtype, has_layer=True)
+            each[0] = Level(c, keys[0], dtype, has_layer=True)
+        self.levels: Any = levels if self.scans else nnx.List(each)
 
     @property
     def scans(self) -> bool:
@@ -459,7 +460,7 @@ class FastEagle(DrafterModule):
         """The first level's keys and values [B, T, K, D], with context "shared" those of all levels."""
         c = self.config
         first = self._level_list()[0]
-        if c.reinject:
+        if first.reinject is not None:
             fused = fused + constrain(first.reinject(self._reinjected(fused)), rows, None, None)
         table = rotation(positions, c.rope, c.head_dim)
         _, k, v = self._layer_of(first).attention.project(first.input_norm(fused), table)
