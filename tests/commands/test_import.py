@@ -67,7 +67,7 @@ def authors(folder: Path, tensors: dict) -> Path:
 def speculators(folder: Path, tensors: dict) -> Path:
     """Sizes nested, the layer numbered."""
     config = {"speculators_model_type": "eagle3", "transformer_layer_config": SIZES, "draft_vocab_size": len(IDS)}
-    config["eagle_aux_hidden_state_layer_ids"] = [0, 1, 1]
+    config["eagle_aux_hidden_state_layer_ids"] = [0, 1, 2]
     scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
     config["transformer_layer_config"] = SIZES | {"rope_theta": 500000.0, "rope_scaling": scaling}
     published(folder, config)
@@ -92,7 +92,7 @@ def test_both_families_come_in_with_every_weight(drafter, tensors, target_folder
     assert found.keys() == expected.keys() and len(found) == 14
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
-    assert loaded.feature_layers == ((0, 1, 1) if family is speculators else drafter.feature_layers)
+    assert loaded.feature_layers == ((0, 1, 2) if family is speculators else drafter.feature_layers)
     assert loaded.config.rope == ROPE if family is speculators else loaded.config.rope.theta == 10_000
 
 
