@@ -47,6 +47,7 @@ PRELOADED = (  # what takes longest to import; the command itself imports it lat
 )
 SECONDS = 300  # of a life, at most
 MOST_LIVES = 40  # of a run: more than that are a run that does not advance
+MOST = "most kills of a run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Killed:
 
 def kill(one: Killed, rng: random.Random, kills: int, work: Path) -> tuple[collections.Counter[str], list[str]]:
     """What happened, counted, and the failures."""
-    counts, failures = collections.Counter[str](), []
+    counts = collections.Counter(dict.fromkeys(("kills", "at work", "in start-up", "torn", "runs", MOST), 0))
+    failures: list[str] = []
     undisturbed = work / f"{one.name}-undisturbed"
     started = time.perf_counter()
     undisturbed.mkdir()
@@ -98,7 +100,7 @@ def kill(one: Killed, rng: random.Random, kills: int, work: Path) -> tuple[colle
         else:
             failures.append(f"{MOST_LIVES} lives, and the run has not ended: {log.read_text()[-2000:]}")
         counts["runs"] += 1
-        counts["most kills of a run"] = max(counts["most kills of a run"], lives)
+        counts[MOST] = max(counts[MOST], lives)
         if not failures and (found := one.values(folder)) != expected:
             failures.append(f"run {counts['runs']} ended otherwise: {found}, not {expected}")
         if not failures and (names := _names(folder)) != files:
