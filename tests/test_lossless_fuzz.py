@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 
 import lossless_fuzz
 import pytest
@@ -30,3 +31,5 @@ def test_cases_come_from_sixty_programs_and_every_drafter_meets_most_families():
     drafted = collections.Counter(name for family in FAMILIES for name in lossless_fuzz.drafters_of(family))
     assert len(FAMILIES) + drafted.total() <= 60
     assert set(drafted) == set(lossless_fuzz.DRAFTERS) and min(drafted.values()) > len(FAMILIES) // 2
+    met = {(name, lossless_fuzz.mode_of(family)) for family in FAMILIES for name in lossless_fuzz.drafters_of(family)}
+    assert met == set(itertools.product(lossless_fuzz.DRAFTERS, lossless_fuzz.MODES))
