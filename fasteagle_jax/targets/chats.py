@@ -83,14 +83,16 @@ def encode_rows(
         numbers = list(group)
         own = options[numbers[0]]
         for i, chat in zip(numbers, encode_chats(tokenizer, [chats[i] for i in numbers], own), strict=True):
+            made: list[Chat] | UserError
             if isinstance(chat, Chat) and _only_appends(tokenizer, chats[i], own):
-                rows[i] = [chat] if writes_calls(tokenizer, chats[i], own) else _NO_CALLS
-                continue
-            try:
-                made = _generations(tokenizer, chats[i], own)
-                rows[i] = made if writes_calls(tokenizer, chats[i], own) else _NO_CALLS
-            except UserError as error:
-                rows[i] = chat if isinstance(chat, UserError) else error
+                made = [chat]
+            else:
+                try:
+                    made = _generations(tokenizer, chats[i], own)
+                except UserError as error:
+                    made = chat if isinstance(chat, UserError) else error
+            leaves_out = isinstance(made, list) and not writes_calls(tokenizer, chats[i], own)
+            rows[i] = _NO_CALLS if leaves_out else made
     return rows
 
 
