@@ -67,7 +67,7 @@ class Killed:
 
 def kill(one: Killed, rng: random.Random, kills: int, work: Path) -> tuple[collections.Counter[str], list[str]]:
     """What happened, counted, and the failures."""
-    counts = collections.Counter(dict.fromkeys(("kills", "at work", "in start-up", "torn", "runs", MOST), 0))
+    counts = collections.Counter(dict.fromkeys(("kills", "torn", "runs", MOST), 0))
     failures: list[str] = []
     undisturbed = work / f"{one.name}-undisturbed"
     started = time.perf_counter()
@@ -88,7 +88,6 @@ def kill(one: Killed, rng: random.Random, kills: int, work: Path) -> tuple[colle
             code = _life(one, folder, moment, log)
             if code == -signal.SIGKILL and moment is not None:
                 counts["kills"] += 1
-                counts["in start-up" if one.whole(folder) == before else "at work"] += 1
                 counts["torn"] += one.is_torn(folder)
                 if not _begins_with(one.whole(folder), before):
                     failures.append(f"a kill took back what was written: {before} became {one.whole(folder)}")
