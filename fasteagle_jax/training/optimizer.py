@@ -11,8 +11,7 @@ from flax import nnx
 
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.training.deepkd import DeepKD, Parts, split_momenta
-
-MUON_RMS = 0.2  # root mean square of Muon's updates at rate 1, as of AdamW's (arXiv 2502.16982, section 2.2)
+from fasteagle_jax.training.muon import scale_by_muon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +68,15 @@ def make_optimizer(
             clip_norm=config.clip_norm,
         )
     if config.name == "muon":
-        rule = optax.contrib.muon(
-            schedule,
-            weight_decay=config.weight_decay,
-            adam_b1=config.betas[0],
-            adam_b2=config.betas[1],
-            adam_weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=_matrices,
-            consistent_rms=MUON_RMS,
-        )
+        rules = {
+            "matrix": optax.chain(
+                scale_by_muon(),
+                optax.add_decayed_weights(config.weight_decay),
+                optax.scale_by_learning_rate(schedule),
+            ),
+            "other": optax.adamw(schedule, *config.betas, weight_decay=config.weight_decay, nesterov=True),
+        }
+        rule = optax.partition(rules, _kinds)
     elif config.name == "sgd":
         rule = optax.chain(  # the decay of weights is apart from the momentum, as AdamW's
             optax.trace(config.betas[0]),
@@ -101,16 +100,15 @@ def _decays(config: OptimizerConfig, deepkd: DeepKD) -> tuple[float, float, floa
     return task, target_class, non_target
 
 
-def _matrices(params: Any) -> Any:
-    """For each of a drafter's parameters, the dimensions of its matrix (the last two of a stack).
+def _kinds(params: Any) -> Any:
+    """For each of a drafter's parameters its rule of Muon's: "matrix", or "other".
 
-    None for vectors, and for tables with a row a token, whose rows have gradients of their own rather than of a map.
+    Other are vectors, and tables with a row a token, whose rows have gradients of their own rather than of a map.
     """
 
     def of(param: nnx.Variable[Any]) -> Any:
-        is_map = is_matrix(param) and "vocab" not in param.axes
-        dimensions = optax.contrib.MuonDimensionNumbers(-2, -1) if is_map else None
-        return jax.tree.map(lambda _: dimensions, param)
+        kind = "matrix" if is_matrix(param) and "vocab" not in param.axes else "other"
+        return jax.tree.map(lambda _: kind, param)
 
     return jax.tree.map(of, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
