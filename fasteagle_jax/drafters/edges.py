@@ -61,8 +61,10 @@ class EdgeScores(nnx.Module):
 
     def shares(self, e: jax.Array) -> jax.Array:
         """Tokens' shares [..., J, R] in queries 1 to J levels below them, of their embeddings e [..., H]."""
+        e = self.normed(e)
+        # One product a part: beside one another they would be a copy of the matrix in every round.
         parts = self.of_token.matrix.reshape(self.reach, e.shape[-1], -1)  # [J, H, R]
-        return matmul(self.normed(e), jnp.concatenate(list(parts), axis=1)).reshape(*e.shape[:-1], self.reach, -1)
+        return jnp.stack([matmul(e, part) for part in parts], axis=-2)
 
     def of_all(self, h: jax.Array, of_path: jax.Array) -> jax.Array:
         """Scores float32 [..., V] of all tokens, of states h [..., H] after paths of shares [..., R]."""
