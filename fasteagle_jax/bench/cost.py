@@ -7,21 +7,27 @@ units of a correction keep their share of the target's; the rank of edges stays,
 Times are estimates, in brackets with the latency of the kernels (docs/tpu.md). Compiled programs are kept in
 --results/compiled: the same command resumes, and compiles only what is missing.
 
+The default mesh has the heads over all chips. With --meshes a batch may instead be split over 2, 4, ... times as many
+rows of chips, with fewer chips a row to split heads over: of each round the fastest mesh counts, the number of
+rows being doubled as long as that helps.
+
 --measure times rounds of the measured target and drafters on this machine as well: batch 1, interleaved, medians.
 
 examples:
   fasteagle bench --cost runs/acceptance --results runs/cost
   fasteagle bench --cost runs/acceptance --results runs/cost --slices v5e:2x4 --batches 1 --measure
+  fasteagle bench --cost runs/acceptance --results runs/cost --batches 1,8,32,64,128 --meshes    # gains by batch
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +39,7 @@ from fasteagle_jax.bench.runner import MEAN, tree_of
 from fasteagle_jax.bench.sweeps import machine
 from fasteagle_jax.bench.timing import Spread
 from fasteagle_jax.bench.verify_cost import ROUNDS, interleaved, round_timers
+from fasteagle_jax.compiling.programs import decode_mesh
 from fasteagle_jax.compiling.published import PUBLISHED
 from fasteagle_jax.compiling.table import compile_apart
 from fasteagle_jax.decoding.sampling import make_sampling
@@ -64,10 +71,12 @@ class Decoder(NamedTuple):
 
 
 class Round(NamedTuple):
-    """The time of a round in seconds, without and with the latency of kernels."""
+    """The time of a round in seconds, without and with the latency of kernels, and the chips that it takes."""
 
     seconds: float
     with_latency: float | None = None
+    mesh: str = ""  # "" for the default one
+    num_devices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +92,11 @@ class Row:
     over_plain: tuple[float | None, float | None]  # without and with latency
     baseline: DecoderSpec | None = None
     over_baseline: tuple[float | None, float | None] = (None, None)
+
+    @property
+    def where(self) -> str:
+        """The place, and the mesh if it is not the default one."""
+        return f"{self.place}, {self.round.mesh}" if self.round.mesh else self.place
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -109,6 +123,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--slices", default=",".join(SLICES), metavar="S,...", help="default %(default)s")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)), metavar="B,...", help="default %(default)s")
+    parser.add_argument("--meshes", action="store_true", help="try meshes that split a batch over rows of chips, too")
     parser.add_argument(
         "--baseline", metavar="NAME", help="drafter to compare with (default: the first of kind eagle3)"
     )
@@ -149,7 +164,10 @@ def cost(args: argparse.Namespace, load: Any) -> None:
             for spec in (DecoderSpec(PLAIN), *changes):
                 words = ["--config", args.cost_target, "--topology", slice_name, "--program", "decode"]
                 words += ["--batch", str(batch), "--tree", spec.tree or PLAIN, *changes.get(spec, [])]
-                outcome = _compiled(compiled, args.cost_target, slice_name, batch, spec, words)
+                compile_round = functools.partial(_compiled, compiled, args.cost_target, slice_name, batch, spec)
+                outcome = compile_round(words)
+                if args.meshes and isinstance(outcome, Round):
+                    outcome = _on_fastest_mesh(outcome, run, batch, words, compile_round)
                 if isinstance(outcome, Round):
                     found[spec] = outcome
                 else:
@@ -168,9 +186,14 @@ def cost(args: argparse.Namespace, load: Any) -> None:
     _show(labels, rows)
     for line in failures:
         print(f"no round: {line}")
+    best = best_trees(rows)
+    if len(best) < sum(row.decoder.name != PLAIN for row in rows):
+        _show_best(best)
     content = json.dumps(labels | {"rows": [row.record() for row in rows], "failures": failures}, indent=2)
     with writing(args.results):
         write_text(args.results / "cost.json", content + "\n")
+        if len(batches) > 1 and best:
+            gains_figure(best).savefig(args.results / "gains.png", dpi=120)
 
 
 # --- what was measured ------------------------------------------------------------------------------------------
@@ -281,9 +304,25 @@ def _compiled(
             return str(figures["error"])
         if figures["estimate"] is None:
             return "nothing is known of the device's speed"
-        return Round(figures["estimate"], figures.get("estimate_with_latency"))
+        late = figures.get("estimate_with_latency")
+        return Round(figures["estimate"], late, num_devices=figures.get("devices", 1))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it and run the same command again") from None
+
+
+def _on_fastest_mesh(
+    default: Round, run: RunConfig, batch: int, words: Sequence[str], compile_round: Callable[[list[str]], Round | str]
+) -> Round:
+    """The Round of the fastest of meshes with 1, 2, 4, ... rows of chips; more rows are tried as long as that helps."""
+    best, rows = default, 2
+    while batch % rows == 0 and default.num_devices % rows == 0:
+        shape = dataclasses.replace(decode_mesh(run, default.num_devices // rows), data=rows)
+        mesh = ",".join(map(str, dataclasses.astuple(shape)))
+        outcome = compile_round([*words, "--mesh", mesh])
+        if isinstance(outcome, str) or outcome.seconds >= best.seconds:
+            break
+        best, rows = outcome._replace(mesh=str(shape)), 2 * rows
+    return best
 
 
 # --- on this machine --------------------------------------------------------------------------------------------
@@ -382,7 +421,7 @@ def _show(labels: Mapping[str, Any], rows: Sequence[Row]) -> None:
         base = "" if row.baseline in (None, row.decoder) else f"{_pair(row.over_baseline)} {row.baseline}"
         cells.append(
             (
-                row.place,
+                row.where,
                 str(row.decoder),
                 str(row.batch),
                 f"{row.temperature:g}",
@@ -399,6 +438,52 @@ def _show(labels: Mapping[str, Any], rows: Sequence[Row]) -> None:
         "Rounds of slices are estimates from compiled programs, not times; speed-up: tau / round over that of plain"
         " decoding, and of the drafter named."
     )
+
+
+def best_trees(rows: Sequence[Row]) -> list[Row]:
+    """For each place, batch, temperature and drafter the Row of the tree that gains most, without latency."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = row.place, row.batch, row.temperature, row.decoder.name
+        if row.decoder.name != PLAIN and row.over_plain[0] is not None:
+            found[key] = max(found.get(key, row), row, key=lambda r: r.over_plain[0] or 0.0)
+    return list(found.values())
+
+
+def _show_best(best: Sequence[Row]) -> None:
+    cells = [
+        (row.place, row.decoder.name, f"{row.temperature:g}", str(row.batch), str(row.decoder.tree))
+        + (row.round.mesh or "default", f"{row.tau:.3f}", _pair(row.over_plain))
+        for row in sorted(best, key=lambda row: (row.place, row.temperature, row.decoder.name, row.batch))
+    ]
+    columns = ("where", "drafter", "T", "batch", "tree", "mesh", "tau", "over plain")
+    show("the tree of each drafter that gains most", columns, cells, left=6)
+
+
+def gains_figure(best: Sequence[Row]) -> Any:
+    """The gain over plain decoding by batch of each drafter's best tree, without and (dashed) with latency."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((row.place, row.temperature) for row in best))
+    figure = Figure(figsize=(max(3.6 * len(panels), 6.0), 3.8), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (place, temperature) in zip(grid, panels, strict=True):
+        shown = [row for row in best if (row.place, row.temperature) == (place, temperature)]
+        for i, name in enumerate(dict.fromkeys(row.decoder.name for row in shown)):
+            own = sorted((row for row in shown if row.decoder.name == name), key=lambda row: row.batch)
+            for part, style in ((0, "-"), (1, "--")):
+                points = [(row.batch, row.over_plain[part]) for row in own if row.over_plain[part] is not None]
+                label = name if part == 0 else None
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, marker="o", color=f"C{i}", label=label)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("batch")
+        axes.set_title(f"{place}, temperature {temperature:g}", fontsize="small")
+        axes.grid(alpha=0.3)
+    grid[0].set_ylabel("speed over plain, estimated")
+    grid[-1].legend(fontsize="small")
+    return figure
 
 
 def _pair(values: tuple[float | None, float | None]) -> str:

@@ -100,6 +100,45 @@ def test_a_crash_is_a_line_and_an_older_file_an_estimate_without_latency(compile
     assert " 8.00 |" in said and len(json.loads((tmp_path / "out/cost.json").read_text())["rows"]) == 5
 
 
+def test_of_meshes_and_trees_the_fastest_counts_by_batch(monkeypatch, tmp_path, capsys):
+    """Twice the rows of chips help plain decoding, drafted rounds until there are four."""
+    meshes: list[tuple[str, str]] = []
+
+    def compile_apart(path: Path, words: list[str]) -> None:
+        tree, batch = words[words.index("--tree") + 1], int(words[words.index("--batch") + 1])
+        mesh = words[words.index("--mesh") + 1] if "--mesh" in words else "1,1,8"
+        meshes.append((tree, mesh))
+        without, late = TREES[tree]
+        rows = int(mesh.split(",")[0])
+        if (tree, mesh) == ("best_first:8", "2,1,4"):
+            path.write_text(json.dumps([{"error": "does not fit"}]))
+            return
+        factor = {1: 1.0, 2: 0.5, 4: 0.75 if tree == "plain" else 0.25, 8: 0.5}[rows] * batch
+        figures = {"estimate": 1e-3 * factor * without, "estimate_with_latency": 1e-3 * factor * late, "devices": 8}
+        path.write_text(json.dumps([figures]))
+
+    monkeypatch.setattr(cost, "compile_apart", compile_apart)
+    out = tmp_path / "out"
+    argv = ["--cost", results(tmp_path / "acceptance"), "--results", out, "--slices", "v5e:2x4", "--meshes"]
+    assert run(*argv, "--batches", "1,4,8") == 0
+    tried = {tree: [mesh for name, mesh in meshes if name == tree] for tree in TREES}
+    alone = ["1,1,8"]  # one row
+    assert tried["plain"] == alone + 2 * ["1,1,8", "2,1,4", "4,1,2"]
+    assert tried["best_first:8"] == alone + 2 * ["1,1,8", "2,1,4"]
+    assert tried["best_first:8:3"] == alone + ["1,1,8", "2,1,4", "4,1,2"] + ["1,1,8", "2,1,4", "4,1,2", "8,1,1"]
+    rows = json.loads((out / "cost.json").read_text())["rows"]
+    found = {(row["drafter"], row["tree"], row["batch"]): row for row in rows}
+    assert found["plain", None, 8]["round"]["mesh"] == "data 2 x fsdp 1 x tensor 4"
+    assert found["eagle3", "best_first:8:3", 8]["round"]["mesh"] == "data 4 x fsdp 1 x tensor 2"
+    assert found["paper", "best_first:8", 8]["round"]["mesh"] == ""
+    plain = 8e-3 * 0.5 * 2.0
+    assert found["eagle3", "best_first:8:3", 8]["over_plain"][0] == pytest.approx(2.2 * plain / (8e-3 * 0.25 * 3.5))
+    assert (out / "gains.png").is_file()
+    # Of EAGLE-3's two trees the one of 8 nodes gains more (2.2 / 3.5 to 2.5 / 4) at every batch.
+    best = capsys.readouterr().out.split("gains most")[1]
+    assert best.count("best_first:8:3") == 3 and best.count("| eagle3") == 3 and best.count("| cheap") == 3
+
+
 def test_switches_are_the_measured_drafters_and_widths_the_published_targets():
     target = PUBLISHED["llama31_8b"].target_config
 
