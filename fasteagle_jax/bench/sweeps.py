@@ -1,7 +1,8 @@
 """`fasteagle bench --sweep`: a drafter over its trees, and the engine over numbers of slots.
 
 `levels`, `nodes`, `tree`: the benchmark with other trees; `tree` compares the kinds at equal numbers of nodes.
-`slots`: throughput, plain against trees, on the same requests interleaved in one run, and every token compared.
+`slots`: throughput, plain against trees, on the same requests interleaved in one run, and every token compared; beside
+other programs with the same weights, if wanted.
 `memory`: what caches and programs take, with the drafter's window and without; nothing is decoded.
 """
 
@@ -23,6 +24,7 @@ from flax import nnx
 
 from fasteagle_jax.bench.decoders import PLAIN, DecoderSpec
 from fasteagle_jax.bench.figures import show
+from fasteagle_jax.bench.peers import load_peer
 from fasteagle_jax.bench.progress import Parts, Progress
 from fasteagle_jax.bench.prompts import Models
 from fasteagle_jax.bench.runner import MEAN, Result
@@ -34,6 +36,7 @@ from fasteagle_jax.engine import slots as device
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.targets.loading import open_checkpoint
 
 LEAST_REQUESTS = 8
 MIB = 2**20
@@ -147,10 +150,13 @@ def throughput(
     check_trained(decoders)
     sampling = from_options(args) | {"temperature": args.temperature[0]}
     params = SamplingParams(**sampling, max_new_tokens=args.max_new)
-    progress = Progress(len(args.slots) * args.repeats * len(decoders), "run")
+    files = open_checkpoint(args.target).path if args.beside else Path()
+    peers = {name: load_peer(name, files, models.stop_tokens, args.max_len) for name in args.beside}
+    progress = Progress(len(args.slots) * args.repeats * (len(decoders) + len(peers)), "run")
 
     def measure(slots: int) -> list[dict[str, Any]]:
         engines = {decoder: _engine(args, models, drafters, slots, decoder) for decoder in decoders}
+        beside = {name: peer for name, peer in peers.items() if slots <= (peer.most_rows or slots)}
         num_requests = max(LEAST_REQUESTS, 2 * slots)
         asked = list(itertools.islice(itertools.cycle(prompts), num_requests))
         seeded = [dataclasses.replace(params, seed=(args.seed + i) % 2**32) for i in range(num_requests)]
@@ -158,36 +164,41 @@ def throughput(
             engine.warm_up()
             engine.generate(asked[:slots], seeded[:slots])
             engine.seconds = engine.device_seconds = 0.0
-        rates: dict[DecoderSpec, list[float]] = {decoder: [] for decoder in decoders}
+        for peer in beside.values():
+            peer.generate(asked[:slots], dataclasses.replace(params, max_new_tokens=2), slots)
+        everyone: list[DecoderSpec | str] = [*decoders, *beside]
+        rates: dict[DecoderSpec | str, list[float]] = {one: [] for one in everyone}
         answers: dict[DecoderSpec, list[Completion]] = {}
-        differing: dict[DecoderSpec, set[int]] = {decoder: set() for decoder in decoders}  # requests, in any repeat
+        differing: dict[DecoderSpec | str, set[int]] = {one: set() for one in everyone}  # requests, in any repeat
         for repeat in range(args.repeats):
-            first = repeat % len(decoders)  # no decoder always comes first
-            for decoder in [*decoders[first:], *decoders[:first]]:
+            first = repeat % len(everyone)  # none always comes first
+            tokens: dict[DecoderSpec | str, list[Sequence[int]]] = {}
+            for one in [*everyone[first:], *everyone[:first]]:
                 started = time.perf_counter()
-                answers[decoder] = engines[decoder].generate(asked, seeded)
+                if isinstance(one, DecoderSpec):
+                    answers[one] = engines[one].generate(asked, seeded)
+                    tokens[one] = [completion.tokens for completion in answers[one]]
+                else:
+                    tokens[one] = list(beside[one].generate(asked, params, slots))
                 seconds = time.perf_counter() - started
-                rates[decoder].append(sum(len(completion.tokens) for completion in answers[decoder]) / seconds)
-                progress.update(f"{slots} slots, {decoder}: {rates[decoder][-1]:.1f} tokens/s")
-            for decoder in decoders:
-                pairs = enumerate(zip(answers[decoder], answers[decoders[0]], strict=True))
-                differing[decoder].update(i for i, (one, plain) in pairs if one.tokens != plain.tokens)
+                rates[one].append(sum(map(len, tokens[one])) / seconds)
+                progress.update(f"{slots} slots, {one}: {rates[one][-1]:.1f} tokens/s")
+            for one in everyone:
+                pairs = enumerate(zip(tokens[one], tokens[decoders[0]], strict=True))
+                differing[one].update(i for i, (ours, plain) in pairs if list(ours) != list(plain))
         found = []
-        for decoder, engine in engines.items():
-            counts = Acceptance.total([completion.statistics for completion in answers[decoder]])
-            found.append(
-                Point(
-                    slots,
-                    str(decoder),
-                    num_requests,
-                    rates[decoder],
-                    Spread.of([a / b for a, b in zip(rates[decoder], rates[decoders[0]], strict=True)]),
-                    counts.length,
-                    1 - engine.device_seconds / engine.seconds,
-                    len(differing[decoder]),
-                    dataclasses.asdict(engine.memory),
+        for one in everyone:
+            ratio = Spread.of([a / b for a, b in zip(rates[one], rates[decoders[0]], strict=True)])
+            point = Point(slots, str(one), num_requests, rates[one], ratio, differing=len(differing[one]))
+            if isinstance(one, DecoderSpec):
+                engine = engines[one]
+                point = dataclasses.replace(
+                    point,
+                    acceptance_length=Acceptance.total([completion.statistics for completion in answers[one]]).length,
+                    host_share=1 - engine.device_seconds / engine.seconds,
+                    memory=dataclasses.asdict(engine.memory),
                 )
-            )
+            found.append(point)
         jax.clear_caches()  # programs of other numbers of slots are not run again
         return [dataclasses.asdict(point) for point in found]
 
@@ -195,7 +206,7 @@ def throughput(
     for slots in args.slots:
         name = f"{slots} slots"
         if name in parts:
-            progress.update(f"{name} are measured already", args.repeats * len(decoders))
+            progress.update(f"{name} are measured already", args.repeats * (len(decoders) + len(peers)))
         records += parts.get(name, functools.partial(measure, slots))
     progress.close()
     found = [Point(**{**record, "ratio": Spread(**record["ratio"])}) for record in records]
@@ -209,22 +220,23 @@ def throughput(
         "prompt_tokens": [len(prompt) for prompt in prompts],
         "points": records,
     }
-    return Outcome(report, {"slots": functools.partial(plot, found, title)}, sum(point.differing for point in found))
+    differing = sum(point.differing for point in found if point.decoder not in args.beside)
+    return Outcome(report, {"slots": functools.partial(plot, found, title)}, differing)
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A decoder at one number of slots; lists are by repeat."""
+    """A decoder, or another program, at one number of slots; lists are by repeat."""
 
     slots: int
     decoder: str
     requests: int
     tokens_per_second: list[float]
     ratio: Spread  # to plain
-    acceptance_length: float
-    host_share: float  # of the time, in which the device waited for the host
     differing: int  # answers
-    memory: dict[str, int]  # bytes, as stated by the engine
+    acceptance_length: float | None = None  # None, as what follows, of other programs
+    host_share: float | None = None  # of the time, in which the device waited for the host
+    memory: dict[str, int] | None = None  # bytes, as stated by the engine
 
 
 def check_trained(decoders: Sequence[DecoderSpec]) -> None:
@@ -254,8 +266,8 @@ def _print_throughput(title: str, points: Sequence[Point]) -> None:
                 str(p.requests),
                 Spread.of(p.tokens_per_second).words(1),
                 "" if p.decoder == PLAIN else p.ratio.words(),
-                f"{p.acceptance_length:.2f}",
-                f"{p.host_share:.1%}",
+                "" if p.acceptance_length is None else f"{p.acceptance_length:.2f}",
+                "" if p.host_share is None else f"{p.host_share:.1%}",
                 str(p.differing),
             )
         )

@@ -11,8 +11,8 @@ that for the first levels alone, +lookup:K for guesses that are copied from the 
 simulated=0.8/0.7/0.6 is one that is accepted so often at each depth, at no cost.
 
 --sweep levels,nodes,tree measures each drafter with other trees. --sweep slots measures the engine: throughput over
-numbers of slots; --sweep memory says what its caches take. --sweep rows measures what a target pass over several rows
-costs, and a round with each tree of `auto`.
+numbers of slots, --beside other programs if wanted; --sweep memory says what its caches take. --sweep rows measures
+what a target pass over several rows costs, and a round with each tree of `auto`.
 
 --acceptance measures no time: all prompts go through the engine's slots at once (--slots, the largest number given), by
 every drafter at every temperature, and tau and the acceptance by depth get standard errors and intervals, by drawing
@@ -65,6 +65,7 @@ from fasteagle_jax.bench.figures import (
     show_results,
     speedup_figure,
 )
+from fasteagle_jax.bench.peers import PEERS
 from fasteagle_jax.bench.progress import Parts, Progress, check_results
 from fasteagle_jax.bench.prompts import Models, check_fits
 from fasteagle_jax.bench.runner import Case, Comparison, Measured, Result, means
@@ -152,6 +153,13 @@ def _parser() -> Parser:
     )
     sweep_options.add_argument("--slots", type=whole(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="B")
     sweep_options.add_argument(
+        "--beside",
+        type=_peers,
+        default=[],
+        metavar="P,...",
+        help=f"other programs beside --sweep slots, some of {','.join(PEERS)}",
+    )
+    sweep_options.add_argument(
         "--max-len", type=whole(2), default=1024, metavar="T", help="of a request of the engine (default 1024)"
     )
     sweep_options.add_argument("--window", type=whole(1), default=512, metavar="W", help="of --sweep memory (512)")
@@ -196,6 +204,13 @@ def _sweeps(text: str) -> list[str]:
     return list(dict.fromkeys(words))
 
 
+def _peers(text: str) -> list[str]:
+    words = list(dict.fromkeys(_words(text)))
+    if unknown := [word for word in words if word not in PEERS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not known: write some of {','.join(PEERS)}")
+    return words
+
+
 def bench(args: argparse.Namespace) -> int:
     """Measures, prints the tables and writes the results; returns the exit code."""
     # --- what was asked for -----------------------------------------------------------------------------------
@@ -213,6 +228,10 @@ def bench(args: argparse.Namespace) -> int:
     for decoder in decoders:
         if decoder.is_lookup_alone and not args.acceptance:
             raise UserError(f"{decoder.name} is lookup without a drafter: it is measured with --acceptance alone")
+    if args.beside and args.sweep != ["slots"]:
+        raise UserError("--beside is of --sweep slots: leave it out, or add that")
+    if args.beside and args.adapter:
+        raise UserError("--beside reads the target's files, without --adapter: leave one of them out")
     if alone and len(args.temperature) > 1:
         raise UserError(f"--sweep {args.sweep[0]} is of one temperature: give --temperature one number")
     check_results(args.results)

@@ -14,6 +14,7 @@ from fasteagle_jax.bench import progress, runner
 from fasteagle_jax.bench.acceptance import Answer, Case, Counts, outside, repeats
 from fasteagle_jax.bench.decoders import DecoderSpec, parse_decoders
 from fasteagle_jax.bench.figures import show
+from fasteagle_jax.bench.peers import until_end
 from fasteagle_jax.bench.prompts import check_fits
 from fasteagle_jax.bench.runner import MEAN, Comparison, Measured, Result, Run, means
 from fasteagle_jax.bench.sweeps import ablation
@@ -253,6 +254,28 @@ def test_a_sweep_over_slots_reports_each_way_and_plots_it(talkative, tasks, tmp_
         assert len(p["tokens_per_second"]) == 2 and 0 < p["host_share"] < 1
         assert p["ratio"]["median"] == 1 if p["decoder"] == "plain" else p["ratio"]["median"] > 0
     assert points[2]["memory"]["target_cache"] == 2 * points[0]["memory"]["target_cache"]
+
+
+@pytest.mark.torch
+def test_beside_the_engine_transformers_answers_the_same_with_the_same_weights(
+    talkative, tasks, tmp_path, capsys, complaint, monkeypatch
+):
+    given = ["--target", talkative[0], "--drafters", f"a={talkative[1]}@best_first:4", "--tasks", "sums"]
+    given += ["--prompts-folder", tasks, "--limit", 3, "--sweep", "slots", "--slots", 2, "--max-len", 128]
+    argv = [*given, "--max-new", 12, "--repeats", 2, "--beside", "transformers,transformers:bfloat16"]
+    assert run(*argv, "--results", tmp_path / "results") == 0
+    report = json.loads((tmp_path / "results/results.json").read_text())
+    names = ["plain", "a best_first:4", "transformers", "transformers:bfloat16"]
+    assert [p["decoder"] for p in report["points"]] == names
+    theirs = report["points"][2]
+    assert theirs["differing"] == 0 and theirs["memory"] is None and len(theirs["tokens_per_second"]) == 2
+    assert "| transformers:bfloat16" in capsys.readouterr().out
+    assert until_end([3, 4, 9, 5], [9, 5]) == [3, 4, 9] and until_end([3, 4], [9]) == [3, 4]
+
+    assert "'vllm' is not known: write some of transformers" in complaint(main, *given, "--beside", "vllm")
+    assert "--beside is of --sweep slots" in complaint(main, *given, "--beside", "transformers", "--sweep", "memory")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "--beside llama.cpp needs llama_cpp: pip install" in complaint(main, *given, "--beside", "llama.cpp")
 
 
 @pytest.mark.slow  # tests/engine/test_engine.py has the caches, the test above a sweep
