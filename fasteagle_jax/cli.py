@@ -12,6 +12,7 @@ VERBS = {  # verb: module, and what it does
     "prepare-data": ("prepare_data", "sample the target's answers to prompts: training data"),
     "prepare-features": ("prepare_features", "store the target's features: training without its layers"),
     "train": ("train_drafter", "train a drafter for a target"),
+    "sparsify": ("sparsify", "make a target with experts out of a small dense one"),
     "import": ("import_drafter", "bring a published EAGLE-3 drafter in"),
     "export": ("export", "write a drafter out of a training run's checkpoint"),
     "generate": ("generate", "answer prompts, sped up by a drafter"),

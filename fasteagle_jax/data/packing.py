@@ -120,7 +120,10 @@ class PackedData:
         self._trained, self._held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
         if held_out and not (len(self._trained) and len(self._held_out)):
             some = "none" if len(self._trained) else "all"
-            raise UserError(f"{some} of {len(is_held_out)} pieces are held out: change held_out.share {held_out}")
+            raise UserError(
+                f"{some} of {len(is_held_out)} pieces are held out by a share of {held_out}: "
+                "give more data, or change held_out.share"
+            )
         self._planning = threading.RLock()  # of the two below: a thread may make batches ahead
         self._first_step = [0]  # of each epoch planned so far
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}

@@ -329,7 +329,7 @@ def test_held_out_files_are_measured_beside_stored_features_which_serve_any_shar
         ("held_out.patience=3", "there are none: set held_out.share or data"),
         ("held_out.share=1", "share is 1.0: it must be 0 or more and below 1"),
         ("held_out.every=0", "every is 0: it must be at least 1"),
-        ("held_out.share=1e-9", "none of 40 pieces are held out: change held_out.share 1e-09"),
+        ("held_out.share=1e-9", "none of 40 pieces are held out by a share of 1e-09: give more data"),
     ],
 )
 def test_a_bad_held_out_choice_is_refused(

@@ -734,7 +734,7 @@ def test_what_is_held_out_is_in_no_batch_and_has_all_windows_of_a_conversation()
     assert PackedData(made, 64, 3, SEED + 1, 0.25).sample_rows(2, held_out=True) == data.sample_rows(2, held_out=True)
     assert [data.epochs(step) for step in (0, num_batches[0], sum(num_batches))] == [0, 1, 2]
     assert 0 < data.epochs(1) < 1
-    with pytest.raises(UserError, match="all of 2 pieces are held out: change held_out.share 0.99"):
+    with pytest.raises(UserError, match="all of 2 pieces are held out by a share of 0.99: give more data"):
         PackedData(made[:2], 64, 2, SEED, 0.99)
 
 

@@ -1,0 +1,302 @@
+"""A target with experts out of a dense one: its MLPs' neurons in groups, of which a router picks some for each token.
+
+n tokens · E experts · k experts of a token · I neurons of an MLP · H hidden width · B rows · T tokens of a row.
+Neurons that fire together on the model's own text become an expert (cf. MoEfication, arXiv 2110.01786), a router is
+fitted to what each expert would add, and the whole is distilled from the dense model. What comes out is a Mixtral.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from fasteagle_jax.data.packing import Batch
+from fasteagle_jax.nn.linear import head_logits
+from fasteagle_jax.nn.mlp import Mlp
+from fasteagle_jax.nn.moe import SparseMlp
+from fasteagle_jax.nn.packed_attention import Packed
+from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, LayerKinds
+from fasteagle_jax.training.losses import select_positions
+
+ITERATIONS = 10  # of the grouping
+RIDGE = 1e-2  # of the routers' fit, relative to the mean square of their inputs
+FIRST_SPREAD = 0.1  # standard deviation of a fitted router's scores: a token's experts then weigh almost alike
+
+
+class GroupedMlp(nnx.Module):
+    """An Mlp whose neurons are E groups in a row, of which a token has the k that the router scores highest.
+
+    It computes all neurons, and is what `SparseMlp` is with the same groups as experts of k times the output.
+    """
+
+    def __init__(self, mlp: Mlp, router: jax.Array, num_chosen: int):
+        self.mlp, self.num_chosen = mlp, num_chosen
+        self.router = nnx.Param(router.astype(jnp.float32))  # [H, E], never rounded
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., H] of x [..., H]."""
+        weights = self.weights(x)[..., None]  # [..., E, 1]
+        neurons = self.mlp.neurons(x)
+        groups = neurons.reshape(*neurons.shape[:-1], weights.shape[-2], -1)  # [..., E, I / E]
+        return self.mlp.down((groups * weights).astype(x.dtype).reshape(neurons.shape))
+
+    def weights(self, x: jax.Array) -> jax.Array:
+        """Of each group for x [..., H], float32 [..., E]: k on the mean of those chosen, 0 of others."""
+        scores = self.scores(x)
+        chosen = jax.lax.top_k(scores, self.num_chosen)[1]
+        has = jax.nn.one_hot(chosen, scores.shape[-1], dtype=bool).any(axis=-2)
+        return self.num_chosen * jax.nn.softmax(jnp.where(has, scores, -jnp.inf), axis=-1)
+
+    def scores(self, x: jax.Array) -> jax.Array:
+        """The router's, float32 [..., E]."""
+        return jnp.einsum("...h,he->...e", x.astype(jnp.float32), self.router[...])
+
+
+# --- groups and routers -----------------------------------------------------------------------------------------
+
+
+def mlp_inputs(target: Any, batch: Batch) -> list[jax.Array]:
+    """What each layer's MLP reads of a packed batch, [B, T, H]; the layers are a list."""
+    c = target.config
+    attend = Packed(batch.segments)
+    out = target(batch.tokens, batch.positions, attend, None, tuple(range(c.num_layers)))
+    kinds = LayerKinds(c.layer_kinds, batch.positions, c.head_dim, stacked=False)
+    found = []
+    for layer, x, number in zip(target.layers, jnp.split(out.features, c.num_layers, -1), kinds.numbers, strict=True):
+        context = kinds.of(number)
+        stream, _ = layer.attended(x, context.rotation, context.attend(attend, None))
+        found.append(layer.mlp_norm(stream))
+    return found
+
+
+def grouped(mlp: Mlp, x: jax.Array, num_experts: int, num_chosen: int, seed: int) -> GroupedMlp:
+    """The GroupedMlp of an Mlp whose width E divides, fitted to inputs x [n, H]."""
+    neurons = mlp.neurons(x).astype(jnp.float32)  # [n, I]
+    down = mlp.down.matrix.astype(jnp.float32)  # [I, H]
+    activity = np.asarray(jnp.abs(neurons) * jnp.linalg.norm(down, axis=1))
+    order = balanced_groups(activity, num_experts, seed)
+    permuted = nnx.merge(*nnx.split(mlp))
+    for linear in (permuted.gate, permuted.up):
+        linear.set_matrix(linear.matrix[:, order])
+    permuted.down.set_matrix(permuted.down.matrix[order])
+    added = jnp.einsum(
+        "nei,eih->neh",
+        neurons[:, order].reshape(len(x), num_experts, -1),
+        down[order].reshape(num_experts, -1, down.shape[1]),
+    )
+    return GroupedMlp(permuted, fitted_router(x, jnp.linalg.norm(added, axis=-1)), num_chosen)
+
+
+def balanced_groups(activity: np.ndarray, num_groups: int, seed: int) -> np.ndarray:
+    """An order int [I] of neurons in which E groups of equal size stand one after the other.
+
+    `activity` [n, I] is how much each neuron adds at each token. By k-means of their directions, in which the most
+    similar pairs of a neuron and a centre are joined first, as long as there is room.
+    """
+    rows = activity.T / np.maximum(np.linalg.norm(activity, axis=0)[:, None], 1e-12)  # [I, n]
+    size = len(rows) // num_groups
+    centres = rows[np.random.default_rng(seed).choice(len(rows), num_groups, replace=False)]
+    group = np.full(len(rows), -1)
+    for _ in range(ITERATIONS):
+        similar = rows @ centres.T  # [I, E]
+        group, room = np.full(len(rows), -1), np.full(num_groups, size)
+        for pair in np.argsort(-similar, axis=None, kind="stable"):
+            neuron, to = divmod(int(pair), num_groups)
+            if group[neuron] < 0 and room[to]:
+                group[neuron], room[to] = to, room[to] - 1
+        sums = np.stack([rows[group == g].sum(axis=0) for g in range(num_groups)])
+        centres = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+    return np.argsort(group, kind="stable")
+
+
+def fitted_router(x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The matrix float32 [H, E] whose scores of x [n, H] follow what experts add, `sizes` [n, E], by ridge regression.
+
+    Scores have the spread FIRST_SPREAD.
+    """
+    x = x.astype(jnp.float32)
+    square = x.T @ x / len(x)
+    ridge = RIDGE * jnp.trace(square) / len(square) * jnp.eye(len(square))
+    # Of what each expert adds more than it does on the mean: else the largest would always be chosen.
+    matrix = jnp.linalg.solve(square + ridge, x.T @ (sizes - sizes.mean(axis=0)) / len(x))
+    return matrix * FIRST_SPREAD / jnp.maximum(jnp.std(x @ matrix), 1e-12)
+
+
+def sparsified(target: Any, batch: Batch, num_experts: int, num_chosen: int, seed: int) -> Any:
+    """A copy of a target, its layers a list, with GroupedMlps that are fitted to a packed batch."""
+    real = np.asarray(batch.segments) > 0
+    graph, state = nnx.split(target)
+    student = nnx.merge(graph, jax.tree.map(jnp.copy, state))  # steps take its arrays over
+    inputs = jax.jit(mlp_inputs)(target, batch)
+    for i, (layer, x) in enumerate(zip(student.layers, inputs, strict=True)):
+        layer.mlp = grouped(layer.mlp, x[real], num_experts, num_chosen, seed + i)
+    return student
+
+
+# --- distillation -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """How the student learns."""
+
+    share: float = 0.5  # of a row's positions that a step looks at
+    balance: float = 0.01  # weight of the loss that keeps experts equally used (Switch, arXiv 2101.03961, eq. 4)
+    dtype: str = "bfloat16"  # of the products
+
+
+class Quality(NamedTuple):
+    """Of texts: sums over positions."""
+
+    count: jax.Array  # type: ignore[assignment]  # int32 []
+    loss: jax.Array  # float32 [], -log of the probability of the text's next token
+    hits: jax.Array  # int32 [], positions where the most probable token is the dense model's
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss."""
+        return float(np.exp(float(self.loss) / max(int(self.count), 1)))
+
+
+def is_trained(path: tuple[Any, ...], value: Any) -> bool:
+    """Whether the distillation changes a variable of a student: those of its layers."""
+    return isinstance(value, nnx.Variable) and path[0] == "layers"
+
+
+def in_dtype(params: Any, dtype: Any) -> Any:
+    """Parameters with their matrices in `dtype`, but for routers and vectors."""
+
+    def cast(path: Any, value: jax.Array) -> jax.Array:
+        kept = value.ndim < 2 or any(getattr(part, "key", None) == "router" for part in path)
+        return value if kept else value.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def make_distil_step(
+    graph: Any, optimizer: optax.GradientTransformation, config: Distillation, seed: int
+) -> Callable[..., tuple[Any, Any, jax.Array]]:
+    """A compiled step: (params, optimizer state, rest, target, batch, step) -> (params, optimizer state, losses [2]).
+
+    `graph`, `params` and `rest` are of nnx.split(student, is_trained, ...); the losses are the mean divergence from the
+    target's distributions, over its whole vocabulary, and that of balance.
+    """
+
+    def loss_of(params: Any, rest: Any, target: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        student = nnx.merge(graph, in_dtype(params, jnp.dtype(config.dtype)), rest)
+        picked, real = select_positions(batch.supervised, batch.positions, config.share, key)
+        hidden, balance = _hidden(student, batch)
+        dense = target(batch.tokens, batch.positions, Packed(batch.segments)).hidden
+
+        def log_probabilities(hidden: jax.Array) -> jax.Array:
+            at = jnp.take_along_axis(hidden, picked[..., None], axis=1)
+            logits = target.logit_map(head_logits(at, target.head_rows()))
+            return jax.nn.log_softmax(logits, axis=-1)  # [B, S, V]
+
+        theirs = jax.lax.stop_gradient(log_probabilities(dense))
+        apart = (jnp.exp(theirs) * (theirs - log_probabilities(hidden))).sum(axis=-1)
+        divergence = jnp.where(real, apart, 0).sum() / jnp.maximum(real.sum(), 1)
+        return divergence + config.balance * balance, jnp.stack([divergence, balance])
+
+    def step(
+        params: Any, state: Any, rest: Any, target: Any, batch: Batch, number: jax.Array
+    ) -> tuple[Any, Any, jax.Array]:
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        gradients, losses = jax.grad(loss_of, has_aux=True)(params, rest, target, batch, key)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, losses
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def _hidden(student: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The student's final hidden states [B, T, H], and the mean over layers of E sum_e f_e P_e.
+
+    f_e is the share of an expert among those chosen, P_e its mean probability by the router.
+    """
+    c = student.config
+    attend = Packed(batch.segments)
+    kinds = LayerKinds(c.layer_kinds, batch.positions, c.head_dim, stacked=False)
+    x, balance = student.embed(batch.tokens), jnp.float32(0)
+    real = (batch.segments > 0)[..., None]
+    for layer, number in zip(student.layers, kinds.numbers, strict=True):
+        context = kinds.of(number)
+        x, _ = layer.attended(x, context.rotation, context.attend(attend, None))
+        normed = layer.mlp_norm(x)
+        x = x + layer.mlp(normed)
+        chosen = jnp.where(real, layer.mlp.weights(normed) > 0, False).sum(axis=(0, 1))  # [E]
+        probability = jnp.where(real, jax.nn.softmax(layer.mlp.scores(normed)), 0).sum(axis=(0, 1)) / real.sum()
+        balance += len(chosen) * (chosen / chosen.sum() * probability).sum() / c.num_layers
+    return student.norm(x), balance
+
+
+def quality(model: Any, target: Any, batch: Batch) -> Quality:
+    """Of a model, the target or its student, on a packed batch's answers."""
+    attend = Packed(batch.segments)
+    next_tokens = jnp.roll(batch.tokens, -1, axis=1)
+    counts = jnp.roll(batch.supervised, -1, axis=1).at[:, -1].set(False)
+
+    def of_row(row: Any) -> Quality:
+        hidden, dense, tokens, counts = row
+        logits, theirs = (target.logit_map(head_logits(h, target.head_rows())) for h in (hidden, dense))
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=1)[:, 0]
+        hits = (jnp.argmax(logits, axis=-1) == jnp.argmax(theirs, axis=-1)) & counts
+        return Quality(counts.sum(), jnp.where(counts, losses, 0).sum(), hits.sum())
+
+    states = [one(batch.tokens, batch.positions, attend).hidden for one in (model, target)]
+    return Quality(*(part.sum() for part in jax.lax.map(of_row, (*states, next_tokens, counts))))
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def mixtral_tensors(student: Any) -> dict[str, np.ndarray]:
+    """The student's layers as tensors of Mixtral's names, float32; experts have k times the output of its groups."""
+    tensors: dict[str, np.ndarray] = {}
+
+    def add(name: str, matrix: jax.Array) -> None:
+        tensors[name] = np.ascontiguousarray(np.asarray(matrix, np.float32).T)  # Hugging Face's are [out, in]
+
+    for i, layer in enumerate(student.layers):
+        start, groups = f"model.layers.{i}.", layer.mlp
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            place = DECODER_LAYER_NAMES[f"self_attn.{name}"].split(".")[1]
+            add(f"{start}self_attn.{name}.weight", getattr(layer.attention, place).matrix)
+        for name, norm in (("input_layernorm", layer.input_norm), ("post_attention_layernorm", layer.mlp_norm)):
+            tensors[f"{start}{name}.weight"] = np.asarray(norm.weight[...], np.float32)
+        add(f"{start}block_sparse_moe.gate.weight", groups.router[...])
+        parts = groups.mlp.gate.matrix, groups.mlp.up.matrix, groups.num_chosen * groups.mlp.down.matrix
+        num_experts = groups.router.shape[1]
+        gate, up = (jnp.split(part, num_experts, axis=1) for part in parts[:2])
+        for e, matrices in enumerate(zip(gate, up, jnp.split(parts[2], num_experts, axis=0), strict=True)):
+            for name, matrix in zip(("w1", "w3", "w2"), matrices, strict=True):
+                add(f"{start}block_sparse_moe.experts.{e}.{name}.weight", matrix)
+    return tensors
+
+
+# --- coverage ---------------------------------------------------------------------------------------------------
+
+
+def coverage(target: Any, batch: Batch, num_tokens: int) -> float:
+    """The mean number of a layer's experts that so many neighbouring tokens of a packed batch choose together.
+
+    nan if no text of the batch has so many.
+    """
+    chosen = []
+    for layer, x in zip(target.layers, mlp_inputs(target, batch), strict=True):
+        if isinstance(layer.mlp, SparseMlp):
+            of_layer, _ = layer.mlp.route(x)  # [B, T, k]
+            chosen.append(jax.nn.one_hot(of_layer, layer.mlp.num_experts, dtype=bool).any(axis=-2))
+    has = jnp.stack(chosen)  # [layers, B, T, E]
+    windows = has.shape[2] // num_tokens
+    runs = has[:, :, : windows * num_tokens].reshape(*has.shape[:2], windows, num_tokens, -1).any(axis=3)
+    whole = batch.segments[:, : windows * num_tokens].reshape(len(batch.segments), windows, num_tokens)
+    alike = (whole == whole[..., :1]).all(axis=-1) & (whole[..., 0] > 0)  # [B, windows], of one text
+    return float((runs.sum(axis=-1) * alike).sum() / (alike.sum() * len(chosen))) if alike.any() else float("nan")
