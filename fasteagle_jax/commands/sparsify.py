@@ -118,7 +118,7 @@ def _check(args: argparse.Namespace, config: Any) -> None:
 
 def _distilled(args: argparse.Namespace, student: Any, target: Any, data: PackedData, measured: list[Batch]) -> Any:
     """The student after its last step."""
-    graph, params, rest = nnx.split(student, is_trained, ...)
+    graph, params, rest = nnx.split(student, is_trained, ...)  # type: ignore[misc]  # `...`: all the rest
     recipe = OptimizerConfig(learning_rate=args.learning_rate, warmup_steps=min(20, args.steps), clip_norm=1.0)
     optimizer = make_optimizer(recipe, args.steps)
     step = make_distil_step(graph, optimizer, Distillation(dtype=args.dtype), args.seed)
@@ -153,7 +153,7 @@ def _distilled(args: argparse.Namespace, student: Any, target: Any, data: Packed
 
 
 def _total(parts: Sequence[Quality]) -> Quality:
-    return Quality(*(sum(np.asarray(part) for part in each) for each in zip(*parts, strict=True)))
+    return Quality(*(sum(each) for each in zip(*parts, strict=True)))
 
 
 def _write(args: argparse.Namespace, student: Any, checkpoint: Checkpoint) -> None:
