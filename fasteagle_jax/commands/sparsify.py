@@ -53,6 +53,7 @@ from fasteagle_jax.training.sparsify import (
 )
 
 HELD_OUT = 0.02  # share of the conversations
+FITTED = 8  # rows by which neurons are grouped and routers fitted, before the distillation
 RUNS = (1, 4, 8, 16, 60)  # neighbouring tokens
 SHOWN = 48  # tokens of an answer
 
@@ -97,7 +98,8 @@ def sparsify(args: argparse.Namespace) -> int:
     loaded = load_target(args.target, jnp.dtype(args.dtype), stacked=False, max_len=args.length)
     check_target(args.data, *loaded.fingerprints)
     dense = load_target(args.target, stacked=False, max_len=args.length).model  # float32, which the student learns in
-    student = sparsified(dense, filled(rows[:1]), args.experts, args.chosen, args.seed)
+    fitted = jax.tree.map(jnp.asarray, data.filled(data.sample_rows(FITTED, held_out=False)))
+    student = sparsified(dense, fitted, args.experts, args.chosen, args.seed)
     student = _distilled(args, student, loaded.model, data, measured)
     _write(args, student, loaded.checkpoint)
     made = load_target(str(args.output), stacked=False, max_len=args.length)
