@@ -167,7 +167,8 @@ def cost(args: argparse.Namespace, load: Any) -> None:
                 compile_round = functools.partial(_compiled, compiled, args.cost_target, slice_name, batch, spec)
                 outcome = compile_round(words)
                 if args.meshes and isinstance(outcome, Round):
-                    outcome = _on_fastest_mesh(outcome, run, batch, words, compile_round)
+                    changed = apply_changes(run, changes.get(spec, []))
+                    outcome = _on_fastest_mesh(outcome, changed, batch, words, compile_round)
                 if isinstance(outcome, Round):
                     found[spec] = outcome
                 else:
@@ -313,7 +314,10 @@ def _compiled(
 def _on_fastest_mesh(
     default: Round, run: RunConfig, batch: int, words: Sequence[str], compile_round: Callable[[list[str]], Round | str]
 ) -> Round:
-    """The Round of the fastest of meshes with 1, 2, 4, ... rows of chips; more rows are tried as long as that helps."""
+    """The Round of the fastest of meshes with 1, 2, 4, ... rows of chips, without latency.
+
+    More rows are tried as long as that helps.
+    """
     best, rows = default, 2
     while batch % rows == 0 and default.num_devices % rows == 0:
         shape = dataclasses.replace(decode_mesh(run, default.num_devices // rows), data=rows)
@@ -464,25 +468,28 @@ def gains_figure(best: Sequence[Row]) -> Any:
     """The gain over plain decoding by batch of each drafter's best tree, without and (dashed) with latency."""
     from matplotlib.figure import Figure
 
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.decoder.name for row in best))}
+    labelled: set[str] = set()
     panels = list(dict.fromkeys((row.place, row.temperature) for row in best))
     figure = Figure(figsize=(max(3.6 * len(panels), 6.0), 3.8), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (place, temperature) in zip(grid, panels, strict=True):
         shown = [row for row in best if (row.place, row.temperature) == (place, temperature)]
-        for i, name in enumerate(dict.fromkeys(row.decoder.name for row in shown)):
+        for name in dict.fromkeys(row.decoder.name for row in shown):
             own = sorted((row for row in shown if row.decoder.name == name), key=lambda row: row.batch)
             for part, style in ((0, "-"), (1, "--")):
                 points = [(row.batch, row.over_plain[part]) for row in own if row.over_plain[part] is not None]
-                label = name if part == 0 else None
                 if points:
-                    axes.plot(*zip(*points, strict=True), style, marker="o", color=f"C{i}", label=label)
+                    label = None if name in labelled else name
+                    labelled.add(name)
+                    axes.plot(*zip(*points, strict=True), style, marker="o", color=colours[name], label=label)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)
         axes.set_xlabel("batch")
         axes.set_title(f"{place}, temperature {temperature:g}", fontsize="small")
         axes.grid(alpha=0.3)
-    grid[0].set_ylabel("speed over plain, estimated")
-    grid[-1].legend(fontsize="small")
+    grid[0].set_ylabel("speed over plain")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=len(colours))
     return figure
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def target_tasks(name: str, small: bool) -> dict[str, Task]:
         return {}
     max_new = 8 if small else 64
     return {
-        f"target, temperature {temperature:g}": functools.partial(compare, name, temperature, max_new)
+        f"target, {name}, temperature {temperature:g}": functools.partial(compare, name, temperature, max_new)
         for temperature in (0.0, 1.0)
     }
 
@@ -86,8 +87,9 @@ def compare(name: str, temperature: float, max_new: int) -> Row:
     further apart than NEAR. Where sampled ones may leave them is not computed: they are counted alone.
     """
     own, cpu = answers(name, temperature, max_new, drafted=True), on_cpu(name, temperature, max_new)
-    drafted = own["drafted"] or own["plain"]
-    changed = sum(ours != plain for ours, plain in zip(drafted, own["plain"], strict=True))
+    changed = None  # nothing is drafted
+    if own["drafted"] is not None:
+        changed = sum(ours != plain for ours, plain in zip(own["drafted"], own["plain"], strict=True))
     others = sum(ours != theirs for ours, theirs in zip(own["plain"], cpu["plain"], strict=True))
     gaps = _gaps(name, own["plain"], cpu["plain"]) if others and not temperature else []
     return {
@@ -97,7 +99,7 @@ def compare(name: str, temperature: float, max_new: int) -> Row:
         "changed": changed,
         "not_the_cpus": others,
         "largest_gap": max(gaps, default=0.0),
-        "wrong": changed + sum(gap > NEAR for gap in gaps),
+        "wrong": (changed or 0) + sum(gap > NEAR for gap in gaps),
         "plain_tokens_per_second": own["plain_tokens_per_second"],
         "tokens_per_second": own.get("drafted_tokens_per_second"),
     }
@@ -114,13 +116,15 @@ def on_cpu(name: str, temperature: float, max_new: int) -> dict[str, Any]:
 
 
 def _gaps(name: str, ours: list[list[int]], theirs: list[list[int]]) -> list[float]:
-    """How far apart the logits of the two tokens are where greedy answers part."""
+    """How far apart the logits of the two tokens are where greedy answers part; inf where one ends before."""
     with jax.default_matmul_precision("highest"):
         loaded = load_target(name)
         gaps = []
         for prompt, one, other in zip(_prompts(loaded), ours, theirs, strict=True):
             at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-            if at is not None:
+            if at is None and one != other:
+                gaps.append(math.inf)
+            elif at is not None:
                 logits = logits_after(loaded.model, [*prompt, *one[:at]])
                 gaps.append(float(abs(logits[one[at]] - logits[other[at]])))
         return gaps

@@ -1,4 +1,7 @@
-"""Other programs that decode the same target, beside the engine in `fasteagle bench --sweep slots --beside`."""
+"""Other programs that decode the same target, beside the engine in `fasteagle bench --sweep slots --beside`.
+
+They run on the CPU, and sample with noise of their own.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any, Protocol
 
 from fasteagle_jax.engine.requests import SamplingParams
 from fasteagle_jax.errors import UserError
+from fasteagle_jax.io.files import first_line
 
 PEERS = ("transformers", "transformers:bfloat16", "llama.cpp")
 INSTALL = {
@@ -33,9 +37,14 @@ def load_peer(name: str, target: Path, stop_tokens: Sequence[int], max_len: int)
     package = "llama_cpp" if name == "llama.cpp" else "torch"
     if importlib.util.find_spec(package) is None:
         raise UserError(f"--beside {name} needs {package}: {INSTALL[package]}")
-    if name == "llama.cpp":
-        return LlamaCpp(target, stop_tokens, max_len)
-    return Transformers(target, name.partition(":")[2] or "float32", stop_tokens)
+    try:
+        if name == "llama.cpp":
+            return LlamaCpp(target, stop_tokens, max_len)
+        return Transformers(target, name.partition(":")[2] or "float32", stop_tokens)
+    except (ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--beside {name} cannot read {target} ({first_line(error)}): leave it out") from error
 
 
 class Transformers:
@@ -45,11 +54,12 @@ class Transformers:
 
     def __init__(self, target: Path, dtype: str, stop_tokens: Sequence[int]):
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         is_file = target.is_file()
         place = (target.parent, {"gguf_file": target.name}) if is_file else (target, {})
         self.model: Any = AutoModelForCausalLM.from_pretrained(place[0], dtype=getattr(torch, dtype), **place[1]).eval()
+        self.model.generation_config = GenerationConfig()  # no penalties or filters of the model's own
         self.stop_tokens = list(stop_tokens)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, rows: int) -> list[list[int]]:

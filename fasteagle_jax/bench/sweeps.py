@@ -24,7 +24,7 @@ from flax import nnx
 
 from fasteagle_jax.bench.decoders import PLAIN, DecoderSpec
 from fasteagle_jax.bench.figures import show
-from fasteagle_jax.bench.peers import load_peer
+from fasteagle_jax.bench.peers import Peer, load_peer
 from fasteagle_jax.bench.progress import Parts, Progress
 from fasteagle_jax.bench.prompts import Models
 from fasteagle_jax.bench.runner import MEAN, Result
@@ -152,11 +152,18 @@ def throughput(
     params = SamplingParams(**sampling, max_new_tokens=args.max_new)
     files = open_checkpoint(args.target).path if args.beside else Path()
     peers = {name: load_peer(name, files, models.stop_tokens, args.max_len) for name in args.beside}
-    progress = Progress(len(args.slots) * args.repeats * (len(decoders) + len(peers)), "run")
+
+    def peers_of(slots: int) -> dict[str, Peer]:
+        return {name: peer for name, peer in peers.items() if slots <= (peer.most_rows or slots)}
+
+    if idle := peers.keys() - {name for slots in args.slots for name in peers_of(slots)}:
+        raise UserError(f"--beside {idle.pop()} decodes one row at a time: have 1 among the --slots")
+    runs = {slots: args.repeats * (len(decoders) + len(peers_of(slots))) for slots in args.slots}
+    progress = Progress(sum(runs.values()), "run")
 
     def measure(slots: int) -> list[dict[str, Any]]:
         engines = {decoder: _engine(args, models, drafters, slots, decoder) for decoder in decoders}
-        beside = {name: peer for name, peer in peers.items() if slots <= (peer.most_rows or slots)}
+        beside = peers_of(slots)
         num_requests = max(LEAST_REQUESTS, 2 * slots)
         asked = list(itertools.islice(itertools.cycle(prompts), num_requests))
         seeded = [dataclasses.replace(params, seed=(args.seed + i) % 2**32) for i in range(num_requests)]
@@ -189,7 +196,9 @@ def throughput(
         found = []
         for one in everyone:
             ratio = Spread.of([a / b for a, b in zip(rates[one], rates[decoders[0]], strict=True)])
-            point = Point(slots, str(one), num_requests, rates[one], ratio, differing=len(differing[one]))
+            # The peers' noise is another.
+            others = None if one in beside and params.temperature else len(differing[one])
+            point = Point(slots, str(one), num_requests, rates[one], ratio, differing=others)
             if isinstance(one, DecoderSpec):
                 engine = engines[one]
                 point = dataclasses.replace(
@@ -206,7 +215,7 @@ def throughput(
     for slots in args.slots:
         name = f"{slots} slots"
         if name in parts:
-            progress.update(f"{name} are measured already", args.repeats * (len(decoders) + len(peers)))
+            progress.update(f"{name} are measured already", runs[slots])
         records += parts.get(name, functools.partial(measure, slots))
     progress.close()
     found = [Point(**{**record, "ratio": Spread(**record["ratio"])}) for record in records]
@@ -220,7 +229,7 @@ def throughput(
         "prompt_tokens": [len(prompt) for prompt in prompts],
         "points": records,
     }
-    differing = sum(point.differing for point in found if point.decoder not in args.beside)
+    differing = sum(point.differing or 0 for point in found if point.decoder not in args.beside)
     return Outcome(report, {"slots": functools.partial(plot, found, title)}, differing)
 
 
@@ -233,7 +242,7 @@ class Point:
     requests: int
     tokens_per_second: list[float]
     ratio: Spread  # to plain
-    differing: int  # answers
+    differing: int | None  # answers; None where they are not to be the same
     acceptance_length: float | None = None  # None, as what follows, of other programs
     host_share: float | None = None  # of the time, in which the device waited for the host
     memory: dict[str, int] | None = None  # bytes, as stated by the engine
@@ -268,7 +277,7 @@ def _print_throughput(title: str, points: Sequence[Point]) -> None:
                 "" if p.decoder == PLAIN else p.ratio.words(),
                 "" if p.acceptance_length is None else f"{p.acceptance_length:.2f}",
                 "" if p.host_share is None else f"{p.host_share:.1%}",
-                str(p.differing),
+                "" if p.differing is None else str(p.differing),
             )
         )
     columns = ("drafter", "slots", "requests", "tok/s (min to max)", "ratio (min to max)", "tau", "host", "differ")

@@ -75,7 +75,7 @@ from fasteagle_jax.commands.models import add_target_options, load_models
 from fasteagle_jax.commands.terminal import Parser, add_dtype_option, add_filter_options, program, whole
 from fasteagle_jax.data.sources import Prompt
 from fasteagle_jax.decoding.sampling import Sampling, make_sampling
-from fasteagle_jax.decoding.sampling_fields import from_options
+from fasteagle_jax.decoding.sampling_fields import from_options, recorded
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.decoding.tree_selection import default_tree
 from fasteagle_jax.drafters.files import TENSORS
@@ -232,6 +232,10 @@ def bench(args: argparse.Namespace) -> int:
         raise UserError("--beside is of --sweep slots: leave it out, or add that")
     if args.beside and args.adapter:
         raise UserError("--beside reads the target's files, without --adapter: leave one of them out")
+    if args.beside and jax.default_backend() != "cpu":
+        raise UserError(f"--beside decodes on the CPU, and this is a {jax.default_backend()}: set JAX_PLATFORMS=cpu")
+    if args.beside and recorded(from_options(args), ()).keys() - {"temperature", "seed"}:
+        raise UserError("--beside samples without filters: leave --top-k, --top-p and --min-p out")
     if alone and len(args.temperature) > 1:
         raise UserError(f"--sweep {args.sweep[0]} is of one temperature: give --temperature one number")
     check_results(args.results)

@@ -1,7 +1,8 @@
 """Muon: steps by the momentum of matrices, made orthogonal (https://kellerjordan.github.io/posts/muon/).
 
-optax.contrib.muon is the same rule. Here the iteration's products are of bfloat16 numbers summed in float32, for which
-an accelerator, and a CPU with AMX, is made: of what it makes orthogonal, singular values between 0.5 and 1.5 do.
+optax.contrib.muon is the same rule but for a correction of the first steps' momentum. Here the iteration's products are
+of bfloat16 numbers summed in float32, for which an accelerator, and a CPU with AMX, is made: of what it makes
+orthogonal, singular values between 0.5 and 1.5 do.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ fitted to what each expert would add, and the whole is distilled from the dense 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import optax
 from flax import nnx
 
 from fasteagle_jax.data.packing import Batch
-from fasteagle_jax.nn.linear import head_logits
+from fasteagle_jax.nn.linear import head_logits, to_columns
 from fasteagle_jax.nn.mlp import Mlp
 from fasteagle_jax.nn.moe import SparseMlp
 from fasteagle_jax.nn.packed_attention import Packed
@@ -56,7 +57,8 @@ class GroupedMlp(nnx.Module):
 
     def scores(self, x: jax.Array) -> jax.Array:
         """The router's, float32 [..., E]."""
-        return jnp.einsum("...h,he->...e", x.astype(jnp.float32), self.router[...])
+        x = x.astype(jnp.float32)
+        return jnp.einsum("...h,he->...e", x, self.router[...], precision=jax.lax.Precision.HIGHEST)
 
 
 # --- groups and routers -----------------------------------------------------------------------------------------
@@ -121,12 +123,12 @@ def fitted_router(x: jax.Array, sizes: jax.Array) -> jax.Array:
 
     Scores have the spread FIRST_SPREAD.
     """
-    x = x.astype(jnp.float32)
-    square = x.T @ x / len(x)
+    x, product = x.astype(jnp.float32), functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    square = product(x.T, x) / len(x)
     ridge = RIDGE * jnp.trace(square) / len(square) * jnp.eye(len(square))
     # Of what each expert adds more than it does on the mean: else the largest would always be chosen.
-    matrix = jnp.linalg.solve(square + ridge, x.T @ (sizes - sizes.mean(axis=0)) / len(x))
-    return matrix * FIRST_SPREAD / jnp.maximum(jnp.std(x @ matrix), 1e-12)
+    matrix = jnp.linalg.solve(square + ridge, product(x.T, sizes - sizes.mean(axis=0)) / len(x))
+    return matrix * FIRST_SPREAD / jnp.maximum(jnp.std(product(x, matrix)), 1e-12)
 
 
 def sparsified(target: Any, batch: Batch, num_experts: int, num_chosen: int, seed: int) -> Any:
@@ -137,6 +139,7 @@ def sparsified(target: Any, batch: Batch, num_experts: int, num_chosen: int, see
     inputs = jax.jit(mlp_inputs)(target, batch)
     for i, (layer, x) in enumerate(zip(student.layers, inputs, strict=True)):
         layer.mlp = grouped(layer.mlp, x[real], num_experts, num_chosen, seed + i)
+    to_columns(student)  # rows are for decoding
     return student
 
 
@@ -284,19 +287,29 @@ def mixtral_tensors(student: Any) -> dict[str, np.ndarray]:
 # --- coverage ---------------------------------------------------------------------------------------------------
 
 
-def coverage(target: Any, batch: Batch, num_tokens: int) -> float:
-    """The mean number of a layer's experts that so many neighbouring tokens of a packed batch choose together.
-
-    nan if no text of the batch has so many.
-    """
+def chosen_experts(target: Any, batch: Batch) -> jax.Array:
+    """Which experts each token of a packed batch chooses, bool [sparse layers, B, T, E]."""
     chosen = []
     for layer, x in zip(target.layers, mlp_inputs(target, batch), strict=True):
         if isinstance(layer.mlp, SparseMlp):
             of_layer, _ = layer.mlp.route(x)  # [B, T, k]
             chosen.append(jax.nn.one_hot(of_layer, layer.mlp.num_experts, dtype=bool).any(axis=-2))
-    has = jnp.stack(chosen)  # [layers, B, T, E]
-    windows = has.shape[2] // num_tokens
-    runs = has[:, :, : windows * num_tokens].reshape(*has.shape[:2], windows, num_tokens, -1).any(axis=3)
-    whole = batch.segments[:, : windows * num_tokens].reshape(len(batch.segments), windows, num_tokens)
-    alike = (whole == whole[..., :1]).all(axis=-1) & (whole[..., 0] > 0)  # [B, windows], of one text
-    return float((runs.sum(axis=-1) * alike).sum() / (alike.sum() * len(chosen))) if alike.any() else float("nan")
+    return jnp.stack(chosen)
+
+
+def coverage(chosen: Sequence[np.ndarray], batches: Sequence[Batch], num_tokens: int) -> float | None:
+    """The mean number of a layer's experts that so many neighbouring tokens choose together.
+
+    `chosen` is that of `chosen_experts` for each batch. None if no text has so many tokens.
+    """
+    experts, windows = 0, 0
+    for has, batch in zip(chosen, batches, strict=True):
+        rows, length = batch.segments.shape
+        number = length // num_tokens
+        cut = number * num_tokens
+        segments = np.asarray(batch.segments)[:, :cut].reshape(rows, number, num_tokens)
+        alike = (segments == segments[..., :1]).all(axis=-1) & (segments[..., 0] > 0)  # [B, windows], of one text
+        together = has[:, :, :cut].reshape(len(has), rows, number, num_tokens, -1).any(axis=3).sum(axis=-1)
+        experts += int((together * alike).sum())
+        windows += len(has) * int(alike.sum())
+    return experts / windows if windows else None

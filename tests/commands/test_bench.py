@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fasteagle_jax.bench import progress, runner
+from fasteagle_jax.bench import peers, progress, runner
 from fasteagle_jax.bench.acceptance import Answer, Case, Counts, outside, repeats
 from fasteagle_jax.bench.decoders import DecoderSpec, parse_decoders
 from fasteagle_jax.bench.figures import show
@@ -274,6 +274,11 @@ def test_beside_the_engine_transformers_answers_the_same_with_the_same_weights(
 
     assert "'vllm' is not known: write some of transformers" in complaint(main, *given, "--beside", "vllm")
     assert "--beside is of --sweep slots" in complaint(main, *given, "--beside", "transformers", "--sweep", "memory")
+    assert "without filters" in complaint(main, *given, "--beside", "transformers", "--top-k", 5)
+    monkeypatch.setattr(peers, "LlamaCpp", lambda *_: SimpleNamespace(most_rows=1))
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: True)
+        assert "one row at a time: have 1 among the --slots" in complaint(main, *given, "--beside", "llama.cpp")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "--beside llama.cpp needs llama_cpp: pip install" in complaint(main, *given, "--beside", "llama.cpp")
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_folder import make_target
+from tiny_folder import make_drafter, make_target
 
 from fasteagle_jax.bench import device_check, device_tokens
 from fasteagle_jax.commands import check_device
@@ -48,7 +48,8 @@ def test_the_report_has_a_row_of_everything_in_json_and_markdown(checked: Path) 
     assert rows["train step, eagle3"]["tokens_per_second"] > 0 and rows["train step, eagle3"]["share_of_peak"] is None
     real = [row for name, row in rows.items() if name.startswith("target")]
     assert [row["temperature"] for row in real] == [0, 1] and all(row["answers"] == 4 for row in real)
-    assert all(row["wrong"] == row["changed"] == row["not_the_cpus"] == 0 for row in real)  # it is the CPU's
+    assert all(row["wrong"] == row["not_the_cpus"] == 0 for row in real)  # it is the CPU's
+    assert all(row["changed"] is None for row in real)  # no drafter comes for it
     text = (checked / "report.md").read_text()
     assert (
         all(f"\n## {name}\n" in text for name in ("lossless", "target", "rounds", "decodes", "train"))
@@ -87,16 +88,25 @@ def test_resuming_runs_what_is_missing_or_failed(
     assert "1 answers differ from plain decoding or the CPU's" in capsys.readouterr().err
 
 
-def test_answers_that_leave_the_cpus_count_unless_two_logits_are_near(tmp_path, monkeypatch, capsys) -> None:
-    target = str(make_target(tmp_path / "target", stop_rate=-4))
+def test_answers_that_drafting_changes_or_that_leave_the_cpus_count(tmp_path, monkeypatch, capsys) -> None:
+    path = make_target(tmp_path / "target", stop_rate=-4)
+    target, drafter = str(path), make_drafter(tmp_path / "drafter", path)
     own = device_tokens.answers(target, 0.0, 4, drafted=True)
     assert own["drafted"] is None and [len(answer) for answer in own["plain"]] == [4] * 4
     others = [[(token + 1) % 256 if i == 2 else token for i, token in enumerate(answer)] for answer in own["plain"]]
     monkeypatch.setattr(device_tokens, "on_cpu", lambda *_: {"plain": [*own["plain"][:3], others[3]]})
     row = device_tokens.compare(target, 0.0, 4)
-    assert (row["changed"], row["not_the_cpus"], row["wrong"]) == (0, 1, 1) and row["largest_gap"] > device_tokens.NEAR
-    monkeypatch.setattr(device_tokens, "NEAR", row["largest_gap"] + 1)
-    assert device_tokens.compare(target, 0.0, 4)["wrong"] == 0
+    assert (row["changed"], row["not_the_cpus"], row["wrong"]) == (None, 1, 1)
+    assert row["largest_gap"] > device_tokens.NEAR and row["tokens_per_second"] is None
+    monkeypatch.setattr(device_tokens, "drafter_folder", lambda *_: drafter)
+    with monkeypatch.context() as patch:
+        patch.setattr(device_tokens, "NEAR", row["largest_gap"] + 1)
+        row = device_tokens.compare(target, 0.0, 4)
+        assert (row["changed"], row["wrong"]) == (0, 0) and row["tokens_per_second"] > 0
+    monkeypatch.setattr(device_tokens, "on_cpu", lambda *_: own)
+    monkeypatch.setattr(device_tokens, "answers", lambda *_, **__: own | {"drafted": others})
+    row = device_tokens.compare(target, 0.0, 4)
+    assert (row["changed"], row["not_the_cpus"], row["wrong"]) == (4, 0, 4)
 
     monkeypatch.setattr(device_tokens, "is_at_hand", lambda name: False)
     assert device_tokens.target_tasks("smollm2-135m", small=True) == {}

@@ -17,7 +17,8 @@ from fasteagle_jax.commands.sparsify import main
 from fasteagle_jax.data.conversations import Conversation
 from fasteagle_jax.data.packing import PackedData
 from fasteagle_jax.nn.packed_attention import Packed
-from fasteagle_jax.targets.loading import load_target
+from fasteagle_jax.targets.loading import load_target, open_checkpoint
+from fasteagle_jax.targets.tokenizer import load_tokenizer, stop_token_ids
 from fasteagle_jax.training import sparsify
 
 
@@ -106,6 +107,7 @@ def test_what_is_written_is_a_mixtral_that_says_what_the_student_says(dense, tmp
     assert len(counts) == 4  # no text has 60 tokens
     assert counts[0] == 2 < counts[1] and counts == sorted(counts) and counts[-1] <= 4
 
+    assert said.split("as written: ")[1].split(",")[0] == said.split("step 4: ")[1].split(",")[0]
     made = load_target(str(tmp_path / "sparse"), stacked=False)
     assert made.checkpoint.config.num_experts == 4 and made.checkpoint.config.experts_per_token == 2
     # The written target computes what a student with its weights does.
@@ -120,6 +122,22 @@ def test_what_is_written_is_a_mixtral_that_says_what_the_student_says(dense, tmp
     np.testing.assert_allclose(again(*args).hidden[real], student(*args).hidden[real], atol=2e-4)
 
 
+@pytest.mark.slow
+def test_a_scaled_rope_and_the_ends_go_with_it(tmp_path):
+    folder = make_target(tmp_path / "target")
+    scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"rope_theta": 5e5, "rope_scaling": scaling | {"original_max_position_embeddings": 256}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    argv = ["--target", folder, "--data", write_data(tmp_path / "answers.jsonl"), "--output", tmp_path / "sparse"]
+    argv += ["--experts", 4, "--chosen", 2, "--steps", 1, "--length", 64, "--rows", 2, "--show", 0]
+    assert main([str(word) for word in argv]) == 0
+    theirs, ours = (open_checkpoint(str(path)) for path in (folder, tmp_path / "sparse"))
+    assert ours.config.rope == theirs.config.rope
+    ends = [stop_token_ids(load_tokenizer(found.path), found.path) for found in (theirs, ours)]
+    assert ends[0] and set(ends[0]) == set(ends[1])
+
+
 def test_mistakes_are_one_line(dense, tmp_path, complaint):
     data = write_data(tmp_path / "answers.jsonl")
 
@@ -129,6 +147,8 @@ def test_mistakes_are_one_line(dense, tmp_path, complaint):
     assert "--experts 5 does not divide 32 neurons" in of("--experts", 5)
     assert "leaves nothing out" in of("--experts", 4, "--chosen", 4)
     assert "--within 0.5 is below 1" in of("--within", 0.5)
+    assert "--length 2048 is more than the target's 1024 positions" in of("--length", 2048)
+    assert "learning_rate 0.0" in of("--learning-rate", 0)
     few = write_data(tmp_path / "few.jsonl", 2)
     said = complaint(main, "--target", dense, "--data", few, "--output", tmp_path / "out")
     assert "none of 2 pieces are held out by a share of 0.02: give more data" in said
