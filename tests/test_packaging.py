@@ -34,8 +34,8 @@ def test_every_package_that_is_imported_is_declared():
             modules = [node.module] if isinstance(node, ast.ImportFrom) else []
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for package in {str(module).partition(".")[0] for module in modules}:
-                if package in sys.stdlib_module_names | {"fasteagle_jax", "torch"}:
-                    continue  # `fasteagle import` asks for torch where a file needs it
+                if package in sys.stdlib_module_names | {"fasteagle_jax", "torch", "llama_cpp"}:
+                    continue  # `fasteagle import` and `bench --beside` ask for these where they need them
                 declared = extras[EXTRAS[package]] if package in EXTRAS else names(PROJECT["dependencies"])
                 assert DISTRIBUTIONS.get(package, package) in declared, f"{path} imports {package}"
 
