@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -132,12 +133,7 @@ def _lossless(dtype: str, case: int) -> Row:
         drafter = Simulated(jnp.asarray(texts), rates, jnp.arange(rows, dtype=jnp.uint32), vocab)
         made = generate(target, drafter, prompts, sampling, tree=tree, **settings)
         tokens = np.asarray(made.tokens)
-        gaps = []
-        for prompt, ours, expected in zip(prompts, tokens, plain, strict=True):
-            if (ours != expected).any():
-                at = int(np.flatnonzero(ours != expected)[0])  # what comes after it follows another text
-                logits = logits_after(target, [*prompt, *expected[:at]])
-                gaps.append(float(abs(logits[expected[at]] - logits[ours[at]])))
+        gaps = gaps_where_parted(target, prompts, tokens.tolist(), plain.tolist())
     near = 0 if dtype == "float32" else sum(gap < NEAR for gap in gaps)
     return {
         "dtype": dtype,
@@ -166,7 +162,25 @@ def _sharp_target(seed: int, dtype: Any, vocab: int) -> Llama:
     return _in_decoding_form(jax.jit(make)())
 
 
-def logits_after(target: Any, tokens: Sequence[int]) -> np.ndarray:
+def gaps_where_parted(
+    target: Any, prompts: Sequence[list[int]], ours: Sequence[list[int]], theirs: Sequence[list[int]]
+) -> list[float]:
+    """How far apart the logits of the two first different tokens are, of answers that differ.
+
+    inf where one answer ends before. What comes after that token follows another text, and is not compared.
+    """
+    gaps = []
+    for prompt, one, other in zip(prompts, ours, theirs, strict=True):
+        at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+        if at is not None:
+            logits = _logits_after(target, [*prompt, *one[:at]])
+            gaps.append(float(abs(logits[one[at]] - logits[other[at]])))
+        elif one != other:
+            gaps.append(math.inf)
+    return gaps
+
+
+def _logits_after(target: Any, tokens: Sequence[int]) -> np.ndarray:
     """The target's logits float32 [V] after tokens."""
     ids = jnp.asarray([tokens])
     causal = jnp.tril(jnp.ones((1, len(tokens), len(tokens)), bool))

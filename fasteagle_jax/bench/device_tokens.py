@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fasteagle_jax.bench.device_check import Row, Task, logits_after
+from fasteagle_jax.bench.device_check import Row, Task, gaps_where_parted
 from fasteagle_jax.decoding.sampling import make_sampling
 from fasteagle_jax.decoding.speculative import generate
 from fasteagle_jax.decoding.tree import TreeSpec
@@ -48,13 +47,11 @@ def answers(name: str, temperature: float, max_new: int, *, drafted: bool) -> di
         stop_tokens = tuple(stop_token_ids(load_tokenizer(loaded.checkpoint.path), loaded.checkpoint.path))
         sampling = make_sampling(len(prompts), temperature=temperature, seed=SEED)
         folder = drafter_folder(SHIPPED, loaded.checkpoint)
-        found: dict[str, Any] = {"plain": None, "drafted": None}
-        for way in tuple(found):
-            drafter = None
-            if way == "drafted":
-                if folder is None or not drafted:
-                    break
-                drafter = load_drafter(folder, loaded.checkpoint.config, loaded.fingerprint)
+        ways: dict[str, Any] = {"plain": None}
+        if drafted and folder is not None:
+            ways["drafted"] = load_drafter(folder, loaded.checkpoint.config, loaded.fingerprint)
+        found: dict[str, Any] = {"drafted": None}
+        for way, drafter in ways.items():
             tree = None if drafter is None else TreeSpec("best_first", nodes=8)
             for _ in range(2):  # the first compiles
                 started = time.perf_counter()
@@ -116,18 +113,10 @@ def on_cpu(name: str, temperature: float, max_new: int) -> dict[str, Any]:
 
 
 def _gaps(name: str, ours: list[list[int]], theirs: list[list[int]]) -> list[float]:
-    """How far apart the logits of the two tokens are where greedy answers part; inf where one ends before."""
+    """Those of `gaps_where_parted`, of the target's answers to QUESTIONS."""
     with jax.default_matmul_precision("highest"):
         loaded = load_target(name)
-        gaps = []
-        for prompt, one, other in zip(_prompts(loaded), ours, theirs, strict=True):
-            at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-            if at is None and one != other:
-                gaps.append(math.inf)
-            elif at is not None:
-                logits = logits_after(loaded.model, [*prompt, *one[:at]])
-                gaps.append(float(abs(logits[one[at]] - logits[other[at]])))
-        return gaps
+        return gaps_where_parted(loaded.model, _prompts(loaded), ours, theirs)
 
 
 def _prompts(loaded: LoadedTarget) -> list[list[int]]:

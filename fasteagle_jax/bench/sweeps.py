@@ -36,7 +36,7 @@ from fasteagle_jax.engine import slots as device
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.targets.loading import open_checkpoint
+from fasteagle_jax.targets.loading import locate
 
 LEAST_REQUESTS = 8
 MIB = 2**20
@@ -150,8 +150,7 @@ def throughput(
     check_trained(decoders)
     sampling = from_options(args) | {"temperature": args.temperature[0]}
     params = SamplingParams(**sampling, max_new_tokens=args.max_new)
-    files = open_checkpoint(args.target).path if args.beside else Path()
-    peers = {name: load_peer(name, files, models.stop_tokens, args.max_len) for name in args.beside}
+    peers = {name: load_peer(name, locate(args.target), models.stop_tokens, args.max_len) for name in args.beside}
 
     def peers_of(slots: int) -> dict[str, Peer]:
         return {name: peer for name, peer in peers.items() if slots <= (peer.most_rows or slots)}

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text)
     rest = f"; {num_left} rows are left: --resume runs them" if num_left else ""
     print(f"written: {path} and report.md beside it{rest}", file=sys.stderr)
-    wrong = sum(row.get("wrong", 0) for name in PARTS[:2] for row in parts.get(name, {}).values())
+    wrong = sum(row.get("wrong", 0) for part in parts.values() for row in part.values())
     if wrong:
         print(f"{wrong} answers differ from plain decoding or the CPU's: this device is not lossless", file=sys.stderr)
     return NOT_LOSSLESS if wrong else 0

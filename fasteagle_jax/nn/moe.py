@@ -113,16 +113,8 @@ class SparseMlp(nnx.Module):
         return y + (jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)).astype(x.dtype)
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The chosen experts int32 [..., k] of x [..., H], in increasing order, and their weights float32 [..., k].
-
-        Those of the highest scores, of equal ones the first; a weight is an expert's probability among all, or, with
-        `renormalised`, among the chosen.
-        """
-        scores = self.router(x)  # [..., E]
-        chosen = _in_order(jax.lax.top_k(scores, self.num_chosen)[1])
-        of_chosen = jnp.take_along_axis(scores, chosen, axis=-1)
-        among = of_chosen if self.renormalised else scores
-        return chosen, jnp.exp(of_chosen - jax.nn.logsumexp(among, axis=-1, keepdims=True))
+        """The chosen experts int32 [..., k] of x [..., H] and their weights float32 [..., k], see `choose_experts`."""
+        return choose_experts(self.router(x), self.num_chosen, renormalised=self.renormalised)
 
     def _of_shard(
         self, experts: Mlp, x: jax.Array, chosen: jax.Array, weights: jax.Array, index: Any, shard: ExpertShard
@@ -142,6 +134,18 @@ class SparseMlp(nnx.Module):
         """[n, H] of x [n, H] by an expert's products; each device may have a part of H."""
         gated, raised = (product.add_bias(shard.sum_width(product.times(x))) for product in (gate, up))
         return down.add_bias(down.times(GATES[self.activation](gated, raised)))
+
+
+def choose_experts(scores: jax.Array, num_chosen: int, *, renormalised: bool) -> tuple[jax.Array, jax.Array]:
+    """The chosen experts int32 [..., k], in increasing order, and their weights float32 [..., k], of scores [..., E].
+
+    Those of the highest scores, of equal ones the first; a weight is an expert's probability among all, or, with
+    `renormalised`, among the chosen.
+    """
+    chosen = _in_order(jax.lax.top_k(scores, num_chosen)[1])
+    of_chosen = jnp.take_along_axis(scores, chosen, axis=-1)
+    among = of_chosen if renormalised else scores
+    return chosen, jnp.exp(of_chosen - jax.nn.logsumexp(among, axis=-1, keepdims=True))
 
 
 class Product(NamedTuple):

@@ -21,13 +21,17 @@ from flax import nnx
 from fasteagle_jax.data.packing import Batch
 from fasteagle_jax.nn.linear import head_logits, to_columns
 from fasteagle_jax.nn.mlp import Mlp
-from fasteagle_jax.nn.moe import SparseMlp
+from fasteagle_jax.nn.moe import Router, SparseMlp, choose_experts
 from fasteagle_jax.nn.packed_attention import Packed
+from fasteagle_jax.nn.stored import stored_tensors
 from fasteagle_jax.nn.transformer import DECODER_LAYER_NAMES, LayerKinds
 from fasteagle_jax.training.losses import select_positions
 
 ITERATIONS = 10  # of the grouping
 RIDGE = 1e-2  # of the routers' fit, relative to the mean square of their inputs
+# Parts of a layer by Mixtral's names, but for experts: name in the file, and place in a layer.
+_OUTSIDE_EXPERTS = {name: place for name, place in DECODER_LAYER_NAMES.items() if not name.startswith("mlp.")}
+_OUTSIDE_EXPERTS |= {"block_sparse_moe.gate": "mlp.router"}
 FIRST_SPREAD = 0.1  # standard deviation of a fitted router's scores: a token's experts then weigh almost alike
 
 
@@ -37,9 +41,8 @@ class GroupedMlp(nnx.Module):
     It computes all neurons, and is what `SparseMlp` is with the same groups as experts of k times the output.
     """
 
-    def __init__(self, mlp: Mlp, router: jax.Array, num_chosen: int):
-        self.mlp, self.num_chosen = mlp, num_chosen
-        self.router = nnx.Param(router.astype(jnp.float32))  # [H, E], never rounded
+    def __init__(self, mlp: Mlp, router: Router, num_chosen: int):
+        self.mlp, self.router, self.num_chosen = mlp, router, num_chosen
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., H] of x [..., H]."""
@@ -49,33 +52,31 @@ class GroupedMlp(nnx.Module):
         return self.mlp.down((groups * weights).astype(x.dtype).reshape(neurons.shape))
 
     def weights(self, x: jax.Array) -> jax.Array:
-        """Of each group for x [..., H], float32 [..., E]: k on the mean of those chosen, 0 of others."""
-        scores = self.scores(x)
-        chosen = jax.lax.top_k(scores, self.num_chosen)[1]
-        has = jax.nn.one_hot(chosen, scores.shape[-1], dtype=bool).any(axis=-2)
-        return self.num_chosen * jax.nn.softmax(jnp.where(has, scores, -jnp.inf), axis=-1)
-
-    def scores(self, x: jax.Array) -> jax.Array:
-        """The router's, float32 [..., E]."""
-        x = x.astype(jnp.float32)
-        return jnp.einsum("...h,he->...e", x, self.router[...], precision=jax.lax.Precision.HIGHEST)
+        """Of each group for x [..., H], float32 [..., E]: k times what `SparseMlp` gives those chosen, 0 of others."""
+        scores = self.router(x)
+        chosen, weights = choose_experts(scores, self.num_chosen, renormalised=True)
+        of_groups = jax.nn.one_hot(chosen, scores.shape[-1]) * weights[..., None]  # [..., k, E]
+        return self.num_chosen * of_groups.sum(axis=-2)
 
 
 # --- groups and routers -----------------------------------------------------------------------------------------
 
 
-def mlp_inputs(target: Any, batch: Batch) -> list[jax.Array]:
-    """What each layer's MLP reads of a packed batch, [B, T, H]; the layers are a list."""
-    c = target.config
+def hidden_and_mlp_inputs(model: Any, batch: Batch) -> tuple[jax.Array, list[jax.Array]]:
+    """The final hidden states of a packed batch [B, T, H], and what each layer's MLP reads, [B, T, H].
+
+    Of a Llama, its student or a Mixtral, whose layers are a list.
+    """
+    c = model.config
     attend = Packed(batch.segments)
-    out = target(batch.tokens, batch.positions, attend, None, tuple(range(c.num_layers)))
     kinds = LayerKinds(c.layer_kinds, batch.positions, c.head_dim, stacked=False)
-    found = []
-    for layer, x, number in zip(target.layers, jnp.split(out.features, c.num_layers, -1), kinds.numbers, strict=True):
+    x, inputs = model.embed(batch.tokens), []
+    for layer, number in zip(model.layers, kinds.numbers, strict=True):
         context = kinds.of(number)
-        stream, _ = layer.attended(x, context.rotation, context.attend(attend, None))
-        found.append(layer.mlp_norm(stream))
-    return found
+        x, _ = layer.attended(x, context.rotation, context.attend(attend, None))
+        inputs.append(layer.mlp_norm(x))
+        x = x + layer.mlp(inputs[-1])
+    return model.norm(x), inputs
 
 
 def grouped(mlp: Mlp, x: jax.Array, num_experts: int, num_chosen: int, seed: int) -> GroupedMlp:
@@ -93,7 +94,9 @@ def grouped(mlp: Mlp, x: jax.Array, num_experts: int, num_chosen: int, seed: int
         neurons[:, order].reshape(len(x), num_experts, -1),
         down[order].reshape(num_experts, -1, down.shape[1]),
     )
-    return GroupedMlp(permuted, fitted_router(x, jnp.linalg.norm(added, axis=-1)), num_chosen)
+    router = Router(x.shape[-1], num_experts, ("embed", None))
+    router.set_matrix(fitted_router(x, jnp.linalg.norm(added, axis=-1)))
+    return GroupedMlp(permuted, router, num_chosen)
 
 
 def balanced_groups(activity: np.ndarray, num_groups: int, seed: int) -> np.ndarray:
@@ -136,7 +139,7 @@ def sparsified(target: Any, batch: Batch, num_experts: int, num_chosen: int, see
     real = np.asarray(batch.segments) > 0
     graph, state = nnx.split(target)
     student = nnx.merge(graph, jax.tree.map(jnp.copy, state))  # steps take its arrays over
-    inputs = jax.jit(mlp_inputs)(target, batch)
+    _, inputs = jax.jit(hidden_and_mlp_inputs)(target, batch)
     for i, (layer, x) in enumerate(zip(student.layers, inputs, strict=True)):
         layer.mlp = grouped(layer.mlp, x[real], num_experts, num_chosen, seed + i)
     to_columns(student)  # rows are for decoding
@@ -195,7 +198,8 @@ def make_distil_step(
     def loss_of(params: Any, rest: Any, target: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         student = nnx.merge(graph, in_dtype(params, jnp.dtype(config.dtype)), rest)
         picked, real = select_positions(batch.supervised, batch.positions, config.share, key)
-        hidden, balance = _hidden(student, batch)
+        hidden, inputs = hidden_and_mlp_inputs(student, batch)
+        balance = _balance(student, inputs, batch)
         dense = target(batch.tokens, batch.positions, Packed(batch.segments)).hidden
 
         def log_probabilities(hidden: jax.Array) -> jax.Array:
@@ -219,25 +223,18 @@ def make_distil_step(
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def _hidden(student: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The student's final hidden states [B, T, H], and the mean over layers of E sum_e f_e P_e.
+def _balance(student: Any, inputs: list[jax.Array], batch: Batch) -> jax.Array:
+    """The mean over layers of E sum_e f_e P_e, of what their MLPs read.
 
     f_e is the share of an expert among those chosen, P_e its mean probability by the router.
     """
-    c = student.config
-    attend = Packed(batch.segments)
-    kinds = LayerKinds(c.layer_kinds, batch.positions, c.head_dim, stacked=False)
-    x, balance = student.embed(batch.tokens), jnp.float32(0)
     real = (batch.segments > 0)[..., None]
-    for layer, number in zip(student.layers, kinds.numbers, strict=True):
-        context = kinds.of(number)
-        x, _ = layer.attended(x, context.rotation, context.attend(attend, None))
-        normed = layer.mlp_norm(x)
-        x = x + layer.mlp(normed)
-        chosen = jnp.where(real, layer.mlp.weights(normed) > 0, False).sum(axis=(0, 1))  # [E]
-        probability = jnp.where(real, jax.nn.softmax(layer.mlp.scores(normed)), 0).sum(axis=(0, 1)) / real.sum()
-        balance += len(chosen) * (chosen / chosen.sum() * probability).sum() / c.num_layers
-    return student.norm(x), balance
+    total = jnp.float32(0)
+    for layer, x in zip(student.layers, inputs, strict=True):
+        chosen = jnp.where(real, layer.mlp.weights(x) > 0, False).sum(axis=(0, 1))  # [E]
+        probability = jnp.where(real, jax.nn.softmax(layer.mlp.router(x)), 0).sum(axis=(0, 1)) / real.sum()
+        total += len(chosen) * (chosen / chosen.sum() * probability).sum()
+    return total / len(inputs)
 
 
 def quality(model: Any, target: Any, batch: Batch) -> Quality:
@@ -264,22 +261,21 @@ def mixtral_tensors(student: Any) -> dict[str, np.ndarray]:
     """The student's layers as tensors of Mixtral's names, float32; experts have k times the output of its groups."""
     tensors: dict[str, np.ndarray] = {}
 
-    def add(name: str, matrix: jax.Array) -> None:
-        tensors[name] = np.ascontiguousarray(np.asarray(matrix, np.float32).T)  # Hugging Face's are [out, in]
+    def add(name: str, value: jax.Array, *, transposed: bool = True) -> None:
+        array = np.asarray(value, np.float32)
+        tensors[name] = np.ascontiguousarray(array.T if transposed else array)
 
     for i, layer in enumerate(student.layers):
         start, groups = f"model.layers.{i}.", layer.mlp
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            place = DECODER_LAYER_NAMES[f"self_attn.{name}"].split(".")[1]
-            add(f"{start}self_attn.{name}.weight", getattr(layer.attention, place).matrix)
-        for name, norm in (("input_layernorm", layer.input_norm), ("post_attention_layernorm", layer.mlp_norm)):
-            tensors[f"{start}{name}.weight"] = np.asarray(norm.weight[...], np.float32)
-        add(f"{start}block_sparse_moe.gate.weight", groups.router[...])
-        parts = groups.mlp.gate.matrix, groups.mlp.up.matrix, groups.num_chosen * groups.mlp.down.matrix
-        num_experts = groups.router.shape[1]
-        gate, up = (jnp.split(part, num_experts, axis=1) for part in parts[:2])
-        for e, matrices in enumerate(zip(gate, up, jnp.split(parts[2], num_experts, axis=0), strict=True)):
-            for name, matrix in zip(("w1", "w3", "w2"), matrices, strict=True):
+        for tensor in stored_tensors(layer, _OUTSIDE_EXPERTS):
+            add(start + tensor.name, tensor.variable[...], transposed=tensor.transposed)
+        matrices = groups.mlp.gate.matrix, groups.mlp.up.matrix, groups.num_chosen * groups.mlp.down.matrix
+        num_experts = groups.router.matrix.shape[1]
+        parts = [
+            jnp.split(matrix, num_experts, axis=axis) for matrix, axis in zip(matrices, (1, 1, 0), strict=True)
+        ]  # experts have neurons
+        for name, of_experts in zip(("w1", "w3", "w2"), parts, strict=True):
+            for e, matrix in enumerate(of_experts):
                 add(f"{start}block_sparse_moe.experts.{e}.{name}.weight", matrix)
     return tensors
 
@@ -290,7 +286,8 @@ def mixtral_tensors(student: Any) -> dict[str, np.ndarray]:
 def chosen_experts(target: Any, batch: Batch) -> jax.Array:
     """Which experts each token of a packed batch chooses, bool [sparse layers, B, T, E]."""
     chosen = []
-    for layer, x in zip(target.layers, mlp_inputs(target, batch), strict=True):
+    _, inputs = hidden_and_mlp_inputs(target, batch)
+    for layer, x in zip(target.layers, inputs, strict=True):
         if isinstance(layer.mlp, SparseMlp):
             of_layer, _ = layer.mlp.route(x)  # [B, T, k]
             chosen.append(jax.nn.one_hot(of_layer, layer.mlp.num_experts, dtype=bool).any(axis=-2))
