@@ -55,7 +55,10 @@ class FastEagle:
         """
         c = self.config
         g = self._matmul("fc", features)
-        fused = self._matmul("fuse", torch.cat([g, embedding[next_tokens]], dim=-1))
+        read = [g, embedding[next_tokens]]
+        if c.get("norm_inputs"):
+            read = [self._norm(x) for x in read]
+        fused = self._matmul("fuse", torch.cat(read, dim=-1))
         h, result, first = fused, [], None
         rows = self.weights.get("head.weight", head[self.token_ids])  # a head of its own, whose logits no map changes
         for i in range(c["num_levels"]):

@@ -7,6 +7,8 @@ output of level i is the guess for token x[t+1+i]. No draft token is ever an inp
 pass and the cache of verified positions needs no rollback.
 
 The paper's levels are full layers with keys and values of their own. What is not in the paper:
+- `norm_inputs` fuses features and token each over its root mean square: they differ by a factor of 100 in a real
+  target, and an optimiser changes what they multiply by as much in a step;
 - `reinject` adds the input again before every level;
 - `context` "target": levels attend to the target's own keys and values, so that the drafter has no cache (cf. GLIDE);
   "shared": to those that the first level made at earlier positions, one cache for all levels, as EAGLE-3's later runs
@@ -69,6 +71,7 @@ class FastEagleConfig(DrafterConfig):
     """Sizes and switches of the cascade."""
 
     kind: str = "fasteagle"
+    norm_inputs: bool = False  # fuse features and token each over its root mean square
     reinject: bool = False  # add the fused input again before every level
     correction: int | None = None  # hidden units of the Correction; None for no correction
     context: str = "own"  # of CONTEXTS: whose earlier keys and values a level attends to: its own, or the first level's
@@ -281,10 +284,14 @@ class FastEagle(DrafterModule):
         left = [name for part in parts for name in copy_layer(part, source, neurons)]
         say_left(left, copied, source, parts[0])
         # The copied layers expect a stream of the highest feature's size.
-        self.fc.set_matrix(jnp.zeros(self.fc.matrix.shape).at[-hidden:].set(jnp.eye(hidden) * feature_rms[-1]))
-        embedding = target.embedding[...].astype(jnp.float32)
-        gain = EMBEDDING_SHARE * feature_rms[-1] / jnp.sqrt(jnp.mean(embedding**2))
-        self.fuse.set_matrix(jnp.concatenate([jnp.eye(hidden), jnp.eye(hidden) * gain]))
+        size = feature_rms[-1]
+        self.fc.set_matrix(jnp.zeros(self.fc.matrix.shape).at[-hidden:].set(jnp.eye(hidden) * size))
+        if c.norm_inputs:
+            of_features, of_token = size, EMBEDDING_SHARE * size
+        else:
+            embedding = target.embedding[...].astype(jnp.float32)
+            of_features, of_token = 1.0, EMBEDDING_SHARE * size / jnp.sqrt(jnp.mean(embedding**2))
+        self.fuse.set_matrix(jnp.concatenate([jnp.eye(hidden) * of_features, jnp.eye(hidden) * of_token]))
 
     def own_head(self) -> jax.Array | None:
         """The table [V, R] of its edge scores, which reads the last R entries of hidden states; else None.
@@ -374,7 +381,7 @@ class FastEagle(DrafterModule):
             fused = self._fuse(embedding, picked(features), picked(next_tokens), rows)
         attend_to = functools.partial(_attend, visible, context=context, positions=positions, at=at, config=c)
         positions, stands = picked(positions), picked(stands)
-        reinjected = self._reinjected(fused) if c.reinject else None
+        reinjected = self._normed(fused) if c.reinject else None
         inputs: Any = [None] * c.num_levels
         if reinjected is not None and not trains and not self.scans:
             every = [level.reinject(reinjected) for level in self.levels]
@@ -450,18 +457,20 @@ class FastEagle(DrafterModule):
         # Gathered over the mesh at once: a stream split by its width exchanges a sum in every norm.
         g = constrain(self.fused(features), rows, None, None)
         e = embed(embedding, next_tokens, features.dtype)
+        if self.config.norm_inputs:
+            g, e = self._normed(g), self._normed(e)
         return constrain(self.fuse(jnp.concatenate([g, e], axis=-1)), rows, None, None)
 
-    def _reinjected(self, fused: jax.Array) -> jax.Array:
-        """What every level's `reinject` reads, [B, T, H]."""
-        return rms_norm(fused, jnp.ones((fused.shape[-1],), jnp.float32), self.config.rms_norm_eps)
+    def _normed(self, x: jax.Array) -> jax.Array:
+        """x [..., H] over its root mean square, as every level's `reinject` reads the levels' input."""
+        return rms_norm(x, jnp.ones((x.shape[-1],), jnp.float32), self.config.rms_norm_eps)
 
     def _first_keys(self, fused: jax.Array, positions: jax.Array, rows: str) -> tuple[jax.Array, jax.Array]:
         """The first level's keys and values [B, T, K, D], with context "shared" those of all levels."""
         c = self.config
         first = self._level_list()[0]
         if first.reinject is not None:
-            fused = fused + constrain(first.reinject(self._reinjected(fused)), rows, None, None)
+            fused = fused + constrain(first.reinject(self._normed(fused)), rows, None, None)
         table = rotation(positions, c.rope, c.head_dim)
         _, k, v = self._layer_of(first).attention.project(first.input_norm(fused), table)
         return k, v

@@ -56,6 +56,7 @@ class DrafterChoice:
     vocabulary_data: tuple[str, ...] = ()  # files of conversations whose answers are counted; empty: the run's data
     intermediate_size: int | None = None
     feature_layers: tuple[int, ...] | None = None  # None: 2, L // 2, L - 3
+    norm_inputs: bool = False  # fuse features and token each over its root mean square
     reinject: bool = False  # add the fused input again before every level
     correction: int | None = None  # hidden units that correct a guess by the token before it; None for none
     context: str = "own"  # whose keys a level attends to: its "own", the "target"'s, or the first level's ("shared")
@@ -75,6 +76,7 @@ class DrafterChoice:
 
 # Of DrafterChoice, of some kinds alone.
 KIND_FIELDS = {
+    "norm_inputs",
     "reinject",
     "correction",
     "context",

@@ -13,6 +13,8 @@ from fasteagle_jax.errors import UserError
 from fasteagle_jax.training.deepkd import DeepKD, Parts, split_momenta
 from fasteagle_jax.training.muon import scale_by_muon
 
+INPUTS = {"fc", "fuse", "reinject"}  # drafters' maps that write the stream
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -29,6 +31,9 @@ class OptimizerConfig:
     decay_share: float = 0.2  # of all steps, at the end
     final_share: float = 0.05  # of the peak, at the last step
     betas: tuple[float, float] = (0.9, 0.95)  # of SGD the first alone, its momentum
+    # Factor of the rate for the maps that write the stream: features and tokens into it, and the input into each level.
+    # A target's stream is many times the size of what they read, and at one rate they hardly move.
+    input_rate: float = 1.0
     weight_decay: float = 0.0
     clip_norm: float = 0.5
     ema: float = 0.0  # decay of the weights' moving average, which is then evaluated and stored; 0 for none
@@ -38,8 +43,9 @@ class OptimizerConfig:
             raise UserError(f"optimizer name is {self.name!r}: use adamw, muon or sgd")
         if not 0 <= self.ema < 1:
             raise UserError(f"optimizer ema is {self.ema}: give a decay from 0 (no average) to below 1, e.g. 0.999")
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise UserError(f"learning_rate {self.learning_rate} and clip_norm {self.clip_norm} must be positive")
+        for key in ("learning_rate", "clip_norm", "input_rate"):
+            if getattr(self, key) <= 0:
+                raise UserError(f"optimizer {key} is {getattr(self, key)}: it must be positive")
         if not 0 <= self.decay_share <= 1:
             raise UserError(f"decay_share is {self.decay_share}: it must be 0 to 1")
 
@@ -60,13 +66,14 @@ def make_optimizer(
     if deepkd is not None:
         if config.name == "muon":
             raise UserError("optimizer name is 'muon', and loss.deepkd has momenta for adamw and sgd: use one of these")
-        return split_momenta(
+        rule = split_momenta(
             schedule,
             _decays(config, deepkd),
             second_decay=config.betas[1] if config.name == "adamw" else None,
             weight_decay=config.weight_decay,
             clip_norm=config.clip_norm,
         )
+        return _with_input_rate(rule, config.input_rate)
     if config.name == "muon":
         rules = {
             "matrix": optax.chain(
@@ -85,7 +92,19 @@ def make_optimizer(
         )
     else:
         rule = optax.adamw(schedule, *config.betas, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+    return _with_input_rate(optax.chain(optax.clip_by_global_norm(config.clip_norm), rule), config.input_rate)
+
+
+def _with_input_rate(rule: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+    """The rule with the steps of the maps in INPUTS multiplied by a factor."""
+    if factor == 1:
+        return rule
+
+    def scaled(path: Any, update: jax.Array) -> jax.Array:
+        names = {getattr(part, "key", getattr(part, "name", None)) for part in path}
+        return update * factor if names & INPUTS else update
+
+    return optax.chain(rule, optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates)))
 
 
 def _decays(config: OptimizerConfig, deepkd: DeepKD) -> tuple[float, float, float]:

@@ -75,7 +75,7 @@ FORMS = {  # changes of the configuration, stacked
     ),
     "a window, stacked": (dict(window=3), True),
     "a window of one, list": (dict(window=1), False),
-    "the first level's keys, stacked": (dict(context="shared", reinject=True), True),
+    "the first level's keys, stacked": (dict(context="shared", reinject=True, norm_inputs=True), True),
     "a first level of its own, stacked": (dict(context="shared", levels="first"), True),
     "the first level's keys, shared, edges, a window, list": (
         dict(context="shared", levels="shared", side_by_side=True, reinject=True, edges=4, window=3),
@@ -197,7 +197,7 @@ SWITCHES = {
     "shared": {"levels": "shared", "side_by_side": True},
     "edges": {"edges": 4, "edges_reach": 3},
     "gated edges": {"edges": 4, "edges_reach": 3, "edges_gated": True, "head": "own"},
-    "the first level's keys": {"context": "shared", "reinject": True},
+    "the first level's keys": {"context": "shared", "reinject": True, "norm_inputs": True},
     "a first level of its own": {"levels": "first"},
 }
 
@@ -209,9 +209,9 @@ SWITCHES = {
 def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
     """h_1 = L_1(FC([g, e])), h_i = L_i(h_i-1).
 
-    With reinjection each level's input gets FC([g, e]) once more; with correction what is read of h_i at position t
-    knows the true token x[t+i], and with edges so do the last entries of what is read. Side by side, the MLP reads what
-    attention does. With the first level's keys a level sees those at earlier positions, and its own.
+    With normed inputs FC reads g and e over their root mean squares; with reinjection each level's input gets
+    FC([g, e]) once more; with correction what is read of h_i at position t knows the true token x[t+i], and with edges
+    so do the last entries of what is read. Side by side, the MLP reads what attention does. With the first level's keys a level sees those at earlier positions, and its own.
     """
     tokens, features = stream
     drafter = make_drafter(**changes)
@@ -225,6 +225,8 @@ def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
     def slow(drafter, tokens, features):
         g = features @ (drafter.feature_scale[...][:, None] * drafter.fc.weight[...])
         e = target.embedding[...][tokens[:, 1:]]
+        if drafter.config.norm_inputs:
+            g, e = normed(g), normed(e)
         h = fused = g @ drafter.fuse.weight[...][:16] + e @ drafter.fuse.weight[...][16:]
         out, first = [], None
         for i, level in enumerate(drafter.unstacked().levels, 1):

@@ -38,7 +38,14 @@ VARIANTS = {
         "draft_vocab_size": len(IDS),
         "sinks": True,
     },
-    "the first level's keys": {"context": "shared", "reinject": True, "window": 4, "edges": 6, "levels": "first"},
+    "the first level's keys": {
+        "context": "shared",
+        "norm_inputs": True,
+        "reinject": True,
+        "window": 4,
+        "edges": 6,
+        "levels": "first",
+    },
 }
 
 

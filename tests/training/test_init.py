@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from fasteagle_jax.drafters.fasteagle import EMBEDDING_SHARE
 from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.training.init import init_drafter, strongest_neurons
 from tests.tiny_models import tiny_target
 from tests.training.test_step import packed_batch
 
+RMS = np.array([0.5, 2.0, 7.0], np.float32)
 KEPT = [1, 4, 5, 9, 17, 22, 28, 31]
 
 
@@ -51,3 +53,24 @@ def test_a_narrower_mlp_starts_as_the_targets(target, kind, changes):
     np.testing.assert_allclose(mlp(x), expected, atol=1e-5)
     if copied == 3:
         np.testing.assert_allclose(mlp(x), own(x), atol=1e-3)
+
+
+def test_normed_inputs_begin_with_the_stream_of_the_targets_size(target):
+    """Without them the features pass as they are; with them each token's at the size of the highest feature."""
+    made = [
+        init_drafter(
+            default_config(target.config, norm_inputs=norm),
+            target,
+            jax.random.key(0),
+            feature_rms=RMS,
+            from_target=True,
+        )
+        for norm in (False, True)
+    ]
+    features = jax.random.normal(jax.random.key(1), (2, 5, 48)) * np.repeat(RMS, 16)
+    tokens = jax.random.randint(jax.random.key(2), (2, 5), 0, target.config.vocab_size)
+    plain, normed = (np.asarray(d._fuse(target.embedding[...], features, tokens, "batch")) for d in made)
+    assert np.abs(plain - normed).max() > 0.1
+    sizes = [np.sqrt(np.mean(x**2, axis=-1)) for x in (plain, normed)]
+    assert np.std(sizes[1]) < np.std(sizes[0]) / 3
+    np.testing.assert_allclose(sizes[1], RMS[-1] * (1 + EMBEDDING_SHARE**2) ** 0.5, rtol=0.1)
