@@ -211,7 +211,8 @@ def test_hidden_states_are_the_cascade_of_the_paper(target, stream, changes):
 
     With normed inputs FC reads g and e over their root mean squares; with reinjection each level's input gets
     FC([g, e]) once more; with correction what is read of h_i at position t knows the true token x[t+i], and with edges
-    so do the last entries of what is read. Side by side, the MLP reads what attention does. With the first level's keys a level sees those at earlier positions, and its own.
+    so do the last entries of what is read. Side by side, the MLP reads what attention does. With the first level's keys
+    a level sees those at earlier positions, and its own.
     """
     tokens, features = stream
     drafter = make_drafter(**changes)
