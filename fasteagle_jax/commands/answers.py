@@ -235,13 +235,13 @@ class Screen:
             self.text(words + str(piece.depth).translate(MARKS) + piece.text[len(words) :])
 
     def answer(
-        self, completion: Completion, prompt: Sequence[int], detokenizer: Detokenizer, stop: Sequence[str]
+        self, completion: Completion, prompt: Sequence[int], detokenizer: Detokenizer, params: SamplingParams
     ) -> None:
         """Writes a whole answer to a prompt."""
         if not self._shows_depths:
             self.text(completion.text)
             return
-        text = TextStream(detokenizer, prompt, stop)
+        text = TextStream(detokenizer, prompt, params.stop, params.min_tokens)
         for i, (token, depth) in enumerate(zip(completion.tokens, completion.depths, strict=True)):
             self.piece(Piece(text.push(token) if i < len(completion.text_tokens) else "", depth))
         if rest := text.finish():

@@ -7,12 +7,12 @@ The input has one JSON object a line, in OpenAI's batch form (/v1/chat/completio
   {"prompt": "The sky is", "n": 2, "seed": 7}
 
 A prompt is continued as it is, messages go through the target's chat template. They may have tool_calls, tool_call_id
-and reasoning_content; beside them a line may have tools, chat_template_kwargs, add_generation_prompt and
-continue_final_message. Sampling fields: temperature, top_p, top_k, min_p, max_tokens (max_completion_tokens,
-max_new_tokens), n, seed, stop, stop_token_ids, ignore_eos, logprobs, top_logprobs, prompt_logprobs; rules: logit_bias,
-allowed_token_ids, bad_words, min_tokens, repetition_penalty, presence_penalty, frequency_penalty, response_format,
-structured_outputs. The options below hold if a line leaves them out, --seed included: equal requests then get equal
-answers.
+and reasoning_content; beside them a line may have tools, chat_template, chat_template_kwargs, date,
+add_generation_prompt and continue_final_message. Sampling fields: temperature, top_p, top_k, min_p, max_tokens
+(max_completion_tokens, max_new_tokens), n, seed, stop, stop_token_ids, ignore_eos, logprobs, top_logprobs,
+prompt_logprobs; rules: logit_bias, allowed_token_ids, bad_words, min_tokens, repetition_penalty, presence_penalty,
+frequency_penalty, response_format, structured_outputs. The options below hold if a line leaves them out, --seed
+included: equal requests then get equal answers.
 
 Each line gets one record in the form it came in, as soon as it is answered, so in another order: records carry the
 line's number as "line". OpenAI's records have "custom_id", "response" and "error" (and token ids beside each choice's
@@ -265,7 +265,7 @@ def _answer_on_ray(args: argparse.Namespace) -> int:
         print(f"{total} requests of {len(files)} files, {their}", file=sys.stderr)
         arguments = {
             "target": cluster.absolute(args.target),
-            "drafter": drafter and str(drafter),
+            "drafter": drafter and cluster.absolute(str(drafter)),
             "adapter": args.adapter and cluster.absolute(args.adapter),
             "slots": args.slots,
             "max_len": max_len,

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -119,8 +120,9 @@ def export(args: argparse.Namespace) -> None:
         if record is not None:
             config = config_of_record(record)  # config.json's may be newer, with --allow-change
         target = open_checkpoint(config.target, config.adapter)
-        drafter = _restored(config, target.config, checkpoints, step)
-    mark = fingerprint(target)
+        sizes = target.config.for_length(config.length)  # as of the run's target
+        drafter = _restored(config, sizes, checkpoints, step)
+    mark = fingerprint(target, jnp.dtype(config.target_dtype or config.dtype))
     if record is not None and record["target_fingerprint"] != mark:
         raise UserError(
             f"{args.run} trains a drafter for target {record['target_fingerprint']}, the weights of {config.target} "
@@ -139,7 +141,7 @@ def export(args: argparse.Namespace) -> None:
     card = model_card(written, records, sum(x.size for x in tensors.values()), args.storage, args.license)
     write_text(args.output / "README.md", card)
     expected = from_storage(to_storage(tensors, args.storage))
-    found = tensors_of(load_drafter(args.output, target.config, mark, stacked=False))
+    found = tensors_of(load_drafter(args.output, sizes, mark, stacked=False))
     if any(not np.array_equal(expected[name].astype(found[name].dtype), found[name]) for name in expected):
         raise UserError(f"{args.output} does not read back as it was written: check the disk and export again")
     print(f"{args.output}: step {step}, {tokens / 1e6:.2f}M training tokens, {drafter.num_levels} levels")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ from fasteagle_jax.engine.requests import Completion, SamplingParams
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_new, write_new
 from fasteagle_jax.targets.templates import ChatOptions
+
+log = logging.getLogger(__name__)
 
 
 @program
@@ -95,7 +98,8 @@ def answer_prompts(args: argparse.Namespace) -> None:
     if args.input:
         prompts += read_prompts(args.input, args.limit)
     if not prompts:
-        raise UserError("no prompt: give --prompt or --input")
+        what = f"{args.input} holds no question of a user" if args.input else "no prompt"
+        raise UserError(f"{what}: give --prompt, or --input with questions")
     tree = tree_named(args.tree or (None if len(prompts) == 1 else "auto"))
     single = len(prompts) == 1 and args.output is None
     if args.stream and not single:
@@ -167,7 +171,9 @@ def _stream(engine: Engine, talk: Talk, params: SamplingParams, screen: Screen, 
         if len(talk.turns) > 1 or not talk.chat:
             screen.text(talk.opening(len(talk.answers)))
         with watch:
-            for piece in engine.stream_pieces(talk.ask(engine), params):
+            if (asked := talk.asked_next(engine)) is None:
+                break
+            for piece in engine.stream_pieces(asked, params):
                 if isinstance(piece, Completion):
                     talk.answers.append(piece)
                 else:
@@ -181,15 +187,15 @@ def _answer(
     """Answers all turns of all conversations: the first of each, then the second. Shows them in order if told to."""
     shown = 0
     with tqdm(total=sum(len(t.turns) for t in talks), unit="answer", disable=True if screen else None) as bar:
-        while open_talks := [talk for talk in talks if not talk.ended]:
+        while asked := [(talk, tokens) for talk in talks if (tokens := talk.asked_next(engine)) is not None]:
             with watch:
-                for completion in engine.complete([talk.ask(engine) for talk in open_talks], params):
-                    open_talks[completion.prompt_index].answers.append(completion)
+                for completion in engine.complete([tokens for _, tokens in asked], params):
+                    asked[completion.prompt_index][0].answers.append(completion)
                     bar.update()
                     while screen and shown < len(talks) and talks[shown].ended:
                         for i, answer in enumerate(talks[shown].answers):
                             screen.text(talks[shown].opening(i))
-                            screen.answer(answer, talks[shown].asked[i], engine.detokenizer, params.stop)
+                            screen.answer(answer, talks[shown].asked[i], engine.detokenizer, params)
                             screen.text("\n")
                         shown += 1
 
@@ -221,6 +227,19 @@ class Talk:
         tokens = engine.encode(self.messages() if self.chat else self.turns[0], self.id, self.options)
         self.asked[len(self.answers)] = tokens
         return tokens
+
+    def asked_next(self, engine: Engine) -> tuple[int, ...] | None:
+        """As of `ask`; None where all turns are answered, and after a warning where the next one does not fit."""
+        if self.ended:
+            return None
+        try:
+            return self.ask(engine)
+        except UserError as error:
+            if not self.answers:
+                raise
+            log.warning("%s ends after %d of %d turns: %s", self.id, len(self.answers), len(self.turns), error)
+            self.turns = self.turns[: len(self.answers)]
+            return None
 
     def opening(self, turn: int) -> str:
         """What is printed before the answer."""

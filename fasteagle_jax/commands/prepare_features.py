@@ -81,12 +81,13 @@ def prepare(config: RunConfig, folder: Path, store: str) -> None:
                 f"{folder} needs {(needed - there) / 1e9:.1f} GB more and has {free / 1e9:.1f} GB free: "
                 "name another --output, or train without stored features"
             )
+        compute = partial(_compute, loaded.model, layers=layers, attention=config.attention)
         with progress_bar(num_tokens, "token", unit_scale=True) as bar:
-            for done in write_features(folder, data, settings, partial(_compute, loaded.model, layers=layers)):
+            for done in write_features(folder, data, settings, compute):
                 bar.update(done)
     print(f"{folder}: features of {num_tokens} tokens, {len(data.lengths)} pieces")
 
 
-@partial(jax.jit, static_argnames="layers")
-def _compute(target: DecoderTarget, batch: Batch, *, layers: tuple[int, ...]) -> TargetValues:
-    return target_outputs(target, batch, layers)
+@partial(jax.jit, static_argnames=("layers", "attention"))
+def _compute(target: DecoderTarget, batch: Batch, *, layers: tuple[int, ...], attention: str) -> TargetValues:
+    return target_outputs(target, batch, layers, attention)

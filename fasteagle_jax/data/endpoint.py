@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from http.client import HTTPException
 from typing import Any, Literal
 
@@ -72,20 +73,28 @@ class Endpoint:
         `pairs` of a prompt and its params is asked for more before each wait.
         """
         numbers = itertools.count()
-        pool = ThreadPoolExecutor(self._concurrent, thread_name_prefix="endpoint")
         under_way: set[Future[Completion]] = set()
-        try:
-            while True:
-                while len(under_way) < self._concurrent and (pair := next(pairs, None)) is not None:
-                    asked = Asked(next(numbers), tuple(pair[0]), pair[1])
-                    under_way.add(pool.submit(self._answer, asked))
-                if not under_way:
-                    return
-                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                for future in sorted(done, key=lambda future: future.exception() is not None):  # failures last
-                    yield future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while True:
+            while len(under_way) < self._concurrent and (pair := next(pairs, None)) is not None:
+                under_way.add(self._started(Asked(next(numbers), tuple(pair[0]), pair[1])))
+            if not under_way:
+                return
+            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+            for future in sorted(done, key=lambda future: future.exception() is not None):  # failures last
+                yield future.result()
+
+    def _started(self, asked: Asked) -> Future[Completion]:
+        """The answer that a thread of its own waits for; the process may end before it comes, unlike with a pool's."""
+        future: Future[Completion] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(self._answer(asked))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="endpoint", daemon=True).start()
+        return future
 
     def _answer(self, asked: Asked) -> Completion:
         room = min(int(asked.params.max_new_tokens), self._max_len - len(asked.tokens))

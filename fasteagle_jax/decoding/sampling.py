@@ -49,11 +49,10 @@ def make_sampling(batch: int, temperature: float | Sequence[float] = 0.0, **fiel
     values: dict[str, list[Any]] = {}
     for name, field in FIELDS.items():
         value = temperature if name == "temperature" else fields.get(name, field.default)
+        value = value.tolist() if hasattr(value, "tolist") else value
         values[name] = list(value) if isinstance(value, (list, tuple)) else [value] * batch
         if len(values[name]) != batch:
             raise UserError(f"{name} has {len(values[name])} values for {batch} rows: give one, or one a row")
-        for each in values[name]:
-            field.check(each)
         values[name] = [field.meaning(each) for each in values[name]]
     return jax.tree.map(jnp.asarray, Sampling.of(values))
 

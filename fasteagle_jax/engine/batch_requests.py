@@ -224,6 +224,8 @@ def _request(
         elif field != "metadata":
             known = ", ".join(field for field in _SAMPLING if field not in RULES)
             raise _Bad("unknown_field", f"{_shown(name)} is unknown: leave it out, or give {known}, or a rule")
+    if "logprobs" in given:
+        given.setdefault("top_logprobs", 0)  # the defaults' is of their own logprobs
     try:
         params = dataclasses.replace(defaults, **given)
         chat = dataclasses.replace(chat, **of_chat)
@@ -409,7 +411,7 @@ _SAMPLING: dict[str, tuple[str, Callable[[str, Any], Any]]] = {  # field: Sampli
 }
 
 # Fields of ChatOptions, beside messages; vLLM's names, and OpenAI's for tools.
-_CHAT = ("tools", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+_CHAT = ("tools", "chat_template", "chat_template_kwargs", "date", "add_generation_prompt", "continue_final_message")
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # field: the values, besides null, that change nothing
     "best_of": (1,),

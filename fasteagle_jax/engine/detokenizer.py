@@ -142,8 +142,8 @@ class TextStream:
         """The number of characters at the end of the text that a stop string begins with."""
         if self.stopped_by is not None:
             return 0
-        lengths = (n for stop in self._stop for n in range(min(len(stop) - 1, len(self.text)), 0, -1))
-        return max((n for n in lengths if any(self.text.endswith(stop[:n]) for stop in self._stop)), default=0)
+        lengths = ((stop, n) for stop in self._stop for n in range(1, min(len(stop), len(self.text) + 1)))
+        return max((n for stop, n in lengths if self.text.endswith(stop[:n])), default=0)
 
     def _return(self, withheld: int) -> str:
         end = max(len(self.text) - withheld, self._num_returned)

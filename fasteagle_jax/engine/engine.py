@@ -351,10 +351,11 @@ class Engine:
         self, prompt: Prompt, sampling: SamplingParams | None = None, chat: ChatOptions | None = None
     ) -> Iterator[Piece | Completion]:
         """The pieces of `stream`, a token each, with the depth at which it was accepted; at last the Completion."""
-        params = sampling or SamplingParams()
+        (params,) = _each(sampling, SamplingParams, 1, "sampling params")
         if params.n != 1:
             raise UserError(f"n is {params.n}: one answer is streamed at a time")
-        (request,) = self.requests(0, prompt, params, chat or PLAIN, streamed=True)
+        (options,) = _each(chat, ChatOptions, 1, "chat options")
+        (request,) = self.requests(0, prompt, params, options, streamed=True)
         for completions in self._serve(iter([request]), rounds=1):
             yield from request.pieces
             request.pieces.clear()
@@ -615,10 +616,12 @@ def _each(given: Any, kind: Any, num_prompts: int, name: str) -> list[Any]:
     """One of a kind for each prompt, from one for all, a sequence of them, or None for the kind's defaults."""
     if given is None or isinstance(given, kind):
         return [given or kind()] * num_prompts
-    listed = list(given)
+    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Mapping)) else [given]
+    if wrong := [one for one in listed if not isinstance(one, kind | None)]:
+        raise UserError(f"{name} has {short(wrong[0])}: give {kind.__name__}")
     if len(listed) != num_prompts:
         raise UserError(f"{len(listed)} {name} for {num_prompts} prompts: give one, or one a prompt")
-    return listed
+    return [one or kind() for one in listed]
 
 
 def _prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:

@@ -56,7 +56,8 @@ class SharedEngine:
                 with self._lock:
                     self._failure = failure
                 for asked in source.unsettled():
-                    asked.answers.set_exception(failure)
+                    if not asked.answers.cancelled():
+                        asked.answers.set_exception(failure)
 
 
 class _Source:
@@ -73,7 +74,7 @@ class _Source:
 
     def __next__(self) -> tuple[Prompt, SamplingParams, ChatOptions]:
         asked, self._first = self._first, None
-        if asked is None:
+        while asked is None or not asked.answers.set_running_or_notify_cancel():
             try:
                 asked = self._waiting.get_nowait()
             except queue.Empty:

@@ -43,12 +43,13 @@ from fasteagle_jax.devices.chips import set_libtpu_flags
 from fasteagle_jax.devices.compiled import keep_compiled
 from fasteagle_jax.devices.sharding import MeshShape, make_mesh
 from fasteagle_jax.engine.batch_records import answer_record, record_text, refusal_record
-from fasteagle_jax.engine.batch_requests import BatchRequest, Refusal, numbered, read_custom_id, read_request
+from fasteagle_jax.engine.batch_requests import BatchRequest, Line, Refusal, numbered, read_custom_id, read_request
 from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import Completion, Refused, SamplingParams
 from fasteagle_jax.engine.shared import SharedEngine
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, in_bucket
+from fasteagle_jax.targets.messages import short
 from fasteagle_jax.targets.templates import PLAIN, ChatOptions
 
 KINDS = ("TPU", "GPU", "CPU")  # of a worker's device: the first one that a cluster has
@@ -141,25 +142,31 @@ def workers_for(number: int | None, per_worker: str | None, mesh: str | None) ->
     `per_worker` is as "TPU=4"; without it the cluster's own kind of device, as many as the mesh has. XLA computes on
     all cores of a CPU, so that there is one worker a machine without accelerators.
     """
-    total = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     of_mesh = 1 if mesh is None else math.prod(n for n in dataclasses.astuple(MeshShape.parse(mesh)) if n > 0)
-    kind, devices = next(kind for kind in KINDS if total.get(kind)), float(of_mesh)
-    if kind == "CPU":
-        devices = 1.0
+    known = next((kind for kind in KINDS if any(node.get(kind) for node in nodes)), None)
+    kind, devices = known or KINDS[-1], float(of_mesh) if known != "CPU" else 1.0
     if per_worker is not None:
         kind, _, given = per_worker.partition("=")
         with contextlib.suppress(ValueError):
             devices = float(given)
         if kind not in KINDS or not given or devices <= 0:
             raise UserError(f"--worker is {per_worker!r}: give TPU=N, GPU=N or CPU=N")
-    has = total.get(kind, 0)
-    if has < devices:
+    # Of each machine, as a worker is on one.
+    room = [int(node.get(kind, 0) // devices) for node in nodes]
+    if not sum(room):
+        most = max((node.get(kind, 0) for node in nodes), default=0)
         raise UserError(
-            f"a worker takes {devices:g} {kind}, but the cluster has {has:g}: give --worker, or add machines"
+            f"a worker takes {devices:g} {kind}, but no machine of the cluster has more than {most:g}: "
+            "give --worker, or add machines"
         )
     if number is None:
-        machines = sum(bool(node["Alive"]) for node in ray.nodes())
-        number = machines if kind == "CPU" else int(has // devices)
+        number = sum(map(bool, room)) if kind == "CPU" else sum(room)
+    elif number > sum(room):
+        raise UserError(
+            f"{number} workers of {devices:g} {kind} each do not fit: the cluster has room for {sum(room)}: "
+            "lower --workers, give --worker, or add machines"
+        )
     return Workers(number, kind, devices)
 
 
@@ -232,7 +239,10 @@ class Answers:
             "is_error": np.array([record["error"] is not None for record in records], bool),
         }
 
-    def _ask(self, request: str | bytes, line: int, file: str, owner: str) -> _OnItsWay:
+    def _ask(self, request: Any, line: int, file: str, owner: str) -> _OnItsWay:
+        if not isinstance(request, (str, bytes)):
+            what = f"request is {short(request)}: give a line of a batch file as a text"
+            return _OnItsWay(Refusal(Line(int(line), file=file or ""), "invalid_line", what), (), None)
         raw = request.encode(errors="surrogatepass") if isinstance(request, str) else request
         read = read_request(raw, int(line), self._params, self._chat, file=file or "", owner=owner or None)
         if isinstance(read, Refusal):
@@ -482,7 +492,8 @@ def _as_id(raw: bytes, column: str) -> bytes:
     if column in ("id", "custom_id") or _id_of(raw, column) is None:
         return raw
     row = json.loads(raw)
-    return json.dumps({"id": row.pop(column)} | row).encode()
+    id = row.pop(column)
+    return json.dumps(row | {"id": id}).encode()
 
 
 ROW = "row"  # the column by which Ray knows what is done
@@ -522,7 +533,9 @@ class RequestFiles(Datasource):
                 columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
                 for number, raw in some:
                     id = None if column is None else _id_of(raw, column)
-                    columns[ROW].append(f"{file.name}:{number}" if id is None else id)
+                    if id is None:  # known by its place or, where files may change, by what it says
+                        id = f"{file.name}:{number if column is None else hashlib.sha256(raw).hexdigest()}"
+                    columns[ROW].append(id)
                     columns["file"].append(file.name)
                     columns["line"].append(number)
                     columns["request"].append(raw if column is None else _as_id(raw, column))

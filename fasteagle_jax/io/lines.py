@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -43,11 +44,16 @@ class LineFile:
             raise
 
     def append_lines(self, lines: bytes) -> None:
-        """Writes whole lines and waits until they are on the disk."""
-        rest = memoryview(lines)
-        while rest:
-            rest = rest[self._file.write(rest) :]
-        os.fsync(self._file.fileno())
+        """Writes whole lines, or after an OSError none of them, and waits until they are on the disk."""
+        rest, end = memoryview(lines), os.fstat(self._file.fileno()).st_size
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), end)
+            raise
 
     def close(self) -> None:
         """Closes the file; what was appended is on the disk already."""

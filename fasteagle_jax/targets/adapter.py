@@ -38,6 +38,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
     "use_qalora": (False, None),
     "target_parameters": (None, []),
+    # Others (pissa, olora, corda, loftq) begin by changing the weights below, which the target's files do not have.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -169,7 +171,10 @@ def _scale(path: Path, module: str, rank: int, config: Mapping[str, Any]) -> flo
 
 def _check(path: Path, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
     if name not in checkpoint.tensors:
-        raise UserError(f"{path} changes {name}, which {checkpoint.path} lacks: give the target that it was trained on")
+        raise UserError(
+            f"{path} changes {name}, which {checkpoint.path} lacks: give the target that it was trained on, or, if "
+            "this is it, merge it with PEFT's merge_and_unload and give the merged folder"
+        )
     if checkpoint.shape(name) != tuple(shape):
         raise UserError(
             f"{path}: {name} is {tuple(shape)}, the target's {checkpoint.shape(name)}: "

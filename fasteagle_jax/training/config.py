@@ -100,6 +100,11 @@ class EvalChoice:
     trees: tuple[str, ...] = ("chain", "best_first:16")
     every: int = 500
 
+    def __post_init__(self) -> None:
+        for name in ("limit", "max_new", "every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"evaluation {name} is {getattr(self, name)}: it must be at least 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutChoice:
@@ -284,6 +289,7 @@ def trained(config: RunConfig, steps: int, tokens: int, earlier: Sequence[dict[s
     config = dataclasses.replace(
         config,
         target=name(config.target),
+        adapter=name(config.adapter),
         data=tuple(map(name, config.data)),
         features=name(config.features),
         drafter=dataclasses.replace(

@@ -91,16 +91,20 @@ def drafter_from(
     return drafter.stacked_form() if stacked else drafter
 
 
-def strongest_neurons(target: Any, batch: Batch, layer: int, width: int) -> tuple[jax.Array, jax.Array]:
+def strongest_neurons(
+    target: Any, batch: Batch, layer: int, width: int, attention: str = "auto"
+) -> tuple[jax.Array, jax.Array]:
     """The neurons of a layer's MLP that give most of its output on a batch, int32 [width], ascending.
 
     These have the highest means over tokens of |what a neuron adds to the output|^2 / |that output|^2. Beside them the
     mean of |what all others add|^2 / |that output|^2, float32 [].
     """
-    inputs = target_outputs(target, batch, (layer,)).features
+    inputs = target_outputs(target, batch, (layer,), attention).features
     source, kind = target.layer(layer), target.config.layer_kinds[layer]
     context = LayerKinds((kind,), batch.positions, target.config.head_dim, stacked=False).of(0)
-    attended = source.attended(inputs, context.rotation, context.attend(Packed(batch.segments), None))[0]
+    attended = source.attended(inputs, context.rotation, context.attend(Packed(batch.segments, None, attention), None))[
+        0
+    ]
     values = source.mlp.neurons(source.mlp_norm(attended)).astype(jnp.float32)  # [B, T, I]
     down = source.mlp.down.matrix.astype(jnp.float32)  # [I, H]
     real = batch.segments > 0
@@ -113,14 +117,18 @@ def strongest_neurons(target: Any, batch: Batch, layer: int, width: int) -> tupl
 
 
 def feature_rms(
-    target: Any, batch: Batch, feature_layers: tuple[int, ...], values: TargetValues | None = None
+    target: Any,
+    batch: Batch,
+    feature_layers: tuple[int, ...],
+    attention: str = "auto",
+    values: TargetValues | None = None,
 ) -> jax.Array:
     """The root mean square of each feature on a batch, float32 [F]: the median over tokens.
 
     Not the mean: the first token of a text can be a hundred times the size of the others. `values` are the target's
     if they are computed already, with these features first.
     """
-    features = (values or target_outputs(target, batch, feature_layers)).features.astype(jnp.float32)
+    features = (values or target_outputs(target, batch, feature_layers, attention)).features.astype(jnp.float32)
     num_features, hidden = len(feature_layers), target.config.hidden_size
     features = features[..., : num_features * hidden].reshape(*features.shape[:2], num_features, hidden)
     rms = jnp.sqrt(jnp.mean(features**2, axis=-1))  # [B, T, F]

@@ -81,6 +81,11 @@ def train(
 
     `profile` are the steps, counted from 1, that jax.profiler traces. On SIGTERM it saves and raises SystemExit(0).
     """
+    if config.mesh is None and jax.process_count() > 1:
+        raise UserError(
+            f"the run has no mesh, and {jax.process_count()} processes would each train alone: "
+            f"set mesh=1,{jax.device_count()},1 (data, fsdp, tensor), or other numbers"
+        )
     mesh = None if config.mesh is None else make_mesh(config.mesh)
     if mesh is not None:
         check_batch(mesh, config.batch_size // config.accumulate)
@@ -544,10 +549,11 @@ def _new_drafter(
     if choice.scale_features or starts_narrower:
         first, values = _place(mesh, data, store, 0)
     if choice.scale_features:
-        rms = jax.jit(feature_rms, static_argnums=2)(target, first, sizes.feature_layers, values)
+        measured = jax.jit(feature_rms, static_argnums=(2, 3))
+        rms = measured(target, first, sizes.feature_layers, config.attention, values)
     if starts_narrower:
-        strongest = jax.jit(strongest_neurons, static_argnums=(2, 3))
-        neurons, left_out = strongest(target, first, copied, sizes.intermediate_size)
+        strongest = jax.jit(strongest_neurons, static_argnums=(2, 3, 4))
+        neurons, left_out = strongest(target, first, copied, sizes.intermediate_size, config.attention)
         _say(
             quiet,
             f"mlp       starts from {len(neurons)} of {layer.intermediate_size} neurons of the target's layer {copied}"
@@ -570,14 +576,21 @@ class _Evaluation:
     def __init__(self, config: RunConfig, loaded: LoadedTarget, graph: Any, constants: Any, dtype: Any):
         self._choice, self._target = config.evaluation, loaded.model
         self._graph, self._constants, self._dtype = graph, constants, dtype
+        self._trees = {name: TreeSpec.parse(name) for name in self._choice.trees}  # before any step
         self._prompts: list[list[int]] = []
         if not self._choice.prompts:
             return
         tokenizer = load_tokenizer(loaded.checkpoint.path)
         self._stop = stop_token_ids(tokenizer, loaded.checkpoint.path)
+        sizes, most = loaded.model.config, self._choice.max_new
         for prompt in read_prompts(self._choice.prompts, self._choice.limit):
             tokens = encode_chat(tokenizer, [{"role": "user", "content": prompt.turns[0]}])
-            check_ids(tokens, loaded.model.config.vocab_size, f"prompt {prompt.id}")
+            check_ids(tokens, sizes.vocab_size, f"prompt {prompt.id}")
+            if len(tokens) + most > sizes.max_positions:
+                raise UserError(
+                    f"prompt {prompt.id} has {len(tokens)} tokens; with evaluation.max_new {most} more they exceed the "
+                    f"target's {sizes.max_positions} positions: leave it out, or lower evaluation.max_new"
+                )
             self._prompts.append(tokens)
 
     def __call__(self, params: Any) -> dict[str, Any]:
@@ -585,12 +598,12 @@ class _Evaluation:
         if not self._prompts:
             return result
         drafter = nnx.merge(self._graph, in_dtype(params, self._dtype), self._constants)
-        for name in self._choice.trees:
+        for name, tree in self._trees.items():
             counts = measure_acceptance(
                 self._target,
                 drafter,
                 self._prompts,
-                TreeSpec.parse(name),
+                tree,
                 max_new=self._choice.max_new,
                 stop_tokens=self._stop,
             )

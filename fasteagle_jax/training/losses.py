@@ -520,8 +520,12 @@ def _scan(
         chosen_NBCH, valid_NBC, factors_NBC, target_BCH = chunk
         full = constrain(logit_map(head_logits(target_BCH, head)), "batch", None, "vocab")  # [B, C, target vocabulary]
         kept = full if in_draft is None else logit_map(head_logits(target_BCH, draft_head))
-        log_z = jax.nn.logsumexp(kept if config.within_draft else full, axis=-1, keepdims=True)
-        p = jnp.exp(kept - log_z)  # [B, C, V]; sums to the draft vocabulary's share of the mass
+        log_z = jax.nn.logsumexp(full, axis=-1, keepdims=True)
+        mass: jax.Array | None = None  # [B, C, 1], of the draft vocabulary, if p sums to 1 within it
+        if config.within_draft and in_draft is not None:
+            log_kept = jax.nn.logsumexp(kept, axis=-1, keepdims=True)
+            log_z, mass = log_kept, jnp.exp(log_kept - log_z)
+        p = jnp.exp(kept - log_z)  # [B, C, V]; else sums to that mass
         # Whether the draft vocabulary has the target's first choice: within one product, as two may round differently.
         # Maxima rather than argmax, which a CPU is slower at; a split vocabulary exchanges no more.
         has_first = jnp.ones(full.shape[:-1], bool)  # [B, C]
@@ -542,13 +546,13 @@ def _scan(
 
             def loss_of(hidden_BCH: jax.Array, drafter_head: jax.Array) -> tuple[jax.Array, Any]:
                 logits, without_edges = logits_of(hidden_BCH, drafter_head)
-                terms, stats = _distances(logits, p, entropy, best, config, mix)
+                terms, stats = _distances(logits, p, mass, entropy, best, config, mix)
                 counts = [jnp.where(valid_BC, s, 0).sum() for s in (*stats, ~counted)]
                 if losses_of is not None:
                     losses = jnp.where(valid_BC & counted, losses_of(logits), 0).sum(axis=(1, 2))  # [3]
                     return weight * losses, (jnp.stack([losses.sum(), *counts]), stats)
                 if config.weighs_without_edges and without_edges is not None:
-                    others, _ = _distances(without_edges, p, entropy, best, config, mix)
+                    others, _ = _distances(without_edges, p, mass, entropy, best, config, mix)
                     terms = mix.whole * terms + mix.without_edges * others
                 if config.smooth_l1:
                     terms += mix.terms[-1] * _smooth_l1(hidden_BCH[..., :hidden_size], target_BCH)
@@ -586,6 +590,7 @@ def _scan(
 def _distances(
     logits: jax.Array,
     p: jax.Array,
+    mass: jax.Array | None,
     entropy: jax.Array | None,
     best: jax.Array,
     config: LossConfig,
@@ -593,8 +598,8 @@ def _distances(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The weighted terms between the target's p and the distribution of logits [B, C, V], float32 [B, C].
 
-    And (hit, acceptance) likewise. `entropy` is that of p, for the hybrid term; `best`, bool [B, C, V], marks the
-    target's first choice.
+    And (hit, acceptance) likewise, the acceptance by the target's probabilities p x `mass` (None: p). `entropy` is that
+    of p, for the hybrid term; `best`, bool [B, C, V], marks the target's first choice.
     """
     log_q = jax.nn.log_softmax(logits, axis=-1)
     overlap = jnp.minimum(p, jnp.exp(log_q)).sum(axis=-1)
@@ -613,6 +618,8 @@ def _distances(
         assert entropy is not None
         loss += weight["hybrid"] * (part * (cross_entropy - entropy) + (1 - part) * (1 - overlap))
     hit = jnp.where(best, logits, -jnp.inf).max(axis=-1) >= logits.max(axis=-1)
+    if mass is not None:
+        accepted = jax.lax.stop_gradient(jnp.minimum(p * mass, jnp.exp(log_q)).sum(axis=-1))
     return loss, (hit.astype(jnp.float32), accepted)
 
 

@@ -96,7 +96,7 @@ def make_optimizer(
 
 
 def _with_input_rate(rule: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
-    """The rule with the steps of the maps in INPUTS multiplied by a factor."""
+    """The rule, and its state, with the steps of the maps in INPUTS multiplied by a factor."""
     if factor == 1:
         return rule
 
@@ -104,7 +104,11 @@ def _with_input_rate(rule: optax.GradientTransformation, factor: float) -> optax
         names = {getattr(part, "key", getattr(part, "name", None)) for part in path}
         return update * factor if names & INPUTS else update
 
-    return optax.chain(rule, optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates)))
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = rule.update(gradients, state, params)
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 def _decays(config: OptimizerConfig, deepkd: DeepKD) -> tuple[float, float, float]:

@@ -400,6 +400,17 @@ def test_tools_calls_thoughts_and_variables_of_the_template_are_read():
         ]
     (request,) = parse({"messages": [*HELLO, {"role": "assistant", "content": "So"}], "continue_final_message": True})
     assert request.chat == ChatOptions(continue_final_message=True)
+    (request,) = parse({"messages": HELLO, "date": "2026-02-28"})
+    assert request.chat == ChatOptions(date="2026-02-28")
+
+
+@pytest.mark.parametrize(
+    "line, expected", [({}, (True, 5)), ({"logprobs": 3}, (True, 3)), ({"logprobs": False}, (False, 0))]
+)
+def test_a_lines_log_probabilities_are_not_bound_to_the_defaults(line, expected):
+    raw = json.dumps({"prompt": "a"} | line).encode()
+    (request,) = read_requests([raw], SamplingParams(logprobs=5))
+    assert (request.params.logprobs, request.params.top_logprobs) == expected
 
 
 def messages(**changes):

@@ -13,6 +13,7 @@ from fasteagle_jax.commands.prepare_data import main
 from fasteagle_jax.data import endpoint
 from fasteagle_jax.data.conversations import read_conversations
 from fasteagle_jax.engine.engine import Engine
+from fasteagle_jax.engine.requests import SamplingParams
 from fasteagle_jax.targets.tokenizer import encode_chat, load_tokenizer
 
 
@@ -126,6 +127,31 @@ def test_a_server_that_fails_half_way_is_told_and_the_same_command_resumes(argv,
     server.fails_after = 10**9
     assert main(argv("a.jsonl")) == 0
     assert (tmp_path / "a.jsonl").read_bytes() == whole
+
+
+def test_no_thread_that_waits_for_an_answer_keeps_the_process(server):
+    """A pool's threads are joined when Python ends, up to the end of all their tries."""
+    waiting = threading.Event()
+
+    def slow(handler, status, record, reply=Handler.reply):
+        waiting.wait(20)
+        reply(handler, status, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Handler, "reply", slow)
+        asked = endpoint.Endpoint(server.url, "m", server.tokenizer, (258,), vocab_size=300, max_len=99, concurrent=3)
+        answers = asked.serve(iter([((5, 6), SamplingParams(max_new_tokens=4))] * 3))
+        asker = threading.Thread(target=lambda: next(answers, None), daemon=True)
+        asker.start()
+        found = []
+        for _ in range(200):
+            found = [thread for thread in threading.enumerate() if thread.name == "endpoint"]
+            if len(found) == 3:
+                break
+            asker.join(0.05)
+        assert len(found) == 3 and all(thread.daemon for thread in found)
+        waiting.set()
+        asker.join(20)
 
 
 def test_what_a_server_gives_wrong_is_one_line(argv, server, capsys):

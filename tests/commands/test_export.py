@@ -51,6 +51,27 @@ def test_the_last_checkpoint_exported_is_the_finished_runs_drafter(run, tmp_path
     assert configs[0]["trained"]["run"]["data"] == ["data.jsonl"]  # where it lay is nobody's business
 
 
+def test_a_run_with_an_int8_target_of_longrope_is_exported(target_folder, tmp_path):
+    """The mark is that of the rounded weights, and the rotary factors are those of the run's length."""
+    target = tmp_path / "target"
+    shutil.copytree(target_folder, target)
+    config = json.loads((target / "config.json").read_text())
+    size = config["head_dim"] // 2
+    factors = {"short_factor": [1.0] * size, "long_factor": [4.0] * size}
+    config |= {"rope_scaling": {"rope_type": "longrope", **factors}, "original_max_position_embeddings": 512}
+    (target / "config.json").write_text(json.dumps(config))
+    with ConversationWriter(tmp_path / "data.jsonl") as writer:
+        writer.append([Conversation.of(str(i), [*range(40)], [[4, 40]]) for i in range(4)])
+    changes = [f"target={target}", f"data={tmp_path / 'data.jsonl'}", "steps=1", "target_dtype=int8", "length=64"]
+    argv = ["--config", str(CONFIG), "--run", str(tmp_path / "run"), *changes, "drafter.num_levels=1"]
+    assert train([*argv, "tensorboard=False"]) == 0
+    assert main(["--run", str(tmp_path / "run"), "--output", str(tmp_path / "drafter")]) == 0
+    found, expected = (read_raw(folder) for folder in (tmp_path / "drafter", tmp_path / "run" / "drafter"))
+    assert found == expected
+    assert found["rope"]["kind"] == "longrope" and not found["rope"]["long"]
+    assert found["target_fingerprint"] != fingerprint(open_checkpoint(target))
+
+
 def test_the_model_card_says_what_the_run_did(run, tmp_path):
     assert main(["--run", str(run), "--output", str(tmp_path / "drafter"), "--license", "apache-2.0"]) == 0
     path = tmp_path / "drafter" / "README.md"

@@ -119,6 +119,17 @@ def test_slots_change_no_answer_and_conversations_are_written(generate, prompts_
     assert [p.turns for p in read_prompts(str(output))] == [p.turns for p in read_prompts(str(prompts_file), 7)]
 
 
+def test_a_conversation_ends_where_the_next_turn_does_not_fit(generate, tmp_path, caplog):
+    questions = [["short", "and " * 100], ["hi", "there", "you"]]
+    given = tmp_path / "questions.jsonl"
+    given.write_text("".join(json.dumps({"question_id": str(i), "turns": q}) + "\n" for i, q in enumerate(questions)))
+    generate("--input", given, "--max-len", 256, "--output", tmp_path / "answers.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [len(record["tokens"]) for record in records] == [1, 3]
+    assert [len(record["messages"]) for record in records] == [2, 6]
+    assert "ends after 1 of 2 turns" in caplog.text and "256" in caplog.text
+
+
 def test_conversations_are_printed_in_their_order(generate, prompts_file):
     printed, _ = generate("--input", prompts_file, "--limit", 7, "--slots", 5)
     turns = [turn for prompt in read_prompts(str(prompts_file), 7) for turn in prompt.turns]

@@ -215,7 +215,7 @@ def test_a_draw_has_the_law_of_the_filtered_softmax(temperature, top_k, top_p, m
         dict(temperature=-0.1),
         dict(temperature=math.inf),
         dict(temperature=math.nan),
-        dict(top_k=-1),
+        dict(top_k=-2),
         dict(top_k=2.5),
         dict(top_k=2**31),
         dict(top_k=math.nan),
@@ -263,7 +263,8 @@ def test_every_temperature_that_is_let_in_gives_a_number_and_the_smallest_the_gr
 
 
 def test_one_value_serves_all_rows_and_a_list_each_its_own():
-    sampling = make_sampling(2, 0.5, top_k=[0, 3], top_p=0.9, seed=[1, MAX_SEED], min_p=0.25)
+    seeds = np.array([1, MAX_SEED])
+    sampling = make_sampling(2, 0.5, top_k=[-1, 3], top_p=0.9, seed=seeds, min_p=0.25)  # -1 as vLLM's, for all
     expected = ([0.5, 0.5], [0, 3], [0.9, 0.9], [0.25, 0.25], [1, MAX_SEED])
     dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.uint32)
     for array, values, dtype in zip(sampling, expected, dtypes, strict=True):

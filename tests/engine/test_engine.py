@@ -593,6 +593,8 @@ def test_an_answer_ends_at_max_len(target, drafter, tokenizer):
         (["a", 7], None, "prompt 1 is 7: give a text, token ids or a list of messages"),
         (None, None, "prompt 0 is None: give a text"),
         (b"a", None, "prompt 0 is b'a': give a text"),
+        ("a", {"temperature": 0}, "sampling params has {'temperature': 0}: give SamplingParams"),
+        (["a", "b"], [SamplingParams(), 3], "sampling params has 3: give SamplingParams"),
         ([[1, True]], None, "prompt 0 holds True: give token ids below"),
         ([[1, 1.5]], None, "prompt 0 holds 1.5: give token ids below"),
     ],

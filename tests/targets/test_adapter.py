@@ -107,6 +107,7 @@ def test_an_adapter_gives_the_target_a_fingerprint_of_its_own(base: Path, tmp_pa
     [
         ({}, {"peft_type": "IA3"}, "is of kind 'IA3': LORA adapters alone can be merged"),
         ({}, {"use_dora": True}, "has use_dora True, which is not handled: merge it with PEFT"),
+        ({}, {"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights 'pissa_niter_4', which is not handled"),
         ({}, {"lora_alpha": "x"}, "has lora_alpha 'x': give a number above 0"),
         ({Q: (32, 16)}, {"rank_pattern": 2}, "has rank_pattern 2: give numbers above 0 by modules' names"),
         ({Q: (32, 16)}, {"alpha_pattern": {"q": "x"}}, "has alpha_pattern {'q': 'x'}: give numbers above 0"),

@@ -41,6 +41,8 @@ def rounded(folder: Path, config: dict) -> dict[str, np.ndarray]:
             columns, scale = to_int8(value.T)
             scale = scale.astype(ml_dtypes.bfloat16)[:, None]  # [out, 1], as files have it
             tensors |= {name: np.ascontiguousarray(columns.T), f"{name}_scale": scale}
+            # Of activations that are rounded by scales made beforehand.
+            tensors[name.replace(".weight", ".input_scale")] = np.ones(1, np.float32)
             values[name] = columns.T * scale.astype(np.float32)
     save_file(tensors, file)
     return values

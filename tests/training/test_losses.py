@@ -356,6 +356,24 @@ def test_the_first_choice_is_in_the_draft_vocabulary_however_the_two_products_ro
     assert loss > 0
 
 
+def test_acceptance_is_by_the_targets_probabilities_whatever_the_loss_compares():
+    """Renormalised over the draft vocabulary, p would count the mass outside of it as accepted."""
+    hidden, target_hidden, head = inputs()
+    picked, real = select_positions(jnp.asarray(SUPERVISED), jnp.asarray(POSITIONS), 1.0, jax.random.key(0))
+    ids, size = jnp.arange(V // 2), V // 2
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def acceptance(within):
+        config = LossConfig(within_draft=within)
+        args = target_hidden, jnp.asarray(POSITIONS), picked, real, head, ids, config
+        return level_loss(hidden, *args)[1].acceptance
+
+    within, whole = acceptance(True), acceptance(False)
+    np.testing.assert_allclose(within, whole, **CLOSE)
+    p = jax.nn.softmax(target_hidden @ head.T, axis=-1)[..., :size]
+    assert p.sum(axis=-1).mean() < 0.9 and float(whole.max()) < float(p.sum(axis=-1).max())
+
+
 def test_a_packed_rows_loss_is_that_of_its_segments_apart():
     """Levels are means over positions, so with one level the segments' losses add up by their counts."""
     hidden, target_hidden, head = inputs()

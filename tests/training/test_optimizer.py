@@ -30,7 +30,9 @@ def test_the_maps_that_write_the_stream_have_a_rate_of_their_own(name, deepkd, k
     def first_step(input_rate):
         rule = make_optimizer(OptimizerConfig(name, warmup_steps=0, input_rate=input_rate), 100, deepkd)
         given = gradient if deepkd is None else Parts(gradient, gradient, gradient)
-        return rule.update(given, rule.init(params), params)[0]
+        updates, state = rule.update(given, rule.init(params), params)
+        assert deepkd is None or state.signal_to_noise.shape == (3,)  # which a step records
+        return updates
 
     plain, changed = (jax.tree.leaves_with_path(first_step(rate)) for rate in (1.0, 4.0))
     quicker = set()
