@@ -158,6 +158,7 @@ def _train(
     peak = peak_flops(jax.devices()[0].device_kind)
     passes = config.loss.backward_passes
     flops = flops_per_token(target.config, drafter.config, config.length, config.loss.share, backward_passes=passes)
+    del drafter, params  # the state has copies: on a mesh these would stay in memory for the whole run
 
     if is_first:
         write_file(run / "config.json", json.dumps(to_json(config), indent=2) + "\n")

@@ -24,7 +24,8 @@ import yaml
 
 from fasteagle_jax import SamplingParams
 from fasteagle_jax.commands import batch, prepare_data
-from fasteagle_jax.integrations.ray import Answers, RequestFiles, read_rows, request_files, workers
+from fasteagle_jax.errors import UserError
+from fasteagle_jax.integrations.ray import Answers, RequestFiles, read_rows, request_files, workers, workers_for
 from tests.tiny_folder import make_target
 
 pytestmark = [
@@ -282,7 +283,7 @@ def test_prepared_data_is_that_of_one_process_though_a_worker_is_killed(cluster,
 
 def test_a_dataset_of_ones_own_gets_a_record_for_each_row(cluster, target):
     rows = [{"request": json.dumps({"prompt": f"Why {i}?", "seed": i}), "line": i, "mine": i * i} for i in range(1, 9)]
-    rows[2]["request"] = "not json"
+    rows[2]["request"], rows[4]["request"] = "not json", None
     arguments = {
         "target": str(target),
         "tree": None,
@@ -295,7 +296,7 @@ def test_a_dataset_of_ones_own_gets_a_record_for_each_row(cluster, target):
     assert sorted(row["mine"] for row in made) == [i * i for i in range(1, 9)]
     for row in made:
         record = json.loads(row["record"])
-        assert record["line"] == row["line"] and row["is_error"] == (row["line"] == 3)
+        assert record["line"] == row["line"] and row["is_error"] == (row["line"] in (3, 5))
         assert (record["error"] or {}).get("code") == ("invalid_line" if row["is_error"] else None)
         assert "request" not in row and len(record.get("tokens", "abc")) <= 3
 
@@ -333,6 +334,31 @@ def test_each_row_has_an_id_and_the_owner_of_its_custom_id(tmp_path):
     table = pa.concat_tables([block for task in tasks for block in task()])
     assert table["row"].to_pylist() == ["a.jsonl:1", "a.jsonl:3", "b.jsonl:1", "b.jsonl:3"]
     assert table["owner"].to_pylist() == ["", "", "", "line 1"]
+
+
+def test_with_a_column_of_ids_a_row_without_one_is_known_by_what_it_says(tmp_path):
+    """By its place, another request there would count as answered once the file has changed."""
+
+    def rows(*lines):
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (task,) = RequestFiles(request_files(str(tmp_path / "a.jsonl")), "key").get_read_tasks(1)
+        return pa.concat_tables([*task()])
+
+    keyed, other, another = {"key": "k", "id": 7, "prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}
+    first, second = rows(keyed, other), rows(another, other, keyed)
+    known = second["row"].to_pylist()
+    assert first["row"].to_pylist() == ["k", known[1]] and known[2] == "k" and len(set(known)) == 3
+    assert json.loads(first["request"][0].as_py()) == {"id": "k", "prompt": "a"}
+
+
+def test_workers_that_no_machine_has_room_for_are_refused(cluster):
+    assert workers_for(None, None, None) == (1, "CPU", 1.0)  # one a machine
+    assert workers_for(None, "CPU=2", None).number == 1 and workers_for(2, "CPU=2", None).number == 2
+    with pytest.raises(UserError, match="3 workers of 2 CPU each do not fit: the cluster has room for 2: lower"):
+        workers_for(3, "CPU=2", None)
+    for words in (None, "CPU=5", None), (None, "TPU=4", None):
+        with pytest.raises(UserError, match="but no machine of the cluster has more than [40]: give --worker"):
+            workers_for(*words)
 
 
 def test_the_cluster_for_google_cloud_follows_rays_own_schema():
