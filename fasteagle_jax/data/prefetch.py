@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+import collections
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, Self, TypeVar
 
 Item = TypeVar("Item")
@@ -17,36 +17,24 @@ class Prefetcher(Generic[Item]):
 
     def __init__(self, make: Callable[[int], Item], indices: Iterable[int], ahead: int = AHEAD) -> None:
         """Starts at once, and is at most `ahead` results ahead of the one last taken, with one more under way."""
-        self._ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(ahead)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(make, indices), name="prefetch", daemon=True)
-        self._thread.start()
+        self._make, self._indices = make, iter(indices)
+        self._pool = ThreadPoolExecutor(1, "prefetch")
+        self._coming: collections.deque[Future[Item]] = collections.deque()
+        for _ in range(ahead + 1):
+            self._begin_next()
 
     def take(self) -> Item:
         """The next result; what `make` raised for it, if it did."""
-        item, error = self._ready.get()
-        if error is not None:
-            raise error
-        return item  # type: ignore[return-value]  # without an error there is one
+        item = self._coming.popleft().result()
+        self._begin_next()
+        return item
 
-    def _run(self, make: Callable[[int], Item], indices: Iterable[int]) -> None:
-        for index in indices:
-            try:
-                result: tuple[Item | None, BaseException | None] = make(index), None
-            except BaseException as error:  # handed over to the thread that takes it
-                result = None, error
-            while not self._closed.is_set():
-                try:
-                    self._ready.put(result, timeout=0.1)
-                    break
-                except queue.Full:
-                    pass
-            if self._closed.is_set() or result[1] is not None:
-                return
+    def _begin_next(self) -> None:
+        if (index := next(self._indices, None)) is not None:
+            self._coming.append(self._pool.submit(self._make, index))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)
