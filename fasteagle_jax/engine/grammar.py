@@ -105,7 +105,8 @@ class Matcher:
     def masks(self, tokens: np.ndarray, parents: np.ndarray) -> np.ndarray:
         """The masks uint32 [M, V/32] after each node of a tree int32 [M], whose root ends the answer so far.
 
-        A node that its parent bans, or where the answer ends, is never walked through; its mask does not matter.
+        A node that its parent bans, or where the answer ends, is never walked through; its mask does not matter. Nor does
+        that of a guess with which the grammar goes beyond its limits: `consume` raises if the target chooses it.
         """
         children: dict[int, list[int]] = {}
         for node, parent in enumerate(parents.tolist()):
@@ -113,16 +114,24 @@ class Matcher:
                 children.setdefault(parent, []).append(node)
         root = self.mask()
         found = np.zeros((len(tokens), len(root)), np.uint32)
+        at_root = self._matcher.deep_copy()  # one that has failed does not go back
 
-        def visit(node: int, mask: np.ndarray) -> None:
+        def visit(node: int, mask: np.ndarray, path: list[int]) -> None:
             found[node] = mask
             for child in children.get(node, ()):
                 token = int(tokens[child])
                 allowed = token >= 0 and (int(mask[token // 32]) >> (token % 32)) & 1
-                if allowed and token not in self._eos:
+                if not allowed or token in self._eos:
+                    continue
+                try:
                     self.consume(token)
-                    visit(child, self.mask())
-                    self._matcher.rollback(1)
+                    below = self.mask()
+                except UserError:
+                    self._matcher = at_root.deep_copy()
+                    self._matcher.consume_tokens(path)
+                    continue
+                visit(child, below, [*path, token])
+                self._matcher.rollback(1)
 
-        visit(0, root)
+        visit(0, root, [])
         return found

@@ -306,3 +306,47 @@ def test_options_become_structured_outputs(tmp_path):
         schema.write_text(text)
         with pytest.raises(UserError, match=message):
             asked("--json-schema", schema)
+
+
+class Limited:
+    """What a Matcher needs of llguidance's: a grammar of any tokens below 32, which goes beyond its limits with 7."""
+
+    def __init__(self, consumed=()):
+        self.consumed = list(consumed)
+
+    def deep_copy(self):
+        return Limited(self.consumed)
+
+    def consume_token(self, token):
+        assert not self.is_error()
+        self.consumed.append(token)
+
+    def consume_tokens(self, tokens):
+        self.consumed += tokens
+
+    def rollback(self, number):
+        assert not self.is_error() and number == 1
+        self.consumed.pop()
+
+    def compute_bitmask(self):
+        return np.array([2 ** len(self.consumed) + 0xFF00FF80], np.uint32).tobytes()
+
+    def is_error(self):
+        return 7 in self.consumed
+
+    def get_error(self):
+        return "too\nmuch"
+
+
+def test_a_guess_beyond_the_grammars_limits_fails_if_the_target_chooses_it():
+    matcher = Matcher(Limited(), [31])
+    #                 root
+    tokens = np.array([0, 7, 8, 9, 7, 10, 11])
+    parents = np.array([-1, 0, 0, 2, 2, 2, 1])
+    found = matcher.masks(tokens, parents)[:, 0]
+    depths = [0, None, 1, 2, None, 2, None]
+    expected = [0 if depth is None else 2**depth + 0xFF00FF80 for depth in depths]
+    assert found.tolist() == expected
+    matcher.consume(8)  # where it was before
+    with pytest.raises(UserError, match="cannot be followed further .too much."):
+        matcher.consume(7)
