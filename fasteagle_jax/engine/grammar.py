@@ -105,8 +105,8 @@ class Matcher:
     def masks(self, tokens: np.ndarray, parents: np.ndarray) -> np.ndarray:
         """The masks uint32 [M, V/32] after each node of a tree int32 [M], whose root ends the answer so far.
 
-        A node that its parent bans, or where the answer ends, is never walked through; its mask does not matter. Nor does
-        that of a guess with which the grammar goes beyond its limits: `consume` raises if the target chooses it.
+        A node that its parent bans, or where the answer ends, is never walked through; its mask does not matter. Nor
+        does that of a guess with which the grammar goes beyond its limits: `consume` raises if the target chooses it.
         """
         children: dict[int, list[int]] = {}
         for node, parent in enumerate(parents.tolist()):
