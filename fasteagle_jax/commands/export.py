@@ -32,9 +32,11 @@ from etils import epath
 from flax import nnx
 
 from fasteagle_jax.commands.terminal import Parser, program, whole
+from fasteagle_jax.drafters.base import DrafterConfig
 from fasteagle_jax.drafters.exports import RUNTIMES, export_drafter
 from fasteagle_jax.drafters.files import (
     STORAGE,
+    config_from,
     from_storage,
     load_drafter,
     save_drafter,
@@ -120,7 +122,9 @@ def export(args: argparse.Namespace) -> None:
         if record is not None:
             config = config_of_record(record)  # config.json's may be newer, with --allow-change
         target = open_checkpoint(config.target, config.adapter)
-        sizes = target.config.for_length(config.length)  # as of the run's target
+        target_sizes = target.config.for_length(config.length)  # as of the run's target
+        known = (record or {}).get("sizes")
+        sizes = drafter_config(config.drafter, target_sizes) if known is None else config_from(known)
         drafter = _restored(config, sizes, checkpoints, step)
     mark = fingerprint(target, jnp.dtype(config.target_dtype or config.dtype))
     if record is not None and record["target_fingerprint"] != mark:
@@ -141,7 +145,7 @@ def export(args: argparse.Namespace) -> None:
     card = model_card(written, records, sum(x.size for x in tensors.values()), args.storage, args.license)
     write_text(args.output / "README.md", card)
     expected = from_storage(to_storage(tensors, args.storage))
-    found = tensors_of(load_drafter(args.output, sizes, mark, stacked=False))
+    found = tensors_of(load_drafter(args.output, target_sizes, mark, stacked=False))
     if any(not np.array_equal(expected[name].astype(found[name].dtype), found[name]) for name in expected):
         raise UserError(f"{args.output} does not read back as it was written: check the disk and export again")
     print(f"{args.output}: step {step}, {tokens / 1e6:.2f}M training tokens, {drafter.num_levels} levels")
@@ -177,9 +181,8 @@ def _records_until(step: int, path: epath.Path) -> list[Record]:
     return records
 
 
-def _restored(config: RunConfig, target_config: Any, checkpoints: Checkpoints, step: int) -> Any:
+def _restored(config: RunConfig, sizes: DrafterConfig, checkpoints: Checkpoints, step: int) -> Any:
     """The drafter of a checkpoint, in the form (stacked or list) that it was trained in."""
-    sizes = drafter_config(config.drafter, target_config)
 
     def state(*, stacked: bool) -> tuple[Any, Any]:
         drafter = class_of(sizes)(sizes, jax.random.key(0), stacked=stacked)

@@ -294,22 +294,26 @@ def _config_of(raw: dict[str, Any], folder: Path) -> tuple[DrafterConfig, str]:
         raise UserError(f"{path} is of format {number}, this version reads up to {FORMAT}: update fasteagle-jax")
     if "target_fingerprint" not in raw:
         raise UserError(f"{path} names no target: bring the drafter in with fasteagle import")
+    try:
+        return config_from(raw), str(raw["target_fingerprint"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): copy the drafter again") from None
+
+
+def config_from(raw: Mapping[str, Any]) -> DrafterConfig:
+    """The configuration whose fields are among a JSON object's; KeyError, TypeError or AttributeError for others."""
     kind_config = class_named(str(raw.get("kind", "fasteagle"))).Config
     fields = {field.name for field in dataclasses.fields(kind_config)}
     sizes = {name: value for name, value in raw.items() if name in fields}
-    try:
-        if sizes["rope"] is not None:  # a layer of the target without rotation is read
-            rope: Any = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in sizes["rope"].items()
-            }
-            sizes["rope"] = RopeConfig(**rope)
-        sizes["feature_layers"] = tuple(sizes["feature_layers"])
-        for name in ("attention_scale", "soft_cap"):
-            if not isinstance(sizes.get(name), int | float | None):
-                raise TypeError(f"{name} is no number")
-        return kind_config(**sizes), str(raw["target_fingerprint"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}): copy the drafter again") from None
+    if sizes["rope"] is not None:  # a layer of the target without rotation is read
+        rope: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes["rope"].items()}
+        sizes["rope"] = RopeConfig(**rope)
+    sizes["feature_layers"] = tuple(sizes["feature_layers"])
+    for name in ("attention_scale", "soft_cap"):
+        if not isinstance(sizes.get(name), int | float | None):
+            raise TypeError(f"{name} is no number")
+    config: DrafterConfig = kind_config(**sizes)
+    return config
 
 
 def read_raw(folder: Path) -> dict[str, Any]:

@@ -378,8 +378,14 @@ def changes_since(old: dict[str, Any], config: RunConfig) -> list[str]:
     return differences(to_json(from_json(old)), to_json(config))
 
 
-def drafter_config(choice: DrafterChoice, target_config: DecoderConfig) -> DrafterConfig:
-    """The sizes of the drafter of a run for a target of these sizes."""
+def drafter_config(
+    choice: DrafterChoice, target_config: DecoderConfig, parent: DrafterConfig | None = None
+) -> DrafterConfig:
+    """The sizes of the drafter of a run for a target of these sizes.
+
+    Of a `parent` of the same kind, which it starts from, it has what a run cannot choose: an imported drafter's rotary
+    table, heads and norms need not be the target's.
+    """
     known = {field.name for field in dataclasses.fields(class_named(choice.kind).Config)}
     # What is at its default, None for the target's sizes, need not be of the kind.
     changes = {name: value for name, value in vars(choice).items() if value is not None and name in known}
@@ -390,4 +396,7 @@ def drafter_config(choice: DrafterChoice, target_config: DecoderConfig) -> Draft
                 f"drafter.{field.name} is of drafters of kind {kinds}, not {choice.kind}: "
                 f"set drafter.{field.name}={field.default}"
             )
+    if parent is not None and parent.kind == choice.kind:
+        for name in known - {field.name for field in dataclasses.fields(choice)} - {"hidden_size", "vocab_size"}:
+            changes[name] = getattr(parent, name)
     return default_config(target_config, **changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -41,7 +42,8 @@ from fasteagle_jax.devices.sharding import (
     make_on,
     place_batch,
 )
-from fasteagle_jax.drafters.files import load_drafter, save_drafter
+from fasteagle_jax.drafters.base import DrafterConfig
+from fasteagle_jax.drafters.files import load_drafter, read_config, save_drafter
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, first_line, in_bucket, write_file
 from fasteagle_jax.io.progress import progress_bar
@@ -124,7 +126,8 @@ def _train(
     _check_sources(saved, loaded.fingerprint, digests, run, allow_change=allow_change)
 
     # --- the drafter and its optimiser ------------------------------------------------------------------------
-    sizes = drafter_config(config.drafter, target.config)
+    start = config.drafter.start
+    sizes = drafter_config(config.drafter, target.config, read_config(Path(start))[0] if start else None)
     if config.loss.deepkd is not None and config.loss.deepkd.mask:
         mask_sizes(config.loss.deepkd, sizes.draft_vocab_size)  # before any work: UserError if K is too large
     if config.loss.weighs_without_edges and not (getattr(sizes, "edges", None) or getattr(sizes, "correction", None)):
@@ -143,8 +146,8 @@ def _train(
     if config.features:
         hidden = target.config.hidden_size
         store = load_features(Path(config.features), data, loaded.fingerprint, sizes.input_layers, hidden)
-    drafter = _new_drafter(config, loaded, mesh, conversations, data, store, quiet)
-    earlier = earlier_runs(config.drafter.start)
+    drafter = _new_drafter(config, sizes, loaded, mesh, conversations, data, store, quiet)
+    earlier = earlier_runs(start)
     needs_target = config.evaluation.prompts or config.held_out.data or sizes.context_layers
     if store is not None and not needs_target:
         target.layers = nnx.List([])  # never run: this frees their memory
@@ -302,6 +305,8 @@ def _train(
                             "data": position,
                             "seed": config.seed,
                         } | ({"earlier": earlier} if earlier else {})
+                        if start:  # of which some are the parent's
+                            about["sizes"] = dataclasses.asdict(sizes)
                         checkpoints.save(index + 1, (state, constants), about, score)
                         log.flush()
                     _check_skipped(config, log.records, checkpoints, run)
@@ -520,6 +525,7 @@ def _save_drafter(drafter: Any, folder: epath.Path, fingerprint: str, info: Reco
 
 def _new_drafter(
     config: RunConfig,
+    sizes: DrafterConfig,
     loaded: LoadedTarget,
     mesh: Mesh | None,
     conversations: Any,
@@ -527,9 +533,8 @@ def _new_drafter(
     store: Features | None,
     quiet: bool,
 ) -> Any:
-    """The drafter that the configuration describes, with its first weights, sharded over the mesh."""
+    """The drafter of these sizes with the first weights that the configuration names, sharded over the mesh."""
     target, choice = loaded.model, config.drafter
-    sizes = drafter_config(choice, target.config)
     parent = token_ids = None
     if choice.start:
         known = target.config, loaded.fingerprint

@@ -31,13 +31,14 @@ from fasteagle_jax.data.conversations import Conversation, ConversationWriter
 from fasteagle_jax.data.manifest import manifest_path
 from fasteagle_jax.decoding.acceptance import Acceptance
 from fasteagle_jax.drafters.files import load_drafter
+from fasteagle_jax.nn.rope import RopeConfig
 from fasteagle_jax.targets.loading import load_target
 from fasteagle_jax.training import loop
 from fasteagle_jax.training.checkpoints import Checkpoints, newest_record
 from fasteagle_jax.training.config import apply_changes, load_config
 from fasteagle_jax.training.held_out import LENGTH, HeldOut
 from fasteagle_jax.training.loop import _spike_limit
-from tests.tiny_folder import make_target
+from tests.tiny_folder import make_drafter, make_target
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = ROOT / "configs" / "tiny.py"
@@ -628,6 +629,27 @@ def test_a_run_starts_from_the_first_levels_of_a_trained_drafter(
         runs = [*about["earlier"], about]
         assert [run["steps"] for run in runs] == [2, 1, 1]
         assert about["total_tokens"] == sum(run["tokens"] for run in runs) > 2 * about["tokens"]
+
+
+def test_a_run_goes_on_with_a_drafter_whose_layer_is_not_as_the_targets(
+    target_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """An imported EAGLE-3 has its own rotary table, heads and norms, which no key of a run names."""
+    own = {"rope": RopeConfig(theta=123.0), "num_heads": 4, "num_kv_heads": 4, "fc_norm": True, "rms_norm_eps": 1e-3}
+    start = make_drafter(tmp_path / "imported", target_folder, kind="eagle3", **own)
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    changes = ["drafter.kind=eagle3", "drafter.reinject=False", "drafter.correction=None", "drafter.num_levels=2"]
+    changes += [f"drafter.start={start}", "steps=1", "optimizer.learning_rate=1e-12"]
+    assert main(command(target_folder, data_file, run, *changes)) == 0
+    theirs, mine = (load_file(folder / "model.safetensors") for folder in (start, run / "drafter"))
+    for name, value in theirs.items():
+        np.testing.assert_allclose(mine[name], value, rtol=1e-6, atol=1e-9)
+    shutil.rmtree(start)
+    assert export.main(["--run", str(run), "--output", str(exported)]) == 0
+    for folder in (run / "drafter", exported):
+        raw = json.loads((folder / "config.json").read_text())
+        assert raw["rope"]["theta"] == 123 and raw["fc_norm"] and raw["num_kv_heads"] == 4
+    assert (exported / "model.safetensors").read_bytes() == (run / "drafter" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
