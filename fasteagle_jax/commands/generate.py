@@ -186,18 +186,24 @@ def _answer(
 ) -> None:
     """Answers all turns of all conversations: the first of each, then the second. Shows them in order if told to."""
     shown = 0
+
+    def show() -> None:
+        nonlocal shown
+        while screen and shown < len(talks) and talks[shown].ended:
+            for i, answer in enumerate(talks[shown].answers):
+                screen.text(talks[shown].opening(i))
+                screen.answer(answer, talks[shown].asked[i], engine.detokenizer, params)
+                screen.text("\n")
+            shown += 1
+
     with tqdm(total=sum(len(t.turns) for t in talks), unit="answer", disable=True if screen else None) as bar:
         while asked := [(talk, tokens) for talk in talks if (tokens := talk.asked_next(engine)) is not None]:
             with watch:
                 for completion in engine.complete([tokens for _, tokens in asked], params):
                     asked[completion.prompt_index][0].answers.append(completion)
                     bar.update()
-                    while screen and shown < len(talks) and talks[shown].ended:
-                        for i, answer in enumerate(talks[shown].answers):
-                            screen.text(talks[shown].opening(i))
-                            screen.answer(answer, talks[shown].asked[i], engine.detokenizer, params)
-                            screen.text("\n")
-                        shown += 1
+                    show()
+        show()  # those that have just ended as their next turn does not fit
 
 
 class Talk:

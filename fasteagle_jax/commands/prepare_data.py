@@ -243,9 +243,11 @@ def prepare(args: argparse.Namespace) -> None:
         conversations, counts = unpack(args.packed, settings, in_order(), rules)
         restored = Manifest(manifest_path(output), settings, counts["samples"], Counter(counts["dropped"]))
         with writing(output), replacing(output) as aside:
-            aside.unlink(missing_ok=True)
-            with ConversationWriter(aside) as writer:
+            own = aside.with_name(f"{aside.name}-{os.getpid()}")  # two commands at once do not mix
+            own.unlink(missing_ok=True)
+            with ConversationWriter(own) as writer:
                 writer.append(conversations)
+            os.replace(own, aside)
             restored.save(len(writer))  # before the output is there, which is not read without it
     manifest = Manifest.of(output, settings)
     engine: Answerer | None = None

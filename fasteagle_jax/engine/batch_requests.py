@@ -224,8 +224,8 @@ def _request(
         elif field != "metadata":
             known = ", ".join(field for field in _SAMPLING if field not in RULES)
             raise _Bad("unknown_field", f"{_shown(name)} is unknown: leave it out, or give {known}, or a rule")
-    if "logprobs" in given:
-        given.setdefault("top_logprobs", 0)  # the defaults' is of their own logprobs
+    if given.get("logprobs", True) is not True:
+        given.setdefault("top_logprobs", 0)  # the defaults' is of their own number
     try:
         params = dataclasses.replace(defaults, **given)
         chat = dataclasses.replace(chat, **of_chat)

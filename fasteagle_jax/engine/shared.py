@@ -56,7 +56,7 @@ class SharedEngine:
                 with self._lock:
                     self._failure = failure
                 for asked in source.unsettled():
-                    if not asked.answers.cancelled():
+                    if asked.answers.running() or asked.answers.set_running_or_notify_cancel():
                         asked.answers.set_exception(failure)
 
 

@@ -153,7 +153,7 @@ def workers_for(number: int | None, per_worker: str | None, mesh: str | None) ->
         if kind not in KINDS or not given or devices <= 0:
             raise UserError(f"--worker is {per_worker!r}: give TPU=N, GPU=N or CPU=N")
     # Of each machine, as a worker is on one.
-    room = [int(node.get(kind, 0) // devices) for node in nodes]
+    room = [int(node.get(kind, 0) / devices + 1e-6) for node in nodes]
     if not sum(room):
         most = max((node.get(kind, 0) for node in nodes), default=0)
         raise UserError(
@@ -528,13 +528,17 @@ class RequestFiles(Datasource):
         column, owners = self._id_column, self._owners.get(file.path, {})
 
         def read() -> Iterator[pa.Table]:
-            rows = read_rows(file.path)
+            rows, alike = read_rows(file.path), collections.Counter[str]()
             while some := [*itertools.islice(rows, 64)]:
                 columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
                 for number, raw in some:
                     id = None if column is None else _id_of(raw, column)
-                    if id is None:  # known by its place or, where files may change, by what it says
-                        id = f"{file.name}:{number if column is None else hashlib.sha256(raw).hexdigest()}"
+                    if id is None and column is None:
+                        id = f"{file.name}:{number}"
+                    elif id is None:  # where files may change, known by what it says, and as the how manieth such row
+                        said = hashlib.sha256(raw).hexdigest()
+                        alike[said] += 1
+                        id = f"{file.name}:{said}:{alike[said]}"
                     columns[ROW].append(id)
                     columns["file"].append(file.name)
                     columns["line"].append(number)

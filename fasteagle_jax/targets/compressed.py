@@ -55,13 +55,12 @@ def is_rounded(hf: Mapping[str, Any], path: Path, packed: Sequence[str] = ()) ->
 def dequantised(path: Path, tensors: Mapping[str, StoredTensor], kinds: Mapping[str, str]) -> dict[str, StoredTensor]:
     """The tensors of a file, with those that are rounded multiplied by their scales, which are left out.
 
-    So are the scales of the activations before and after them.
+    So are the scales of activations.
     `kinds` has the types, of ROUNDED_TYPES, of the rounded ones, whose scales are named NAME_scale.
     """
-    modules = [name.removesuffix(".weight") for name in kinds]
-    scales = {f"{name}_scale" for name in kinds}
-    scales |= {f"{module}.{which}_scale" for module in modules for which in ("input", "output")}
-    found = {name: tensor for name, tensor in tensors.items() if name not in scales and name not in kinds}
+    left_out = {f"{name}_scale" for name in kinds} | kinds.keys()
+    left_out |= {name for name in tensors if name.endswith((".input_scale", ".output_scale"))}
+    found = {name: tensor for name, tensor in tensors.items() if name not in left_out}
     for name, kind in kinds.items():
         load = tensors[name].load if kind == "I8" else _fp8(path, name)
         found[name] = StoredTensor(tensors[name].shape, _scaled(load, tensors[f"{name}_scale"].load))

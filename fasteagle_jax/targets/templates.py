@@ -108,7 +108,7 @@ def _day(date: Any) -> datetime.datetime:
     try:
         return datetime.datetime.strptime(date, "%Y-%m-%d")
     except (ValueError, TypeError):
-        raise UserError(f"the date is {short(date)}: give it as YYYY-MM-DD") from None
+        raise UserError(f"date is {short(date)}: give it as YYYY-MM-DD") from None
 
 
 @functools.lru_cache(maxsize=8)

@@ -73,6 +73,13 @@ class DrafterChoice:
     strict: bool = False  # `start` must have been trained for this very target, not for one of the same sizes
     scale_features: bool = True  # divide each feature by its root mean square, measured on the first batch
 
+    def __post_init__(self) -> None:
+        if self.norm_inputs and self.from_target and not self.scale_features:
+            raise UserError(
+                "drafter norm_inputs with from_target starts at the size of the target's stream, which is measured "
+                "with scale_features: set drafter.scale_features=True"
+            )
+
 
 # Of DrafterChoice, of some kinds alone.
 KIND_FIELDS = {
@@ -101,9 +108,9 @@ class EvalChoice:
     every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("limit", "max_new", "every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"evaluation {name} is {getattr(self, name)}: it must be at least 1")
+        for name, least in (("limit", 0), ("max_new", 1), ("every", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"evaluation {name} is {getattr(self, name)}: it must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,7 +403,12 @@ def drafter_config(
                 f"drafter.{field.name} is of drafters of kind {kinds}, not {choice.kind}: "
                 f"set drafter.{field.name}={field.default}"
             )
-    if parent is not None and parent.kind == choice.kind:
+    if (
+        parent is not None
+        and parent.kind == choice.kind
+        and getattr(parent, "context", choice.context) == choice.context
+    ):
+        parent = parent.for_target(target_config)
         for name in known - {field.name for field in dataclasses.fields(choice)} - {"hidden_size", "vocab_size"}:
             changes[name] = getattr(parent, name)
     return default_config(target_config, **changes)

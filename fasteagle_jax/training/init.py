@@ -102,9 +102,8 @@ def strongest_neurons(
     inputs = target_outputs(target, batch, (layer,), attention).features
     source, kind = target.layer(layer), target.config.layer_kinds[layer]
     context = LayerKinds((kind,), batch.positions, target.config.head_dim, stacked=False).of(0)
-    attended = source.attended(inputs, context.rotation, context.attend(Packed(batch.segments, None, attention), None))[
-        0
-    ]
+    attend = context.attend(Packed(batch.segments, None, attention), None)
+    attended, *_ = source.attended(inputs, context.rotation, attend)
     values = source.mlp.neurons(source.mlp_norm(attended)).astype(jnp.float32)  # [B, T, I]
     down = source.mlp.down.matrix.astype(jnp.float32)  # [I, H]
     real = batch.segments > 0

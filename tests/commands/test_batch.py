@@ -405,7 +405,8 @@ def test_tools_calls_thoughts_and_variables_of_the_template_are_read():
 
 
 @pytest.mark.parametrize(
-    "line, expected", [({}, (True, 5)), ({"logprobs": 3}, (True, 3)), ({"logprobs": False}, (False, 0))]
+    "line, expected",
+    [({}, (True, 5)), ({"logprobs": True}, (True, 5)), ({"logprobs": 3}, (True, 3)), ({"logprobs": False}, (False, 0))],
 )
 def test_a_lines_log_probabilities_are_not_bound_to_the_defaults(line, expected):
     raw = json.dumps({"prompt": "a"} | line).encode()

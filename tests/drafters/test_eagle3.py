@@ -18,6 +18,7 @@ from fasteagle_jax.decoding.tree import MAX_CANDIDATES, TreeSpec
 from fasteagle_jax.drafters.eagle3 import Eagle3
 from fasteagle_jax.drafters.table import default_config
 from fasteagle_jax.nn import packed_attention as packed
+from fasteagle_jax.nn.linear import LogitMap
 from fasteagle_jax.nn.packed_attention import Packed
 from fasteagle_jax.nn.rope import rotate, rotation
 from fasteagle_jax.training.losses import LossConfig
@@ -52,6 +53,14 @@ def make_eagle3(**changes) -> Eagle3:
     made = jax.jit(make)()
     made.token_ids[...] = jnp.asarray(IDS)
     return made
+
+
+def test_its_head_starts_with_the_targets_scale_of_logits(monkeypatch):
+    target = tiny_target(num_layers=3)
+    monkeypatch.setattr(type(target), "logit_map", LogitMap(scale=0.125))
+    made = Eagle3(default_config(target.config, kind="eagle3"), jax.random.key(0))
+    made.start_from(target, jnp.ones(3), layers=False)
+    np.testing.assert_allclose(made.head[...], 0.125 * target.head_rows(), rtol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -345,15 +345,16 @@ def test_with_a_column_of_ids_a_row_without_one_is_known_by_what_it_says(tmp_pat
         return pa.concat_tables([*task()])
 
     keyed, other, another = {"key": "k", "id": 7, "prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}
-    first, second = rows(keyed, other), rows(another, other, keyed)
+    first, second = rows(keyed, other, other), rows(another, other, keyed, other)
     known = second["row"].to_pylist()
-    assert first["row"].to_pylist() == ["k", known[1]] and known[2] == "k" and len(set(known)) == 3
+    assert first["row"].to_pylist() == ["k", known[1], known[3]] and known[2] == "k" and len(set(known)) == 4
     assert json.loads(first["request"][0].as_py()) == {"id": "k", "prompt": "a"}
 
 
 def test_workers_that_no_machine_has_room_for_are_refused(cluster):
     assert workers_for(None, None, None) == (1, "CPU", 1.0)  # one a machine
     assert workers_for(None, "CPU=2", None).number == 1 and workers_for(2, "CPU=2", None).number == 2
+    assert workers_for(40, "CPU=0.1", None).number == 40
     with pytest.raises(UserError, match="3 workers of 2 CPU each do not fit: the cluster has room for 2: lower"):
         workers_for(3, "CPU=2", None)
     for words in (None, "CPU=5", None), (None, "TPU=4", None):

@@ -76,11 +76,19 @@ def test_changes_reach_nested_keys_with_their_types() -> None:
         ("max_bad_steps=0", "at least 1"),
         ("optimizer.ema=1.0", "a decay from 0"),
         ("optimizer.name=lion", "adamw, muon or sgd"),
+        ("evaluation.every=0", "evaluation every is 0: it must be at least 1"),
+        ("evaluation.max_new=0", "evaluation max_new is 0"),
     ],
 )
 def test_a_bad_change_is_named_with_its_remedy(change: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         apply_changes(RunConfig(target="t", data=("a",), steps=3), [change])
+
+
+def test_a_stream_of_the_targets_size_is_of_features_that_are_measured() -> None:
+    wanted = ["drafter.norm_inputs=True", "drafter.from_target=True", "drafter.scale_features=False"]
+    with pytest.raises(UserError, match="set drafter.scale_features=True"):
+        apply_changes(RunConfig(target="t", data=("a",), steps=3), wanted)
 
 
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path) -> None:
