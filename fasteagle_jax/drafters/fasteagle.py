@@ -286,11 +286,12 @@ class FastEagle(DrafterModule):
         # The copied layers expect a stream of the highest feature's size.
         size = feature_rms[-1]
         self.fc.set_matrix(jnp.zeros(self.fc.matrix.shape).at[-hidden:].set(jnp.eye(hidden) * size))
+        of_features, of_token = jnp.ones(()), EMBEDDING_SHARE * size
         if c.norm_inputs:
-            of_features, of_token = size, EMBEDDING_SHARE * size
+            of_features = size
         else:
             embedding = target.embedding[...].astype(jnp.float32)
-            of_features, of_token = 1.0, EMBEDDING_SHARE * size / jnp.sqrt(jnp.mean(embedding**2))
+            of_token = of_token / jnp.sqrt(jnp.mean(embedding**2))
         self.fuse.set_matrix(jnp.concatenate([jnp.eye(hidden) * of_features, jnp.eye(hidden) * of_token]))
 
     def own_head(self) -> jax.Array | None:
