@@ -149,7 +149,7 @@ def test_mistakes_are_one_line(dense, tmp_path, complaint):
     assert "leaves nothing out" in of("--experts", 4, "--chosen", 4)
     assert "--within 0.5 is below 1" in of("--within", 0.5)
     assert "--length 2048 is more than the target's 1024 positions" in of("--length", 2048)
-    assert "learning_rate 0.0" in of("--learning-rate", 0)
+    assert "learning_rate is 0.0" in of("--learning-rate", 0)
     few = write_data(tmp_path / "few.jsonl", 2)
     said = complaint(main, "--target", dense, "--data", few, "--output", tmp_path / "out")
     assert "none of 2 pieces are held out by a share of 0.02: give more data" in said

@@ -464,7 +464,7 @@ def test_muon_takes_the_matrices_and_leaves_vectors_and_tables_of_tokens_to_adam
 
 
 def test_optimizer_values_are_checked() -> None:
-    with pytest.raises(UserError, match="learning_rate 0"):
+    with pytest.raises(UserError, match="learning_rate is 0"):
         OptimizerConfig(learning_rate=0)
     with pytest.raises(UserError, match="decay_share is 2"):
         OptimizerConfig(decay_share=2)
