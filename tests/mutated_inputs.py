@@ -500,7 +500,7 @@ def _checkpoints(root: Path) -> list[Input]:
                 raise UserError("there is no checkpoint")
             record, best = checkpoints.record(step), checkpoints.best()
             assert record is not None
-            config = config_of_record(record)
+            config, _ = config_of_record(record)
             values = checkpoints.restore(step, state)
         return repr(config), best, [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(values)]
 

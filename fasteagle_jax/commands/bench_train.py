@@ -89,7 +89,7 @@ def compare(configs: Sequence[RunConfig], num_steps: int, repeats: int) -> list[
 def _start(config: RunConfig) -> Callable[[], None]:
     """A function that takes the next step of a run and waits for it."""
     of_run: dict[str, Any] = {"training": True, "max_len": config.length, "adapter": config.adapter}
-    target = load_target(config.target, jnp.dtype(config.target_dtype or config.dtype), **of_run).model
+    target = load_target(config.target, config.dtype_of_target, **of_run).model
     rng = np.random.default_rng(config.seed)
     rows = rng.integers(target.config.vocab_size, size=(config.batch_size, config.length))
     samples = [Conversation.of(str(i), row.tolist(), [[0, config.length]]) for i, row in enumerate(rows)]

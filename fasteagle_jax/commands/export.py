@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -36,7 +35,6 @@ from fasteagle_jax.drafters.base import DrafterConfig
 from fasteagle_jax.drafters.exports import RUNTIMES, export_drafter
 from fasteagle_jax.drafters.files import (
     STORAGE,
-    config_from,
     from_storage,
     load_drafter,
     save_drafter,
@@ -118,15 +116,13 @@ def export(args: argparse.Namespace) -> None:
             step = best[0]
         if step is None:
             raise _no_checkpoint(args.run, config)
-        record = checkpoints.record(step)
+        record, sizes = checkpoints.record(step), None
         if record is not None:
-            config = config_of_record(record)  # config.json's may be newer, with --allow-change
+            config, sizes = config_of_record(record)  # config.json's may be newer, with --allow-change
         target = open_checkpoint(config.target, config.adapter)
         target_sizes = target.config.for_length(config.length)  # as of the run's target
-        known = (record or {}).get("sizes")
-        sizes = drafter_config(config.drafter, target_sizes) if known is None else config_from(known)
-        drafter = _restored(config, sizes, checkpoints, step)
-    mark = fingerprint(target, jnp.dtype(config.target_dtype or config.dtype))
+        drafter = _restored(config, sizes or drafter_config(config.drafter, target_sizes), checkpoints, step)
+    mark = fingerprint(target, config.dtype_of_target)
     if record is not None and record["target_fingerprint"] != mark:
         raise UserError(
             f"{args.run} trains a drafter for target {record['target_fingerprint']}, the weights of {config.target} "

@@ -167,12 +167,10 @@ def _trace(engine: Engine, talk: Talk, params: SamplingParams, args: argparse.Na
 
 def _stream(engine: Engine, talk: Talk, params: SamplingParams, screen: Screen, watch: Stopwatch) -> None:
     """Answers all turns of a conversation and shows them token by token."""
-    while not talk.ended:
+    while (asked := talk.asked_next(engine)) is not None:
         if len(talk.turns) > 1 or not talk.chat:
             screen.text(talk.opening(len(talk.answers)))
         with watch:
-            if (asked := talk.asked_next(engine)) is None:
-                break
             for piece in engine.stream_pieces(asked, params):
                 if isinstance(piece, Completion):
                     talk.answers.append(piece)

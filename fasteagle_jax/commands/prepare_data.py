@@ -94,7 +94,7 @@ from fasteagle_jax.engine.engine import Engine
 from fasteagle_jax.engine.requests import SamplingParams
 from fasteagle_jax.engine.shipped import drafter_folder
 from fasteagle_jax.errors import UserError
-from fasteagle_jax.io.files import replacing, sha256, write_text, writing
+from fasteagle_jax.io.files import sha256, sync, write_text, writing
 from fasteagle_jax.io.progress import progress_bar
 from fasteagle_jax.io.text import parse_json
 from fasteagle_jax.targets.chats import encode_rows
@@ -242,13 +242,14 @@ def prepare(args: argparse.Namespace) -> None:
     if args.packed is not None and not output.exists():
         conversations, counts = unpack(args.packed, settings, in_order(), rules)
         restored = Manifest(manifest_path(output), settings, counts["samples"], Counter(counts["dropped"]))
-        with writing(output), replacing(output) as aside:
-            own = aside.with_name(f"{aside.name}-{os.getpid()}")  # two commands at once do not mix
-            own.unlink(missing_ok=True)
-            with ConversationWriter(own) as writer:
+        aside = output.with_name(f".{output.name}-{os.getpid()}")  # two commands at once do not mix
+        with writing(output):
+            aside.unlink(missing_ok=True)
+            with ConversationWriter(aside) as writer:
                 writer.append(conversations)
-            os.replace(own, aside)
             restored.save(len(writer))  # before the output is there, which is not read without it
+            os.replace(aside, output)
+            sync(output.parent)
     manifest = Manifest.of(output, settings)
     engine: Answerer | None = None
     if args.prompts and args.endpoint is not None:
@@ -262,8 +263,8 @@ def prepare(args: argparse.Namespace) -> None:
             from fasteagle_jax.integrations import ray as cluster
 
             drafter = drafter_folder(args.drafter, checkpoint)
-            for name, folder in (("drafter", drafter and str(drafter)), ("adapter", args.adapter)):
-                options[name] = folder and cluster.absolute(folder)
+            options["drafter"] = drafter and cluster.absolute(str(drafter))
+            options["adapter"] = args.adapter and cluster.absolute(args.adapter)
             options |= {"tree": tree, "dtype": dtype.name}
             engine = cluster.Cluster(their, cluster.absolute(args.target), options)
         else:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fasteagle_jax.commands.terminal import Parser, program
 from fasteagle_jax.data.conversations import read_conversations
@@ -59,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 def prepare(config: RunConfig, folder: Path, store: str) -> None:
     """Writes the features of a run, or what the folder still lacks of them."""
     of_run: dict[str, Any] = {"training": True, "max_len": config.length, "adapter": config.adapter}
-    loaded = load_target(config.target, jnp.dtype(config.target_dtype or config.dtype), **of_run)
+    loaded = load_target(config.target, config.dtype_of_target, **of_run)
     check_target(config.data, *loaded.fingerprints)
     conversations = read_conversations(*config.data, vocab_size=loaded.model.config.vocab_size)
     data = PackedData(conversations, config.length, config.batch_size, config.seed)

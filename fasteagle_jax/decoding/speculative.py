@@ -352,11 +352,7 @@ def generate(
         tree = dataclasses.replace(tree, lookup=lookup)
     for i, prompt in enumerate(prompts):
         limit = limits[i] if len(limits) > 1 else limits[0]
-        if len(prompt) + limit > config.max_positions:
-            raise UserError(
-                f"prompt {i} has {len(prompt)} tokens, which with {limit} new ones exceed the target's "
-                f"{config.max_positions} positions: shorten it or lower max_new"
-            )
+        check_room(f"prompt {i}", len(prompt), limit, config.max_positions)
         bad = [t for t in prompt if not 0 <= t < config.vocab_size]
         if bad:
             raise UserError(f"prompt {i} holds token {bad[0]}, outside the vocabulary of {config.vocab_size}")
@@ -374,3 +370,12 @@ def generate(
         chunk=chunk,
         shared_noise=shared_noise,
     )
+
+
+def check_room(name: str, num_tokens: int, max_new: int, max_positions: int) -> None:
+    """Raises UserError if a prompt of so many tokens and its answer do not fit the target's positions."""
+    if num_tokens + max_new > max_positions:
+        raise UserError(
+            f"{name} has {num_tokens} tokens, which with {max_new} new ones exceed the target's "
+            f"{max_positions} positions: shorten it or lower max_new"
+        )

@@ -174,6 +174,10 @@ class DrafterModule(nnx.Module):
         rows: jax.Array = target.head_rows()
         return rows if self.token_ids is None else rows[self.token_ids[...]]
 
+    def first_head(self, target: Any) -> jax.Array:
+        """What a head of its own starts as, float32 [V, H]: `rows_of` with the target's scale of logits."""
+        return self.rows_of(target).astype(jnp.float32) * target.logit_map.scale
+
     def fused(self, features: jax.Array) -> jax.Array:
         """g [B, T, H] of the target's features [B, T, F*H]."""
         scaled = features.astype(jnp.float32) * self.feature_scale[...]

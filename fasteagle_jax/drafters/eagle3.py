@@ -120,7 +120,7 @@ class Eagle3(DrafterModule):
         of the target's. Warns of parts that are not copied.
         """
         hidden = self.config.hidden_size
-        self.head[...] = self.rows_of(target).astype(jnp.float32) * target.logit_map.scale
+        self.head[...] = self.first_head(target)
         self.norm.weight[...] = target.norm.gain
         if not layers:
             return

@@ -41,27 +41,23 @@ class EdgeScores(nnx.Module):
         self.gate = Linear(hidden_size, rank, ("embed", None), key_gate, dtype) if gated else None
         self.table = nnx.Param(jnp.zeros((vocab_size, rank), dtype), axes=("vocab", None))
 
-    def normed(self, x: jax.Array) -> jax.Array:
-        """States or embeddings [..., H] over their root mean square; zero stays zero."""
-        return rms_norm(x, jnp.ones((x.shape[-1],), jnp.float32), self.eps)
-
     def query(self, h: jax.Array, e: jax.Array) -> jax.Array:
         """What reads B, [..., R], for guesses of states h [..., H] after tokens of embeddings e [..., J, H].
 
         The nearest token comes first; those that are not known are zero.
         """
-        return self.combined(self.of_token(self.normed(e).reshape(*e.shape[:-2], -1)), h)
+        return self.combined(self.of_token(rms_norm(e, None, self.eps).reshape(*e.shape[:-2], -1)), h)
 
     def combined(self, of_path: jax.Array, h: jax.Array) -> jax.Array:
         """The query [..., R] of a path's sum of shares [..., R] and a state [..., H]."""
-        h = self.normed(h)
+        h = rms_norm(h, None, self.eps)
         if self.gate is not None:
             of_path = jax.nn.silu(of_path + self.gate(h))
         return of_path * self.of_state(h)
 
     def shares(self, e: jax.Array) -> jax.Array:
         """Tokens' shares [..., J, R] in queries 1 to J levels below them, of their embeddings e [..., H]."""
-        e = self.normed(e)
+        e = rms_norm(e, None, self.eps)
         # One product a part: beside one another they would be a copy of the matrix in every round.
         parts = self.of_token.matrix.reshape(self.reach, e.shape[-1], -1)  # [J, H, R]
         return jnp.stack([matmul(e, part) for part in parts], axis=-2)

@@ -180,8 +180,7 @@ class Correction(nnx.Module):
 
     def __call__(self, h: jax.Array, e: jax.Array, eps: float) -> jax.Array:
         """The corrected states [..., H], from states h and embeddings e [..., H]."""
-        ones = jnp.ones((h.shape[-1],), jnp.float32)
-        of_state, of_token = self.of_state(rms_norm(h, ones, eps)), self.of_token(rms_norm(e, ones, eps))
+        of_state, of_token = self.of_state(rms_norm(h, None, eps)), self.of_token(rms_norm(e, None, eps))
         return h + self.to_state(jax.nn.silu(of_state + of_token))
 
 
@@ -276,7 +275,7 @@ class FastEagle(DrafterModule):
         for level in levels:
             level.norm.weight[...] = jnp.broadcast_to(target.norm.gain, level.norm.weight.shape)
         if self.head is not None:
-            self.head[...] = self.rows_of(target).astype(jnp.float32) * target.logit_map.scale
+            self.head[...] = self.first_head(target)
         if not layers:
             return
         source = target.layer(copied)
@@ -286,13 +285,11 @@ class FastEagle(DrafterModule):
         # The copied layers expect a stream of the highest feature's size.
         size = feature_rms[-1]
         self.fc.set_matrix(jnp.zeros(self.fc.matrix.shape).at[-hidden:].set(jnp.eye(hidden) * size))
-        of_features, of_token = jnp.ones(()), EMBEDDING_SHARE * size
-        if c.norm_inputs:
-            of_features = size
-        else:
-            embedding = target.embedding[...].astype(jnp.float32)
-            of_token = of_token / jnp.sqrt(jnp.mean(embedding**2))
-        self.fuse.set_matrix(jnp.concatenate([jnp.eye(hidden) * of_features, jnp.eye(hidden) * of_token]))
+        read: tuple[Any, Any] = 1.0, 1.0  # the sizes of what `fuse` reads
+        if not c.norm_inputs:
+            read = size, jnp.sqrt(jnp.mean(target.embedding[...].astype(jnp.float32) ** 2))
+        gains = size / read[0], EMBEDDING_SHARE * size / read[1]
+        self.fuse.set_matrix(jnp.concatenate([jnp.eye(hidden) * gain for gain in gains]))
 
     def own_head(self) -> jax.Array | None:
         """The table [V, R] of its edge scores, which reads the last R entries of hidden states; else None.
@@ -382,7 +379,7 @@ class FastEagle(DrafterModule):
             fused = self._fuse(embedding, picked(features), picked(next_tokens), rows)
         attend_to = functools.partial(_attend, visible, context=context, positions=positions, at=at, config=c)
         positions, stands = picked(positions), picked(stands)
-        reinjected = self._normed(fused) if c.reinject else None
+        reinjected = rms_norm(fused, None, c.rms_norm_eps) if c.reinject else None
         inputs: Any = [None] * c.num_levels
         if reinjected is not None and not trains and not self.scans:
             every = [level.reinject(reinjected) for level in self.levels]
@@ -459,19 +456,15 @@ class FastEagle(DrafterModule):
         g = constrain(self.fused(features), rows, None, None)
         e = embed(embedding, next_tokens, features.dtype)
         if self.config.norm_inputs:
-            g, e = self._normed(g), self._normed(e)
+            g, e = (rms_norm(x, None, self.config.rms_norm_eps) for x in (g, e))
         return constrain(self.fuse(jnp.concatenate([g, e], axis=-1)), rows, None, None)
-
-    def _normed(self, x: jax.Array) -> jax.Array:
-        """x [..., H] over its root mean square, as every level's `reinject` reads the levels' input."""
-        return rms_norm(x, jnp.ones((x.shape[-1],), jnp.float32), self.config.rms_norm_eps)
 
     def _first_keys(self, fused: jax.Array, positions: jax.Array, rows: str) -> tuple[jax.Array, jax.Array]:
         """The first level's keys and values [B, T, K, D], with context "shared" those of all levels."""
         c = self.config
         first = self._level_list()[0]
         if first.reinject is not None:
-            fused = fused + constrain(first.reinject(self._normed(fused)), rows, None, None)
+            fused = fused + constrain(first.reinject(rms_norm(fused, None, c.rms_norm_eps)), rows, None, None)
         table = rotation(positions, c.rope, c.head_dim)
         _, k, v = self._layer_of(first).attention.project(first.input_norm(fused), table)
         return k, v

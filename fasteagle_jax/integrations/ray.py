@@ -144,8 +144,8 @@ def workers_for(number: int | None, per_worker: str | None, mesh: str | None) ->
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     of_mesh = 1 if mesh is None else math.prod(n for n in dataclasses.astuple(MeshShape.parse(mesh)) if n > 0)
-    known = next((kind for kind in KINDS if any(node.get(kind) for node in nodes)), None)
-    kind, devices = known or KINDS[-1], float(of_mesh) if known != "CPU" else 1.0
+    kind = next((kind for kind in KINDS if any(node.get(kind) for node in nodes)), "CPU")
+    devices = 1.0 if kind == "CPU" else float(of_mesh)
     if per_worker is not None:
         kind, _, given = per_worker.partition("=")
         with contextlib.suppress(ValueError):
@@ -532,10 +532,8 @@ class RequestFiles(Datasource):
             while some := [*itertools.islice(rows, 64)]:
                 columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
                 for number, raw in some:
-                    id = None if column is None else _id_of(raw, column)
-                    if id is None and column is None:
-                        id = f"{file.name}:{number}"
-                    elif id is None:  # where files may change, known by what it says, and as the how manieth such row
+                    id = f"{file.name}:{number}" if column is None else _id_of(raw, column)
+                    if id is None:  # files may change: it is known by what it says, and counted among its like
                         said = hashlib.sha256(raw).hexdigest()
                         alike[said] += 1
                         id = f"{file.name}:{said}:{alike[said]}"

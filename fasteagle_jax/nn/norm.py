@@ -27,8 +27,11 @@ class RMSNorm(nnx.Module):
         return self.weight[...].astype(jnp.float32) + self.offset
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x [..., size] over its root mean square, times `scale` [size]; computed in float32, returned in x's dtype."""
+def rms_norm(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
+    """x [..., size] over its root mean square, times `scale` [size], None for 1; zero stays zero.
+
+    Computed in float32, returned in x's dtype.
+    """
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    return (normed if scale is None else normed * scale.astype(jnp.float32)).astype(x.dtype)

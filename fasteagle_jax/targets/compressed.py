@@ -53,9 +53,9 @@ def is_rounded(hf: Mapping[str, Any], path: Path, packed: Sequence[str] = ()) ->
 
 
 def dequantised(path: Path, tensors: Mapping[str, StoredTensor], kinds: Mapping[str, str]) -> dict[str, StoredTensor]:
-    """The tensors of a file, with those that are rounded multiplied by their scales, which are left out.
+    """The tensors of a file, with those that are rounded multiplied by their scales.
 
-    So are the scales of activations.
+    These scales are left out, and so are those of activations.
     `kinds` has the types, of ROUNDED_TYPES, of the rounded ones, whose scales are named NAME_scale.
     """
     left_out = {f"{name}_scale" for name in kinds} | kinds.keys()

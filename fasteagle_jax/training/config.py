@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from fasteagle_jax.data.manifest import differences
 from fasteagle_jax.devices.sharding import MeshShape
 from fasteagle_jax.drafters.base import DrafterConfig
-from fasteagle_jax.drafters.files import TOKENIZER
+from fasteagle_jax.drafters.files import TOKENIZER, config_from
 from fasteagle_jax.drafters.table import CLASSES, class_named, default_config
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import first_line, read_json
@@ -166,6 +167,11 @@ class RunConfig:
     adapter: str = ""  # folder of a LoRA adapter that is merged into the target; empty for none
     features: str = ""  # a folder of prepare-features, which replaces the target's layers; empty: they run
     target_config: DecoderConfig | None = None  # the target's sizes, for use without its weights
+
+    @property
+    def dtype_of_target(self) -> Any:
+        """The dtype that the target's weights are loaded in."""
+        return jnp.dtype(self.target_dtype or self.dtype)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "length", "save_every", "keep", "max_bad_steps"):
@@ -356,10 +362,14 @@ def from_json(raw: dict[str, Any]) -> RunConfig:
     return build(RunConfig, raw)
 
 
-def config_of_record(record: dict[str, Any]) -> RunConfig:
-    """The configuration in the record of a checkpoint; UserError if it is damaged, and as of `from_json`."""
+def config_of_record(record: dict[str, Any]) -> tuple[RunConfig, DrafterConfig | None]:
+    """The configuration in the record of a checkpoint, and the drafter's sizes if some are those of a parent.
+
+    UserError if it is damaged, and as of `from_json`.
+    """
     try:
-        return from_json(record["config"])
+        sizes = record.get("sizes")
+        return from_json(record["config"]), None if sizes is None else config_from(sizes)
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError, LookupError) as error:
@@ -390,8 +400,8 @@ def drafter_config(
 ) -> DrafterConfig:
     """The sizes of the drafter of a run for a target of these sizes.
 
-    Of a `parent` of the same kind, which it starts from, it has what a run cannot choose: an imported drafter's rotary
-    table, heads and norms need not be the target's.
+    Of a `parent` of the same kind and context, which it starts from, as `load_drafter` gives its sizes for this target,
+    it has what a run cannot choose: an imported drafter's rotary table, heads and norms need not be the target's.
     """
     known = {field.name for field in dataclasses.fields(class_named(choice.kind).Config)}
     # What is at its default, None for the target's sizes, need not be of the kind.
@@ -403,12 +413,8 @@ def drafter_config(
                 f"drafter.{field.name} is of drafters of kind {kinds}, not {choice.kind}: "
                 f"set drafter.{field.name}={field.default}"
             )
-    if (
-        parent is not None
-        and parent.kind == choice.kind
-        and getattr(parent, "context", choice.context) == choice.context
-    ):
-        parent = parent.for_target(target_config)
+    form = choice.kind, choice.context
+    if parent is not None and (parent.kind, getattr(parent, "context", choice.context)) == form:
         for name in known - {field.name for field in dataclasses.fields(choice)} - {"hidden_size", "vocab_size"}:
             changes[name] = getattr(parent, name)
     return default_config(target_config, **changes)

@@ -32,6 +32,7 @@ from fasteagle_jax.data.prefetch import Prefetcher
 from fasteagle_jax.data.sources import read_prompts
 from fasteagle_jax.data.vocabulary import coverage, draft_vocabulary, token_counts
 from fasteagle_jax.decoding.acceptance import measure_acceptance
+from fasteagle_jax.decoding.speculative import check_room
 from fasteagle_jax.decoding.tree import TreeSpec
 from fasteagle_jax.devices.sharding import (
     check_batch,
@@ -43,7 +44,7 @@ from fasteagle_jax.devices.sharding import (
     place_batch,
 )
 from fasteagle_jax.drafters.base import DrafterConfig
-from fasteagle_jax.drafters.files import load_drafter, read_config, save_drafter
+from fasteagle_jax.drafters.files import load_drafter, save_drafter
 from fasteagle_jax.errors import UserError
 from fasteagle_jax.io.files import check_writable, first_line, in_bucket, write_file
 from fasteagle_jax.io.progress import progress_bar
@@ -117,7 +118,7 @@ def _train(
         raise UserError(f"{run / 'drafter'} exists: this run is finished; use another --run, or remove that folder")
     dtype = jnp.dtype(config.dtype)
     of_run: dict[str, Any] = {"training": True, "max_len": config.length, "adapter": config.adapter}
-    loaded = load_target(config.target, jnp.dtype(config.target_dtype or dtype), mesh=mesh, **of_run)
+    loaded = load_target(config.target, config.dtype_of_target, mesh=mesh, **of_run)
     target = loaded.model
     check_target(config.data, *loaded.fingerprints)
     conversations = read_conversations(*config.data, vocab_size=target.config.vocab_size)
@@ -126,8 +127,11 @@ def _train(
     _check_sources(saved, loaded.fingerprint, digests, run, allow_change=allow_change)
 
     # --- the drafter and its optimiser ------------------------------------------------------------------------
-    start = config.drafter.start
-    sizes = drafter_config(config.drafter, target.config, read_config(Path(start))[0] if start else None)
+    parent, start = None, config.drafter.start
+    if start:
+        known = target.config, loaded.fingerprint
+        parent = load_drafter(start, *known, stacked=False, mesh=mesh, strict=config.drafter.strict)
+    sizes = drafter_config(config.drafter, target.config, None if parent is None else parent.config)
     if config.loss.deepkd is not None and config.loss.deepkd.mask:
         mask_sizes(config.loss.deepkd, sizes.draft_vocab_size)  # before any work: UserError if K is too large
     if config.loss.weighs_without_edges and not (getattr(sizes, "edges", None) or getattr(sizes, "correction", None)):
@@ -146,7 +150,7 @@ def _train(
     if config.features:
         hidden = target.config.hidden_size
         store = load_features(Path(config.features), data, loaded.fingerprint, sizes.input_layers, hidden)
-    drafter = _new_drafter(config, sizes, loaded, mesh, conversations, data, store, quiet)
+    drafter = _new_drafter(config, sizes, parent, target, mesh, conversations, data, store, quiet)
     earlier = earlier_runs(start)
     needs_target = config.evaluation.prompts or config.held_out.data or sizes.context_layers
     if store is not None and not needs_target:
@@ -161,7 +165,7 @@ def _train(
     peak = peak_flops(jax.devices()[0].device_kind)
     passes = config.loss.backward_passes
     flops = flops_per_token(target.config, drafter.config, config.length, config.loss.share, backward_passes=passes)
-    del drafter, params  # the state has copies: on a mesh these would stay in memory for the whole run
+    del drafter, params, parent  # the state has copies: on a mesh these would stay in memory for the whole run
 
     if is_first:
         write_file(run / "config.json", json.dumps(to_json(config), indent=2) + "\n")
@@ -526,20 +530,20 @@ def _save_drafter(drafter: Any, folder: epath.Path, fingerprint: str, info: Reco
 def _new_drafter(
     config: RunConfig,
     sizes: DrafterConfig,
-    loaded: LoadedTarget,
+    parent: Any,
+    target: Any,
     mesh: Mesh | None,
     conversations: Any,
     data: PackedData,
     store: Features | None,
     quiet: bool,
 ) -> Any:
-    """The drafter of these sizes with the first weights that the configuration names, sharded over the mesh."""
-    target, choice = loaded.model, config.drafter
-    parent = token_ids = None
-    if choice.start:
-        known = target.config, loaded.fingerprint
-        parent = load_drafter(choice.start, *known, stacked=False, mesh=mesh, strict=choice.strict)
-    elif sizes.draft_vocab_size < target.config.vocab_size:
+    """The drafter of these sizes with the first weights that the configuration names, sharded over the mesh.
+
+    `parent` is the drafter that it starts from, None for none.
+    """
+    choice, token_ids = config.drafter, None
+    if parent is None and sizes.draft_vocab_size < target.config.vocab_size:
         counts = token_counts(conversations, target.config.vocab_size, assistant_only=True)
         counted = counts
         if choice.vocabulary_data:
@@ -588,15 +592,11 @@ class _Evaluation:
             return
         tokenizer = load_tokenizer(loaded.checkpoint.path)
         self._stop = stop_token_ids(tokenizer, loaded.checkpoint.path)
-        sizes, most = loaded.model.config, self._choice.max_new
+        sizes = loaded.model.config
         for prompt in read_prompts(self._choice.prompts, self._choice.limit):
             tokens = encode_chat(tokenizer, [{"role": "user", "content": prompt.turns[0]}])
             check_ids(tokens, sizes.vocab_size, f"prompt {prompt.id}")
-            if len(tokens) + most > sizes.max_positions:
-                raise UserError(
-                    f"prompt {prompt.id} has {len(tokens)} tokens; with evaluation.max_new {most} more they exceed the "
-                    f"target's {sizes.max_positions} positions: leave it out, or lower evaluation.max_new"
-                )
+            check_room(f"prompt {prompt.id}", len(tokens), self._choice.max_new, sizes.max_positions)
             self._prompts.append(tokens)
 
     def __call__(self, params: Any) -> dict[str, Any]:

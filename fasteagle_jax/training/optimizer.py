@@ -54,6 +54,11 @@ def make_optimizer(
     config: OptimizerConfig, num_steps: int, deepkd: DeepKD | None = None
 ) -> optax.GradientTransformation:
     """The optax transformation for a run of `num_steps`; with `deepkd` that of a gradient's three Parts."""
+    return _with_input_rate(_of_one_rate(config, num_steps, deepkd), config.input_rate)
+
+
+def _of_one_rate(config: OptimizerConfig, num_steps: int, deepkd: DeepKD | None) -> optax.GradientTransformation:
+    """`make_optimizer` but for `input_rate`."""
     peak, decay_steps = config.learning_rate, round(config.decay_share * num_steps)
     schedule = optax.join_schedules(
         [
@@ -66,14 +71,13 @@ def make_optimizer(
     if deepkd is not None:
         if config.name == "muon":
             raise UserError("optimizer name is 'muon', and loss.deepkd has momenta for adamw and sgd: use one of these")
-        rule = split_momenta(
+        return split_momenta(
             schedule,
             _decays(config, deepkd),
             second_decay=config.betas[1] if config.name == "adamw" else None,
             weight_decay=config.weight_decay,
             clip_norm=config.clip_norm,
         )
-        return _with_input_rate(rule, config.input_rate)
     if config.name == "muon":
         rules = {
             "matrix": optax.chain(
@@ -92,7 +96,7 @@ def make_optimizer(
         )
     else:
         rule = optax.adamw(schedule, *config.betas, weight_decay=config.weight_decay)
-    return _with_input_rate(optax.chain(optax.clip_by_global_norm(config.clip_norm), rule), config.input_rate)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
 
 
 def _with_input_rate(rule: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:

@@ -128,9 +128,8 @@ def test_a_conversation_ends_where_the_next_turn_does_not_fit(generate, tmp_path
     assert [len(record["tokens"]) for record in records] == [1, 3]
     assert [len(record["messages"]) for record in records] == [2, 6]
     assert "ends after 1 of 2 turns" in caplog.text and "256" in caplog.text
-    given.write_text(
-        "".join(given.read_text().splitlines(keepends=True)[:1]) + '{"question_id": "2", "turns": ["hi"]}\n'
-    )
+    first = given.read_text().splitlines(keepends=True)[0]
+    given.write_text(first + json.dumps({"question_id": "2", "turns": ["hi"]}) + "\n")
     printed, _ = generate("--input", given, "--max-len", 256)  # nothing is answered after the first ends
     assert [line for line in printed.splitlines() if line.startswith("> ")] == ["> short", "> hi"]
 
